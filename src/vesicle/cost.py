@@ -1,0 +1,196 @@
+"""The ledger: what a Plan costs, in floating-point operations and in bytes.
+
+`price` computes the cost of a Plan from its fields alone; the engine counts the same fields from the operands
+that it really touches; a test holds the two equal. Conventions, the same for both and for the dense model:
+
+- A multiply and an add are two FLOPs. Counted: every projection, attention scores and values, block
+  selection, stand-ins, the modulator's predictor and the language-model (LM) head. Not counted: norms,
+  rotary phases, activations, softmax and residual sums (under 1 % of a decoder's arithmetic).
+- Weight bytes are counted per token, as batch-1 decoding reads them; a pass over many tokens may serve
+  several tokens from one read. Below 16 bits a weight also carries one bit of group scale and offset
+  (two fp16 numbers for 32 weights).
+- KV bytes read are the keys and values of visited blocks and the summaries read to choose them; KV bytes
+  held are those of the whole cache after the last token.
+- The LM head is paid for each position whose logits are asked for.
+
+With k channels read, width D, query width HK, key-value width GK and FFN width F, one token in one layer
+costs 2 k (HK + 2 GK) + 2 k' D + 4 HK S for attention over S positions, and 2 k'' (1 or 2) F + 2 k''' D for a
+plain or gated FFN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesicle.plan import BLOCK, FFN_BIG, FFN_SMALL, FULL_BITS, IntArray, Plan
+from vesicle.shapes import ModelShape, Overhead
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Executed work, summed over the tokens it was counted for.
+
+    Attributes:
+        flops_linear: The model's own projections.
+        flops_attention: Scores and weighted values.
+        flops_selection: Choosing KV blocks.
+        flops_standin: Stand-ins for skipped modules.
+        flops_modulator: The predictor.
+        flops_head: The LM head.
+        weight_bytes: Weights read, counted per token.
+        kv_bytes_read: Keys, values and block summaries read.
+        kv_bytes_held: Keys and values in the cache at the end.
+    """
+
+    flops_linear: int = 0
+    flops_attention: int = 0
+    flops_selection: int = 0
+    flops_standin: int = 0
+    flops_modulator: int = 0
+    flops_head: int = 0
+    weight_bytes: int = 0
+    kv_bytes_read: int = 0
+    kv_bytes_held: int = 0
+
+    @property
+    def flops_total(self) -> int:
+        """All FLOPs."""
+        return sum(getattr(self, f.name) for f in fields(self) if f.name.startswith("flops_"))
+
+    @property
+    def bytes_read(self) -> int:
+        """Weights and KV read: what a memory-bound decode step waits for."""
+        return self.weight_bytes + self.kv_bytes_read
+
+    def __add__(self, other: Cost) -> Cost:
+        """Work done first here, then there; the cache held is the larger."""
+        total = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        total["kv_bytes_held"] = max(self.kv_bytes_held, other.kv_bytes_held)
+        return Cost(**total)
+
+    def summary(self) -> dict[str, int]:
+        """Every field and the totals, as JSON writes them."""
+        return {**asdict(self), "flops_total": self.flops_total, "bytes_read": self.bytes_read}
+
+    def ratio(self, dense: Cost) -> dict[str, float]:
+        """Share of the dense cost, for the four quantities that reports show."""
+        return {
+            "flops": self.flops_total / max(dense.flops_total, 1),
+            "weight_bytes": self.weight_bytes / max(dense.weight_bytes, 1),
+            "kv_bytes_read": self.kv_bytes_read / max(dense.kv_bytes_read, 1),
+            "kv_bytes_held": self.kv_bytes_held / max(dense.kv_bytes_held, 1),
+            "bytes_read": self.bytes_read / max(dense.bytes_read, 1),
+        }
+
+
+def visited_positions(kv_blocks: IntArray, positions: IntArray) -> IntArray:
+    """Cached positions that a query at `positions` reads when it visits `kv_blocks` blocks.
+
+    All blocks but the query's own are complete, and its own is always among those visited.
+    """
+    return ((kv_blocks - 1) * BLOCK + positions % BLOCK + 1).astype(np.int32)
+
+
+def price_tokens(
+    plan: Plan,
+    shape: ModelShape,
+    overhead: Overhead | None = None,
+    *,
+    first_position: int = 0,
+    with_logits: NDArray[np.bool_] | None = None,
+) -> dict[str, NDArray[np.int64]]:
+    """The cost of each token of a Plan.
+
+    Args:
+        plan: T tokens in L layers.
+        shape: The model's sizes.
+        overhead: What the method adds; nothing by default.
+        first_position: Position of the Plan's first token in its sequence.
+        with_logits: (T,) which positions the LM head runs for; all by default.
+
+    Returns:
+        For each field of `Cost` but `kv_bytes_held`, an array (T,).
+    """
+    overhead = overhead or Overhead()
+    t = plan.n_tokens
+    heads = np.ones(t, bool) if with_logits is None else with_logits
+    position = (first_position + np.arange(t, dtype=np.int64))[:, None]  # (T, 1)
+    channels, runs = plan.channels.astype(np.int64), plan.attention.astype(np.int64)  # (T, L, 4)
+    outputs = np.array(shape.site_outputs, np.int64)
+    big, small = plan.ffn == FFN_BIG, plan.ffn == FFN_SMALL
+
+    # A skipped attention layer still writes keys and values, so it reads their share of attention_in.
+    width = np.broadcast_to(outputs, channels.shape).copy()  # (T, L, 4) outputs fed per channel
+    width[..., 0] = np.where(runs == 1, outputs[0], 2 * shape.kv_width)
+    width[..., 1] *= runs
+    width[..., 2] *= big
+    width[..., 3] *= big
+    weights = channels * width
+    eighths = np.where(plan.bits == FULL_BITS, 8 * shape.weight_bytes, plan.bits + 1)
+    weight_bytes = (weights * eighths).sum((1, 2)) // 8
+
+    complete = np.where(plan.kv_blocks < position // BLOCK + 1, position // BLOCK, 0) * runs
+    visited = ((plan.kv_blocks - 1) * BLOCK + position % BLOCK + 1) * runs
+    standin = (small * overhead.ffn_standin_rank).sum(1) + (
+        (1 - runs) * overhead.attention_standin_rank
+    ).sum(1)
+    vectors = overhead.selection_vectors
+    per_layer = plan.n_layers
+    weight_bytes = (
+        weight_bytes
+        + standin * 2 * shape.width * shape.weight_bytes
+        + overhead.modulator_bytes * per_layer
+        + heads * shape.vocabulary * shape.width * shape.weight_bytes
+    )
+    return {
+        "flops_linear": 2 * weights.sum((1, 2)),
+        "flops_attention": 4 * shape.query_width * visited.sum(1),
+        "flops_selection": 2 * vectors * shape.query_width * complete.sum(1),
+        "flops_standin": 4 * shape.width * standin,
+        "flops_modulator": np.full(t, overhead.modulator_flops * per_layer, np.int64),
+        "flops_head": 2 * shape.width * shape.vocabulary * heads.astype(np.int64),
+        "weight_bytes": weight_bytes,
+        "kv_bytes_read": shape.kv_width
+        * shape.kv_bytes
+        * (2 * visited.sum(1) + vectors * complete.sum(1)),
+    }
+
+
+def price(
+    plan: Plan,
+    shape: ModelShape,
+    overhead: Overhead | None = None,
+    *,
+    first_position: int = 0,
+    with_logits: NDArray[np.bool_] | None = None,
+) -> Cost:
+    """The total cost of a Plan; arguments as in `price_tokens`."""
+    tokens = price_tokens(
+        plan, shape, overhead, first_position=first_position, with_logits=with_logits
+    )
+    held = (first_position + plan.n_tokens) * shape.n_layers * 2 * shape.kv_width * shape.kv_bytes
+    return Cost(kv_bytes_held=held, **{name: int(v.sum()) for name, v in tokens.items()})
+
+
+def price_dense(
+    shape: ModelShape,
+    n_tokens: int,
+    *,
+    first_position: int = 0,
+    with_logits: NDArray[np.bool_] | None = None,
+) -> Cost:
+    """The cost of the dense model on the same tokens."""
+    rest = Plan.rest(shape, first_position + n_tokens).tokens(first_position)
+    return price(rest, shape, first_position=first_position, with_logits=with_logits)
+
+
+def flops_per_token(shape: ModelShape, context: int) -> int:
+    """Dense FLOPs of one token that attends to `context` positions, LM head included."""
+    layer = sum(w * o for w, o in zip(shape.site_widths, shape.site_outputs, strict=True))
+    return 2 * (
+        shape.n_layers * (layer + 2 * shape.query_width * context)
+        + shape.width * shape.vocabulary
+    )

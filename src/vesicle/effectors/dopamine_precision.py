@@ -1,0 +1,113 @@
+"""Dopamine: how many input channels of a projection are read, and how many bits of its weights.
+
+Channels. At a site with C input channels the level d keeps the ceil(C s(d)) channels of largest magnitude
+|x_i| (as TEAL, Liu et al. 2024; weighting by column norms as in WINA, Chen et al. 2025, measured no better on
+the default model), where s(d) = 1 - r (1 - d), r = `site_rates[site]`, never below `floor`. Rates differ
+because the sites do: the FFN's inner channels are sparse and cheap to drop, its input is not. Only the rows
+of a channel-major weight that belong to kept channels are read.
+
+Bits. `bits_ladder` lists (level, bits) steps from the top: the weight is read with the bits of the first
+step whose level is at most d. The stored 16-bit weights are rest; 8, 4, 3 and 2 are the leading bits of one
+nested 8-bit store (Matryoshka quantization, Nair et al. 2025).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vesicle.effectors.base import Effector
+from vesicle.plan import FULL_BITS, SITES, FloatArray, IntArray
+
+BITS = (16, 8, 4, 3, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DopaminePrecision(Effector):
+    """Level to channels and bits.
+
+    Attributes:
+        site_rates: Share of a site's channels lost from level 1 to level 0, for each of the four sites.
+        floor: Least share of channels ever read.
+        bits_ladder: Steps (least level, bits), levels falling; the last level must be 0.
+    """
+
+    transmitter: ClassVar[str] = "dopamine"
+    site_rates: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    floor: float = 0.05
+    bits_ladder: tuple[tuple[float, int], ...] = ((0.0, FULL_BITS),)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        object.__setattr__(
+            self, "bits_ladder", tuple((float(a), int(b)) for a, b in self.bits_ladder)
+        )
+        if len(self.site_rates) != len(SITES) or any(not 0 <= r <= 4 for r in self.site_rates):
+            raise ValueError(f"site_rates is {self.site_rates}; give four numbers from 0 to 4")
+        if not 0 < self.floor <= 1:
+            raise ValueError(f"floor is {self.floor}; allowed: above 0, up to 1")
+        levels = [level for level, _ in self.bits_ladder]
+        if levels != sorted(levels, reverse=True) or levels[-1] != 0.0:
+            raise ValueError(f"bits_ladder levels are {levels}; they must fall to 0")
+        if any(bits not in BITS for _, bits in self.bits_ladder):
+            raise ValueError(f"bits_ladder is {self.bits_ladder}; allowed bits: {BITS}")
+
+    def channels(self, level: FloatArray, site: int, width: int) -> IntArray:
+        """Channels read, (T,), at `site` with `width` input channels."""
+        share = np.clip(1.0 - self.site_rates[site] * (1.0 - level), self.floor, 1.0)
+        # The small offset keeps a level of exactly k / C at k channels in spite of rounding.
+        return np.ceil(share * width - 1e-9).astype(np.int32)
+
+    def bits(self, level: FloatArray) -> IntArray:
+        """Weight bits, (T,); always 16 at level 1."""
+        result = np.full(level.shape, FULL_BITS, np.int32)
+        below = level < 1.0
+        for least, bits in reversed(self.bits_ladder):
+            result = np.where(below & (level >= least), bits, result)
+        return result.astype(np.int32)
+
+    def share(self, level: Tensor, site: int) -> Tensor:
+        """Differentiable share of channels kept, same shape as `level`."""
+        return (1.0 - self.site_rates[site] * (1.0 - level)).clamp(self.floor, 1.0)
+
+    def mask(self, level: Tensor, site: int, magnitude: Tensor, temperature: float) -> Tensor:
+        """Soft mask over channels.
+
+        The threshold is the kept share's quantile of the token's own magnitudes; its slope with respect to
+        the level is the local spacing of those magnitudes (a central difference over 4 % of the channels).
+
+        Args:
+            level: (B, T) in [0, 1].
+            site: Index into `plan.SITES`.
+            magnitude: (B, T, C), not negative.
+            temperature: Width of the sigmoid, as a share of the threshold; 0 gives the hard mask with the
+                gradient of temperature 0.2 (straight-through).
+
+        Returns:
+            (B, T, C) in [0, 1]; exactly 1 where the share is 1.
+        """
+        width = magnitude.shape[-1]
+        share = self.share(level, site)
+        count = share * width
+        ordered = magnitude.detach().sort(dim=-1, descending=True).values
+        last = (count.detach() - 1e-6).ceil().long().clamp(1, width) - 1  # (B, T)
+        span = max(1, width // 50)
+
+        def at(position: Tensor) -> Tensor:
+            return ordered.gather(-1, position.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
+
+        threshold = at(last)
+        low, high = (last - span).clamp(min=0), (last + span).clamp(max=width - 1)
+        slope = (at(high) - at(low)) / (high - low).clamp(min=1)
+        threshold = (threshold + slope * (count - count.detach())).unsqueeze(-1)
+        width_soft = temperature if temperature > 0 else 0.2
+        relative = magnitude.detach() / threshold.clamp(min=1e-12) - 1.0
+        soft = torch.sigmoid(relative / width_soft)
+        if temperature == 0:
+            hard = (magnitude >= threshold).to(soft.dtype)
+            soft = hard + (soft - soft.detach())
+        return torch.where((share >= 1.0).unsqueeze(-1), torch.ones_like(soft), soft)

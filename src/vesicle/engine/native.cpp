@@ -1,0 +1,306 @@
+// Kernels of the CPU engine: projections that read only chosen input channels, and attention that reads only
+// chosen KV blocks. Plain C interface over raw pointers, loaded with ctypes; no PyTorch headers.
+//
+// OpenMP symbols are left unresolved on purpose: PyTorch has loaded its OpenMP runtime into the global
+// namespace, and sharing that one pool avoids two sets of threads fighting for the same cores.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+namespace {
+
+// y[0:n] += sum over r < 4 of x[r] * w[r][0:n]
+CLONES void add_four(float* __restrict y, const float* const* w, const float* x, int64_t n) {
+  const float *a = w[0], *b = w[1], *c = w[2], *d = w[3];
+  const float xa = x[0], xb = x[1], xc = x[2], xd = x[3];
+  for (int64_t o = 0; o < n; ++o) y[o] += xa * a[o] + xb * b[o] + xc * c[o] + xd * d[o];
+}
+
+CLONES void add_one(float* __restrict y, const float* w, float x, int64_t n) {
+  for (int64_t o = 0; o < n; ++o) y[o] += x * w[o];
+}
+
+inline float widen(uint16_t bits) {
+  uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+CLONES void add_four(float* __restrict y, const uint16_t* const* w, const float* x, int64_t n) {
+  const uint16_t *a = w[0], *b = w[1], *c = w[2], *d = w[3];
+  const float xa = x[0], xb = x[1], xc = x[2], xd = x[3];
+  for (int64_t o = 0; o < n; ++o)
+    y[o] += xa * widen(a[o]) + xb * widen(b[o]) + xc * widen(c[o]) + xd * widen(d[o]);
+}
+
+CLONES void add_one(float* __restrict y, const uint16_t* w, float x, int64_t n) {
+  for (int64_t o = 0; o < n; ++o) y[o] += x * widen(w[o]);
+}
+
+// Channels of the `count` largest |x|, in rising order; ties go to the lower channel.
+void choose(const float* x, int64_t width, int64_t count, std::vector<uint32_t>& keys,
+            std::vector<int32_t>& chosen) {
+  chosen.clear();
+  if (count >= width) {
+    for (int64_t i = 0; i < width; ++i) chosen.push_back(static_cast<int32_t>(i));
+    return;
+  }
+  // Positive floats order as their bit patterns do. A histogram of the leading bits finds the bucket of the
+  // threshold; only that bucket is searched exactly.
+  constexpr int kShift = 20;
+  int32_t histogram[1 << (31 - kShift)];
+  std::memset(histogram, 0, sizeof histogram);
+  uint32_t highest = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    uint32_t key;
+    std::memcpy(&key, &x[i], sizeof key);
+    key = (key & 0x7fffffffu) >> kShift;
+    ++histogram[key];
+    highest = std::max(highest, key);
+  }
+  int64_t above = 0;
+  uint32_t bucket = highest;
+  while (above + histogram[bucket] < count) above += histogram[bucket--];
+  keys.clear();
+  for (int64_t i = 0; i < width; ++i) {
+    uint32_t key;
+    std::memcpy(&key, &x[i], sizeof key);
+    key &= 0x7fffffffu;
+    if (key >> kShift == bucket) keys.push_back(key);
+  }
+  const int64_t wanted = count - above;  // from the bucket
+  std::nth_element(keys.begin(), keys.begin() + (wanted - 1), keys.end(), std::greater<uint32_t>());
+  const uint32_t threshold = keys[wanted - 1];
+  for (int64_t i = 0; i < wanted; ++i) above += keys[i] > threshold;
+  int64_t ties = count - above;
+  for (int64_t i = 0; i < width; ++i) {
+    uint32_t key;
+    std::memcpy(&key, &x[i], sizeof key);
+    key &= 0x7fffffffu;
+    if (key > threshold) {
+      chosen.push_back(static_cast<int32_t>(i));
+    } else if (key == threshold && ties > 0) {
+      chosen.push_back(static_cast<int32_t>(i));
+      --ties;
+    }
+  }
+}
+
+// y[0:n] = bias + sum over chosen channels of x[i] * w[i, 0:n], at most kTile columns at a time: long
+// enough to stream whole rows, short enough for y to stay in the first-level cache.
+constexpr int64_t kTile = 4096;
+
+template <typename Weight>
+void accumulate(const float* x, const std::vector<int32_t>& chosen, const Weight* w, int64_t stride,
+                const float* bias, float* y, int64_t n) {
+  for (int64_t start = 0; start < n; start += kTile) {
+    const int64_t size = std::min(kTile, n - start);
+    float* out = y + start;
+    if (bias) {
+      std::memcpy(out, bias + start, size * sizeof(float));
+    } else {
+      std::memset(out, 0, size * sizeof(float));
+    }
+    size_t i = 0;
+    for (; i + 4 <= chosen.size(); i += 4) {
+      const Weight* rows[4];
+      float values[4];
+      for (int r = 0; r < 4; ++r) {
+        rows[r] = w + chosen[i + r] * stride + start;
+        values[r] = x[chosen[i + r]];
+      }
+      add_four(out, rows, values, size);
+    }
+    for (; i < chosen.size(); ++i) add_one(out, w + chosen[i] * stride + start, x[chosen[i]], size);
+  }
+}
+
+// The same for a narrow strip of columns, with sums kept in registers.
+constexpr int64_t kStrip = 64;
+constexpr int64_t kGroup = 128;
+
+typedef float Vector __attribute__((vector_size(64)));
+constexpr int64_t kLanes = 16;
+
+inline Vector load(const float* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vector load(const uint16_t* p) {
+  Vector v;
+  for (int i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
+  return v;
+}
+
+template <typename Weight>
+inline __attribute__((always_inline)) void strip_body(const float* x, const int32_t* chosen, size_t n,
+                                                      const Weight* w, int64_t stride, const float* bias,
+                                                      float* y, int64_t size) {
+  if (size == kStrip) {
+    Vector a = {}, b = {}, c = {}, d = {};
+    if (bias) a = load(bias), b = load(bias + 16), c = load(bias + 32), d = load(bias + 48);
+    for (size_t i = 0; i < n; ++i) {
+      const Weight* row = w + chosen[i] * stride;
+      const float value = x[chosen[i]];
+      a += value * load(row);
+      b += value * load(row + 16);
+      c += value * load(row + 32);
+      d += value * load(row + 48);
+    }
+    std::memcpy(y, &a, sizeof a);
+    std::memcpy(y + 16, &b, sizeof b);
+    std::memcpy(y + 32, &c, sizeof c);
+    std::memcpy(y + 48, &d, sizeof d);
+    return;
+  }
+  for (int64_t o = 0; o < size; ++o) y[o] = bias ? bias[o] : 0.0f;
+  for (size_t i = 0; i < n; ++i) add_one(y, w + chosen[i] * stride, x[chosen[i]], size);
+}
+
+CLONES void strip(const float* x, const int32_t* chosen, size_t n, const float* w, int64_t stride,
+                  const float* bias, float* y, int64_t size) {
+  strip_body(x, chosen, n, w, stride, bias, y, size);
+}
+
+CLONES void strip(const float* x, const int32_t* chosen, size_t n, const uint16_t* w, int64_t stride,
+                  const float* bias, float* y, int64_t size) {
+  strip_body(x, chosen, n, w, stride, bias, y, size);
+}
+
+template <typename Weight>
+void sparse_linear(const float* x, const int32_t* counts, int64_t tokens, int64_t width, const Weight* w,
+                   int64_t stride, int64_t columns, const float* bias, float* y, int32_t* rows_read) {
+  if (tokens == 1) {
+    std::vector<uint32_t> keys;
+    std::vector<int32_t> chosen;
+    choose(x, width, counts[0], keys, chosen);
+    rows_read[0] = static_cast<int32_t>(chosen.size());
+    // Multiples of 16 columns keep each part on cache-line boundaries.
+    const int64_t parts = columns >= 256 ? 2 : 1;
+    const int64_t part = (columns / parts + 15) / 16 * 16;
+#pragma omp parallel for schedule(static) if (parts > 1)
+    for (int64_t p = 0; p < parts; ++p) {
+      const int64_t start = p * part, size = std::min(part, columns - start);
+      if (size > 0)
+        accumulate(x, chosen, w + start, stride, bias ? bias + start : nullptr, y + start, size);
+    }
+    return;
+  }
+  std::vector<std::vector<int32_t>> lists(tokens);
+#pragma omp parallel
+  {
+    std::vector<uint32_t> keys;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+      choose(x + t * width, width, counts[t], keys, lists[t]);
+      rows_read[t] = static_cast<int32_t>(lists[t].size());
+    }
+    // A strip of columns of w stays in the second-level cache while a group of tokens passes over it.
+    const int64_t strips = (columns + kStrip - 1) / kStrip, groups = (tokens + kGroup - 1) / kGroup;
+#pragma omp for collapse(2) schedule(dynamic, 1)
+    for (int64_t s = 0; s < strips; ++s) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t start = s * kStrip, size = std::min(kStrip, columns - start);
+        const int64_t last = std::min(tokens, (g + 1) * kGroup);
+        for (int64_t t = g * kGroup; t < last; ++t)
+          strip(x + t * width, lists[t].data(), lists[t].size(), w + start, stride,
+                bias ? bias + start : nullptr, y + t * columns + start, size);
+      }
+    }
+  }
+}
+
+CLONES float dot(const float* a, const float* b, int64_t n) {
+  float sum[16] = {0};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int j = 0; j < 16; ++j) sum[j] += a[i + j] * b[i + j];
+  float total = 0;
+  for (int j = 0; j < 16; ++j) total += sum[j];
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
+}  // namespace
+
+extern "C" {
+
+// y (tokens, columns) = bias + x (tokens, width) restricted to counts[t] channels, times w (width, stride).
+void vesicle_sparse_linear_f32(const float* x, const int32_t* counts, int64_t tokens, int64_t width,
+                               const float* w, int64_t stride, int64_t columns, const float* bias, float* y,
+                               int32_t* rows_read) {
+  sparse_linear(x, counts, tokens, width, w, stride, columns, bias, y, rows_read);
+}
+
+void vesicle_sparse_linear_bf16(const float* x, const int32_t* counts, int64_t tokens, int64_t width,
+                                const uint16_t* w, int64_t stride, int64_t columns, const float* bias,
+                                float* y, int32_t* rows_read) {
+  sparse_linear(x, counts, tokens, width, w, stride, columns, bias, y, rows_read);
+}
+
+// Attention of each query over its own list of KV blocks.
+//   query (tokens, heads, size); keys, values (kv_heads, capacity, size)
+//   blocks (tokens, kv_heads, most) with the first n_blocks[t] entries valid; positions (tokens)
+//   out (tokens, heads, size); visited (tokens): positions read, by the first KV head
+void vesicle_block_attention_f32(const float* query, const float* keys, const float* values,
+                                 const int32_t* blocks, const int32_t* n_blocks, const int32_t* positions,
+                                 int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size,
+                                 int64_t capacity, int64_t most, float scale, float* out,
+                                 int32_t* visited) {
+  const int64_t ratio = heads / kv_heads;
+#pragma omp parallel
+  {
+    std::vector<float> scores;
+#pragma omp for collapse(2) schedule(dynamic, 4)
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t g = 0; g < kv_heads; ++g) {
+        const int32_t* list = blocks + (t * kv_heads + g) * most;
+        const float* k = keys + g * capacity * size;
+        const float* v = values + g * capacity * size;
+        scores.resize(n_blocks[t] * 16);
+        for (int64_t r = 0; r < ratio; ++r) {
+          const float* q = query + (t * heads + g * ratio + r) * size;
+          float* y = out + (t * heads + g * ratio + r) * size;
+          float top = -INFINITY;
+          int64_t n = 0;
+          for (int32_t b = 0; b < n_blocks[t]; ++b) {
+            const int64_t first = static_cast<int64_t>(list[b]) * 16;
+            const int64_t last = std::min<int64_t>(first + 16, positions[t] + 1);
+            for (int64_t s = first; s < last; ++s) {
+              scores[n] = dot(q, k + s * size, size) * scale;
+              top = std::max(top, scores[n]);
+              ++n;
+            }
+          }
+          float total = 0;
+          for (int64_t i = 0; i < n; ++i) {
+            scores[i] = std::exp(scores[i] - top);
+            total += scores[i];
+          }
+          for (int64_t d = 0; d < size; ++d) y[d] = 0;
+          int64_t i = 0;
+          for (int32_t b = 0; b < n_blocks[t]; ++b) {
+            const int64_t first = static_cast<int64_t>(list[b]) * 16;
+            const int64_t last = std::min<int64_t>(first + 16, positions[t] + 1);
+            for (int64_t s = first; s < last; ++s, ++i) add_one(y, v + s * size, scores[i] / total, size);
+          }
+          if (g == 0 && r == 0) visited[t] = static_cast<int32_t>(n);
+        }
+      }
+    }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,42 @@
+"""Loads the native kernels, once; says whether they are there.
+
+The library is built at installation by `setup.py`. Where it is missing (no compiler, another platform) every
+caller has a PyTorch path with the same results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch  # loaded first: its OpenMP runtime resolves the library's symbols
+
+_POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: dict[str, list[type]] = {
+    "vesicle_sparse_linear_f32": [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE]
+    + [_POINTER] * 3,
+    "vesicle_sparse_linear_bf16": [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE]
+    + [_POINTER] * 3,
+    "vesicle_block_attention_f32": [_POINTER] * 6 + [_SIZE] * 6 + [_FLOAT] + [_POINTER] * 2,
+}
+DISABLE = "VESICLE_NO_NATIVE"
+"""Environment variable that, set to 1, forces the PyTorch path."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None where they are absent or disabled."""
+    if os.environ.get(DISABLE) == "1":
+        return None
+    for path in sorted(Path(__file__).parent.glob("_native*.so")):
+        try:
+            kernels = ctypes.CDLL(str(path))
+            for name, arguments in _SIGNATURES.items():
+                function = getattr(kernels, name)
+                function.argtypes, function.restype = arguments, None
+        except (OSError, AttributeError):
+            continue
+        return kernels
+    return None

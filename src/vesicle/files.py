@@ -1,0 +1,292 @@
+"""Reading and writing files so that nothing is ever left half-written.
+
+A writer works on a temporary sibling of its target, which takes the target's name only once the
+whole body has succeeded. A reader of the target sees the old content or the new, never a part.
+"""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from vesicle.errors import DataError, VesicleError
+
+_TEMPORARY = ".vesicle-tmp-"
+_STALE_S = 24 * 3600.0
+_MB = 1_000_000
+
+
+@contextmanager
+def atomic_path(target: str | os.PathLike[str], needs_bytes: int = 0) -> Iterator[Path]:
+    """Give a path to write to that becomes `target` when the body succeeds.
+
+    The file is deleted on any failure, `KeyboardInterrupt` included. Missing parent folders are
+    made. A symbolic link keeps pointing where it did, and a target that is not a regular file
+    (such as `/dev/null`) is written to directly.
+
+    Args:
+        target: The file to create or replace.
+        needs_bytes: Size to be written, if known; checked against the free space beforehand.
+
+    Yields:
+        A path in the target's folder with the target's suffix, which does not exist yet.
+
+    Raises:
+        VesicleError: The target cannot be written or the disk is full.
+    """
+    final = Path(os.path.realpath(target))
+    if final.is_dir():
+        raise VesicleError(f"cannot write {target}: it is a folder, and a file is needed")
+    if final.exists() and not final.is_file():
+        yield final
+        return
+    with _explained(final):
+        part = _sibling(final, needs_bytes)
+    try:
+        with _explained(final, part):
+            yield part
+            part.replace(final)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | os.PathLike[str], needs_bytes: int = 0) -> Iterator[Path]:
+    """Give an empty folder to fill that becomes `target` when the body succeeds.
+
+    The folder is deleted on any failure, `KeyboardInterrupt` included; an existing target is
+    replaced whole. What a killed process left behind more than a day ago is removed on the way.
+
+    Args:
+        target: The folder to create or replace.
+        needs_bytes: Size to be written, if known; checked against the free space beforehand.
+
+    Yields:
+        An existing, empty folder beside the target.
+
+    Raises:
+        VesicleError: The target cannot be written or the disk is full.
+    """
+    final = Path(os.path.realpath(target))
+    if final.exists() and not final.is_dir():
+        raise VesicleError(f"cannot write {target}: it is a file, and a folder is needed")
+    with _temporary_folder(final, needs_bytes) as part:
+        yield part
+        _replace_folder(part, final)
+
+
+@contextmanager
+def scratch_folder(parent: str | os.PathLike[str], needs_bytes: int = 0) -> Iterator[Path]:
+    """Give an empty folder inside `parent` that is deleted when the body ends, however it ends.
+
+    Args:
+        parent: Folder to make it in, itself made if missing.
+        needs_bytes: Size to be written, if known; checked against the free space beforehand.
+
+    Yields:
+        An existing, empty folder.
+
+    Raises:
+        VesicleError: The folder cannot be made or the disk is full.
+    """
+    with _temporary_folder(Path(parent).absolute() / "scratch", needs_bytes) as part:
+        yield part
+
+
+def write_json(path: str | os.PathLike[str], obj: object) -> None:
+    """Write `obj` as indented, strict JSON, all or nothing.
+
+    Args:
+        path: The file to create or replace.
+        obj: Anything `json` can hold.
+
+    Raises:
+        VesicleError: The file cannot be written, or a number is NaN or infinite.
+        TypeError: `obj` holds something that JSON has no form for.
+    """
+    try:
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise VesicleError(
+            f"cannot write {path}: it would hold NaN or infinity, and JSON numbers are finite"
+        ) from error
+    with atomic_path(path) as part:
+        # A lone surrogate (an undecodable file name) becomes \udcXX, which is its JSON escape.
+        part.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file. `NaN` and `Infinity` are accepted: published model configs hold them.
+
+    Args:
+        path: The file to read.
+
+    Returns:
+        The decoded value.
+
+    Raises:
+        DataError: The file is missing, unreadable, not UTF-8 or not JSON (line and column named).
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{path} is not usable JSON: it is nested too deeply") from error
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a UTF-8 text file, line ends unchanged, without a leading byte-order mark.
+
+    Args:
+        path: The file to read.
+
+    Returns:
+        Its text.
+
+    Raises:
+        DataError: The file is missing, unreadable or not UTF-8 (byte offset named).
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start} "
+            f"({error.reason})"
+        ) from error
+
+
+def cache_root() -> Path:
+    """Tell where downloaded and converted models are kept; the folder may not exist yet.
+
+    Returns:
+        `$VESICLE_CACHE`, else `$XDG_CACHE_HOME/vesicle`, else `~/.cache/vesicle`.
+
+    Raises:
+        VesicleError: None of them can be told.
+    """
+    try:
+        if own := os.environ.get("VESICLE_CACHE"):
+            return Path(own).expanduser().absolute()
+        shared = os.environ.get("XDG_CACHE_HOME", "")
+        # The XDG specification says to ignore a relative path.
+        return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "vesicle"
+    except RuntimeError as error:
+        raise VesicleError(
+            "this user has no home folder: set VESICLE_CACHE to a folder you can write to"
+        ) from error
+
+
+def folder_bytes(path: str | os.PathLike[str]) -> int:
+    """Add up the sizes of the files below a folder that may be changing meanwhile.
+
+    Args:
+        path: A folder, or a file, or nothing yet.
+
+    Returns:
+        Bytes; what vanishes while it is counted counts nothing.
+    """
+    root = Path(path)
+    files = [root] if root.is_file() else root.rglob("*")
+    total = 0
+    for file in files:
+        with suppress(OSError):
+            total += file.lstat().st_size if file.is_file() else 0
+    return total
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Tell whether an error means a full disk, also from libraries that wrap it in their own.
+
+    Args:
+        error: What was raised while writing.
+
+    Returns:
+        True for no space or no quota left.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error)
+
+
+@contextmanager
+def _temporary_folder(final: Path, needs_bytes: int) -> Iterator[Path]:
+    """Give an empty sibling folder of `final` that is deleted at the end, unless it was moved."""
+    with _explained(final):
+        part = _sibling(final, needs_bytes)
+        _remove_stale(final)
+    try:
+        with _explained(final, part):
+            part.mkdir()
+            yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _sibling(final: Path, needs_bytes: int) -> Path:
+    """Name a temporary sibling of `final`, once its folder exists and has room for it."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if needs_bytes > shutil.disk_usage(final.parent).free:
+        raise _no_space(final, needs_bytes)
+    return final.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{final.name}")
+
+
+def _replace_folder(part: Path, final: Path) -> None:
+    """Give `part` the name `final`, moving aside what is there (a folder cannot be overwritten)."""
+    if not final.exists():
+        part.rename(final)
+        return
+    old = _sibling(final, 0)
+    final.rename(old)
+    try:
+        part.rename(final)
+    except BaseException:
+        old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_stale(final: Path) -> None:
+    """Remove temporary siblings that a killed process left behind."""
+    for path in final.parent.glob(f"{_TEMPORARY}*-{final.name}"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _STALE_S:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _explained(final: Path, part: Path | None = None) -> Iterator[None]:
+    """Turn the system's complaints about writing `final` into a `VesicleError`."""
+    try:
+        yield
+    except VesicleError:
+        raise
+    except Exception as error:
+        if disk_is_full(error):
+            raise _no_space(final, folder_bytes(part) if part else 0) from error
+        # A body may fail on files of its own: those errors pass through untouched.
+        if isinstance(error, OSError) and (part is None or str(error.filename) == str(part)):
+            raise VesicleError(f"cannot write {final}: {error.strerror or error}") from error
+        raise
+
+
+def _no_space(final: Path, needs_bytes: int) -> VesicleError:
+    free = shutil.disk_usage(final.parent).free / _MB
+    # More than was written so far is needed, by an amount nobody knows.
+    needs = max(needs_bytes / _MB, 1)
+    return VesicleError(
+        f"no space left in {final.parent}: {final.name} needs {needs:.0f} MB or more, "
+        f"and the disk has {free:.0f} MB free"
+    )

@@ -1,0 +1,387 @@
+"""The Plan: what is computed for each token in each layer, and the interface of whoever decides it.
+
+Whoever decides writes a Plan (a modulator, a control, an oracle, a saved file); whoever computes executes it
+(the reference, the engine). A Plan holds discrete facts only, one row a token and one column a layer:
+
+===========  ==========  =====================================================================
+field        shape       meaning
+===========  ==========  =====================================================================
+channels     (T, L, 4)   input channels read, largest magnitude first, at each site
+bits         (T, L, 4)   weight bits read at each site: 16 (the stored weights), 8, 4, 3 or 2
+ffn          (T, L)      FFN module: 0 skip, 1 small (stand-in), 2 big
+attention    (T, L)      1 attention runs, 0 its stand-in; keys and values are written either way
+kv_blocks    (T, L)      blocks of 16 cached positions that the query reads, per KV head
+===========  ==========  =====================================================================
+
+The four *sites* are the distinct inputs of a layer's projections: `attention_in` (queries, keys, values),
+`attention_out`, `ffn_in` (gate and up) and `ffn_out` (down).
+
+Causality: every decision about token t is a function of tokens up to t. A Plan fills layer by layer, and a
+pass in one piece, in chunks or token by token fills it with the same values.
+
+A new effect is a new row in `FIELDS`, a price in `cost.py` and its execution in both executors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesicle.errors import VesicleError
+from vesicle.files import atomic_path
+
+from vesicle.shapes import ModelShape, Overhead
+
+if TYPE_CHECKING:
+    import torch
+
+    from vesicle.standins import StandIns
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float64]
+
+SITES = ("attention_in", "attention_out", "ffn_in", "ffn_out")
+BLOCK = 16
+FULL_BITS = 16
+FFN_SKIP, FFN_SMALL, FFN_BIG = 0, 1, 2
+
+FIELDS: dict[str, int] = {"channels": 4, "bits": 4, "ffn": 0, "attention": 0, "kv_blocks": 0}
+"""Field name to the length of its last axis (0: none)."""
+
+_FORMAT = "vesicle-plan-1"
+
+
+def visible_blocks(positions: IntArray) -> IntArray:
+    """Blocks of 16 that hold positions 0..t, for queries at `positions` (any shape)."""
+    return (positions // BLOCK + 1).astype(np.int32)
+
+
+@dataclass(kw_only=True)
+class AttentionDecision:
+    """How one layer's attention treats T tokens.
+
+    Attributes:
+        channels: (T, 2) channels read at `attention_in` and `attention_out`.
+        bits: (T, 2) weight bits at the same sites.
+        run: (T,) 1 if attention runs.
+        kv_blocks: (T,) blocks read.
+        rest: True if all of this is at rest, so that executors may take their dense path unasked.
+    """
+
+    channels: IntArray
+    bits: IntArray
+    run: IntArray
+    kv_blocks: IntArray
+    rest: bool
+
+
+@dataclass(kw_only=True)
+class FfnDecision:
+    """How one layer's FFN treats T tokens: (T, 2) channels and bits at `ffn_in` and `ffn_out`, (T,) module."""
+
+    channels: IntArray
+    bits: IntArray
+    module: IntArray
+    rest: bool
+
+
+def resting_attention(shape: ModelShape, positions: IntArray) -> AttentionDecision:
+    """The attention decision that changes nothing, for queries at `positions` (T,)."""
+    n = len(positions)
+    return AttentionDecision(
+        channels=np.tile(np.array(shape.site_widths[:2], np.int32), (n, 1)),
+        bits=np.full((n, 2), FULL_BITS, np.int32),
+        run=np.ones(n, np.int32),
+        kv_blocks=visible_blocks(positions),
+        rest=True,
+    )
+
+
+def resting_ffn(shape: ModelShape, n_tokens: int) -> FfnDecision:
+    """The FFN decision that changes nothing."""
+    return FfnDecision(
+        channels=np.tile(np.array(shape.site_widths[2:], np.int32), (n_tokens, 1)),
+        bits=np.full((n_tokens, 2), FULL_BITS, np.int32),
+        module=np.full(n_tokens, FFN_BIG, np.int32),
+        rest=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The discrete decisions of one sequence of T tokens; see the module docstring for the fields."""
+
+    channels: IntArray
+    bits: IntArray
+    ffn: IntArray
+    attention: IntArray
+    kv_blocks: IntArray
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return int(self.ffn.shape[0])
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return int(self.ffn.shape[1])
+
+    @classmethod
+    def rest(cls, shape: ModelShape, n_tokens: int) -> Plan:
+        """The Plan of the dense model for a sequence that starts at position 0."""
+        n_layers = shape.n_layers
+        blocks = visible_blocks(np.arange(n_tokens, dtype=np.int32))
+        return cls(
+            channels=np.tile(np.array(shape.site_widths, np.int32), (n_tokens, n_layers, 1)),
+            bits=np.full((n_tokens, n_layers, 4), FULL_BITS, np.int32),
+            ffn=np.full((n_tokens, n_layers), FFN_BIG, np.int32),
+            attention=np.ones((n_tokens, n_layers), np.int32),
+            kv_blocks=np.repeat(blocks[:, None], n_layers, axis=1),
+        )
+
+    def tokens(self, start: int, stop: int | None = None) -> Plan:
+        """The rows `start:stop`."""
+        return Plan(**{name: getattr(self, name)[start:stop] for name in FIELDS})
+
+    def joined(self, other: Plan) -> Plan:
+        """This Plan followed by `other`."""
+        return Plan(
+            **{n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in FIELDS}
+        )
+
+    def equals(self, other: Plan) -> bool:
+        """Whether every decision is the same."""
+        return all(np.array_equal(getattr(self, n), getattr(other, n)) for n in FIELDS)
+
+    def check(self, shape: ModelShape) -> None:
+        """Refuse a Plan that does not fit a model.
+
+        Raises:
+            VesicleError: With the field, the value and what is allowed.
+        """
+        if self.ffn.ndim != 2:
+            raise VesicleError(f"plan field 'ffn' has shape {self.ffn.shape}")
+        t, n_layers = self.ffn.shape
+        if n_layers != shape.n_layers:
+            raise VesicleError(f"plan has {n_layers} layers; this model has {shape.n_layers}")
+        blocks = visible_blocks(np.arange(t, dtype=np.int32))[:, None]
+        bounds: dict[str, tuple[int | IntArray, int | IntArray]] = {
+            "channels": (1, np.array(shape.site_widths, np.int32)),
+            "ffn": (FFN_SKIP, FFN_BIG),
+            "attention": (0, 1),
+            "kv_blocks": (np.minimum(blocks, 2), blocks),
+        }
+        for name, last in FIELDS.items():
+            values = getattr(self, name)
+            if values.shape != ((t, n_layers, last) if last else (t, n_layers)):
+                raise VesicleError(f"plan field {name!r} has shape {values.shape}")
+            if name == "bits":
+                bad = ~np.isin(values, (2, 3, 4, 8, 16))
+            else:
+                low, high = (np.broadcast_to(b, values.shape) for b in bounds[name])
+                bad = (values < low) | (values > high)
+            if bad.any():
+                where = tuple(int(i) for i in np.argwhere(bad)[0])
+                allowed = "2, 3, 4, 8, 16" if name == "bits" else f"{low[where]} to {high[where]}"
+                raise VesicleError(
+                    f"plan field {name!r} is {values[where]} at {where}; allowed: {allowed}"
+                )
+
+    def save(self, path: Path | str) -> None:
+        """Write the Plan to a safetensors file, atomically."""
+        from safetensors.numpy import save_file
+
+        with atomic_path(Path(path)) as temporary:
+            save_file(
+                {n: np.ascontiguousarray(getattr(self, n)) for n in FIELDS},
+                temporary,
+                metadata={"format": _FORMAT},
+            )
+
+    @classmethod
+    def load(cls, path: Path | str) -> Plan:
+        """Read a Plan that `save` wrote.
+
+        Raises:
+            VesicleError: If the file is missing, corrupt or not a Plan.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                if (file.metadata() or {}).get("format") != _FORMAT:
+                    raise VesicleError(f"{path} is not a vesicle plan")
+                arrays = {name: file.get_tensor(name) for name in FIELDS}
+        except (OSError, SafetensorError) as error:
+            raise VesicleError(f"cannot read plan {path}: {error}") from error
+        if any(a.dtype != np.int32 for a in arrays.values()):
+            raise VesicleError(f"plan {path} must hold int32 arrays")
+        return cls(**arrays)
+
+
+class PlanBuilder:
+    """Collects decisions layer by layer and chunk by chunk into a Plan.
+
+    An executor calls `chunk(positions)` once per forward pass, then `attention` and `ffn` for each layer.
+    """
+
+    def __init__(self, shape: ModelShape) -> None:
+        """Start with no tokens, for a model of `shape`."""
+        self._shape = shape
+        self._chunks: list[dict[str, IntArray]] = []
+
+    def chunk(self, n_tokens: int) -> None:
+        """Begin a pass over the next `n_tokens` tokens."""
+        n_layers = self._shape.n_layers
+        self._chunks.append(
+            {
+                name: np.empty((n_tokens, n_layers, last) if last else (n_tokens, n_layers), np.int32)
+                for name, last in FIELDS.items()
+            }
+        )
+
+    def attention(self, layer: int, decision: AttentionDecision) -> None:
+        """Record layer `layer`'s attention decision for the tokens of this pass."""
+        rows = self._chunks[-1]
+        rows["channels"][:, layer, :2] = decision.channels
+        rows["bits"][:, layer, :2] = decision.bits
+        rows["attention"][:, layer] = decision.run
+        rows["kv_blocks"][:, layer] = decision.kv_blocks
+
+    def ffn(self, layer: int, decision: FfnDecision) -> None:
+        """Record layer `layer`'s FFN decision for the tokens of this pass."""
+        rows = self._chunks[-1]
+        rows["channels"][:, layer, 2:] = decision.channels
+        rows["bits"][:, layer, 2:] = decision.bits
+        rows["ffn"][:, layer] = decision.module
+
+    def build(self) -> Plan:
+        """The Plan so far."""
+        if not self._chunks:
+            self.chunk(0)
+        return Plan(**{n: np.concatenate([c[n] for c in self._chunks]) for n in FIELDS})
+
+
+class Author(ABC):
+    """Writes the Plan of one sequence as it is computed.
+
+    An executor calls, for each pass over the next T tokens and for each layer in order, `attention` and then
+    `release`. State (a recurrent predictor's, say) lives in the author, so one author serves one sequence.
+    """
+
+    @abstractmethod
+    def attention(self, layer: int, positions: IntArray) -> AttentionDecision:
+        """Decide the attention of `layer` for the tokens at `positions` (T,)."""
+
+    @abstractmethod
+    def release(self, layer: int, hidden: torch.Tensor, positions: IntArray) -> FfnDecision:
+        """Read the hidden state (T, D) after `layer`'s self-attention; decide the FFN of `layer`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equipment:
+    """What an executor needs, beside the model, to run a method's Plans.
+
+    Attributes:
+        ffn_standin: Where tokens go whose FFN is small.
+        attention_standin: Where tokens go whose attention is skipped.
+        summary: How KV blocks are summarised to choose among them: `mean` or `bounds`.
+    """
+
+    ffn_standin: StandIns | None = None
+    attention_standin: StandIns | None = None
+    summary: str = "mean"
+
+
+class Method(ABC):
+    """Anything that can write Plans for a model: a modulator, a control, an oracle, a saved Plan."""
+
+    @abstractmethod
+    def author(self, shape: ModelShape) -> Author:
+        """A fresh author for one sequence on a model of `shape`."""
+
+    @property
+    def equipment(self) -> Equipment:
+        """What executors need to run its Plans; nothing by default."""
+        return Equipment()
+
+    def overhead(self, shape: ModelShape) -> Overhead:
+        """What the method adds to the model's own work; by default its equipment alone."""
+        ffn, attention = self.equipment.ffn_standin, self.equipment.attention_standin
+        return Overhead(
+            ffn_standin_rank=ffn.rank if ffn else 0,
+            attention_standin_rank=attention.rank if attention else 0,
+            selection_vectors=1 if self.equipment.summary == "mean" else 2,
+        )
+
+
+class Replay(Method):
+    """Executes a saved Plan again; asking for a token beyond its end is an error."""
+
+    def __init__(self, plan: Plan, equipment: Equipment | None = None) -> None:
+        """Replay `plan` with the equipment of the method that wrote it."""
+        self.plan = plan
+        self._equipment = equipment or Equipment()
+
+    @property
+    def equipment(self) -> Equipment:
+        """As given."""
+        return self._equipment
+
+    def author(self, shape: ModelShape) -> Author:
+        """An author that reads the Plan's rows by position."""
+        self.plan.check(shape)
+        return _ReplayAuthor(self.plan)
+
+
+class _ReplayAuthor(Author):
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def attention(self, layer: int, positions: IntArray) -> AttentionDecision:
+        plan = self._plan
+        if positions[-1] >= plan.n_tokens:
+            raise VesicleError(
+                f"the plan covers {plan.n_tokens} tokens; token {int(positions[-1])} was asked for"
+            )
+        return AttentionDecision(
+            channels=plan.channels[positions, layer, :2],
+            bits=plan.bits[positions, layer, :2],
+            run=plan.attention[positions, layer],
+            kv_blocks=plan.kv_blocks[positions, layer],
+            rest=False,
+        )
+
+    def release(self, layer: int, hidden: torch.Tensor, positions: IntArray) -> FfnDecision:
+        plan = self._plan
+        return FfnDecision(
+            channels=plan.channels[positions, layer, 2:],
+            bits=plan.bits[positions, layer, 2:],
+            module=plan.ffn[positions, layer],
+            rest=False,
+        )
+
+
+class Dense(Method):
+    """Everything at rest, and nothing read or predicted: the dense model."""
+
+    def author(self, shape: ModelShape) -> Author:
+        """An author that always rests."""
+        return _DenseAuthor(shape)
+
+
+class _DenseAuthor(Author):
+    def __init__(self, shape: ModelShape) -> None:
+        self._shape = shape
+
+    def attention(self, layer: int, positions: IntArray) -> AttentionDecision:
+        return resting_attention(self._shape, positions)
+
+    def release(self, layer: int, hidden: torch.Tensor, positions: IntArray) -> FfnDecision:
+        return resting_ffn(self._shape, len(positions))

@@ -1,0 +1,500 @@
+"""The reference executor: run a method's Plan inside a Hugging Face model, readably and differentiably.
+
+    with attach(model, modulator, budget=0.8) as run:
+        model.generate(...)
+    run.plan, run.levels, run.cost
+
+Work is masked, not skipped: the reference tells what a Plan does to the outputs, the engine what it saves.
+Everything happens in forward hooks and one named attention function; on exit the hooks are gone and the
+attention implementation is what it was, also when the body raises. At rest no hook changes a tensor, so
+logits are bit-identical to the model's own.
+
+With `soft=Soft(temperature)` levels act through differentiable masks and `run.soft_cost` accumulates the
+expected cost, for training; `temperature=0` is straight-through (hard forward, soft backward).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vesicle.cost import Cost, price
+from vesicle.effectors import GabaSparsity
+from vesicle.errors import ModelError, VesicleError
+from vesicle.families import find_family
+from vesicle.modulator import Modulator, ModulatorAuthor, ModulatorMethod
+from vesicle.nested import NestedWeight
+from vesicle.plan import (
+    FFN_BIG,
+    FFN_SMALL,
+    FULL_BITS,
+    AttentionDecision,
+    Author,
+    FfnDecision,
+    FloatArray,
+    IntArray,
+    Method,
+    Plan,
+    PlanBuilder,
+    resting_attention,
+    resting_ffn,
+)
+from vesicle.predictors import State
+from vesicle.reference.attention import BASES, PREFIX, RULE, BlockRule, register
+from vesicle.reference.soft_cost import SoftCost
+from vesicle.shapes import ModelShape
+from vesicle.transmitters import index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soft:
+    """Differentiable execution: mask temperature, 0 for straight-through."""
+
+    temperature: float = 0.0
+
+
+def attach(
+    model: nn.Module,
+    method: Modulator | Method,
+    budget: float | None = None,
+    *,
+    soft: Soft | None = None,
+) -> Run:
+    """Attach a modulator or any method to a Hugging Face causal LM; use in a `with` statement.
+
+    Args:
+        model: A causal LM of a supported family.
+        method: A modulator (then `budget` applies) or a method such as `Replay(plan)`.
+        budget: Share of dense FLOPs in (0, 1]; the modulator's default budget if not given.
+        soft: Differentiable masks, for training; needs a modulator.
+
+    Raises:
+        ModelError: If the model's family or shape does not fit.
+        VesicleError: If the budget is out of range, or given to a method that has none.
+    """
+    if isinstance(method, Modulator):
+        method = method.at(method.info.default_budget if budget is None else budget)
+    elif budget is not None:
+        raise VesicleError("a budget applies to a modulator; this method has its own")
+    return Run(model, method, soft)
+
+
+class Run:
+    """What happened while a method was attached. Holds the sequences of the latest prompt.
+
+    Feeding a model tokens at position 0 starts new sequences; later passes of the same cache continue them.
+    """
+
+    def __init__(self, model: nn.Module, method: Method, soft: Soft | None) -> None:
+        """Prepare; nothing is hooked before `__enter__`."""
+        config: Any = model.config
+        self._model, self.method, self._soft = model, method, soft
+        self._family = find_family(config)
+        self._decoder = self._family.decoder_config(config)
+        parameter = next(model.parameters())
+        size = parameter.element_size()
+        self.shape: ModelShape = replace(self._decoder.shape, weight_bytes=size, kv_bytes=size)
+        if isinstance(method, ModulatorMethod):
+            method.modulator.check_fits(self.shape)
+        elif soft is not None:
+            raise VesicleError("soft execution needs a modulator")
+        self._handles: list[Any] = []
+        self._implementation: str | None = None
+        self._pass = _Pass(self)
+        self._authors: list[Author] = []
+        self._builders: list[PlanBuilder] = []
+        self._with_logits: list[list[bool]] = []
+        self.soft_cost: SoftCost | None = None
+
+    def __enter__(self) -> Self:
+        """Install the hooks."""
+        config: Any = self._model.config
+        base = config._attn_implementation or "eager"
+        if base.startswith(PREFIX):
+            raise VesicleError("a method is attached to this model already; detach it first")
+        if base not in BASES:
+            raise ModelError(f"attention implementation {base!r} is not supported; use {BASES}")
+        register()
+        self._implementation = base
+        config._attn_implementation = PREFIX + base
+        for number, layer in enumerate(self._family.layers(self._model)):
+            self._handles += _LayerHooks(self, number, layer).install()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove every hook and restore the attention implementation."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        config: Any = self._model.config
+        config._attn_implementation = self._implementation
+
+    @property
+    def _modulator(self) -> Modulator:
+        assert isinstance(self.method, ModulatorMethod)
+        return self.method.modulator
+
+    @property
+    def _charged(self) -> SoftCost:
+        assert self.soft_cost is not None
+        return self.soft_cost
+
+    @property
+    def _soft_steps(self) -> bool:
+        """Whether serotonin is released at all; if not, stand-ins need not run beside the modules."""
+        return "serotonin" in self._modulator.predictor.config.transmitters
+
+    @property
+    def plans(self) -> list[Plan]:
+        """One Plan per sequence of the batch."""
+        return [builder.build() for builder in self._builders]
+
+    @property
+    def plan(self) -> Plan:
+        """The Plan of the only sequence.
+
+        Raises:
+            VesicleError: If there is no sequence yet, or more than one.
+        """
+        if len(self._builders) != 1:
+            raise VesicleError(f"the batch has {len(self._builders)} sequences; use .plans")
+        return self._builders[0].build()
+
+    @property
+    def levels(self) -> list[FloatArray]:
+        """Released levels, one (T, L, 5) per sequence; empty for methods that have none."""
+        return [a.levels for a in self._authors if isinstance(a, ModulatorAuthor)]
+
+    @property
+    def cost(self) -> Cost:
+        """Price of all Plans, logits counted at every position."""
+        total = Cost()
+        for plan in self.plans:
+            total = total + price(plan, self.shape, self.method.overhead(self.shape))
+        return total
+
+
+class _Pass:
+    """State of one forward pass, shared by its layers' hooks."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.positions = torch.zeros(0)  # (B, T)
+        self.numpy_positions: list[IntArray] = []  # per sequence, padding left out
+        self.starts: list[int] = []
+        self.offsets: tuple[int, ...] = ()
+        self.levels: Tensor | None = None  # (B, T, 5), soft mode, released by the previous layer
+        self.state: State = {}
+        self.dial = torch.ones(1)
+
+    def begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Find out where in its sequence each token is, and start sequences that are new."""
+        run = self.run
+        b, t = hidden.shape[:2]
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        past = 0 if cache is None else int(cache.get_seq_length(0))
+        given = kwargs.get("position_ids")
+        if given is None:
+            given = torch.arange(past, past + t, device=hidden.device)[None]
+        self.positions = given.expand(b, t)
+        last = self.positions[:, -1].tolist()
+        self.offsets = tuple(max(0, past + t - 1 - int(p)) for p in last)
+        self.starts = [min(t, max(0, offset - past)) for offset in self.offsets]
+        if past == 0:
+            run._authors = [] if run._soft else [run.method.author(run.shape) for _ in range(b)]
+            run._builders = [PlanBuilder(run.shape) for _ in range(b)]
+            self.state = {}
+        elif len(run._builders) != b:
+            raise VesicleError(
+                f"the batch had {len(run._builders)} sequences and now has {b}; "
+                "start a new sequence while attached"
+            )
+        rows = self.positions.cpu().numpy().astype(np.int32)
+        self.numpy_positions = [rows[i, s:] for i, s in enumerate(self.starts)]
+        for builder, p in zip(run._builders, self.numpy_positions, strict=True):
+            if run._soft is None:
+                builder.chunk(len(p))
+        if run._soft is not None:
+            method = run.method
+            assert isinstance(method, ModulatorMethod)
+            self.dial = torch.full((b,), method.dial_position, device=hidden.device)
+            self.levels = None
+            run.soft_cost = SoftCost(run.shape, method.modulator, method.overhead(run.shape))
+            run.soft_cost.head(self.positions)
+
+    def attention(self, layer: int) -> list[AttentionDecision]:
+        """Ask every author, record, and return the decisions."""
+        run = self.run
+        decisions = []
+        for author, builder, p in zip(
+            run._authors, run._builders, self.numpy_positions, strict=True
+        ):
+            decision = (
+                author.attention(layer, p) if len(p) else resting_attention(run.shape, p)
+            )
+            builder.attention(layer, decision)
+            decisions.append(decision)
+        return decisions
+
+    def release(self, layer: int, hidden: Tensor) -> list[FfnDecision]:
+        """Give every author its tokens' hidden states; record and return the decisions."""
+        run = self.run
+        decisions = []
+        for i, (author, builder, p) in enumerate(
+            zip(run._authors, run._builders, self.numpy_positions, strict=True)
+        ):
+            rows = hidden[i, self.starts[i] :]
+            decision = (
+                author.release(layer, rows.detach().cpu(), p)
+                if len(p)
+                else resting_ffn(run.shape, 0)
+            )
+            builder.ffn(layer, decision)
+            decisions.append(decision)
+        return decisions
+
+    def column(self, parts: list[IntArray], fill: int, device: torch.device) -> Tensor:
+        """Per-sequence columns (T_i,) as one (B, T) tensor, `fill` on padding."""
+        table = torch.full(self.positions.shape, fill, dtype=torch.long)
+        for i, part in enumerate(parts):
+            table[i, self.starts[i] :] = torch.from_numpy(np.ascontiguousarray(part))
+        return table.to(device)
+
+
+class _LayerHooks:
+    """The hooks of one decoder layer, in the order in which they fire."""
+
+    def __init__(self, run: Run, number: int, layer: nn.Module) -> None:
+        self.run, self.number, self.layer = run, number, layer
+        self.modules = run._family.modules(layer)
+        self.parallel = run._decoder.parallel_residual
+        self.attention_decision: list[AttentionDecision] = []
+        self.ffn_decision: list[FfnDecision] = []
+        self.levels_attention: Tensor | None = None
+        self.levels_ffn: Tensor | None = None
+        self.attention_input = torch.zeros(0)
+        self.attention_output = torch.zeros(0)
+        self.ffn_input = torch.zeros(0)
+        self._nested: dict[nn.Linear, NestedWeight] = {}
+
+    def install(self) -> list[Any]:
+        m = self.modules
+        handles = [
+            m.attention.register_forward_pre_hook(self.before_attention, with_kwargs=True),
+            m.out.register_forward_pre_hook(self.before_out),
+            m.attention.register_forward_hook(self.after_attention),
+            m.ffn_norm.register_forward_pre_hook(self.before_ffn_norm),
+            m.ffn.register_forward_pre_hook(self.before_ffn),
+            m.ffn_out.register_forward_pre_hook(self.before_ffn_out),
+            m.ffn.register_forward_hook(self.after_ffn),
+        ]
+        for site, linears in enumerate((m.query_key_value, (m.out,), m.ffn_in, (m.ffn_out,))):
+            for linear in linears:
+                handles.append(linear.register_forward_hook(self.fewer_bits(site)))
+        return handles
+
+    # Attention -----------------------------------------------------------------------------------------
+
+    def before_attention(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        state = self.run._pass
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.number == 0:
+            state.begin(hidden, kwargs)
+        self.attention_input = hidden
+        if self.run._soft is not None:
+            self.levels_attention = state.levels
+            if state.levels is None:
+                self.run._charged.attention(None, state.positions)
+                return None
+            level = state.levels
+            self.run._charged.attention(level, state.positions)
+            masked = hidden * self.soft_channels(0, hidden, level)
+            rule = self.rule(None, level[..., _GABA])
+        else:
+            decisions = self.attention_decision = state.attention(self.number)
+            if all(d.rest for d in decisions):
+                return None
+            masked = self.keep_channels(0, hidden, [d.channels[:, 0] for d in decisions])
+            blocks = state.column([d.kv_blocks for d in decisions], 1 << 30, hidden.device)
+            whole = blocks >= state.positions // 16 + 1
+            rule = None if bool(whole.all()) else self.rule(blocks, None)
+        if rule is not None:
+            kwargs = {**kwargs, RULE: rule}
+        if args:
+            return (masked, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": masked}
+
+    def rule(self, blocks: Tensor | None, level: Tensor | None) -> BlockRule:
+        state, soft = self.run._pass, self.run._soft
+        return BlockRule(
+            positions=state.positions,
+            offsets=state.offsets,
+            kv_blocks=blocks,
+            level=level,
+            temperature=soft.temperature if soft else 0.0,
+            effector=GabaSparsity(summary=self.run.method.equipment.summary),
+        )
+
+    def before_out(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        if self.run._soft is not None:
+            if self.levels_attention is None:
+                return None
+            return (args[0] * self.soft_channels(1, args[0], self.levels_attention),)
+        if all(d.rest for d in self.attention_decision):
+            return None
+        return (self.keep_channels(1, args[0], [d.channels[:, 1] for d in self.attention_decision]),)
+
+    def after_attention(
+        self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any]
+    ) -> tuple[Any, ...] | None:
+        result = output[0]
+        standin = self.run.method.equipment.attention_standin
+        if self.run._soft is not None:
+            if self.levels_attention is not None and self.run._soft_steps:
+                serotonin = self.run._modulator.serotonin
+                level = self.levels_attention[..., _SEROTONIN]
+                runs = serotonin.mask(
+                    level, serotonin.attention_below, self.run._soft.temperature
+                ).to(result.dtype)[..., None]
+                assert standin is not None
+                other = standin.apply_layer(self.number, self.attention_input)
+                result = runs * result + (1 - runs) * other
+        elif not all(d.rest for d in self.attention_decision):
+            runs = self.run._pass.column([d.run for d in self.attention_decision], 1, result.device)
+            if not bool(runs.all()):
+                other = (
+                    torch.zeros_like(result)
+                    if standin is None
+                    else standin.apply_layer(self.number, self.attention_input)
+                )
+                result = torch.where(runs[..., None] == 1, result, other)
+        self.attention_output = result
+        return None if result is output[0] else (result, *output[1:])
+
+    # FFN -----------------------------------------------------------------------------------------------
+
+    def before_ffn_norm(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        state = self.run._pass
+        hidden = args[0] + self.attention_output if self.parallel else args[0]
+        if self.run._soft is None:
+            self.ffn_decision = state.release(self.number, hidden)
+            return
+        state.levels = self.run._modulator.release(
+            self.number, hidden, state.positions, state.dial, state.state
+        )
+        self.levels_ffn = state.levels
+        self.run._charged.ffn(state.levels)
+
+    def before_ffn(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        self.ffn_input = args[0]
+        if self.run._soft is not None:
+            assert self.levels_ffn is not None
+            return (args[0] * self.soft_channels(2, args[0], self.levels_ffn),)
+        if all(d.rest for d in self.ffn_decision):
+            return None
+        return (self.keep_channels(2, args[0], [d.channels[:, 0] for d in self.ffn_decision]),)
+
+    def before_ffn_out(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        if self.run._soft is not None:
+            assert self.levels_ffn is not None
+            return (args[0] * self.soft_channels(3, args[0], self.levels_ffn),)
+        if all(d.rest for d in self.ffn_decision):
+            return None
+        return (self.keep_channels(3, args[0], [d.channels[:, 1] for d in self.ffn_decision]),)
+
+    def after_ffn(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        standin = self.run.method.equipment.ffn_standin
+        if self.run._soft is not None:
+            if not self.run._soft_steps:
+                return None
+            assert self.levels_ffn is not None and standin is not None
+            serotonin = self.run._modulator.serotonin
+            level, heat = self.levels_ffn[..., _SEROTONIN], self.run._soft.temperature
+            big = serotonin.mask(level, serotonin.ffn_below, heat).to(output.dtype)[..., None]
+            small = standin.apply_layer(self.number, self.ffn_input)
+            if serotonin.bypass_below > 0:
+                small = small * serotonin.mask(level, serotonin.bypass_below, heat).to(
+                    output.dtype
+                ).unsqueeze(-1)
+            return big * output + (1 - big) * small
+        if all(d.rest for d in self.ffn_decision):
+            return None
+        choice = self.run._pass.column([d.module for d in self.ffn_decision], 2, output.device)
+        if bool((choice == FFN_BIG).all()):
+            return None
+        small = (
+            torch.zeros_like(output)
+            if standin is None
+            else standin.apply_layer(self.number, self.ffn_input)
+        )
+        choice = choice[..., None]
+        result = torch.where(choice == FFN_SMALL, small, torch.zeros_like(output))
+        return torch.where(choice == FFN_BIG, output, result)
+
+    # Precision -----------------------------------------------------------------------------------------
+
+    def keep_channels(self, site: int, x: Tensor, counts: list[IntArray]) -> Tensor:
+        """x (B, T, C) with all but the largest contributions zeroed; x itself if all are kept."""
+        width = x.shape[-1]
+        if all((c >= width).all() for c in counts):
+            return x
+        keep = self.run._pass.column(counts, width, x.device)
+        magnitude = x.abs()
+        order = magnitude.argsort(dim=-1, descending=True, stable=True)
+        ranks = torch.empty_like(order)
+        ranks.scatter_(-1, order, torch.arange(width, device=x.device).expand_as(order))
+        return torch.where(ranks < keep[..., None], x, torch.zeros_like(x))
+
+    def soft_channels(self, site: int, x: Tensor, levels: Tensor) -> Tensor:
+        """Soft mask (B, T, C) over the channels of x."""
+        assert self.run._soft is not None
+        magnitude = x.detach().float().abs()
+        mask = self.run._modulator.dopamine.mask(
+            levels[..., _DOPAMINE], site, magnitude, self.run._soft.temperature
+        )
+        return mask.to(x.dtype)
+
+    def fewer_bits(self, site: int) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
+        """A hook on a projection that recomputes the tokens whose weights have fewer bits."""
+
+        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+            if self.run._soft is not None:
+                return None
+            if site < 2:
+                if all(d.rest for d in self.attention_decision):
+                    return None
+                parts = [d.bits[:, site] for d in self.attention_decision]
+            else:
+                if all(d.rest for d in self.ffn_decision):
+                    return None
+                parts = [d.bits[:, site - 2] for d in self.ffn_decision]
+            if all((p == FULL_BITS).all() for p in parts):
+                return None
+            assert isinstance(module, nn.Linear)
+            if module not in self._nested:
+                self._nested[module] = NestedWeight.quantize(module.weight.detach().t().contiguous())
+            bits = self.run._pass.column(parts, FULL_BITS, output.device)
+            result = output
+            for b in sorted(set(bits.unique().tolist()) - {FULL_BITS}):
+                weight = self._nested[module].dequantize(int(b)).to(output.dtype).t()
+                coarse = nn.functional.linear(args[0], weight, module.bias)
+                result = torch.where((bits == b)[..., None], coarse, result)
+            return result
+
+        return hook
+
+
+_DOPAMINE, _SEROTONIN, _GABA = index("dopamine"), index("serotonin"), index("gaba")

@@ -1,0 +1,144 @@
+"""Masked attention, dense arithmetic: the reference's own attention functions.
+
+`register` adds one named function per base implementation to transformers' registry (`vesicle_sdpa`,
+`vesicle_eager`). Each one is its base, bit for bit, until a layer's hook passes a `BlockRule` through the
+attention module's keyword arguments; nothing is patched and nothing is kept between calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vesicle.blocks import rank_blocks, selected_blocks, summarise
+from vesicle.effectors import GabaSparsity
+from vesicle.plan import BLOCK
+
+PREFIX = "vesicle_"
+BASES = ("sdpa", "eager")
+RULE = "vesicle_rule"
+"""Keyword under which the rule travels to the attention function."""
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRule:
+    """Which blocks each query reads.
+
+    Attributes:
+        positions: (B, T) of the queries.
+        offsets: (B,) padding slots before each sequence's first token.
+        kv_blocks: (B, T) blocks read; None for the soft rule.
+        level: (B, T) GABA level, for the soft rule.
+        temperature: Of the soft mask.
+        effector: Names the summary, and makes the soft mask.
+    """
+
+    positions: Tensor
+    offsets: tuple[int, ...]
+    kv_blocks: Tensor | None
+    level: Tensor | None
+    temperature: float
+    effector: GabaSparsity
+
+
+def register() -> None:
+    """Make the named functions known to transformers (idempotent)."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if PREFIX + BASES[0] in ALL_ATTENTION_FUNCTIONS:
+        return
+    for base in BASES:
+        ALL_ATTENTION_FUNCTIONS.register(PREFIX + base, _function(base))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def _function(base: str) -> AttentionFunction:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        rule: BlockRule | None = kwargs.pop(RULE, None)
+        if rule is None:
+            return _base(base, module)(module, query, key, value, attention_mask, **kwargs)
+        return _blockwise(query, key, value, rule, float(kwargs["scaling"])), None
+
+    return attention
+
+
+def _base(name: str, module: nn.Module) -> AttentionFunction:
+    if name == "sdpa":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward
+    # Every model file defines its own eager function beside its attention class.
+    import sys
+
+    eager: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]  # by convention of transformers
+    return eager
+
+
+def _blockwise(query: Tensor, key: Tensor, value: Tensor, rule: BlockRule, scale: float) -> Tensor:
+    """Attention over chosen blocks: query (B, H, T, K), keys and values (B, G, S, K) to (B, T, H, K)."""
+    if len(set(rule.offsets)) == 1:
+        return _one_offset(query, key, value, rule, scale, rule.offsets[0], slice(None))
+    rows = [
+        _one_offset(
+            query[b : b + 1], key[b : b + 1], value[b : b + 1], rule, scale, offset, slice(b, b + 1)
+        )
+        for b, offset in enumerate(rule.offsets)
+    ]
+    return torch.cat(rows)
+
+
+def _one_offset(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: BlockRule,
+    scale: float,
+    offset: int,
+    rows: slice,
+) -> Tensor:
+    b, h, t, k = query.shape
+    g = key.shape[1]
+    positions = rule.positions[rows]
+    length = int(positions.max()) + 1  # a static cache is longer than what was written
+    key, value = key[:, :, offset : offset + length], value[:, :, offset : offset + length]
+    with torch.no_grad():
+        rank = rank_blocks(query, summarise(key, rule.effector.summary), positions, scale)
+    slots = torch.arange(length, device=query.device)
+    causal = slots <= positions[:, None, None, :, None]  # (B, 1, 1, T, S)
+    grouped = query.reshape(b, g, h // g, t, k)
+    if rule.kv_blocks is not None:
+        blocks = selected_blocks(rank, rule.kv_blocks[rows])  # (B, T, G, N)
+        allowed = blocks.permute(0, 2, 1, 3)[:, :, None, :, slots // BLOCK] & causal
+        # Padding queries have no position of their own; let them see slot 0 rather than nothing.
+        allowed = allowed | ((slots == 0) & (positions[:, None, None, :, None] <= 0))
+        out = nn.functional.scaled_dot_product_attention(
+            query,
+            key.repeat_interleave(h // g, dim=1),
+            value.repeat_interleave(h // g, dim=1),
+            attn_mask=allowed.expand(b, g, h // g, t, length).reshape(b, h, t, length),
+            scale=scale,
+        )
+        return out.transpose(1, 2).contiguous()
+    assert rule.level is not None
+    visible = positions // BLOCK + 1
+    mask = rule.effector.mask(rule.level[rows], rank, visible, rule.temperature)
+    weights = mask.permute(0, 2, 1, 3)[:, :, None, :, slots // BLOCK]  # (B, G, 1, T, S)
+    scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).float() * scale
+    chances = scores.masked_fill(~causal, -torch.inf).softmax(-1) * weights
+    chances = (chances / chances.sum(-1, keepdim=True).clamp(min=1e-9)).to(value.dtype)
+    out = chances @ value.unsqueeze(2)  # (B, G, R, T, K)
+    return out.reshape(b, h, t, k).transpose(1, 2).contiguous()

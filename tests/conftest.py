@@ -1,0 +1,68 @@
+"""Fixtures shared by all tests; the builders behind them are in `tests/tiny.py`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import CONFIGS, SHAPE, tiny_model, tiny_modulator, tokens
+from vesicle.modulator import Modulator
+from vesicle.shapes import ModelShape
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices are slower on many threads, and one thread repeats itself exactly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def attention(request: pytest.FixtureRequest) -> str:
+    """Both attention implementations of transformers that can be attached to."""
+    return request.param
+
+
+@pytest.fixture(params=list(CONFIGS))
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family and variant."""
+    return request.param
+
+
+@pytest.fixture
+def model(family: str) -> Any:
+    """A tiny random model of every family, fp64, with sdpa attention."""
+    return tiny_model(family)
+
+
+@pytest.fixture
+def llama() -> Any:
+    """One tiny random model, fp64, for what does not depend on the family."""
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """(1, 70) tokens: four complete blocks of cached positions and a part of the fifth."""
+    return tokens(70)
+
+
+@pytest.fixture
+def modulator() -> Modulator:
+    """A modulator for the tiny Llama."""
+    return tiny_modulator(SHAPE)
+
+
+@pytest.fixture
+def shape() -> ModelShape:
+    """The shape of the tiny Llama."""
+    return SHAPE

@@ -1,0 +1,192 @@
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny import SHAPE, random_plan
+from vesicle.cost import (
+    Cost,
+    flops_per_token,
+    price,
+    price_dense,
+    price_tokens,
+    visited_positions,
+)
+from vesicle.plan import FIELDS, Plan, visible_blocks
+from vesicle.shapes import ModelShape, Overhead
+
+TINY = ModelShape(
+    n_layers=1,
+    width=8,
+    n_heads=2,
+    n_kv_heads=1,
+    head_size=4,
+    ffn_width=12,
+    gated=True,
+    vocabulary=10,
+    weight_bytes=2,
+    kv_bytes=2,
+)
+OVERHEAD = Overhead(
+    modulator_flops=50,
+    modulator_bytes=30,
+    ffn_standin_rank=3,
+    attention_standin_rank=2,
+    selection_vectors=2,
+)
+
+
+def one_token(*, ffn: int = 2, attention: int = 1, kv_blocks: int = 2) -> Plan:
+    """Position 37 of a one-layer model: two complete blocks before its own, six positions into it."""
+    return Plan(
+        channels=np.array([[[5, 6, 7, 9]]], np.int32),
+        bits=np.array([[[16, 8, 16, 3]]], np.int32),
+        ffn=np.array([[ffn]], np.int32),
+        attention=np.array([[attention]], np.int32),
+        kv_blocks=np.array([[kv_blocks]], np.int32),
+    )
+
+
+# Outputs per channel: queries 8 + keys and values 8 = 16; 8; gate and up 24; 8.
+Q_K_V, OUT, GATE_UP, DOWN = 5 * 16, 6 * 8, 7 * 24, 9 * 8
+HEAD, HEAD_BYTES = 2 * 8 * 10, 8 * 10 * 2
+HELD = 38 * 2 * 4 * 2
+
+
+def test_by_hand():
+    assert price(one_token(), TINY, first_position=37) == Cost(
+        flops_linear=2 * (Q_K_V + OUT + GATE_UP + DOWN),
+        flops_attention=4 * 8 * (16 + 6),
+        flops_selection=2 * 8 * 2,
+        flops_head=HEAD,
+        weight_bytes=Q_K_V * 2 + OUT * 9 // 8 + GATE_UP * 2 + DOWN * 4 // 8 + HEAD_BYTES,
+        kv_bytes_read=4 * 2 * (2 * 22 + 2),
+        kv_bytes_held=HELD,
+    )
+
+
+def test_by_hand_all_blocks():
+    cost = price(one_token(kv_blocks=3), TINY, first_position=37)
+    assert cost.flops_attention == 4 * 8 * 38
+    assert cost.flops_selection == 0
+    assert cost.kv_bytes_read == 4 * 2 * 2 * 38
+
+
+@pytest.mark.parametrize("ffn", [0, 1])
+def test_by_hand_skipped(ffn: int):
+    standins = 2 + 3 * ffn
+    assert price(one_token(ffn=ffn, attention=0), TINY, OVERHEAD, first_position=37) == Cost(
+        flops_linear=2 * 5 * 8,  # keys and values are written all the same
+        flops_standin=4 * 8 * standins,
+        flops_modulator=50,
+        flops_head=HEAD,
+        weight_bytes=5 * 8 * 2 + 2 * 8 * standins * 2 + 30 + HEAD_BYTES,
+        kv_bytes_held=HELD,
+    )
+
+
+def test_by_hand_two_summary_vectors():
+    cost = price(one_token(), TINY, OVERHEAD, first_position=37)
+    assert cost.flops_selection == 2 * 2 * 8 * 2
+    assert cost.kv_bytes_read == 4 * 2 * (2 * 22 + 2 * 2)
+
+
+def test_rest_is_dense(shape: ModelShape):
+    dense = price_dense(shape, 40)
+    assert price(Plan.rest(shape, 40), shape) == dense
+    assert dense.flops_selection == dense.flops_standin == dense.flops_modulator == 0
+    assert dense.kv_bytes_held == 40 * 3 * 2 * 24 * 4
+    by_token = [flops_per_token(shape, t + 1) for t in range(40)]
+    assert dense.flops_total == sum(by_token)
+    assert dense.ratio(dense) == dict.fromkeys(dense.ratio(dense), 1.0)
+
+
+def test_a_plain_ffn_costs_two_thirds_of_a_gated_one(shape: ModelShape):
+    plain = price_dense(replace(shape, gated=False), 1)
+    assert price_dense(shape, 1).flops_linear - plain.flops_linear == 3 * 2 * 48 * 80
+
+
+def test_first_position_and_tokens_add_up(shape: ModelShape, rng: np.random.Generator):
+    plan = random_plan(shape, 70, rng)
+    whole = price(plan, shape, OVERHEAD)
+    parts = [
+        price(plan.tokens(a, b), shape, OVERHEAD, first_position=a)
+        for a, b in ((0, 1), (1, 18), (18, 47), (47, 70))
+    ]
+    assert sum(parts[1:], parts[0]) == whole
+    for name, values in price_tokens(plan, shape, OVERHEAD).items():
+        assert values.shape == (70,)
+        assert values.sum() == getattr(whole, name)
+    assert price_dense(shape, 30) + price_dense(shape, 40, first_position=30) == price_dense(
+        shape, 70
+    )
+
+
+def test_the_head_is_paid_where_logits_are_asked_for(shape: ModelShape):
+    asked = np.zeros(40, bool)
+    asked[[3, 39]] = True
+    every, some = price_dense(shape, 40), price_dense(shape, 40, with_logits=asked)
+    assert some.flops_head == 2 * 2 * 48 * 97
+    assert every.flops_head == 40 * 2 * 48 * 97
+    assert every.weight_bytes - some.weight_bytes == 38 * 48 * 97 * 4
+    assert every.flops_linear == some.flops_linear
+
+
+def test_an_empty_plan_costs_nothing(shape: ModelShape):
+    assert price(Plan.rest(shape, 0), shape) == Cost()
+
+
+def test_addition():
+    first = Cost(**{f.name: 10 + i for i, f in enumerate(fields(Cost))})
+    second = Cost(**{f.name: 100 - i for i, f in enumerate(fields(Cost))})
+    total = first + second
+    assert total.kv_bytes_held == 92
+    assert all(getattr(total, f.name) == 110 for f in fields(Cost) if f.name != "kv_bytes_held")
+    assert total.flops_total == 6 * 110
+    assert total.summary()["bytes_read"] == total.bytes_read == 220
+    assert total.ratio(Cost())["flops"] == 660  # nothing to compare with: no division by zero
+
+
+def test_visited_positions_are_those_attended_to():
+    for position in (0, 5, 15, 16, 37, 79):
+        own = position // 16
+        for blocks in range(1 if own == 0 else 2, own + 2):
+            # The first ones and the query's own, as any selection: complete ones are all alike.
+            chosen = {*range(blocks - 1), own}
+            expected = sum(s // 16 in chosen for s in range(position + 1))
+            given_blocks, at = np.array([blocks], np.int32), np.array([position], np.int32)
+            assert visited_positions(given_blocks, at).tolist() == [expected]
+    every = np.arange(100, dtype=np.int32)
+    assert (visited_positions(visible_blocks(every), every) == every + 1).all()
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    name=st.sampled_from(list(FIELDS)),
+    vectors=st.sampled_from([1, 2]),
+)
+def test_raising_any_field_never_lowers_the_cost(seed: int, name: str, vectors: int):
+    """In contexts of up to 16 complete blocks; beyond, choosing nearly all costs more than reading all."""
+    rng = np.random.default_rng(seed)
+    plan, other = random_plan(SHAPE, 60, rng), random_plan(SHAPE, 60, rng)
+    more = replace(plan, **{name: np.maximum(getattr(plan, name), getattr(other, name))})
+    overhead = replace(OVERHEAD, selection_vectors=vectors)
+    low, high = price(plan, SHAPE, overhead), price(more, SHAPE, overhead)
+    assert low.flops_total <= high.flops_total
+    assert low.bytes_read <= high.bytes_read
+    assert high.flops_total <= price_dense(SHAPE, 60).flops_total + high.flops_selection + (
+        high.flops_standin + high.flops_modulator
+    )
+
+
+def test_choosing_nearly_all_blocks_costs_more_than_reading_all(shape: ModelShape):
+    """The one exception, so that no one is surprised: the estimate is paid whatever is read."""
+    rest = Plan.rest(shape, 1024).tokens(1000)
+    fewer = replace(rest, kv_blocks=rest.kv_blocks - 1)
+    assert (
+        price(fewer, shape, first_position=1000).flops_total
+        > price(rest, shape, first_position=1000).flops_total
+    )

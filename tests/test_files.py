@@ -1,0 +1,170 @@
+import errno
+import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from vesicle import files
+from vesicle.errors import BudgetError, DataError, ModelError, VesicleError
+
+Writer = Callable[[Path], AbstractContextManager[Path]]
+
+
+def write_then_fail(writing: AbstractContextManager[Path], error: BaseException) -> None:
+    with writing as part:
+        (part / "x" if part.is_dir() else part).write_bytes(bytes(2_000_000))
+        raise error
+
+
+def test_errors_are_one_line_and_told_apart():
+    assert str(ModelError("first\n   second")) == "first second"
+    assert issubclass(BudgetError, ValueError)
+    assert issubclass(DataError, VesicleError)
+
+
+def test_atomic_path_replaces_only_at_the_end(tmp_path: Path):
+    target = tmp_path / "new" / "result.txt"
+    with files.atomic_path(target) as part:
+        part.write_text("first")
+        assert part.parent == target.parent
+        assert part.suffix == ".txt"
+        assert not target.exists()
+    assert target.read_text() == "first"
+    with files.atomic_path(target) as part:
+        part.write_text("second")
+        assert target.read_text() == "first"
+    assert target.read_text() == "second"
+    assert os.listdir(target.parent) == ["result.txt"]
+
+
+def test_atomic_folder_replaces_whole(tmp_path: Path):
+    target = tmp_path / "model"
+    for name in ("old", "new"):
+        with files.atomic_folder(target) as part:
+            (part / name).write_text(name)
+    assert os.listdir(target) == ["new"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("writer", [files.atomic_path, files.atomic_folder, files.scratch_folder])
+def test_failure_leaves_nothing(tmp_path: Path, writer: Writer, failure: type[BaseException]):
+    with pytest.raises(failure):
+        write_then_fail(writer(tmp_path / "sub" / "target"), failure())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert not (tmp_path / "sub" / "target").is_file()
+
+
+@pytest.mark.parametrize("writer", [files.atomic_path, files.atomic_folder])
+def test_full_disk_is_one_clear_line(tmp_path: Path, writer: Writer):
+    errors = (
+        OSError(errno.ENOSPC, "No space left on device"),
+        Exception("os: No space left on device"),
+    )
+    for error in errors:
+        with pytest.raises(VesicleError, match=r"no space left in .* needs 2 MB or more"):
+            write_then_fail(writer(tmp_path / "target"), error)
+    assert os.listdir(tmp_path) == []
+
+
+def test_too_little_space_is_told_before_writing(tmp_path: Path):
+    with pytest.raises(VesicleError, match=r"needs 1000000000000 MB"):
+        with files.atomic_folder(tmp_path / "target", needs_bytes=10**18):
+            pytest.fail("the body ran")
+    assert os.listdir(tmp_path) == []
+
+
+def test_scratch_folder_is_always_deleted(tmp_path: Path):
+    with files.scratch_folder(tmp_path / "cache") as work:
+        (work / "x").write_text("x")
+        assert files.folder_bytes(work) == 1
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_left_overs_of_killed_processes_are_removed(tmp_path: Path):
+    old, young = (tmp_path / f".vesicle-tmp-{age}-model" for age in ("old", "young"))
+    old.mkdir()
+    young.mkdir()
+    os.utime(old, (0, 0))
+    with files.atomic_folder(tmp_path / "model"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [young.name, "model"]
+
+
+def test_wrong_kinds_of_target(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VesicleError, match="it is a folder"), files.atomic_path(tmp_path):
+        pass
+    with pytest.raises(VesicleError, match="it is a file"), files.atomic_folder(tmp_path / "file"):
+        pass
+    with pytest.raises(VesicleError, match="cannot write"):
+        files.write_json(tmp_path / "file" / "below.json", 1)
+    with files.atomic_path(os.devnull) as part:
+        assert part == Path(os.devnull)
+    assert Path(os.devnull).is_char_device()
+
+
+def test_a_link_stays_a_link(tmp_path: Path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    with files.atomic_path(tmp_path / "link") as part:
+        part.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+def test_errors_of_the_body_pass_through(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), files.atomic_path(tmp_path / "x"):
+        (tmp_path / "other").read_text()
+
+
+def test_json_round_trip(tmp_path: Path):
+    value = {"text": "naïve 🙂 \udc80", "numbers": [1, 2.5, None]}
+    files.write_json(tmp_path / "x.json", value)
+    assert "🙂" in (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert files.read_json(tmp_path / "x.json") == value
+
+
+def test_json_refuses_nan_and_keeps_the_old_file(tmp_path: Path):
+    path = tmp_path / "x.json"
+    files.write_json(path, 1)
+    with pytest.raises(VesicleError, match="NaN or infinity"):
+        files.write_json(path, {"loss": math.nan})
+    assert json.loads(path.read_text()) == 1
+
+
+def test_json_that_is_none(tmp_path: Path):
+    (tmp_path / "x.json").write_text('{"a": 1,\n "b": }')
+    with pytest.raises(DataError, match=r"x.json is not valid JSON: .* line 2 column 7"):
+        files.read_json(tmp_path / "x.json")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match="deep"):
+        files.read_json(tmp_path / "deep.json")
+
+
+def test_text(tmp_path: Path):
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"\xef\xbb\xbfna\xc3\xafve\r\n")
+    assert files.read_text(path) == "naïve\r\n"
+    path.write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match=r"byte 0xff at offset 3"):
+        files.read_text(path)
+    with pytest.raises(DataError, match="No such file"):
+        files.read_text(tmp_path / "none")
+    with pytest.raises(DataError, match="directory"):
+        files.read_text(tmp_path)
+
+
+def test_cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VESICLE_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_root() == tmp_path / "own"
+    monkeypatch.setenv("VESICLE_CACHE", "")
+    assert files.cache_root() == tmp_path / "xdg" / "vesicle"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert files.cache_root() == tmp_path / ".cache" / "vesicle"

@@ -1,0 +1,220 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.tiny import random_plan
+from vesicle.errors import VesicleError
+from vesicle.plan import (
+    FIELDS,
+    Dense,
+    Plan,
+    PlanBuilder,
+    Replay,
+    resting_attention,
+    resting_ffn,
+    visible_blocks,
+)
+from vesicle.shapes import ModelShape
+
+T = 40
+
+
+@pytest.fixture
+def plan(shape: ModelShape, rng: np.random.Generator) -> Plan:
+    return random_plan(shape, T, rng)
+
+
+def test_visible_blocks():
+    positions = np.array([0, 15, 16, 31, 32, 1000], np.int32)
+    assert visible_blocks(positions).tolist() == [1, 1, 2, 2, 3, 63]
+
+
+def test_rest_fits_and_says_dense(shape: ModelShape):
+    rest = Plan.rest(shape, T)
+    rest.check(shape)
+    assert (rest.n_tokens, rest.n_layers) == (T, shape.n_layers)
+    assert rest.channels[5, 1].tolist() == [48, 48, 48, 80]
+    assert (rest.bits == 16).all()
+    assert (rest.ffn == 2).all()
+    assert (rest.attention == 1).all()
+    assert rest.kv_blocks[[0, 15, 16, 39], 2].tolist() == [1, 1, 2, 3]
+
+
+def test_random_plans_fit_and_vary_every_field(plan: Plan, shape: ModelShape):
+    plan.check(shape)
+    for name in FIELDS:
+        assert len(np.unique(getattr(plan, name))) > 1
+
+
+BAD = [
+    ("channels", 0, "1 to 80"),
+    ("channels", 81, "1 to 80"),
+    ("channels", -3, "1 to 80"),
+    ("bits", 5, "2, 3, 4, 8, 16"),
+    ("bits", 0, "2, 3, 4, 8, 16"),
+    ("bits", 32, "2, 3, 4, 8, 16"),
+    ("ffn", 3, "0 to 2"),
+    ("ffn", -1, "0 to 2"),
+    ("attention", 2, "0 to 1"),
+    ("attention", -1, "0 to 1"),
+    ("kv_blocks", 1, "2 to 3"),
+    ("kv_blocks", 4, "2 to 3"),
+    ("kv_blocks", 0, "2 to 3"),
+]
+
+
+def test_every_field_has_bad_values():
+    assert {name for name, _, _ in BAD} == set(FIELDS)
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), BAD)
+def test_check_names_field_value_and_allowed(
+    plan: Plan, shape: ModelShape, name: str, value: int, allowed: str
+):
+    values = getattr(plan, name).copy()
+    where = (37, 1, 3) if FIELDS[name] else (37, 1)
+    values[where] = value
+    with pytest.raises(VesicleError) as caught:
+        replace(plan, **{name: values}).check(shape)
+    assert str(caught.value) == f"plan field {name!r} is {value} at {where}; allowed: {allowed}"
+
+
+def test_check_knows_each_sites_width_and_each_tokens_blocks(plan: Plan, shape: ModelShape):
+    channels, blocks = plan.channels.copy(), plan.kv_blocks.copy()
+    channels[0, 0, 2] = 49  # fits ffn_out only
+    blocks[3, 0] = 2  # one block is visible so early
+    with pytest.raises(VesicleError, match=r"'channels' is 49 at \(0, 0, 2\); allowed: 1 to 48"):
+        replace(plan, channels=channels).check(shape)
+    with pytest.raises(VesicleError, match=r"'kv_blocks' is 2 at \(3, 0\); allowed: 1 to 1"):
+        replace(plan, kv_blocks=blocks).check(shape)
+
+
+@pytest.mark.parametrize("name", [n for n in FIELDS if n != "ffn"])
+def test_check_refuses_a_wrong_shape(plan: Plan, shape: ModelShape, name: str):
+    with pytest.raises(VesicleError, match=rf"plan field '{name}' has shape \(39, 3"):
+        replace(plan, **{name: getattr(plan, name)[1:]}).check(shape)
+
+
+def test_check_refuses_another_depth(plan: Plan, shape: ModelShape):
+    with pytest.raises(VesicleError, match="plan has 3 layers; this model has 5"):
+        plan.check(replace(shape, n_layers=5))
+
+
+def test_tokens_and_joined(plan: Plan):
+    first, second = plan.tokens(0, 13), plan.tokens(13)
+    assert (first.n_tokens, second.n_tokens) == (13, T - 13)
+    assert first.joined(second).equals(plan)
+    assert not second.joined(first).equals(plan)
+    assert not first.equals(plan)
+    assert plan.tokens(5, 5).n_tokens == 0
+
+
+@pytest.mark.parametrize("name", list(FIELDS))
+def test_equals_sees_every_field(plan: Plan, shape: ModelShape, name: str):
+    assert not replace(plan, **{name: getattr(Plan.rest(shape, T), name)}).equals(plan)
+
+
+def test_save_and_load(plan: Plan, tmp_path: Path):
+    path = tmp_path / "new" / "a.safetensors"
+    plan.save(path)
+    loaded = Plan.load(path)
+    assert loaded.equals(plan)
+    assert all(getattr(loaded, n).dtype == np.int32 for n in FIELDS)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    plan.tokens(0, 3).save(path)
+    assert Plan.load(str(path)).equals(plan.tokens(0, 3))
+
+
+def test_an_empty_plan_is_saved_too(shape: ModelShape, tmp_path: Path):
+    Plan.rest(shape, 0).save(tmp_path / "a")
+    assert Plan.load(tmp_path / "a").n_tokens == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "folder", "empty", "text", "truncated", "header"])
+def test_a_broken_file_is_one_line(plan: Plan, tmp_path: Path, damage: str):
+    path = tmp_path / "a.safetensors"
+    plan.save(path)
+    whole = path.read_bytes()
+    match damage:
+        case "missing":
+            path.unlink()
+        case "folder":
+            path.unlink()
+            path.mkdir()
+        case "empty":
+            path.write_bytes(b"")
+        case "text":
+            path.write_text("not a plan")
+        case "truncated":
+            path.write_bytes(whole[: len(whole) // 2])
+        case "header":
+            path.write_bytes(whole[:8] + b"\0" * 40 + whole[48:])
+    with pytest.raises(VesicleError) as caught:
+        Plan.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_safetensors_file_is_refused(tmp_path: Path, plan: Plan):
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "a.safetensors"
+    arrays = {name: getattr(plan, name) for name in FIELDS}
+    stamp = {"format": "vesicle-plan-1"}
+    save_file({"x": np.zeros(3)}, path)
+    with pytest.raises(VesicleError, match="is not a vesicle plan"):
+        Plan.load(path)
+    save_file({n: a for n, a in arrays.items() if n != "bits"}, path, metadata=stamp)
+    with pytest.raises(VesicleError, match="bits"):
+        Plan.load(path)
+    save_file({**arrays, "ffn": arrays["ffn"].astype(np.int64)}, path, metadata=stamp)
+    with pytest.raises(VesicleError, match="must hold int32"):
+        Plan.load(path)
+
+
+def test_a_loaded_plan_of_wrong_rank_is_refused(tmp_path: Path, plan: Plan, shape: ModelShape):
+    path = tmp_path / "a.safetensors"
+    replace(plan, ffn=plan.ffn[:, 0]).save(path)
+    with pytest.raises(VesicleError, match="ffn"):
+        Plan.load(path).check(shape)
+
+
+def test_builder_collects_layers_and_chunks(plan: Plan, shape: ModelShape):
+    author, builder = Replay(plan).author(shape), PlanBuilder(shape)
+    for start, stop in ((0, 17), (17, 18), (18, T)):
+        positions = np.arange(start, stop, dtype=np.int32)
+        builder.chunk(len(positions))
+        for layer in range(shape.n_layers):
+            builder.attention(layer, author.attention(layer, positions))
+            builder.ffn(layer, author.release(layer, None, positions))  # type: ignore[arg-type]
+        assert builder.build().equals(plan.tokens(0, stop))
+    assert PlanBuilder(shape).build().n_tokens == 0
+
+
+def test_replay_ends_with_its_plan(plan: Plan, shape: ModelShape):
+    author = Replay(plan).author(shape)
+    with pytest.raises(VesicleError, match="the plan covers 40 tokens; token 40 was asked for"):
+        author.attention(0, np.array([39, 40], np.int32))
+
+
+def test_replay_refuses_a_plan_that_does_not_fit(plan: Plan, shape: ModelShape):
+    with pytest.raises(VesicleError, match="plan has 3 layers"):
+        Replay(plan).author(replace(shape, n_layers=2))
+
+
+def test_dense_rests(shape: ModelShape):
+    author, positions = Dense().author(shape), np.arange(30, 35, dtype=np.int32)
+    builder = PlanBuilder(shape)
+    builder.chunk(5)
+    for layer in range(shape.n_layers):
+        attention = author.attention(layer, positions)
+        ffn = author.release(layer, None, positions)  # type: ignore[arg-type]
+        assert attention.rest
+        assert ffn.rest
+        builder.attention(layer, attention)
+        builder.ffn(layer, ffn)
+    assert builder.build().equals(Plan.rest(shape, 35).tokens(30))
+    assert resting_attention(shape, positions[:0]).run.shape == (0,)
+    assert resting_ffn(shape, 0).channels.shape == (0, 2)
