@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -54,6 +54,19 @@ def check_budget(budget: float) -> float:
     if not 0 < budget <= 1:
         raise VesicleError(f"budget is {budget}; allowed: above 0, up to 1")
     return float(budget)
+
+
+_E = TypeVar("_E", bound=Effector)
+
+
+def _effector(effectors: Mapping[str, Effector], kind: type[_E]) -> _E:
+    """The effector of a kind, or its default where there is none."""
+    effector = effectors.get(kind.transmitter)
+    if effector is None:
+        return kind()
+    if not isinstance(effector, kind):
+        raise ValueError(f"{kind.transmitter} needs a {kind.__name__}, got {type(effector).__name__}")
+    return effector
 
 
 @dataclass(kw_only=True)
@@ -99,6 +112,9 @@ class Modulator(nn.Module):
         n_layers, width = predictor.config.n_layers, predictor.config.width
         self.predictor = predictor
         self.effectors = dict(effectors)
+        self._dopamine = _effector(effectors, DopaminePrecision)
+        self._serotonin = _effector(effectors, SerotoninDepth)
+        self._gaba = _effector(effectors, GabaSparsity)
         self.info = info
         self.ffn_standin = ffn_standin or StandIns(n_layers, width, 1)
         self.attention_standin = attention_standin or StandIns(n_layers, width, 1)
@@ -148,23 +164,17 @@ class Modulator(nn.Module):
     @property
     def dopamine(self) -> DopaminePrecision:
         """The dopamine effector (a resting default if there is none)."""
-        effector = self.effectors.get("dopamine", DopaminePrecision())
-        assert isinstance(effector, DopaminePrecision)
-        return effector
+        return self._dopamine
 
     @property
     def serotonin(self) -> SerotoninDepth:
         """The serotonin effector."""
-        effector = self.effectors.get("serotonin", SerotoninDepth())
-        assert isinstance(effector, SerotoninDepth)
-        return effector
+        return self._serotonin
 
     @property
     def gaba(self) -> GabaSparsity:
         """The GABA effector."""
-        effector = self.effectors.get("gaba", GabaSparsity())
-        assert isinstance(effector, GabaSparsity)
-        return effector
+        return self._gaba
 
     @property
     def equipment(self) -> Equipment:
@@ -267,7 +277,7 @@ class Modulator(nn.Module):
             raise VesicleError(f"{folder / _CONFIG} is not a {FORMAT} file")
         try:
             modulator = cls._from_dict(values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise VesicleError(f"{folder / _CONFIG}: {error}") from error
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -282,6 +292,10 @@ class Modulator(nn.Module):
 
     @classmethod
     def _from_dict(cls, values: dict[str, Any]) -> Self:
+        known = {"format", "predictor", "effectors", "ffn_rank", "attention_rank"}
+        unknown = set(values) - known - {f.name for f in fields(ModulatorInfo)}
+        if unknown:
+            raise ValueError(f"unknown setting {sorted(unknown)[0]!r}")
         predictor = dict(values["predictor"])
         kind = predictor.pop("kind")
         predictor["transmitters"] = tuple(predictor["transmitters"])
@@ -424,10 +438,8 @@ def decide_attention(
     effector = modulator.dopamine
     bits = effector.bits(dopamine)
     return AttentionDecision(
-        channels=np.stack(
-            [effector.channels(dopamine, site, shape.site_widths[site]) for site in (0, 1)], axis=1
-        ),
-        bits=np.stack([bits, bits], axis=1),
+        channels=effector.channels(dopamine, slice(0, 2), np.array(shape.site_widths[:2])),
+        bits=np.repeat(bits[:, None], 2, axis=1),
         run=modulator.serotonin.run(levels[:, _SEROTONIN]),
         kv_blocks=modulator.gaba.blocks(levels[:, _GABA], visible_blocks(positions)),
         rest=False,
@@ -440,10 +452,8 @@ def decide_ffn(modulator: Modulator, shape: ModelShape, levels: FloatArray) -> F
     effector = modulator.dopamine
     bits = effector.bits(dopamine)
     return FfnDecision(
-        channels=np.stack(
-            [effector.channels(dopamine, site, shape.site_widths[site]) for site in (2, 3)], axis=1
-        ),
-        bits=np.stack([bits, bits], axis=1),
+        channels=effector.channels(dopamine, slice(2, 4), np.array(shape.site_widths[2:])),
+        bits=np.repeat(bits[:, None], 2, axis=1),
         module=modulator.serotonin.module(levels[:, _SEROTONIN]),
         rest=False,
     )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.effectors.test_effectors import read_channels
 from vesicle.effectors import DopaminePrecision, GabaSparsity, SerotoninDepth
 
 LADDER = ((0.9, 16), (0.7, 8), (0.5, 4), (0.3, 3), (0.0, 2))
@@ -12,17 +13,17 @@ LADDER = ((0.9, 16), (0.7, 8), (0.5, 4), (0.3, 3), (0.0, 2))
 def test_channels():
     effector = DopaminePrecision(site_rates=(1.0, 0.5, 2.0, 0.0), floor=0.1)
     level = np.array([1.0, 0.99, 0.5, 0.0])
-    assert effector.channels(level, 0, 48).tolist() == [48, 48, 24, 5]
-    assert effector.channels(level, 1, 48).tolist() == [48, 48, 36, 24]
-    assert effector.channels(level, 2, 48).tolist() == [48, 48, 5, 5]
-    assert effector.channels(level, 3, 48).tolist() == [48, 48, 48, 48]
+    assert read_channels(effector, level, 0, 48).tolist() == [48, 48, 24, 5]
+    assert read_channels(effector, level, 1, 48).tolist() == [48, 48, 36, 24]
+    assert read_channels(effector, level, 2, 48).tolist() == [48, 48, 5, 5]
+    assert read_channels(effector, level, 3, 48).tolist() == [48, 48, 48, 48]
 
 
 @pytest.mark.parametrize("width", [48, 80, 576, 1536])
 def test_a_level_of_k_in_c_reads_k_channels(width: int):
     every = np.arange(1, width + 1)
     effector = DopaminePrecision(floor=1e-4)
-    assert (effector.channels(every / width, 0, width) == every).all()
+    assert (read_channels(effector, every / width, 0, width) == every).all()
 
 
 def test_bits():
@@ -53,7 +54,25 @@ def test_soft_amounts_round_up_to_the_decision():
     dopamine = DopaminePrecision(site_rates=(0.5, 1.0, 2.0, 1.0))
     for site in range(4):
         share = dopamine.share(soft_level, site).numpy()
-        assert (np.ceil(share * 80 - 1e-9) == dopamine.channels(level, site, 80)).all()
+        assert (np.ceil(share * 80 - 1e-9) == read_channels(dopamine, level, site)).all()
     gaba = GabaSparsity(least=2)
     count = gaba.count(soft_level, torch.from_numpy(visible).double()).numpy()
     assert (np.ceil(count - 1e-9) == gaba.blocks(level, visible)).all()
+
+
+def test_all_sites_at_once_are_each_alone():
+    effector, widths = DopaminePrecision(site_rates=(0.2, 0.5, 1.0, 2.0)), np.array([48, 64, 48, 80])
+    level = np.random.default_rng(0).uniform(0, 1, 50)
+    together = effector.channels(level, slice(0, 4), widths)
+    assert together.shape == (50, 4)
+    for site, width in enumerate(widths):
+        assert (together[:, site] == read_channels(effector, level, site, width)).all()
+
+
+def test_ties_go_to_the_lower_channels():
+    """Query heads that share a KV head are equal at the first token, so ties do happen."""
+    effector = DopaminePrecision()
+    magnitude = torch.tensor([[[3.0, 1.0, 2.0, 2.0, 2.0, 0.0]]])
+    for kept, channels in ((2, [0, 2]), (3, [0, 2, 3]), (4, [0, 2, 3, 4]), (5, [0, 1, 2, 3, 4])):
+        mask = effector.mask(torch.tensor([[kept / 6]]), 0, magnitude, 0.0)
+        assert mask[0, 0].nonzero().flatten().tolist() == channels

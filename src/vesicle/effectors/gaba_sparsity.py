@@ -78,9 +78,11 @@ class GabaSparsity(Effector):
         n = visible.to(level.dtype)
         count = self.count(level, n)
         width = (temperature if temperature > 0 else 0.1) * n
-        soft = torch.sigmoid((count[..., None, None] + 0.5 - rank) / width[..., None, None])
+        read = (count.detach() - 1e-6).ceil()
+        edge = read + 0.5 + (count - count.detach())  # between two ranks, so that the mask tends to 0 or 1
+        soft = torch.sigmoid((edge[..., None, None] - rank) / width[..., None, None])
         if temperature == 0:
-            hard = (rank <= (count.detach() - 1e-6).ceil()[..., None, None]).to(soft.dtype)
+            hard = (rank <= read[..., None, None]).to(soft.dtype)
             soft = hard + (soft - soft.detach())
         always = (rank <= 2) | (level >= 1.0)[..., None, None]
         return torch.where(always, torch.ones_like(soft), soft)

@@ -40,21 +40,56 @@ def attend(
     visible = visible_blocks(positions)
     if (kv_blocks >= visible).all():
         return _dense(query, cache, positions, scale), positions + 1, np.zeros_like(positions)
-    t, h, k = query.shape
-    rank = rank_blocks(
-        query.transpose(0, 1)[None],
-        cache.summaries(summary)[None],
-        torch.from_numpy(positions)[None],
-        scale,
-    )[0]  # (T, G, N)
-    most = int(kv_blocks.max())
-    # Blocks in rising order, those not chosen (pushed beyond the last) at the end.
-    chosen = rank <= torch.from_numpy(kv_blocks)[:, None, None]
-    number = torch.arange(rank.shape[-1]).expand_as(rank)
-    listed = torch.where(chosen, number, 1 << 30).sort(-1).values[..., :most].to(torch.int32)
-    out, visited = _blockwise(query, cache, listed.contiguous(), kv_blocks, positions, scale)
-    compared = np.where(kv_blocks < visible, positions // BLOCK, 0).astype(np.int32)
+    listed, compared = _choose(query, cache, positions, kv_blocks, scale, summary)
+    out, visited = _blockwise(query, cache, listed, kv_blocks, positions, scale)
     return out, visited, compared
+
+
+def _choose(
+    query: Tensor,
+    cache: LayerCache,
+    positions: IntArray,
+    kv_blocks: IntArray,
+    scale: float,
+    summary: str,
+) -> tuple[Tensor, IntArray]:
+    """Blocks (T, G, most) int32 in rising order, the first kv_blocks[t] valid; (T,) summaries compared."""
+    t, h, k = query.shape
+    summaries = cache.summaries(summary)
+    most = int(kv_blocks.max())
+    kernels = library()
+    if kernels is None or query.dtype != torch.float32 or query.is_cuda:
+        rank = rank_blocks(
+            query.transpose(0, 1)[None], summaries[None], torch.from_numpy(positions)[None], scale
+        )[0]  # (T, G, N)
+        chosen = rank <= torch.from_numpy(kv_blocks)[:, None, None]
+        number = torch.arange(rank.shape[-1]).expand_as(rank)
+        listed = torch.where(chosen, number, 1 << 30).sort(-1).values[..., :most]
+        compared = np.where(kv_blocks < visible_blocks(positions), positions // BLOCK, 0)
+        return listed.to(torch.int32).contiguous(), compared.astype(np.int32)
+    query = query.contiguous()
+    g, _, vectors, _ = summaries.shape
+    listed = torch.empty(t, g, most, dtype=torch.int32)
+    compared = np.empty(t, np.int32)
+    kv_blocks = np.ascontiguousarray(kv_blocks, np.int32)
+    positions = np.ascontiguousarray(positions, np.int32)
+    kernels.vesicle_choose_blocks_f32(
+        query.data_ptr(),
+        summaries.data_ptr(),
+        kv_blocks.ctypes.data,
+        positions.ctypes.data,
+        t,
+        h,
+        g,
+        k,
+        summaries.stride(0) // (vectors * k),
+        vectors,
+        most,
+        scale,
+        listed.data_ptr(),
+        compared.ctypes.data,
+    )
+    return listed, compared
 
 
 def _dense(query: Tensor, cache: LayerCache, positions: IntArray, scale: float) -> Tensor:

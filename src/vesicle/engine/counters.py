@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from vesicle.plan import FULL_BITS, IntArray
 from vesicle.shapes import ModelShape, Overhead
 
+_ALL = slice(None)
+
 
 class Counters:
     """Running totals (N,) of a pass over N tokens."""
@@ -15,10 +17,13 @@ class Counters:
     def __init__(self, shape: ModelShape, n_tokens: int) -> None:
         """All zero."""
         self._shape = shape
-        self._linear = np.zeros(n_tokens, np.int64)
-        self._eighths = np.zeros(n_tokens, np.int64)
-        self._visited = np.zeros(n_tokens, np.int64)
-        self._compared = np.zeros(n_tokens, np.int64)
+        # Written layer by layer and added up once per pass: decoding is too fast for sums as it goes.
+        sites = (shape.n_layers, 4, n_tokens)
+        self._rows = np.zeros(sites, np.int64)
+        self._outputs = np.zeros(sites, np.int64)
+        self._bits = np.full(sites, FULL_BITS, np.int64)
+        self._visited = np.zeros((shape.n_layers, n_tokens), np.int64)
+        self._compared = np.zeros((shape.n_layers, n_tokens), np.int64)
         self._standin = np.zeros(n_tokens, np.int64)
         self._modulator_flops = np.zeros(n_tokens, np.int64)
         self._modulator_bytes = np.zeros(n_tokens, np.int64)
@@ -31,24 +36,19 @@ class Counters:
         rows_read: IntArray,
         outputs: IntArray | int,
         bits: IntArray,
-        tokens: IntArray | None = None,
+        tokens: IntArray | slice = _ALL,
     ) -> None:
         """Rows of a weight read at a site, each of `outputs` numbers of `bits` bits."""
-        numbers = rows_read.astype(np.int64) * outputs
-        eighths = numbers * np.where(bits == FULL_BITS, 8 * self._shape.weight_bytes, bits + 1)
-        if tokens is None:
-            self._linear += numbers
-            self._eighths += eighths
-        else:
-            self._linear[tokens] += numbers
-            self._eighths[tokens] += eighths
+        self._rows[layer, site, tokens] = rows_read
+        self._outputs[layer, site, tokens] = outputs
+        self._bits[layer, site, tokens] = bits
 
     def attention(
         self, layer: int, tokens: IntArray, visited: IntArray, compared: IntArray, vectors: int
     ) -> None:
         """Positions read by queries, and block summaries compared to choose them."""
-        self._visited[tokens] += visited
-        self._compared[tokens] += compared.astype(np.int64) * vectors
+        self._visited[layer, tokens] = visited
+        self._compared[layer, tokens] = compared.astype(np.int64) * vectors
 
     def stand_in(self, tokens: IntArray, rank: int) -> None:
         """A stand-in of `rank` run for tokens."""
@@ -66,19 +66,23 @@ class Counters:
     def totals(self, rows: slice) -> dict[str, NDArray[np.int64]]:
         """Fields of `cost.Cost` (but the bytes held) for a slice of tokens."""
         shape = self._shape
+        numbers = self._rows[..., rows] * self._outputs[..., rows]
+        bits = self._bits[..., rows]
+        eighths = numbers * np.where(bits == FULL_BITS, 8 * shape.weight_bytes, bits + 1)
+        visited, compared = self._visited[:, rows].sum(0), self._compared[:, rows].sum(0)
         head = self._heads[rows] * shape.width * shape.vocabulary
         standin = self._standin[rows] * 2 * shape.width
         return {
-            "flops_linear": 2 * self._linear[rows],
-            "flops_attention": 4 * shape.query_width * self._visited[rows],
-            "flops_selection": 2 * shape.query_width * self._compared[rows],
+            "flops_linear": 2 * numbers.sum((0, 1)),
+            "flops_attention": 4 * shape.query_width * visited,
+            "flops_selection": 2 * shape.query_width * compared,
             "flops_standin": 2 * standin,
             "flops_modulator": self._modulator_flops[rows],
             "flops_head": 2 * head,
-            "weight_bytes": self._eighths[rows] // 8
+            "weight_bytes": eighths.sum((0, 1)) // 8
             + (standin + head) * shape.weight_bytes
             + self._modulator_bytes[rows],
             "kv_bytes_read": shape.kv_width
             * shape.kv_bytes
-            * (2 * self._visited[rows] + self._compared[rows]),
+            * (2 * visited + compared),
         }

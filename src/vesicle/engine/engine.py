@@ -312,7 +312,7 @@ class _Pass:
                         columns,
                     )
                     joint[index, : part.shape[1]] = part
-        outputs = np.where(runs, w.attention_in.n_out, 2 * kv)
+        outputs = w.attention_in.n_out if runs.all() else np.where(runs, w.attention_in.n_out, 2 * kv)
         self.counters.projection(0, number, read, outputs, decision.bits[:, 0])
 
         size = shape.head_size
@@ -411,7 +411,7 @@ class _Pass:
         """The FFN's contribution to the residual stream, (N, D), from its normed input."""
         big = decision.module == FFN_BIG
         if big.all():
-            return self.big_ffn(number, x, decision, np.arange(len(big)))
+            return self.big_ffn(number, x, decision, None)
         result = torch.zeros_like(x)
         if big.any():
             rows = np.nonzero(big)[0]
@@ -420,19 +420,22 @@ class _Pass:
         self.stand_in("ffn", number, x, decision.module == FFN_SMALL, result)
         return result
 
-    def big_ffn(self, number: int, x: Tensor, decision: FfnDecision, rows: IntArray) -> Tensor:
-        """The FFN itself on the tokens `rows`, x (len(rows), D)."""
+    def big_ffn(
+        self, number: int, x: Tensor, decision: FfnDecision, rows: IntArray | None
+    ) -> Tensor:
+        """The FFN itself on the tokens `rows` (all for None), x (len(rows), D)."""
         engine, w = self.engine, self.engine._weights.layers[number]
-        channels, bits = decision.channels[rows], decision.bits[rows]
+        tokens = slice(None) if rows is None else rows
+        channels, bits = decision.channels[tokens], decision.bits[tokens]
         inner, read = project(x, w.ffn_in, channels[:, 0], bits[:, 0])
-        self.counters.projection(2, number, read, w.ffn_in.n_out, bits[:, 0], rows)
+        self.counters.projection(2, number, read, w.ffn_in.n_out, bits[:, 0], tokens)
         if engine.shape.gated:
             gate, up = inner.chunk(2, dim=-1)
             inner = engine._activation(gate) * up
         else:
             inner = engine._activation(inner)
         out, read = project(inner, w.ffn_out, channels[:, 1], bits[:, 1])
-        self.counters.projection(3, number, read, w.ffn_out.n_out, bits[:, 1], rows)
+        self.counters.projection(3, number, read, w.ffn_out.n_out, bits[:, 1], tokens)
         return out
 
     def stand_in(

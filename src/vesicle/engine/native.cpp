@@ -250,6 +250,66 @@ void vesicle_sparse_linear_bf16(const float* x, const int32_t* counts, int64_t t
   sparse_linear(x, counts, tokens, width, w, stride, columns, bias, y, rows_read);
 }
 
+// Which blocks each query reads: the first, its own, and those of the largest estimated attention mass (see
+// blocks.py, which this follows).
+//   query (tokens, heads, size); summaries (kv_heads, room, vectors, size) of complete blocks
+//   n_blocks, positions (tokens); listed (tokens, kv_heads, most), rising; compared (tokens)
+void vesicle_choose_blocks_f32(const float* query, const float* summaries, const int32_t* n_blocks,
+                               const int32_t* positions, int64_t tokens, int64_t heads, int64_t kv_heads,
+                               int64_t size, int64_t room, int64_t vectors, int64_t most, float scale,
+                               int32_t* listed, int32_t* compared) {
+  const int64_t ratio = heads / kv_heads;
+#pragma omp parallel if (tokens > 1)
+  {
+    std::vector<float> mass, logits;
+    std::vector<int32_t> order;
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int32_t own = positions[t] / 16;
+      const bool all = n_blocks[t] >= own + 1;
+      compared[t] = all ? 0 : own;
+      for (int64_t g = 0; g < kv_heads; ++g) {
+        int32_t* list = listed + (t * kv_heads + g) * most;
+        if (all) {
+          for (int32_t b = 0; b <= own; ++b) list[b] = b;
+          continue;
+        }
+        mass.assign(own, 0.0f);
+        logits.resize(own);
+        for (int64_t r = 0; r < ratio; ++r) {
+          const float* q = query + (t * heads + g * ratio + r) * size;
+          float top = -INFINITY;
+          for (int32_t b = 0; b < own; ++b) {
+            const float* first = summaries + (g * room + b) * vectors * size;
+            float value;
+            if (vectors == 1) {
+              value = dot(q, first, size);
+            } else {
+              value = 0;
+              for (int64_t d = 0; d < size; ++d)
+                value += q[d] > 0 ? q[d] * first[size + d] : q[d] * first[d];
+            }
+            logits[b] = value * scale;
+            top = std::max(top, logits[b]);
+          }
+          float total = 0;
+          for (int32_t b = 0; b < own; ++b) total += std::exp(logits[b] - top);
+          for (int32_t b = 0; b < own; ++b) mass[b] += std::exp(logits[b] - top) / total;
+        }
+        order.clear();
+        for (int32_t b = 1; b < own; ++b) order.push_back(b);
+        const int64_t wanted = n_blocks[t] - 2;
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int32_t a, int32_t b) { return mass[a] > mass[b]; });
+        list[0] = 0;
+        std::copy(order.begin(), order.begin() + wanted, list + 1);
+        std::sort(list + 1, list + 1 + wanted);
+        list[wanted + 1] = own;
+      }
+    }
+  }
+}
+
 // Attention of each query over its own list of KV blocks.
 //   query (tokens, heads, size); keys, values (kv_heads, capacity, size)
 //   blocks (tokens, kv_heads, most) with the first n_blocks[t] entries valid; positions (tokens)
@@ -260,10 +320,10 @@ void vesicle_block_attention_f32(const float* query, const float* keys, const fl
                                  int64_t capacity, int64_t most, float scale, float* out,
                                  int32_t* visited) {
   const int64_t ratio = heads / kv_heads;
-#pragma omp parallel
+#pragma omp parallel if (tokens * n_blocks[tokens - 1] > 64)
   {
     std::vector<float> scores;
-#pragma omp for collapse(2) schedule(dynamic, 4)
+#pragma omp for collapse(2) schedule(dynamic, 1)
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t g = 0; g < kv_heads; ++g) {
         const int32_t* list = blocks + (t * kv_heads + g) * most;

@@ -19,6 +19,7 @@ _SIGNATURES: dict[str, list[type]] = {
     + [_POINTER] * 3,
     "vesicle_sparse_linear_bf16": [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE]
     + [_POINTER] * 3,
+    "vesicle_choose_blocks_f32": [_POINTER] * 4 + [_SIZE] * 7 + [_FLOAT] + [_POINTER] * 2,
     "vesicle_block_attention_f32": [_POINTER] * 6 + [_SIZE] * 6 + [_FLOAT] + [_POINTER] * 2,
 }
 DISABLE = "VESICLE_NO_NATIVE"

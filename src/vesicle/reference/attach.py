@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vesicle.cost import Cost, price
 from vesicle.effectors import GabaSparsity
+from vesicle.effectors.dopamine_precision import largest
 from vesicle.errors import ModelError, VesicleError
 from vesicle.families import find_family
 from vesicle.modulator import Modulator, ModulatorAuthor, ModulatorMethod
@@ -123,8 +124,12 @@ class Run:
         register()
         self._implementation = base
         config._attn_implementation = PREFIX + base
-        for number, layer in enumerate(self._family.layers(self._model)):
-            self._handles += _LayerHooks(self, number, layer).install()
+        try:
+            for number, layer in enumerate(self._family.layers(self._model)):
+                self._handles += _LayerHooks(self, number, layer).install()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -345,7 +350,9 @@ class _LayerHooks:
             kv_blocks=blocks,
             level=level,
             temperature=soft.temperature if soft else 0.0,
-            effector=GabaSparsity(summary=self.run.method.equipment.summary),
+            effector=self.run._modulator.gaba
+            if soft
+            else GabaSparsity(summary=self.run.method.equipment.summary),
         )
 
     def before_out(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -453,10 +460,11 @@ class _LayerHooks:
             return x
         keep = self.run._pass.column(counts, width, x.device)
         magnitude = x.abs()
-        order = magnitude.argsort(dim=-1, descending=True, stable=True)
-        ranks = torch.empty_like(order)
-        ranks.scatter_(-1, order, torch.arange(width, device=x.device).expand_as(order))
-        return torch.where(ranks < keep[..., None], x, torch.zeros_like(x))
+        threshold = largest(magnitude, keep)
+        above, equal = magnitude > threshold, magnitude == threshold
+        # Ties at the threshold go to the lower channels, as in the engine.
+        spare = keep[..., None] - above.sum(-1, keepdim=True)
+        return torch.where(above | (equal & (equal.cumsum(-1) <= spare)), x, torch.zeros_like(x))
 
     def soft_channels(self, site: int, x: Tensor, levels: Tensor) -> Tensor:
         """Soft mask (B, T, C) over the channels of x."""

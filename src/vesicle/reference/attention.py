@@ -137,8 +137,10 @@ def _one_offset(
     visible = positions // BLOCK + 1
     mask = rule.effector.mask(rule.level[rows], rank, visible, rule.temperature)
     weights = mask.permute(0, 2, 1, 3)[:, :, None, :, slots // BLOCK]  # (B, G, 1, T, S)
-    scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).float() * scale
-    chances = scores.masked_fill(~causal, -torch.inf).softmax(-1) * weights
-    chances = (chances / chances.sum(-1, keepdim=True).clamp(min=1e-9)).to(value.dtype)
-    out = chances @ value.unsqueeze(2)  # (B, G, R, T, K)
+    scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)) * scale
+    scores = scores.masked_fill(~causal, -torch.inf)
+    # Weights act after the softmax, so that a block of weight 0 still has a gradient towards being read.
+    chances = scores.softmax(-1, dtype=torch.float32).to(value.dtype) * weights.to(value.dtype)
+    total = chances.sum(-1, keepdim=True, dtype=torch.float32).clamp(min=1e-9)
+    out = (chances @ value.unsqueeze(2)) / total.to(value.dtype)  # (B, G, R, T, K)
     return out.reshape(b, h, t, k).transpose(1, 2).contiguous()

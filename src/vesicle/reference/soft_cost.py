@@ -70,13 +70,15 @@ class SoftCost:
         dense = 2.0 * (inputs[2] * outputs[2] + inputs[3] * outputs[3])
         dopamine = levels[..., index("dopamine")].double()
         serotonin = modulator.serotonin
-        big = serotonin.mask(levels[..., index("serotonin")], serotonin.ffn_below, 0.0).double()
+        depth = levels[..., index("serotonin")]
+        big = serotonin.mask(depth, serotonin.ffn_below, 0.0).double()
+        small = (1 - big) * serotonin.mask(depth, serotonin.bypass_below, 0.0).double()
         share = [modulator.dopamine.share(dopamine, site) for site in (2, 3)]
         self.dense = self.dense + dense
         self.executed = (
             self.executed
             + big * 2.0 * (share[0] * inputs[2] * outputs[2] + share[1] * inputs[3] * outputs[3])
-            + (1 - big) * 4.0 * shape.width * self._overhead.ffn_standin_rank
+            + small * 4.0 * shape.width * self._overhead.ffn_standin_rank
         )
 
     @property

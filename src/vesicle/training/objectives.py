@@ -1,6 +1,6 @@
 """What a modulator is trained to do: say what the dense model says, for the share of its work that was asked.
 
-    loss = KL(dense || modulated) + price * (share - budget)^2
+loss = KL(dense || modulated) + price * (share - budget)^2
 """
 
 from __future__ import annotations

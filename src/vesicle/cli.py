@@ -1,0 +1,100 @@
+"""The command line: finds the command, and tells every problem in one line.
+
+Status 0 is success, 2 a problem that the user can fix, 130 an interruption, 1 a bug (with its traceback).
+Only typer and rich are loaded here; commands import the rest when they run.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from vesicle import __version__
+from vesicle.commands.info import info
+from vesicle.commands.run import run
+from vesicle.errors import VesicleError
+
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+# typer re-exports this one error of click's, and newer versions carry a click of their own.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="vesicle",
+    help="Neurotransmitters for language models: spend compute per token and layer, skip the rest.",
+    epilog='Start with: vesicle run "Why is the sky blue?"',
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+app.command()(run)
+app.command()(info)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vesicle {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: What follows the program's name; by default the process's own.
+
+    Returns:
+        The exit status; see the module docstring.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character must not end an answer.
+        sys.stdout.reconfigure(errors="replace")
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("vesicle", arguments or ["--help"]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as stop:
+        return stop.exit_code
+    except VesicleError as error:
+        return _fail(str(error))
+    except _UsageError as error:
+        return _fail(_usage_line(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nvesicle: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"vesicle: error: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _usage_line(error: Exception) -> str:
+    message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]  # click's
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "vesicle"
+    return f"{message} (see {path} --help)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

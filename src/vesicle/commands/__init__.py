@@ -1,0 +1,1 @@
+"""What each command does: options, checks before anything heavy is loaded, and calls into the library."""

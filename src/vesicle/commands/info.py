@@ -1,0 +1,67 @@
+"""`vesicle info`: what a modulator is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vesicle.commands.shipped import shipped_modulator
+from vesicle.errors import VesicleError
+
+
+def info(
+    modulator: Annotated[
+        str | None,
+        typer.Argument(
+            help="A modulator's folder or hub id; the default is the shipped one.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Tell what a modulator is: its model, its effectors, its dial, how it was trained.
+
+    [bold]Examples[/bold]
+
+      vesicle info
+
+      vesicle info runs/mine
+    """
+    source = modulator or shipped_modulator()
+    if source is None:
+        raise VesicleError("no modulator is shipped with this package: name one")
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from vesicle.modulator import Modulator
+    from vesicle.report import scaled
+
+    loaded = Modulator.from_pretrained(source)
+    about, config = loaded.info, loaded.predictor.config
+    tensors = loaded.state_dict()
+    size = sum(
+        t.numel() * (2 if "standin" in name else t.element_size()) for name, t in tensors.items()
+    )
+    table = Table.grid(padding=(0, 2))
+    table.add_row("modulator", str(source))
+    table.add_row("made for", about.model_name or "a model without a name")
+    table.add_row("model", "  ".join(f"{name} {value}" for name, value in about.model.items()))
+    table.add_row(
+        "predictor", f"{loaded.predictor.kind}, releases {', '.join(config.transmitters)}"
+    )
+    for name, effector in loaded.effectors.items():
+        settings = ", ".join(f"{key} {value}" for key, value in effector.to_dict().items())
+        table.add_row(f"  {name}", f"{type(effector).__name__}: {settings}")
+    ranks = (
+        f"rank {loaded.ffn_standin.rank} for FFNs, {loaded.attention_standin.rank} for attention"
+    )
+    table.add_row("stand-ins", ranks)
+    numbers = sum(t.numel() for t in tensors.values())
+    table.add_row("size", f"{scaled(numbers, '')} parameters, {scaled(size, 'B')}")
+    table.add_row("dial", "  ".join(f"{b:g} at {d:.3f}" for b, d in about.dial))
+    table.add_row("default budget", f"{about.default_budget:g}")
+    for name, value in about.training.items():
+        table.add_row(f"training {name}", value if isinstance(value, str) else json.dumps(value))
+    Console(highlight=False, markup=False, soft_wrap=True).print(table)

@@ -1,0 +1,400 @@
+"""`vesicle run`: answer one prompt, and tell what it cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vesicle.commands.inputs import check_budget, check_writable, notice, read_prompt
+from vesicle.commands.shipped import is_default_model, shipped_modulator
+from vesicle.errors import DataError, VesicleError
+from vesicle.models.default import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from vesicle.engine import Engine, Sampling, Sequence
+    from vesicle.models import Text
+    from vesicle.modulator import Modulator
+    from vesicle.plan import Method
+    from vesicle.report import Answer
+
+_WHAT, _HOW, _OUTPUT = "What runs", "How it is sampled", "What is shown and saved"
+_WARM_UP_TOKENS = 8
+
+
+class Dtype(StrEnum):
+    """Of weights and cache; `auto` is bfloat16 where the model's file has it, else float32."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What every generation of one command shares."""
+
+    engine: Engine
+    text: Text
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: Sampling
+
+
+def run(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask; - reads standard input.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the prompt from a UTF-8 file.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A model folder, a .gguf file or a hub id; the default is SmolLM2-135M-Instruct, "
+            "fetched once.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    modulator: Annotated[
+        str | None,
+        typer.Option(
+            help="A modulator's folder or hub id; the default is the one shipped for the model.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the dense FLOPs to spend, above 0 and up to 1; "
+            "the default is the modulator's own.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Execute a plan that --plan saved.", rich_help_panel=_WHAT),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Answer once more, dense.", rich_help_panel=_WHAT),
+    ] = False,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format of weights and cache.", rich_help_panel=_WHAT)
+    ] = Dtype.auto,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads; the default is torch's.", rich_help_panel=_WHAT),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="Instructions to the model.", rich_help_panel=_HOW)
+    ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Continue the text: no chat template.", rich_help_panel=_HOW),
+    ] = False,
+    truncate: Annotated[
+        bool,
+        typer.Option(
+            "--truncate",
+            help="Of a prompt that is too long, keep the last tokens that leave room for "
+            "--max-new-tokens.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer.", rich_help_panel=_HOW)
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token.", rich_help_panel=_HOW)
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Draw from the likeliest tokens with this much probability in all.",
+            rich_help_panel=_HOW,
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.", rich_help_panel=_HOW)
+    ] = 0,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="Save what was decided for each token and layer (.safetensors).",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object instead.", rich_help_panel=_OUTPUT),
+    ] = False,
+    no_heat: Annotated[
+        bool,
+        typer.Option("--no-heat", help="No coloured answer.", rich_help_panel=_OUTPUT),
+    ] = False,
+    no_report: Annotated[
+        bool, typer.Option("--no-report", help="The answer alone.", rich_help_panel=_OUTPUT)
+    ] = False,
+) -> None:
+    """Answer a prompt within a budget of compute.
+
+    The answer goes to standard output, the report of what it cost to standard error.
+
+    [bold]Examples[/bold]
+
+      vesicle run "Why is the sky blue?"
+
+      vesicle run "Why is the sky blue?" --budget 0.7 --compare
+
+      vesicle run --file question.txt --json > answer.json
+
+      git diff | vesicle run - --system "Summarise this change." --truncate
+    """
+    wanted = read_prompt(prompt, file)
+    _check(budget, system, raw, replay, plan)
+    show_progress = sys.stderr.isatty()
+
+    with _status("loading", show_progress):
+        import torch
+
+        from vesicle.engine import Engine, Sampling
+        from vesicle.models import Text, resolve_model
+        from vesicle.plan import Dense, Plan
+
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        saved = Plan.load(replay) if replay else None
+        if threads is not None:
+            torch.set_num_threads(threads)
+    folder = resolve_model(model)
+    with _status("loading", show_progress):
+        text = Text.from_folder(folder)
+        ids = _encode(text, wanted, system, raw)
+        ids = _fit(ids, text.context_window, max_new_tokens, truncate)
+        if saved is not None:
+            max_new_tokens = _limit(saved, len(ids), max_new_tokens)
+        source, loaded = _find_modulator(modulator, folder, budget, quiet=saved is not None)
+        if loaded is not None and saved is None:
+            budget = loaded.info.default_budget if budget is None else budget
+        method = _method(loaded, saved, budget)
+        if compare and isinstance(method, Dense):
+            raise VesicleError(
+                "--compare has nothing to compare: without a modulator the run is dense"
+            )
+        chosen = None if dtype is Dtype.auto else getattr(torch, dtype.value)
+        engine = Engine.from_pretrained(folder, dtype=chosen)
+        engine.start(method)  # refuses what does not fit, before anything is generated
+
+    settings = _Settings(
+        engine=engine, text=text, prompt=ids, max_new_tokens=max_new_tokens, sampling=sampling
+    )
+    if compare:
+        _warm_up(settings, [method, Dense()])
+    with _status("generating", show_progress and as_json):
+        answer, sequence = _generate(settings, method, _discard if as_json else _write)
+    if not as_json:
+        _write("\n")
+    if plan is not None:
+        sequence.plan.save(plan)
+    if saved is not None and sequence.length == saved.n_tokens:
+        notice(f"the plan ends here, after {saved.n_tokens} tokens")
+    dense = None
+    if compare:
+        with _status("generating once more, dense", show_progress):
+            dense, _ = _generate(settings, Dense(), _discard)
+
+    if as_json:
+        about = {"model": model or DEFAULT_MODEL, "model_path": str(folder), "modulator": source}
+        print(json.dumps({**answer.to_dict(), "budget": budget, **about, **_compared(dense)}))
+    elif not no_report:
+        from rich.console import Console
+
+        from vesicle.report import show
+
+        console = Console(stderr=True, highlight=False)
+        show(answer, console, budget=budget, compared=dense, heat=not no_heat)
+    elif dense is not None:
+        notice("the dense answer is part of the report, which --no-report leaves out")
+
+
+def _check(
+    budget: float | None, system: str | None, raw: bool, replay: Path | None, plan: Path | None
+) -> None:
+    """Refuse what can be refused before anything heavy is loaded."""
+    check_budget(budget)
+    if raw and system is not None:
+        raise DataError(
+            "--system and --raw are both given; without a chat template there is no system turn"
+        )
+    if replay is not None and budget is not None:
+        raise DataError("--replay and --budget are both given; a saved plan has its own budget")
+    if replay is not None and not replay.is_file():
+        raise DataError(f"--replay {replay}: no such file")
+    check_writable(plan, "--plan")
+
+
+def _encode(text: Text, prompt: str, system: str | None, raw: bool) -> list[int]:
+    ids = text.encode(prompt) if raw else text.chat(prompt, system)
+    if not ids:
+        raise DataError("the prompt has no tokens")
+    return ids
+
+
+def _fit(ids: list[int], window: int, max_new_tokens: int, truncate: bool) -> list[int]:
+    """The prompt's tokens, or the last of them."""
+    if not truncate:
+        if len(ids) > window:
+            raise DataError(
+                f"the prompt has {len(ids)} tokens; the model's context window is {window}: "
+                "shorten it, or keep its end with --truncate"
+            )
+        return ids
+    room = window - max_new_tokens
+    if room < 1:
+        raise DataError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's context "
+            f"window of {window}"
+        )
+    if len(ids) > room:
+        notice(f"the prompt has {len(ids)} tokens; the last {room} are kept")
+    return ids[-room:]
+
+
+def _limit(plan: Any, prompt_tokens: int, max_new_tokens: int) -> int:
+    """How many tokens a Plan's rows last for; the last one drawn needs none."""
+    if prompt_tokens > plan.n_tokens:
+        raise DataError(
+            f"the plan covers {plan.n_tokens} tokens; the prompt alone has {prompt_tokens}"
+        )
+    return min(max_new_tokens, plan.n_tokens - prompt_tokens + 1)
+
+
+def _find_modulator(
+    spec: str | None, folder: Path, budget: float | None, *, quiet: bool
+) -> tuple[str | None, Modulator | None]:
+    """The modulator to use and where it is from; None for both, and a line that says why."""
+    from vesicle.modulator import Modulator
+
+    if spec is not None:
+        return spec, Modulator.from_pretrained(spec)
+    shipped = shipped_modulator() if is_default_model(folder) else None
+    if shipped is not None:
+        return str(shipped), Modulator.from_pretrained(shipped)
+    if not quiet:
+        ignored = "" if budget is None else f" and --budget {budget:g} has no effect"
+        notice(
+            f"no modulator is shipped for this model, so it runs dense{ignored}; "
+            "vesicle train --help tells how to make one"
+        )
+    return None, None
+
+
+def _method(modulator: Modulator | None, saved: Any, budget: float | None) -> Method:
+    from vesicle.plan import FFN_SMALL, Dense, Replay
+
+    if saved is None:
+        return Dense() if modulator is None or budget is None else modulator.at(budget)
+    if modulator is None and ((saved.ffn == FFN_SMALL).any() or (saved.attention == 0).any()):
+        raise VesicleError(
+            "this plan lands on stand-ins: name the --modulator that it was made with"
+        )
+    return Replay(saved, None if modulator is None else modulator.equipment)
+
+
+def _warm_up(settings: _Settings, methods: list[Method]) -> None:
+    """Touch weights and kernels once, so that the run timed first is not the slower for it."""
+    for method in methods:
+        sequence = settings.engine.start(method)
+        stream = settings.engine.stream(
+            sequence, settings.prompt[:_WARM_UP_TOKENS], max_new_tokens=2
+        )
+        for _ in stream:
+            pass
+
+
+def _generate(
+    settings: _Settings, method: Method, write: Callable[[str], None]
+) -> tuple[Answer, Sequence]:
+    """Generate with one method, handing text on as it is complete."""
+    from vesicle.report import Answer
+
+    engine, text = settings.engine, settings.text
+    sequence = engine.start(method)
+    stream = engine.stream(
+        sequence,
+        settings.prompt,
+        max_new_tokens=settings.max_new_tokens,
+        sampling=settings.sampling,
+        stop=text.eos_ids,
+    )
+    decoder, parts, ids = text.stream(), list[str](), list[int]()
+    prefill_s = decode_s = 0.0
+    while True:
+        begun = time.perf_counter()
+        token = next(stream, None)
+        spent_s = time.perf_counter() - begun
+        if sequence.length == len(settings.prompt) and not ids:
+            prefill_s = spent_s
+        else:
+            decode_s += spent_s
+        if token is None:
+            break
+        ids.append(token)
+        parts.append(decoder.push(token))
+        write(parts[-1])
+    parts.append(decoder.flush())
+    write(parts[-1])
+    answer = Answer.of(
+        sequence,
+        engine.shape,
+        prompt_tokens=len(settings.prompt),
+        text="".join(parts),
+        token_ids=ids,
+        pieces=text.pieces(ids),
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+    )
+    return answer, sequence
+
+
+def _compared(dense: Answer | None) -> dict[str, Any]:
+    if dense is None:
+        return {}
+    return {
+        "compare": {
+            "text": dense.text,
+            "executed": dense.executed.summary(),
+            "prefill_tokens_per_s": dense.prefill_tokens_per_s,
+            "decode_tokens_per_s": dense.decode_tokens_per_s,
+        }
+    }
+
+
+@contextmanager
+def _status(what: str, shown: bool) -> Iterator[None]:
+    """A spinner on standard error while something loads."""
+    if not shown:
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{what} ..."):
+        yield
+
+
+def _write(part: str) -> None:
+    if part:
+        sys.stdout.write(part)
+        sys.stdout.flush()
+
+
+def _discard(part: str) -> None:
+    pass

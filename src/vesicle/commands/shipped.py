@@ -1,0 +1,41 @@
+"""The modulators that come inside the package: which one fits, and how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vesicle.errors import VesicleError
+from vesicle.files import cache_root
+from vesicle.models.default import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from vesicle.modulator import Modulator
+
+FOLDER = Path(__file__).parents[1] / "modulators"
+
+
+def shipped_modulator() -> Path | None:
+    """The folder of the default model's modulator, or None if this package ships none."""
+    found = sorted(path.parent for path in FOLDER.glob("*/modulator.json"))
+    named = [folder for folder in found if folder.name == DEFAULT_MODEL]
+    return (named or found or [None])[0]
+
+
+def is_default_model(folder: Path) -> bool:
+    """Whether `folder`, from `resolve_model`, holds the model that shipped modulators are made for."""
+    return folder.resolve() == (cache_root() / "models" / DEFAULT_MODEL).resolve()
+
+
+def load_default_modulator() -> Modulator:
+    """The modulator that ships with the package, for the default model.
+
+    Raises:
+        VesicleError: If this package ships none.
+    """
+    folder = shipped_modulator()
+    if folder is None:
+        raise VesicleError("no modulator is shipped with this package; train one: vesicle train")
+    from vesicle.modulator import Modulator
+
+    return Modulator.from_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Measuring a modulator beside its controls, at equal executed cost."""

@@ -1,0 +1,331 @@
+"""What an answer cost, token by token and in all, as a table, a heat strip and JSON.
+
+An answer's token i is charged with the pass that computed its logits. That is the pass over the token *before*
+it: over the last prompt token for i = 0, over answer token i - 1 after that. The passes over the rest of the
+prompt belong to no answer token; they count in the totals alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.cells import cell_len
+from rich.color import Color
+from rich.console import Console, Group
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text as Line
+
+from vesicle.cost import Cost, price_dense, price_tokens
+from vesicle.engine import Sequence
+from vesicle.modulator import ModulatorMethod
+from vesicle.plan import Dense, Plan
+from vesicle.shapes import ModelShape
+from vesicle.transmitters import NAMES, REST
+
+_COLD_TO_WARM = ((38, 50, 110), (40, 120, 142), (94, 170, 104), (242, 193, 78), (235, 88, 52))
+_SWATCHES = 10
+_LEAST_SPREAD = 0.005
+_QUANTITIES = {
+    "FLOPs": ("flops_total", "flops", ""),
+    "weights read": ("weight_bytes", "weight_bytes", "B"),
+    "KV read": ("kv_bytes_read", "kv_bytes_read", "B"),
+    "KV held": ("kv_bytes_held", "kv_bytes_held", "B"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer and what it cost.
+
+    Attributes:
+        text: All of it.
+        token_ids: N ids.
+        pieces: Each token's own text.
+        shares: Each token's FLOPs over those of the dense model; see the module docstring.
+        levels: Mean level of each transmitter over all tokens and layers; None where a Plan was replayed,
+            which holds decisions and no levels.
+        released: The transmitters that the method sets; the others rest.
+        executed: Counted work, prompt included.
+        dense: The dense model's price for the same tokens.
+        prompt_tokens: Tokens read before the answer.
+        decode_passes: Passes over answer tokens: N, or N - 1 where the last one was not fed back.
+        prefill_s: Seconds from the start to the first token.
+        decode_s: Seconds in the passes after that.
+    """
+
+    text: str
+    token_ids: list[int]
+    pieces: list[str]
+    shares: list[float]
+    levels: dict[str, float] | None
+    released: tuple[str, ...]
+    executed: Cost
+    dense: Cost
+    prompt_tokens: int
+    decode_passes: int
+    prefill_s: float
+    decode_s: float
+
+    @classmethod
+    def of(
+        cls,
+        sequence: Sequence,
+        shape: ModelShape,
+        *,
+        prompt_tokens: int,
+        text: str,
+        token_ids: list[int],
+        pieces: list[str],
+        prefill_s: float,
+        decode_s: float,
+    ) -> Answer:
+        """Sum up a sequence that `Engine.stream` has finished."""
+        heads = with_logits(sequence.length, prompt_tokens)
+        return cls(
+            text=text,
+            token_ids=token_ids,
+            pieces=pieces,
+            shares=answer_shares(sequence, shape, prompt_tokens)[: len(token_ids)],
+            levels=mean_levels(sequence),
+            released=_released(sequence),
+            executed=sequence.cost,
+            dense=price_dense(shape, sequence.length, with_logits=heads),
+            prompt_tokens=prompt_tokens,
+            decode_passes=sequence.length - prompt_tokens,
+            prefill_s=prefill_s,
+            decode_s=decode_s,
+        )
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Prompt tokens read per second; None if too short to time."""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Answer tokens per second after the first; None if there was only one."""
+        return self.decode_passes / self.decode_s if self.decode_passes and self.decode_s else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer's part of `vesicle run --json`; `docs/json.md` tells what each key means."""
+        return {
+            "text": self.text,
+            "tokens": [
+                {"id": i, "text": piece, "share": share}
+                for i, piece, share in zip(self.token_ids, self.pieces, self.shares, strict=True)
+            ],
+            "levels": self.levels,
+            "executed": self.executed.summary(),
+            "dense": self.dense.summary(),
+            "ratio": self.executed.ratio(self.dense),
+            "prompt_tokens": self.prompt_tokens,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+        }
+
+
+def with_logits(n_tokens: int, prompt_tokens: int) -> NDArray[np.bool_]:
+    """(T,) the positions that `Engine.stream` runs the LM head for: the prompt's last, and all after."""
+    return np.arange(n_tokens) >= prompt_tokens - 1
+
+
+def answer_shares(sequence: Sequence, shape: ModelShape, prompt_tokens: int) -> list[float]:
+    """FLOPs over the dense model's, of each pass that computed logits; see the module docstring."""
+    n = sequence.length
+    rest = Plan.rest(shape, n)
+    dense = _flops(price_tokens(rest, shape, with_logits=with_logits(n, prompt_tokens)))
+    executed = _flops(sequence.token_costs)
+    return [float(share) for share in (executed / dense)[prompt_tokens - 1 :]]
+
+
+def mean_levels(sequence: Sequence) -> dict[str, float] | None:
+    """Mean level of each transmitter over tokens and layers; None for methods without levels."""
+    if isinstance(sequence.method, Dense):
+        return dict.fromkeys(NAMES, REST)
+    levels = sequence.levels
+    if not len(levels):
+        return None
+    return {name: float(mean) for name, mean in zip(NAMES, levels.mean((0, 1)), strict=True)}
+
+
+def show(
+    answer: Answer,
+    console: Console,
+    *,
+    budget: float | None = None,
+    compared: Answer | None = None,
+    heat: bool = True,
+) -> None:
+    """Print the report of one answer.
+
+    Args:
+        answer: What was generated.
+        console: Where to; its colours and width are respected.
+        budget: What was asked for, if anything.
+        compared: The dense run's answer to the same prompt.
+        heat: Whether to show the answer coloured by its tokens' shares.
+    """
+    if compared is not None:
+        console.print(Line("\ndense answer", style="bold"))
+        console.print(Line(compared.text), highlight=False)
+    console.print()
+    console.print(_cost_table(answer))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("levels", _levels_line(answer))
+    facts.add_row("speed", _speed_line(answer))
+    share = answer.executed.ratio(answer.dense)["flops"]
+    asked = "none asked for" if budget is None else f"{budget:g} asked for"
+    facts.add_row("budget", f"{asked}, {share:.3f} of the dense FLOPs executed")
+    console.print(facts, highlight=False)
+    if compared is not None:
+        console.print()
+        console.print(_comparison_table(answer, compared))
+    if heat and answer.shares:
+        console.print()
+        console.print(heat_strip(answer.pieces, answer.shares, console), highlight=False)
+
+
+def heat_strip(pieces: Items[str], shares: Items[float], console: Console) -> Group | Line:
+    """An answer with each token in the colour of its share, and a legend.
+
+    Without colours, a digit under each token tells the tenths of the dense work.
+    """
+    low, high = min(shares), max(shares)
+    if high - low < _LEAST_SPREAD:
+        return Line(f"every token got {high:.2f} of its dense FLOPs")
+    if console.color_system is None or console.no_color:
+        return _plain_strip(pieces, shares, max(console.width, 20))
+    strip = Line()
+    for piece, share in zip(pieces, shares, strict=True):
+        shown = _visible(piece).replace("↵", "↵\n")
+        strip.append(shown, _style((share - low) / (high - low)))
+    legend = Line("share of its dense FLOPs that each token got: ")
+    legend.append(f"{low:.2f} ")
+    for swatch in range(_SWATCHES):
+        legend.append("  ", _style(swatch / (_SWATCHES - 1)))
+    legend.append(f" {high:.2f}")
+    return Group(strip, legend)
+
+
+def _plain_strip(pieces: Items[str], shares: Items[float], width: int) -> Group:
+    rows: list[tuple[str, str]] = []
+    text = digits = ""
+    for piece, share in zip(pieces, shares, strict=True):
+        shown = _visible(piece)
+        digit = "+" if share >= 1 else str(int(share * 10))
+        size = cell_len(shown)
+        if text and cell_len(text) + size > width:
+            rows.append((text, digits))
+            text = digits = ""
+        text += shown
+        digits += (digit if size else "") + " " * (size - 1)
+        if shown.endswith("↵"):
+            rows.append((text, digits))
+            text = digits = ""
+    rows.append((text, digits))
+    legend = "under each token: tenths of its dense FLOPs that it got, + for all of them"
+    lines = [Line(line, no_wrap=True, overflow="ignore") for row in rows if row[0] for line in row]
+    return Group(*lines, Line(legend))
+
+
+def _visible(piece: str) -> str:
+    """A token's text on one line, without control characters that a terminal would act on."""
+    piece = piece.replace("\r\n", "\n").replace("\n", "↵").replace("\t", "    ")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece)
+
+
+def _style(place: float) -> Style:
+    """Cold for 0 to warm for 1, with a foreground that can be read on it."""
+    at = min(max(place, 0.0), 1.0) * (len(_COLD_TO_WARM) - 1)
+    first = min(int(at), len(_COLD_TO_WARM) - 2)
+    rest = at - first
+    red, green, blue = (
+        round(a + (b - a) * rest)
+        for a, b in zip(_COLD_TO_WARM[first], _COLD_TO_WARM[first + 1], strict=True)
+    )
+    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 120
+    return Style(
+        color="black" if bright else "bright_white", bgcolor=Color.from_rgb(red, green, blue)
+    )
+
+
+def _cost_table(answer: Answer) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for heading in ("executed", "dense", "share"):
+        table.add_column(heading, justify="right")
+    executed, dense = answer.executed.summary(), answer.dense.summary()
+    ratio = answer.executed.ratio(answer.dense)
+    for name, (field, share, unit) in _QUANTITIES.items():
+        table.add_row(
+            name, scaled(executed[field], unit), scaled(dense[field], unit), f"{ratio[share]:.3f}"
+        )
+    return table
+
+
+def _comparison_table(answer: Answer, dense: Answer) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("two runs")
+    for heading in ("this one", "dense", "ratio"):
+        table.add_column(heading, justify="right")
+    ours, theirs = answer.executed.summary(), dense.executed.summary()
+    table.add_row("answer tokens", str(len(answer.token_ids)), str(len(dense.token_ids)), "")
+    for name, (field, _, unit) in _QUANTITIES.items():
+        ratio = ours[field] / max(theirs[field], 1)
+        table.add_row(name, scaled(ours[field], unit), scaled(theirs[field], unit), f"{ratio:.3f}")
+    speeds = {
+        "prefill tokens/s": (answer.prefill_tokens_per_s, dense.prefill_tokens_per_s),
+        "decode tokens/s": (answer.decode_tokens_per_s, dense.decode_tokens_per_s),
+    }
+    for name, (ours_s, theirs_s) in speeds.items():
+        ratio_s = f"{ours_s / theirs_s:.3f}" if ours_s and theirs_s else ""
+        table.add_row(name, _speed(ours_s), _speed(theirs_s), ratio_s)
+    return table
+
+
+def _levels_line(answer: Answer) -> str:
+    if answer.levels is None:
+        return "not recorded in a saved plan"
+    return "  ".join(
+        f"{name} {level:.2f}" if name in answer.released else f"{name} resting"
+        for name, level in answer.levels.items()
+    )
+
+
+def _speed_line(answer: Answer) -> str:
+    return (
+        f"prefill {_speed(answer.prefill_tokens_per_s)} tokens/s ({answer.prompt_tokens} tokens)  "
+        f"decode {_speed(answer.decode_tokens_per_s)} tokens/s ({len(answer.token_ids)} tokens)"
+    )
+
+
+def _speed(tokens_per_s: float | None) -> str:
+    return "-" if tokens_per_s is None else f"{tokens_per_s:.1f}"
+
+
+def scaled(value: float, unit: str) -> str:
+    """A number with a decimal prefix, three digits long: `1.23 GB`, `45.6 M`."""
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while value >= 999.5 and len(prefixes) > 1:
+        value, prefixes = value / 1000, prefixes[1:]
+    digits = 0 if value >= 99.95 or value == int(value) else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {prefixes[0]}{unit}".rstrip()
+
+
+def _released(sequence: Sequence) -> tuple[str, ...]:
+    method = sequence.method
+    if not isinstance(method, ModulatorMethod):
+        return ()
+    return method.modulator.predictor.config.transmitters
+
+
+def _flops(costs: dict[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+    total: NDArray[np.int64] = sum(
+        (values for name, values in costs.items() if name.startswith("flops_")), np.int64(0)
+    )
+    return total

@@ -1,0 +1,637 @@
+"""The training loop: a modulator learns to spend a budget where it matters; the base model stays frozen.
+
+For each micro-step one window of text and one budget b, the dense model's logits without gradient, then a pass
+with the modulator at dial b and differentiable masks:
+
+    loss = KL(dense || modulated) + price (share - b)^2
+
+so that the dial comes to mean the executed share, and within a share the levels go where they cost least.
+Budgets follow a golden-ratio sequence, which spreads any run of consecutive micro-steps evenly over the range.
+
+Everything random is a function of (seed, micro-step), so a run that is killed and started again continues from
+its newest checkpoint exactly: on one machine the loss curve is the undisturbed one to the last digit. The output
+folder holds
+
+    metrics.jsonl       one line a step and one an evaluation; `elapsed_s` and `tokens_per_s` alone vary
+    checkpoints/        the newest two
+    tensorboard/        the same curves, if tensorboard is installed
+    modulator.*         the trained modulator, once the run is done
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vesicle import __version__
+from vesicle.errors import DataError, VesicleError
+from vesicle.files import atomic_path, read_text
+from vesicle.modulator import Modulator, ModulatorMethod
+from vesicle.predictors import Predictor
+from vesicle.reference.attach import Soft, attach
+from vesicle.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from vesicle.training.objectives import TemperatureSchedule, budget_penalty, divergence
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+READ_OUT = ("offset", "log_slope", "position_weight")
+"""Parameters of the shared read-out, which take `scale_learning_rate`."""
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_METRICS, _CHECKPOINTS, _TENSORBOARD = "metrics.jsonl", "checkpoints", "tensorboard"
+_HARMLESS = ("checkpoint_every", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        steps: Optimizer steps.
+        sequence_length: Tokens in a window.
+        batch_size: Windows in a micro-step; they share a budget.
+        accumulation: Micro-steps in an optimizer step.
+        learning_rate: Of the predictor's weights, at its peak (Adam).
+        scale_learning_rate: The same for `offset`, `log_slope` and `position_weight`.
+        warm_up: Steps of linear warm-up; a cosine then falls to 0.
+        budget_low: Least budget asked for, a share of the dense FLOPs.
+        budget_high: Greatest.
+        price: Nats per squared share off the budget.
+        one_sided: Whether only overspending is priced.
+        temperature_start: Of the soft masks; 0 is straight-through.
+        temperature_end: At the last step.
+        clip: Greatest gradient norm.
+        seed: Of the order of windows and the budgets.
+        checkpoint_every: Steps between checkpoints.
+        eval_every: Steps between evaluations on held-out windows; 0 for none.
+        eval_windows: Held-out windows used, each at its own budget.
+        patience: Evaluations without improvement before stopping; 0 to never stop early.
+        dtype: Of the base model, `float32` or `bfloat16`; the predictor stays in float32.
+        device: `cpu` or `cuda`.
+    """
+
+    steps: int = 1000
+    sequence_length: int = 512
+    batch_size: int = 1
+    accumulation: int = 4
+    learning_rate: float = 3e-3
+    scale_learning_rate: float = 2e-2
+    warm_up: int = 20
+    budget_low: float = 0.55
+    budget_high: float = 0.98
+    price: float = 30.0
+    one_sided: bool = False
+    temperature_start: float = 0.0
+    temperature_end: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    checkpoint_every: int = 20
+    eval_every: int = 50
+    eval_windows: int = 8
+    patience: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        whole = {
+            "steps": 1,
+            "sequence_length": 2,
+            "batch_size": 1,
+            "accumulation": 1,
+            "warm_up": 0,
+            "checkpoint_every": 1,
+            "eval_every": 0,
+            "eval_windows": 1,
+            "patience": 0,
+            "seed": 0,
+        }
+        for name, least in whole.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value}; allowed: whole numbers from {least}")
+        for name in ("learning_rate", "scale_learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: above 0")
+        if not self.price >= 0:
+            raise ValueError(f"price is {self.price}; allowed: 0 and above")
+        if not 0 < self.budget_low <= self.budget_high < 1:
+            raise ValueError(
+                f"budgets go from {self.budget_low} to {self.budget_high}; "
+                "allowed: rising, above 0 and below 1"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        TemperatureSchedule(start=self.temperature_start, end=self.temperature_end)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration, as JSON writes it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read a configuration.
+
+        Raises:
+            ValueError: For unknown keys or values out of range.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(
+                f"unknown training setting {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    def rate(self, step: int) -> float:
+        """Factor on the learning rates in optimizer step `step`, counted from 0."""
+        if step < self.warm_up:
+            return (step + 1) / self.warm_up
+        progress = (step - self.warm_up) / max(1, self.steps - self.warm_up)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    def budget(self, micro_step: int) -> float:
+        """The budget of a micro-step, counted from 0."""
+        # The seed moves the sequence's start; 0.5 puts that of seed 0 in the middle of the range.
+        place = (0.5 + self.seed * math.sqrt(2) + micro_step * _GOLDEN) % 1.0
+        return self.budget_low + (self.budget_high - self.budget_low) * place
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What came of a run.
+
+    Attributes:
+        step: Optimizer steps done.
+        stopped_early: Whether patience ran out.
+        metrics: The last step's, and under `held_out` the best evaluation's.
+    """
+
+    step: int
+    stopped_early: bool
+    metrics: dict[str, Any]
+
+
+def train(
+    model: nn.Module,
+    modulator: Modulator,
+    windows: Tensor,
+    held_out: Tensor | None,
+    config: TrainConfig,
+    out: Path | str,
+    *,
+    data: str = "",
+    restart: bool = False,
+    tensorboard: bool = True,
+    progress: bool = True,
+    say: Callable[[str], None] | None = None,
+) -> TrainResult:
+    """Train a modulator, or go on with a run that was cut off; leaves the trained modulator in `out`.
+
+    The predictor is trained in place and ends with the parameters that did best on the held-out windows (the
+    last ones if there was no evaluation). The model is moved to the configured device and dtype; its weights
+    do not change.
+
+    Args:
+        model: A Hugging Face causal LM.
+        modulator: With a trainable predictor; its stand-ins are used as they are.
+        windows: (N, sequence_length) token ids.
+        held_out: (M, sequence_length) token ids for evaluation; None for none.
+        config: How to train.
+        out: Folder to write to.
+        data: What the text is, for the record.
+        restart: Begin anew although `out` holds a run.
+        tensorboard: Write TensorBoard curves too.
+        progress: Show a progress bar on the terminal.
+        say: Takes one-line notices; by default they go to standard error.
+
+    Returns:
+        How far it came and the final metrics.
+
+    Raises:
+        VesicleError: `out` holds a run with other settings, cannot be written, or the loss is not finite.
+        DataError: The windows do not fit the configuration.
+        KeyboardInterrupt: After Ctrl-C, once the way to resume has been said.
+    """
+    if not isinstance(modulator.predictor, Predictor):
+        raise VesicleError(f"a {modulator.predictor.kind!r} control cannot be trained")
+    for name, part in (("training", windows), ("held-out", held_out)):
+        if part is not None and part.shape[1] != config.sequence_length:
+            raise DataError(
+                f"{name} windows have {part.shape[1]} tokens; sequence_length is "
+                f"{config.sequence_length}"
+            )
+    speak = say or (lambda line: print(line, file=sys.stderr))
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if restart:
+        for name in (_CHECKPOINTS, _TENSORBOARD):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / _METRICS).unlink(missing_ok=True)
+    with _frozen(model):
+        model.to(device=config.device, dtype=DTYPES[config.dtype])
+        modulator.to(config.device)
+        run = _Run(model, modulator, windows, held_out, config, folder, data)
+        if run.resume():
+            speak(f"resuming at step {run.step} of {config.steps}")
+        try:
+            return run.finish(_loop(run, tensorboard, progress, speak))
+        except KeyboardInterrupt:
+            speak(
+                f"interrupted; run the same command again to resume from step {run.saved_step} "
+                f"of {config.steps}"
+            )
+            raise
+
+
+def _loop(run: _Run, tensorboard: bool, progress: bool, speak: Callable[[str], None]) -> bool:
+    """Steps up to the end; True if patience ran out."""
+    config = run.config
+    with (
+        _curves(run.folder / _TENSORBOARD, run.step, tensorboard, speak) as curves,
+        _bar(config.steps, run.step, progress) as show,
+        (run.folder / _METRICS).open("a", encoding="utf-8") as file,
+    ):
+        while run.step < config.steps and not run.out_of_patience:
+            lines = [run.train_step()]
+            if config.eval_every and run.step % config.eval_every == 0 and run.held_out is not None:
+                lines.append(run.evaluate())
+            for line in lines:
+                file.write(json.dumps(line) + "\n")
+                for name in ("loss", "kl", "penalty", "share", "gradient_norm", "learning_rate"):
+                    if curves is not None and name in line:
+                        curves.add_scalar(f"{line['event']}/{name}", line[name], run.step)
+            file.flush()
+            show(lines[0])
+            last = run.step == config.steps or run.out_of_patience
+            if last or run.step % config.checkpoint_every == 0:
+                # The curve must be on disk before a checkpoint that counts on it.
+                os.fsync(file.fileno())
+                run.save()
+    return run.out_of_patience
+
+
+class _Run:
+    """The state of a run: everything that a checkpoint must hold."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modulator: Modulator,
+        windows: Tensor,
+        held_out: Tensor | None,
+        config: TrainConfig,
+        folder: Path,
+        data: str,
+    ) -> None:
+        self.model, self.modulator, self.config, self.folder = model, modulator, config, folder
+        self.windows, self.held_out = windows, held_out
+        self.facts = {
+            "config": config.to_dict(),
+            "data": data,
+            "windows": _fingerprint(windows, *([] if held_out is None else [held_out])),
+            "standins": _fingerprint(
+                *modulator.ffn_standin.parameters(), *modulator.attention_standin.parameters()
+            ),
+            "model": modulator.info.model,
+        }
+        self.predictor = modulator.predictor
+        named = dict(self.predictor.named_parameters())
+        self.rates = (config.learning_rate, config.scale_learning_rate)
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": [p for n, p in named.items() if n not in READ_OUT]},
+                {"params": [p for n, p in named.items() if n in READ_OUT]},
+            ],
+            foreach=False,
+        )
+        self.temperature = TemperatureSchedule(
+            start=config.temperature_start, end=config.temperature_end
+        )
+        self.step = self.saved_step = 0
+        self.best: dict[str, Tensor] = {}
+        self.best_metrics: dict[str, Any] = {}
+        self.bad_evaluations = 0
+        self.last_metrics: dict[str, Any] = {}
+        self._started_s = time.monotonic()
+        self._order: tuple[int, np.ndarray] | None = None
+
+    # Steps ---------------------------------------------------------------------------------------------
+
+    def batch(self, micro_step: int) -> Tensor:
+        """The windows (B, T) of a micro-step: an order drawn anew for each pass over the text."""
+        rows = []
+        for k in range(
+            micro_step * self.config.batch_size, (micro_step + 1) * self.config.batch_size
+        ):
+            epoch, place = divmod(k, len(self.windows))
+            if self._order is None or self._order[0] != epoch:
+                generator = np.random.default_rng((self.config.seed, epoch))
+                self._order = (epoch, generator.permutation(len(self.windows)))
+            rows.append(self.windows[int(self._order[1][place])])
+        return torch.stack(rows).to(self.config.device)
+
+    def losses(self, tokens: Tensor, budget: float, temperature: float) -> tuple[Tensor, ...]:
+        """KL, penalty and share of windows (B, T) at a budget, each a scalar."""
+        with torch.no_grad():
+            dense = self.model(tokens, use_cache=False).logits
+        method = ModulatorMethod(self.modulator, budget)
+        with attach(self.model, method, soft=Soft(temperature=temperature)) as attached:
+            modulated = self.model(tokens, use_cache=False).logits
+        assert attached.soft_cost is not None
+        share = attached.soft_cost.share
+        config = self.config
+        penalty = budget_penalty(share, budget, config.price, config.one_sided)
+        return divergence(dense, modulated), penalty, share
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step; returns its line of metrics."""
+        config, start_s = self.config, time.monotonic()
+        temperature = self.temperature.at(self.step / max(1, config.steps - 1))
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = dict.fromkeys(("loss", "kl", "penalty", "share", "budget", "gap"), 0.0)
+        for i in range(config.accumulation):
+            micro_step = self.step * config.accumulation + i
+            budget = config.budget(micro_step)
+            kl, penalty, share = self.losses(self.batch(micro_step), budget, temperature)
+            loss = (kl + penalty) / config.accumulation
+            loss.backward()
+            values = {"loss": kl + penalty, "kl": kl, "penalty": penalty, "share": share}
+            for name, value in values.items():
+                sums[name] += value.item() / config.accumulation
+            sums["budget"] += budget / config.accumulation
+            sums["gap"] += abs(share.item() - budget) / config.accumulation
+        norm = nn.utils.clip_grad_norm_(self.predictor.parameters(), config.clip, foreach=False)
+        if not math.isfinite(sums["loss"]) or not math.isfinite(norm.item()):
+            raise VesicleError(
+                f"step {self.step + 1}: loss {sums['loss']} and gradient norm {norm.item()} are not "
+                "both finite; lower learning_rate, or use float32"
+            )
+        factor = config.rate(self.step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        self.step += 1
+        took_s = time.monotonic() - start_s
+        tokens = config.accumulation * config.batch_size * config.sequence_length
+        self.last_metrics = {
+            "event": "train",
+            "step": self.step,
+            **sums,
+            "gradient_norm": norm.item(),
+            "learning_rate": self.rates[0] * factor,
+            "temperature": temperature,
+            "elapsed_s": round(time.monotonic() - self._started_s, 3),
+            "tokens_per_s": round(tokens / took_s, 1),
+        }
+        return self.last_metrics
+
+    def evaluate(self) -> dict[str, Any]:
+        """Held-out loss over budgets spread evenly; keeps the best parameters. Returns its line."""
+        assert self.held_out is not None
+        config = self.config
+        n = min(config.eval_windows, len(self.held_out))
+        points: list[dict[str, float]] = []
+        with torch.no_grad():
+            for i in range(n):
+                place = (i + 0.5) / n
+                budget = config.budget_low + (config.budget_high - config.budget_low) * place
+                tokens = self.held_out[i : i + 1].to(config.device)
+                kl, penalty, share = self.losses(tokens, budget, 0.0)
+                points.append(
+                    {
+                        "budget": budget,
+                        "kl": kl.item(),
+                        "penalty": penalty.item(),
+                        "share": share.item(),
+                    }
+                )
+        mean = {key: sum(p[key] for p in points) / n for key in ("kl", "penalty", "share")}
+        line = {
+            "event": "eval",
+            "step": self.step,
+            "loss": mean["kl"] + mean["penalty"],
+            **mean,
+            "points": points,
+        }
+        if not self.best_metrics or line["loss"] < self.best_metrics["loss"]:
+            self.best_metrics, self.bad_evaluations = line, 0
+            self.best = {n: t.detach().clone() for n, t in self.predictor.state_dict().items()}
+        else:
+            self.bad_evaluations += 1
+        return line
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last evaluations brought nothing."""
+        return 0 < self.config.patience <= self.bad_evaluations
+
+    # Keeping -------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        tensors = {f"predictor.{n}": t for n, t in self.predictor.state_dict().items()}
+        tensors |= {f"best.{n}": t for n, t in self.best.items()}
+        for name, parameter in self.predictor.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"adam.{key}.{name}"] = value
+        # Nothing in the loop draws from this generator, but a model or predictor may.
+        tensors["rng.torch"] = torch.get_rng_state()
+        facts = {
+            **self.facts,
+            "best_metrics": self.best_metrics,
+            "bad_evaluations": self.bad_evaluations,
+            "last_metrics": self.last_metrics,
+        }
+        save_checkpoint(
+            self.folder / _CHECKPOINTS, Checkpoint(step=self.step, tensors=tensors, facts=facts)
+        )
+        self.saved_step = self.step
+
+    def resume(self) -> bool:
+        """Take up the newest whole checkpoint, if any, and cut the metrics back to it."""
+        checkpoint = newest_checkpoint(self.folder / _CHECKPOINTS)
+        if checkpoint is not None:
+            self._check_same(checkpoint.facts)
+            self._load(checkpoint)
+        _cut_back(self.folder / _METRICS, self.step)
+        return checkpoint is not None
+
+    def _check_same(self, facts: dict[str, Any]) -> None:
+        """Refuse to go on with a run that was started differently."""
+        theirs, ours = dict(facts.get("config", {})), dict(self.facts["config"])
+        for name in sorted(theirs.keys() | ours.keys()):
+            if name not in _HARMLESS and theirs.get(name) != ours.get(name):
+                raise VesicleError(
+                    f"{self.folder} holds a run with {name} {theirs.get(name)}, and now it is "
+                    f"{ours.get(name)}: use another folder, or --restart to begin anew"
+                )
+        for name, what in (("windows", "text"), ("model", "model"), ("standins", "stand-ins")):
+            if facts.get(name) != self.facts[name]:
+                raise VesicleError(
+                    f"{self.folder} holds a run on another {what}: use another folder, "
+                    "or --restart to begin anew"
+                )
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in checkpoint.tensors.items():
+            kind, _, rest = name.partition(".")
+            groups.setdefault(kind, {})[rest] = tensor
+        try:
+            self.predictor.load_state_dict(groups["predictor"])
+        except RuntimeError as error:
+            raise VesicleError(
+                f"{self.folder} holds a run with another predictor: use another folder, "
+                "or --restart to begin anew"
+            ) from error
+        named = dict(self.predictor.named_parameters())
+        for key_and_name, tensor in groups.get("adam", {}).items():
+            key, _, name = key_and_name.partition(".")
+            parameter = named[name]
+            # Adam counts its steps on the CPU.
+            self.optimizer.state[parameter][key] = (
+                tensor if key == "step" else tensor.to(parameter.device)
+            )
+        self.best = {n: t.to(self.config.device) for n, t in groups.get("best", {}).items()}
+        torch.set_rng_state(groups["rng"]["torch"])
+        facts = checkpoint.facts
+        self.step = self.saved_step = checkpoint.step
+        self.best_metrics, self.last_metrics = facts["best_metrics"], facts["last_metrics"]
+        self.bad_evaluations = facts["bad_evaluations"]
+
+    def finish(self, stopped_early: bool) -> TrainResult:
+        """Write the trained modulator and its record."""
+        if self.best:
+            self.predictor.load_state_dict(self.best)
+        metrics = {k: v for k, v in self.last_metrics.items() if not k.endswith("_s")}
+        if self.best_metrics:
+            metrics["held_out"] = self.best_metrics
+        import transformers
+
+        self.modulator.info.training = {
+            **self.modulator.info.training,
+            "config": self.config.to_dict(),
+            "seed": self.config.seed,
+            "data": self.facts["data"],
+            "tokens_per_pass": int(self.windows.numel()),
+            "steps": self.step,
+            "stopped_early": stopped_early,
+            "metrics": metrics,
+            "versions": {
+                "vesicle": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        self.modulator.save_pretrained(self.folder)
+        return TrainResult(step=self.step, stopped_early=stopped_early, metrics=metrics)
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Drop what was written after `step`, a torn last line included."""
+    if not path.exists():
+        return
+    kept = []
+    for line in read_text(path).split("\n"):
+        try:
+            values = json.loads(line)
+            if int(values["step"]) > step:
+                break
+        except (ValueError, LookupError, TypeError):
+            break
+        kept.append(line + "\n")
+    with atomic_path(path) as part:
+        part.write_text("".join(kept), encoding="utf-8")
+
+
+def _fingerprint(*tensors: Tensor) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without gradients of its own; as it was afterwards."""
+    wanted = [p.requires_grad for p in model.parameters()]
+    training = model.training
+    model.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter, grad in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(grad)
+
+
+@contextmanager
+def _curves(
+    folder: Path, step: int, wanted: bool, speak: Callable[[str], None]
+) -> Iterator[SummaryWriter | None]:
+    writer = None
+    if wanted:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder), purge_step=step + 1)
+        except ImportError:
+            speak("no TensorBoard curves: install vesicle[train] to have them")
+    try:
+        yield writer
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+@contextmanager
+def _bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    if not wanted:
+        yield lambda line: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    ) as bar:
+        task = bar.add_task("training", total=total, completed=done, note="")
+
+        def show(line: dict[str, Any]) -> None:
+            note = (
+                f"loss {line['loss']:.4f}  KL {line['kl']:.4f}  "
+                f"share {line['share']:.3f} of {line['budget']:.3f}"
+            )
+            bar.update(task, completed=line["step"], note=note)
+
+        yield show
