@@ -26,9 +26,16 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
-@pytest.fixture(params=["sdpa", "eager"])
-def attention(request: pytest.FixtureRequest) -> str:
-    """Both attention implementations of transformers that can be attached to."""
+@pytest.fixture(
+    params=[
+        *((family, "sdpa") for family in CONFIGS),
+        ("llama", "eager"),
+        ("gpt_neox_parallel", "eager"),
+    ],
+    ids="-".join,
+)
+def variant(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Every family and variant, and both attention implementations: (family, attention)."""
     return request.param
 
 

@@ -39,7 +39,7 @@ OVERHEAD = Overhead(
 
 
 def one_token(*, ffn: int = 2, attention: int = 1, kv_blocks: int = 2) -> Plan:
-    """Position 37 of a one-layer model: two complete blocks before its own, six positions into it."""
+    """Position 37 of a one-layer model: two complete blocks, then six positions of its own."""
     return Plan(
         channels=np.array([[[5, 6, 7, 9]]], np.int32),
         bits=np.array([[[16, 8, 16, 3]]], np.int32),
@@ -169,7 +169,7 @@ def test_visited_positions_are_those_attended_to():
     vectors=st.sampled_from([1, 2]),
 )
 def test_raising_any_field_never_lowers_the_cost(seed: int, name: str, vectors: int):
-    """In contexts of up to 16 complete blocks; beyond, choosing nearly all costs more than reading all."""
+    """Up to 16 complete blocks; beyond, choosing nearly all costs more than reading all."""
     rng = np.random.default_rng(seed)
     plan, other = random_plan(SHAPE, 60, rng), random_plan(SHAPE, 60, rng)
     more = replace(plan, **{name: np.maximum(getattr(plan, name), getattr(other, name))})

@@ -59,7 +59,7 @@ def test_an_untrained_one_is_saved_too(shape: ModelShape, tmp_path: Path):
 
 
 def test_saving_is_small(tmp_path: Path):
-    """About 5 MB for the default model's shape with the default ranks: stand-ins are kept in bfloat16."""
+    """About 3.5 MB for the default model with the default ranks: stand-ins are bfloat16."""
     shape = ModelShape(
         n_layers=30,
         width=576,
@@ -113,7 +113,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other hidden": (lambda v: v["predictor"].update(hidden=7), "7"),
     "other width": (lambda v: v["predictor"].update(width=50), "50"),
     "predictor a list": (lambda v: v.update(predictor=[1, 2]), ""),
-    "unknown effector": (lambda v: v["effectors"].update(cortisol={}), "no effector for 'cortisol'"),
+    "unknown effector": (
+        lambda v: v["effectors"].update(cortisol={}),
+        "no effector for 'cortisol'",
+    ),
     "unknown effector setting": (
         lambda v: v["effectors"]["gaba"].update(colour=1),
         "unknown gaba setting 'colour'",
@@ -257,7 +260,9 @@ def test_overhead(shape: ModelShape):
     assert (overhead.ffn_standin_rank, overhead.attention_standin_rank) == (5, 4)
     assert overhead.selection_vectors == 2
     control = modulator.with_levels(tiny_control("constant", modulator.predictor.config))
-    assert control.at(0.5).overhead(shape) == replace(overhead, modulator_flops=0, modulator_bytes=0)
+    assert control.at(0.5).overhead(shape) == replace(
+        overhead, modulator_flops=0, modulator_bytes=0
+    )
     assert modulator.at(1.0).overhead(shape).modulator_flops == 0
 
 
@@ -272,4 +277,4 @@ def test_the_author_keeps_levels_as_released(shape: ModelShape):
             assert author.attention(layer, positions).rest == (layer == 0)
             author.release(layer, hidden[0, start:stop], positions)
     whole = modulator.release(2, hidden, torch.arange(20)[None], torch.tensor([0.6]), {})
-    np.testing.assert_allclose(author.levels[:, 2], whole[0].detach().numpy(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(author.levels[:, 2], whole[0].detach().numpy(), rtol=0, atol=1e-6)

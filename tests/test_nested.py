@@ -68,9 +68,7 @@ def test_some_channels_are_rows_of_all():
     nested = NestedWeight.quantize(draw(80))
     channels = torch.tensor([79, 3, 40, 3])
     for bits in (8, 4, 3, 2):
-        assert torch.equal(
-            nested.dequantize(bits, channels), nested.dequantize(bits)[channels]
-        )
+        assert torch.equal(nested.dequantize(bits, channels), nested.dequantize(bits)[channels])
     assert nested.dequantize(4, channels[:0]).shape == (0, 20)
 
 

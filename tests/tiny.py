@@ -1,7 +1,7 @@
 """Tiny random models, modulators and Plans: no downloads, and every effect visible.
 
-Weights are far larger than a fresh initialisation's, norms' gains and every bias are random, so that a
-masked channel, a skipped layer or a wrong position moves the logits by much more than any tolerance.
+Weights are far larger than a fresh initialisation's, norms' gains and every bias are random, so
+that a masked channel, a skipped layer or a wrong position moves the logits well beyond tolerance.
 """
 
 from collections.abc import Callable
@@ -85,7 +85,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def randomise(module: nn.Module, seed: int) -> None:
-    """Draw every parameter anew: gains around 1, biases around 0, matrices with unit-scale outputs."""
+    """Draw every parameter anew: gains around 1, biases around 0, outputs of matrices around 2."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -122,7 +122,7 @@ def tokens(n: int, *, batch: int = 1, seed: int = 1) -> Tensor:
 
 
 def perturb(levels: Levels, seed: int = 2) -> None:
-    """Move a predictor's parameters off their initial values, so that levels differ by token and layer."""
+    """Move a predictor's parameters off their initial values: levels differ by token and layer."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in levels.parameters():
@@ -190,9 +190,7 @@ def tiny_modulator(
         "dopamine": DopaminePrecision(
             site_rates=(0.6, 0.8, 0.7, 1.2), bits_ladder=steps if ladder else ((0.0, 16),)
         ),
-        "serotonin": SerotoninDepth(
-            ffn_below=0.5, attention_below=0.4, bypass_below=bypass_below
-        ),
+        "serotonin": SerotoninDepth(ffn_below=0.5, attention_below=0.4, bypass_below=bypass_below),
         "gaba": GabaSparsity(summary=summary, least=2),
     }
     modulator = Modulator.new(

@@ -1,6 +1,7 @@
 """The command line: finds the command, and tells every problem in one line.
 
-Status 0 is success, 2 a problem that the user can fix, 130 an interruption, 1 a bug (with its traceback).
+Status 0 is success, 2 a problem that the user can fix, 130 an interruption, 1 a bug (with its
+traceback).
 Only typer and rich are loaded here; commands import the rest when they run.
 """
 
@@ -14,8 +15,11 @@ from typing import Annotated
 import typer
 
 from vesicle import __version__
+from vesicle.commands import eval as evaluation
+from vesicle.commands.calibrate import calibrate
 from vesicle.commands.info import info
 from vesicle.commands.run import run
+from vesicle.commands.train import train
 from vesicle.errors import VesicleError
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -31,6 +35,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(run)
+app.command()(train)
+app.command()(calibrate)
+app.add_typer(evaluation.app, name="eval")
 app.command()(info)
 
 
@@ -63,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character must not end an answer.
         sys.stdout.reconfigure(errors="replace")
+    # Read when torch is loaded. Threads that spin while they wait slow decoding down many times as
+    # soon as another program uses a core; threads that sleep cost little.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     command = typer.main.get_command(app)
     try:
         with command.make_context("vesicle", arguments or ["--help"]) as context:
@@ -78,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nvesicle: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output has enough. Python would complain once more when it flushes at exit.
+        # The reader has enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return 0

@@ -392,7 +392,9 @@ class ModulatorAuthor(Author):
         self._modulator = method.modulator
         self._rest = method.at_rest
         self._shape = shape
+        self._dial_position = method.dial_position
         self._dial = torch.tensor([method.dial_position])
+        self._columns = [index(name) for name in self._modulator.predictor.config.transmitters]
         self._state: State = {}
         self._next: AttentionDecision | None = None
         self._levels: list[FloatArray] = []
@@ -410,11 +412,24 @@ class ModulatorAuthor(Author):
             self._levels.append(np.ones((n, self._shape.n_layers, len(NAMES))))
         if self._rest:
             return resting_ffn(self._shape, n)
-        with torch.no_grad():
-            levels = self._modulator.release(
-                layer, hidden[None], torch.from_numpy(positions)[None], self._dial, self._state
+        predictor = self._modulator.predictor
+        table = np.ones((n, len(NAMES)))
+        if n == 1 and hidden.device.type == "cpu":
+            table[0, self._columns] = predictor.release_row(
+                layer, hidden[0], int(positions[0]), self._dial_position, self._state
             )
-        table = levels[0].double().cpu().numpy()
+        else:
+            with torch.no_grad():
+                released = predictor.release(
+                    layer,
+                    hidden[None],
+                    torch.from_numpy(positions)[None].to(hidden.device),
+                    self._dial.to(hidden.device),
+                    self._state,
+                )
+            table[:, self._columns] = released[0].double().cpu().numpy()
+        # One token and many are computed by other routes: rounding makes 0.25 the same level in both.
+        table = table.round(6)
         self._levels[-1][:, layer] = table
         self._next = decide_attention(self._modulator, self._shape, table, positions)
         return decide_ffn(self._modulator, self._shape, table)

@@ -1,8 +1,8 @@
 """What an answer cost, token by token and in all, as a table, a heat strip and JSON.
 
-An answer's token i is charged with the pass that computed its logits. That is the pass over the token *before*
-it: over the last prompt token for i = 0, over answer token i - 1 after that. The passes over the rest of the
-prompt belong to no answer token; they count in the totals alone.
+An answer's token i is charged with the pass that computed its logits. That is the pass over the
+token *before* it: over the last prompt token for i = 0, over answer token i - 1 after that. The
+passes over the rest of the prompt belong to no answer token; they count in the totals alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vesicle.transmitters import NAMES, REST
 _COLD_TO_WARM = ((38, 50, 110), (40, 120, 142), (94, 170, 104), (242, 193, 78), (235, 88, 52))
 _SWATCHES = 10
 _LEAST_SPREAD = 0.005
+_LEAST_SCALE = 0.1
 _QUANTITIES = {
     "FLOPs": ("flops_total", "flops", ""),
     "weights read": ("weight_bytes", "weight_bytes", "B"),
@@ -47,8 +48,8 @@ class Answer:
         token_ids: N ids.
         pieces: Each token's own text.
         shares: Each token's FLOPs over those of the dense model; see the module docstring.
-        levels: Mean level of each transmitter over all tokens and layers; None where a Plan was replayed,
-            which holds decisions and no levels.
+        levels: Mean level of each transmitter over all tokens and layers; None where a Plan was
+            replayed, which holds decisions and no levels.
         released: The transmitters that the method sets; the others rest.
         executed: Counted work, prompt included.
         dense: The dense model's price for the same tokens.
@@ -130,7 +131,7 @@ class Answer:
 
 
 def with_logits(n_tokens: int, prompt_tokens: int) -> NDArray[np.bool_]:
-    """(T,) the positions that `Engine.stream` runs the LM head for: the prompt's last, and all after."""
+    """(T,) where `Engine.stream` runs the LM head: at the prompt's last position and after it."""
     return np.arange(n_tokens) >= prompt_tokens - 1
 
 
@@ -200,6 +201,8 @@ def heat_strip(pieces: Items[str], shares: Items[float], console: Console) -> Gr
         return Line(f"every token got {high:.2f} of its dense FLOPs")
     if console.color_system is None or console.no_color:
         return _plain_strip(pieces, shares, max(console.width, 20))
+    # A narrower scale would paint differences that mean nothing in the strongest colours.
+    high = max(high, low + _LEAST_SCALE)
     strip = Line()
     for piece, share in zip(pieces, shares, strict=True):
         shown = _visible(piece).replace("↵", "↵\n")
@@ -291,10 +294,11 @@ def _comparison_table(answer: Answer, dense: Answer) -> Table:
 def _levels_line(answer: Answer) -> str:
     if answer.levels is None:
         return "not recorded in a saved plan"
-    return "  ".join(
-        f"{name} {level:.2f}" if name in answer.released else f"{name} resting"
-        for name, level in answer.levels.items()
-    )
+    shown = [f"{name} {answer.levels[name]:.2f}" for name in NAMES if name in answer.released]
+    resting = [name for name in NAMES if name not in answer.released]
+    if resting:
+        shown.append(f"resting: {', '.join(resting)}")
+    return "  ".join(shown)
 
 
 def _speed_line(answer: Answer) -> str:
@@ -325,7 +329,6 @@ def _released(sequence: Sequence) -> tuple[str, ...]:
 
 
 def _flops(costs: dict[str, NDArray[np.int64]]) -> NDArray[np.int64]:
-    total: NDArray[np.int64] = sum(
-        (values for name, values in costs.items() if name.startswith("flops_")), np.int64(0)
-    )
+    rows = [values for name, values in costs.items() if name.startswith("flops_")]
+    total: NDArray[np.int64] = np.sum(rows, axis=0)
     return total

@@ -30,7 +30,10 @@ def test_bits():
     effector = DopaminePrecision(bits_ladder=LADDER)
     level = np.array([1.0, 0.9, 0.89, 0.7, 0.5, 0.31, 0.3, 0.1, 0.0])
     assert effector.bits(level).tolist() == [16, 16, 8, 8, 4, 3, 3, 2, 2]
-    assert DopaminePrecision(bits_ladder=((0.0, 4),)).bits(np.array([1.0, 0.99])).tolist() == [16, 4]
+    assert DopaminePrecision(bits_ladder=((0.0, 4),)).bits(np.array([1.0, 0.99])).tolist() == [
+        16,
+        4,
+    ]
 
 
 def test_module_and_run():
@@ -61,7 +64,10 @@ def test_soft_amounts_round_up_to_the_decision():
 
 
 def test_all_sites_at_once_are_each_alone():
-    effector, widths = DopaminePrecision(site_rates=(0.2, 0.5, 1.0, 2.0)), np.array([48, 64, 48, 80])
+    effector, widths = (
+        DopaminePrecision(site_rates=(0.2, 0.5, 1.0, 2.0)),
+        np.array([48, 64, 48, 80]),
+    )
     level = np.random.default_rng(0).uniform(0, 1, 50)
     together = effector.channels(level, slice(0, 4), widths)
     assert together.shape == (50, 4)

@@ -1,7 +1,7 @@
 """Every registered effector: rest, monotony, and masks that tend to the decision.
 
-An effector's decisions and masks have the arguments that its effect needs, so one `Case` per effector says
-how to ask; the tests are the same for all.
+An effector's decisions and masks have the arguments that its effect needs, so one `Case` per
+effector says how to ask; the tests are the same for all.
 """
 
 from collections.abc import Callable
@@ -183,7 +183,7 @@ def test_the_mask_tends_to_the_decision(case: Case):
     hard, soft_level = case.hard(level), torch.from_numpy(level)[None]
     gaps = [(case.soft(soft_level, heat) - hard).abs().mean().item() for heat in (0.5, 0.1, 0.001)]
     assert gaps[0] > gaps[1] > gaps[2]
-    # Where a threshold falls on a channel itself, that channel's mask is one half at any temperature.
+    # A threshold that is a channel's own magnitude leaves that channel's mask at one half.
     assert gaps[2] < 0.5 / WIDTH + 0.01
     straight = case.soft(soft_level, 0.0)
     torch.testing.assert_close(straight, hard, rtol=0, atol=1e-12)

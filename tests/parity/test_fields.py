@@ -80,7 +80,9 @@ def by_hand(model: Any, ids: Tensor, edits: tuple[Edit, ...], equipment: Equipme
     sites = (modules.query_key_value, (modules.out,), modules.ffn_in, (modules.ffn_out,))
     with ExitStack() as stack:
 
-        def hook(register: Callable[..., Any], function: Callable[..., Any], **settings: Any) -> None:
+        def hook(
+            register: Callable[..., Any], function: Callable[..., Any], **settings: Any
+        ) -> None:
             stack.callback(register(function, **settings).remove)
 
         for site, linears in enumerate(sites):
@@ -150,7 +152,8 @@ def test_every_field_is_edited():
 
 
 @pytest.mark.parametrize("name", list(EDITS))
-def test_a_field_does_what_it_says(family: str, attention: str, ids: Tensor, name: str):
+def test_a_field_does_what_it_says(variant: tuple[str, str], ids: Tensor, name: str):
+    family, attention = variant
     model = tiny_model(family, attention=attention)
     shape = shape_of(model)
     equipment = tiny_modulator(shape).equipment

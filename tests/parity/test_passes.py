@@ -1,4 +1,4 @@
-"""The reference decides causally, and alike in one piece, in chunks, token by token and in a batch."""
+"""The reference decides causally, and alike whole, in chunks, token by token and in a batch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +16,9 @@ from vesicle.predictors import CONTROLS, PREDICTORS
 from vesicle.reference.attach import Run, attach
 
 SDPA, EAGER = 1e-9, 1e-4
-"""Largest difference of fp64 logits, whose size is about 2. sdpa works in fp64 throughout, but for norms and
-rotary phases, which see the same numbers in every pass; eager takes its softmax in fp32, whose sums depend on
-how many masked positions they run over."""
+"""Largest difference of fp64 logits, whose size is about 2. sdpa works in fp64 throughout, but for
+norms and rotary phases, which see the same numbers in every pass; eager takes its softmax in fp32,
+whose sums depend on how many masked positions they run over."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,8 @@ CUTS = {"chunks": (1, 17, 48, 64), "tokens": tuple(range(1, 70))}
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-def test_pieces_are_the_whole(family: str, attention: str, ids: Tensor, cuts: tuple[int, ...]):
+def test_pieces_are_the_whole(variant: tuple[str, str], ids: Tensor, cuts: tuple[int, ...]):
+    family, attention = variant
     model = tiny_model(family, attention=attention)
     modulator = tiny_modulator(shape_of(model), "recurrent", ladder=True, bypass_below=0.2)
     method = modulator.at(0.6)
@@ -69,9 +70,15 @@ def test_pieces_are_the_whole_for_every_kind_of_levels(
     else:
         modulator = tiny_modulator(shape_of(llama), kind, summary=summary)
     method = modulator.at(0.6)
-    agree(
-        in_pieces(llama, ids, method, ()), in_pieces(llama, ids, method, (5, 40, 41)), SDPA
-    )
+    agree(in_pieces(llama, ids, method, ()), in_pieces(llama, ids, method, (5, 40, 41)), SDPA)
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.5, 0.6, 0.75])
+@pytest.mark.parametrize("kind", list(PREDICTORS))
+def test_levels_on_a_threshold_do_not_flip(llama: Any, ids: Tensor, kind: str, budget: float):
+    """An untrained modulator releases the dial itself, which lands on steps and whole channels."""
+    method = Modulator.new(shape_of(llama), predictor=kind).at(budget)
+    agree(in_pieces(llama, ids, method, ()), in_pieces(llama, ids, method, CUTS["tokens"]), SDPA)
 
 
 @pytest.mark.parametrize("t", [0, 15, 16, 40, 68])
@@ -88,11 +95,12 @@ def test_causal(model: Any, ids: Tensor, t: int):
 
 
 @pytest.mark.parametrize("cuts", [(), (30,)], ids=["whole", "chunks"])
-def test_a_replayed_plan_is_the_run(
-    family: str, attention: str, ids: Tensor, cuts: tuple[int, ...]
-):
+def test_a_replayed_plan_is_the_run(variant: tuple[str, str], ids: Tensor, cuts: tuple[int, ...]):
+    family, attention = variant
     model = tiny_model(family, attention=attention)
-    method = tiny_modulator(shape_of(model), ladder=True, bypass_below=0.2, summary="bounds").at(0.6)
+    method = tiny_modulator(shape_of(model), ladder=True, bypass_below=0.2, summary="bounds").at(
+        0.6
+    )
     first = in_pieces(model, ids, method, cuts)
     again = in_pieces(model, ids, Replay(first[1].plan, method.equipment), cuts)
     assert again[1].plan.equals(first[1].plan)
@@ -128,7 +136,8 @@ def padded() -> tuple[Tensor, Tensor, Tensor]:
     return batch, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def test_a_padded_batch_is_its_sequences(family: str, attention: str):
+def test_a_padded_batch_is_its_sequences(variant: tuple[str, str]):
+    family, attention = variant
     model = tiny_model(family, attention=attention)
     method = tiny_modulator(shape_of(model), "recurrent", ladder=True).at(0.6)
     batch, mask, positions = padded()
@@ -148,13 +157,13 @@ def test_a_padded_batch_generates_its_sequences(family: str):
     method = tiny_modulator(shape_of(model), "recurrent").at(0.6)
     batch, mask, _ = padded()
     with attach(model, method) as run:
-        both = model.generate(batch, attention_mask=mask, max_new_tokens=12, do_sample=False)
+        both = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False)
     plans = run.plans
-    assert [p.n_tokens for p in plans] == [n + 11 for n in LENGTHS]
+    assert [p.n_tokens for p in plans] == [n + 7 for n in LENGTHS]
     for row, n in enumerate(LENGTHS):
         with attach(model, method) as run:
             alone = model.generate(
-                batch[row : row + 1, 70 - n :], max_new_tokens=12, do_sample=False
+                batch[row : row + 1, 70 - n :], max_new_tokens=8, do_sample=False
             )
         assert torch.equal(both[row, 70:], alone[0, n:])
         assert plans[row].equals(run.plan)

@@ -1,4 +1,4 @@
-"""Soft execution: straight-through is the hard run, its cost is the ledger's, and it can be learnt from."""
+"""Soft execution: straight-through is the hard run, its cost is the ledger's, and it learns."""
 
 from typing import Any
 
@@ -64,7 +64,7 @@ def test_rest_is_rest(model: Any, ids: Tensor, heat: float):
 
 @pytest.mark.parametrize("released", [("serotonin",), ("gaba",)], ids="+".join)
 def test_cold_masks_are_the_hard_run(llama: Any, ids: Tensor, released: tuple[str, ...]):
-    """Not dopamine: its threshold is a channel's own magnitude, and that channel's mask stays one half."""
+    """Not dopamine: at its threshold lies a channel, whose mask stays one half."""
     modulator = tiny_modulator(shape_of(llama), transmitters=released)
     first, _ = hard(llama, modulator, ids)
     gaps = [
@@ -76,7 +76,7 @@ def test_cold_masks_are_the_hard_run(llama: Any, ids: Tensor, released: tuple[st
 
 
 def rounding(shape: ModelShape, overhead: Overhead, n_tokens: int) -> tuple[float, float]:
-    """FLOPs by which ceilings can raise, and a block more or less for choosing can lower, the hard cost."""
+    """FLOPs by which ceilings can raise the hard cost, and by which not choosing can lower it."""
     outputs, later = shape.site_outputs, shape.n_layers - 1
     blocks = visible_blocks(np.arange(n_tokens, dtype=np.int32))
     several = int((blocks > 2).sum())  # others read every block there is
@@ -146,7 +146,7 @@ def test_the_cost_pulls_each_level_down(llama: Any, ids: Tensor, name: str):
     _, run = soft(llama, modulator, ids, 0.0)
     assert run.soft_cost is not None
     run.soft_cost.share.backward()
-    # A higher offset is a lower level; the last layer's level sets no attention, so GABA has none there.
+    # A higher offset is a lower level; no attention follows the last layer, so GABA is idle there.
     layers = 2 if name == "gaba" else 3
     assert (modulator.predictor.offset.grad[:layers] < 0).all()
 

@@ -1,5 +1,7 @@
 """Every registered predictor and control."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -22,9 +24,7 @@ def dial(value: float) -> Tensor:
     return torch.full((B,), value)
 
 
-def released(
-    levels: Levels, x: Tensor, value: float = 0.6, cuts: tuple[int, ...] = ()
-) -> Tensor:
+def released(levels: Levels, x: Tensor, value: float = 0.6, cuts: tuple[int, ...] = ()) -> Tensor:
     """Levels (B, T, L, A) of hidden states (L, B, T, D), taken in the pieces that `cuts` leave."""
     state: dict[int, Tensor] = {}
     pieces = []
@@ -69,7 +69,23 @@ def test_levels_are_levels(levels: Levels):
 )
 def test_pieces_agree_with_the_whole(levels: Levels, cuts: tuple[int, ...]):
     x = hidden()
-    torch.testing.assert_close(released(levels, x, cuts=cuts), released(levels, x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        released(levels, x, cuts=cuts), released(levels, x), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("value", [0.05, 0.6, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_one_row_is_one_token(levels: Levels, dtype: torch.dtype, value: float):
+    x, levels = hidden().to(dtype), levels.to(dtype)
+    row_state: dict[int, Tensor] = {}
+    whole = released(levels, x, value)
+    for t in range(20):
+        for layer in range(L):
+            row = levels.release_row(layer, x[layer, 0, t], t, value, row_state)
+            assert row.shape == (3,)
+            np.testing.assert_allclose(row, whole[0, t, layer].detach(), rtol=0, atol=1e-6)
+            assert value < 1 or not isinstance(levels, Predictor) or (row == 1).all()
 
 
 @pytest.mark.parametrize("t", [0, 63, 64, 100])
@@ -106,7 +122,7 @@ def test_an_untrained_predictor_releases_the_dial(kind: str, value: float):
 
 def test_levels_rise_with_the_dial(predictor: Predictor):
     at = [released(predictor, hidden(), value) for value in (0.1, 0.4, 0.7, 0.95, 1.0)]
-    for low, high in zip(at, at[1:], strict=False):
+    for low, high in pairwise(at):
         assert (low < high).all()
 
 

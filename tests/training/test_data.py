@@ -75,7 +75,7 @@ def test_missing_empty_and_too_short(tmp_path):
         load_documents(tmp_path / "missing.txt")
     with pytest.raises(DataError, match=r"data/missing\.jsonl"):
         load_documents("data/missing.jsonl")
-    with pytest.raises(DataError, match="holds no .txt"):
+    with pytest.raises(DataError, match=r"holds no \.txt"):
         load_documents(tmp_path)
     with pytest.raises(DataError, match="has 2 tokens; one window needs 4"):
         token_windows(["ab"], encode, 4)

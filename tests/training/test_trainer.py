@@ -146,11 +146,12 @@ def test_patience_stops_a_run_that_no_longer_improves(tmp_path):
 
 
 def test_the_loss_curve_is_the_golden_one(tmp_path):
-    config = replace(CONFIG, steps=50, checkpoint_every=50, eval_every=25)
-    run(tmp_path, config)
+    # Soft masks throughout: no machine's rounding can flip a decision.
+    soft = {"temperature_start": 0.3, "temperature_end": 0.3}
+    run(tmp_path, replace(CONFIG, steps=50, checkpoint_every=50, eval_every=0, **soft))
     got = [(x["event"], x["step"], x["loss"]) for x in curve(tmp_path)]
     text = "".join(f"{event} {step} {loss:.9g}\n" for event, step, loss in got)
-    if os.environ.get("VESICLE_WRITE_GOLDEN"):
+    if os.environ.get("VESICLE_WRITE_GOLDEN"):  # after a change that is meant to move the curve
         GOLDEN.write_text(text)
     expected = [line.split() for line in GOLDEN.read_text().splitlines()]
     assert [(e, s) for e, s, _ in got] == [(e, int(s)) for e, s, _ in expected]

@@ -1,4 +1,4 @@
-"""A training run small enough to repeat: a random Llama, random tokens. Also run as a program, to be killed."""
+"""A training run small enough to repeat, on a random Llama; also a program, to be killed."""
 
 import sys
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""What each command does: options, checks before anything heavy is loaded, and calls into the library."""
+"""What each command does: its options, early checks, and calls into the library."""

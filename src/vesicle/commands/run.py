@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vesicle.engine import Engine, Sampling, Sequence
     from vesicle.models import Text
     from vesicle.modulator import Modulator
-    from vesicle.plan import Method
+    from vesicle.plan import Method, Plan
     from vesicle.report import Answer
 
 _WHAT, _HOW, _OUTPUT = "What runs", "How it is sampled", "What is shown and saved"
@@ -126,9 +126,10 @@ def run(
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.", rich_help_panel=_HOW)
     ] = 0,
-    plan: Annotated[
+    save_plan: Annotated[
         Path | None,
         typer.Option(
+            "--plan",
             help="Save what was decided for each token and layer (.safetensors).",
             rich_help_panel=_OUTPUT,
         ),
@@ -160,7 +161,7 @@ def run(
       git diff | vesicle run - --system "Summarise this change." --truncate
     """
     wanted = read_prompt(prompt, file)
-    _check(budget, system, raw, replay, plan)
+    _check(budget, system, raw, replay, save_plan)
     show_progress = sys.stderr.isatty()
 
     with _status("loading", show_progress):
@@ -179,11 +180,12 @@ def run(
         text = Text.from_folder(folder)
         ids = _encode(text, wanted, system, raw)
         ids = _fit(ids, text.context_window, max_new_tokens, truncate)
-        if saved is not None:
-            max_new_tokens = _limit(saved, len(ids), max_new_tokens)
+        limit = max_new_tokens if saved is None else _limit(saved, len(ids), max_new_tokens)
         source, loaded = _find_modulator(modulator, folder, budget, quiet=saved is not None)
-        if loaded is not None and saved is None:
-            budget = loaded.info.default_budget if budget is None else budget
+        if loaded is None:
+            budget = None
+        elif saved is None and budget is None:
+            budget = loaded.info.default_budget
         method = _method(loaded, saved, budget)
         if compare and isinstance(method, Dense):
             raise VesicleError(
@@ -194,7 +196,7 @@ def run(
         engine.start(method)  # refuses what does not fit, before anything is generated
 
     settings = _Settings(
-        engine=engine, text=text, prompt=ids, max_new_tokens=max_new_tokens, sampling=sampling
+        engine=engine, text=text, prompt=ids, max_new_tokens=limit, sampling=sampling
     )
     if compare:
         _warm_up(settings, [method, Dense()])
@@ -202,10 +204,12 @@ def run(
         answer, sequence = _generate(settings, method, _discard if as_json else _write)
     if not as_json:
         _write("\n")
-    if plan is not None:
-        sequence.plan.save(plan)
-    if saved is not None and sequence.length == saved.n_tokens:
-        notice(f"the plan ends here, after {saved.n_tokens} tokens")
+    if save_plan is not None:
+        sequence.plan.save(save_plan)
+    if saved is not None and limit < max_new_tokens and len(answer.token_ids) == limit:
+        notice(f"stopped at the end of the plan, after {saved.n_tokens} tokens")
+    elif sequence.length >= text.context_window and len(answer.token_ids) < limit:
+        notice(f"stopped at the end of the context window, after {text.context_window} tokens")
     dense = None
     if compare:
         with _status("generating once more, dense", show_progress):
@@ -268,7 +272,7 @@ def _fit(ids: list[int], window: int, max_new_tokens: int, truncate: bool) -> li
     return ids[-room:]
 
 
-def _limit(plan: Any, prompt_tokens: int, max_new_tokens: int) -> int:
+def _limit(plan: Plan, prompt_tokens: int, max_new_tokens: int) -> int:
     """How many tokens a Plan's rows last for; the last one drawn needs none."""
     if prompt_tokens > plan.n_tokens:
         raise DataError(
@@ -297,7 +301,7 @@ def _find_modulator(
     return None, None
 
 
-def _method(modulator: Modulator | None, saved: Any, budget: float | None) -> Method:
+def _method(modulator: Modulator | None, saved: Plan | None, budget: float | None) -> Method:
     from vesicle.plan import FFN_SMALL, Dense, Replay
 
     if saved is None:

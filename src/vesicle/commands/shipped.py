@@ -19,11 +19,11 @@ def shipped_modulator() -> Path | None:
     """The folder of the default model's modulator, or None if this package ships none."""
     found = sorted(path.parent for path in FOLDER.glob("*/modulator.json"))
     named = [folder for folder in found if folder.name == DEFAULT_MODEL]
-    return (named or found or [None])[0]
+    return next(iter(named + found), None)
 
 
 def is_default_model(folder: Path) -> bool:
-    """Whether `folder`, from `resolve_model`, holds the model that shipped modulators are made for."""
+    """Whether `folder`, from `resolve_model`, is the model that shipped modulators fit."""
     return folder.resolve() == (cache_root() / "models" / DEFAULT_MODEL).resolve()
 
 

@@ -94,17 +94,16 @@ def _choose(
 
 def _dense(query: Tensor, cache: LayerCache, positions: IntArray, scale: float) -> Tensor:
     t, h, k = query.shape
-    keys, values = cache.keys[:, : cache.length], cache.values[:, : cache.length]
+    # Queries of a chunk whose other tokens skip attention must not see those tokens' keys.
+    length = int(positions[-1]) + 1
+    keys, values = cache.keys[:, :length], cache.values[:, :length]
     q = query.transpose(0, 1)  # (H, T, K)
     if t == 1:
         # Query heads that share a KV head become its rows: no repeated keys, no mask.
         rows = q.reshape(keys.shape[0], -1, k)[None]
         out = nn.functional.scaled_dot_product_attention(rows, keys[None], values[None], scale=scale)
         return out.reshape(1, h * k)
-    whole = t == cache.length
-    mask = None
-    if not whole or positions[0] != 0 or positions[-1] != t - 1:
-        mask = torch.arange(cache.length) <= torch.from_numpy(positions)[:, None]
+    mask = None if t == length else torch.arange(length) <= torch.from_numpy(positions)[:, None]
     out = nn.functional.scaled_dot_product_attention(
         q[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, scale=scale,
         enable_gqa=True,

@@ -31,14 +31,18 @@ class LayerCache:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add keys and values (G, T, K)."""
         end = self.length + keys.shape[1]
+        self.grow(end)
+        self.keys[:, self.length : end] = keys
+        self.values[:, self.length : end] = values
+        self.length = end
+
+    def grow(self, end: int) -> None:
+        """Make room for `end` positions."""
         if end > self.keys.shape[1]:
             room = max(_GROWTH, 2 * self.keys.shape[1], -(-end // BLOCK) * BLOCK)
             self.keys, self.values = (
                 _grown(old, room, self.length) for old in (self.keys, self.values)
             )
-        self.keys[:, self.length : end] = keys
-        self.values[:, self.length : end] = values
-        self.length = end
 
     def summaries(self, summary: str) -> Tensor:
         """Summaries (G, N, V, K) of the N complete blocks."""

@@ -50,6 +50,16 @@ class Counters:
         self._visited[layer, tokens] = visited
         self._compared[layer, tokens] = compared.astype(np.int64) * vectors
 
+    def one_token(self, layer: int, site: int, rows_read: int, outputs: int) -> None:
+        """`projection` for a pass of one token whose weights have their stored bits."""
+        self._rows[layer, site, 0] = rows_read
+        self._outputs[layer, site, 0] = outputs
+
+    def one_query(self, layer: int, visited: int, compared: int) -> None:
+        """`attention` for a pass of one token."""
+        self._visited[layer, 0] = visited
+        self._compared[layer, 0] = compared
+
     def stand_in(self, tokens: IntArray, rank: int) -> None:
         """A stand-in of `rank` run for tokens."""
         self._standin[tokens] += rank

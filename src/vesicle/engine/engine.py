@@ -25,6 +25,7 @@ from vesicle.engine import weights
 from vesicle.engine.attention import attend
 from vesicle.engine.cache import LayerCache
 from vesicle.engine.counters import Counters
+from vesicle.engine.decode import Stepper
 from vesicle.engine.linear import normalise, project
 from vesicle.engine.rotary import Rotary
 from vesicle.engine.sampling import Sampling
@@ -104,6 +105,7 @@ class Engine:
         self.device = loaded.embedding.device
         self._rotary = Rotary(loaded.config, self.dtype)
         self._scale = 1 / math.sqrt(self.shape.head_size)
+        self._stepper = Stepper.build(loaded, self._scale)
         self._activation = ACTIVATIONS[loaded.config.activation]
 
     @classmethod
@@ -269,13 +271,31 @@ class _Pass:
         self.all_positions = np.concatenate(self.positions)
         self.counters = Counters(engine.shape, n)
         self.rotation = engine._rotary.at(self.all_positions)
+        self.stepper = engine._stepper if n == 1 else None
 
     def layer(self, number: int, hidden: Tensor) -> Tensor:
         """One decoder layer, hidden (N, D)."""
         config, w = self.engine.config, self.engine._weights.layers[number]
-        attended = self.attention(number, hidden)
-        after = hidden + attended
+        decision = self.decide(number)
+        after = None
+        if self.stepper is not None:
+            sequence = self.sequences[0]
+            after = self.stepper.attention(
+                number,
+                hidden,
+                sequence.caches[number],
+                decision,
+                self.rotation,
+                sequence.equipment.summary,
+                self.counters,
+            )
+        if after is None:
+            after = hidden + self.attention(number, hidden, decision)
         ffn = self.release(number, after)
+        if self.stepper is not None:
+            stepped = self.stepper.ffn(number, after, ffn, self.counters)
+            if stepped is not None:
+                return stepped
         norm = w.ffn_norm
         x = normalise(
             hidden if config.parallel_residual else after,
@@ -286,11 +306,10 @@ class _Pass:
         )
         return after + self.ffn(number, x, ffn)
 
-    def attention(self, number: int, hidden: Tensor) -> Tensor:
+    def attention(self, number: int, hidden: Tensor, decision: AttentionDecision) -> Tensor:
         """Attention's contribution to the residual stream, (N, D)."""
         engine = self.engine
         config, shape, w = engine.config, engine.shape, engine._weights.layers[number]
-        decision = self.decide(number)
         norm = w.attention_norm
         x = normalise(hidden, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
         runs = decision.run == 1

@@ -183,8 +183,9 @@ template <typename Weight>
 void sparse_linear(const float* x, const int32_t* counts, int64_t tokens, int64_t width, const Weight* w,
                    int64_t stride, int64_t columns, const float* bias, float* y, int32_t* rows_read) {
   if (tokens == 1) {
-    std::vector<uint32_t> keys;
-    std::vector<int32_t> chosen;
+    static thread_local std::vector<uint32_t> keys;
+    static thread_local std::vector<int32_t> kept;
+    std::vector<int32_t>& chosen = kept;  // shared with the threads below
     choose(x, width, counts[0], keys, chosen);
     rows_read[0] = static_cast<int32_t>(chosen.size());
     // Multiples of 16 columns keep each part on cache-line boundaries.
@@ -222,15 +223,147 @@ void sparse_linear(const float* x, const int32_t* counts, int64_t tokens, int64_
   }
 }
 
-CLONES float dot(const float* a, const float* b, int64_t n) {
-  float sum[16] = {0};
+inline __attribute__((always_inline)) float dot_body(const float* a, const float* b, int64_t n) {
+  Vector sum = {};
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int j = 0; j < 16; ++j) sum[j] += a[i + j] * b[i + j];
+  for (; i + kLanes <= n; i += kLanes) sum += load(a + i) * load(b + i);
   float total = 0;
-  for (int j = 0; j < 16; ++j) total += sum[j];
+  for (int j = 0; j < kLanes; ++j) total += sum[j];
   for (; i < n; ++i) total += a[i] * b[i];
   return total;
+}
+
+CLONES float dot(const float* a, const float* b, int64_t n) { return dot_body(a, b, n); }
+
+// scores[r][0:n] of the query heads of one KV head against n keys in a row.
+CLONES void score_rows(const float* query, const float* keys, int64_t ratio, int64_t size, int64_t n,
+                       float scale, float* scores, int64_t row) {
+  for (int64_t s = 0; s < n; ++s)
+    for (int64_t r = 0; r < ratio; ++r)
+      scores[r * row + s] = dot_body(query + r * size, keys + s * size, size) * scale;
+}
+
+CLONES void softmax(float* x, int64_t n) {
+  float top = x[0];
+  for (int64_t i = 1; i < n; ++i) top = x[i] > top ? x[i] : top;
+  float total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = std::exp(x[i] - top);
+    total += x[i];
+  }
+  const float inverse = 1.0f / total;
+  for (int64_t i = 0; i < n; ++i) x[i] *= inverse;
+}
+
+// y[0:size] += sum over n of weight[i] * values[i, 0:size]
+CLONES void weigh_rows(float* y, const float* weights, const float* values, int64_t size, int64_t n) {
+  int64_t d = 0;
+  for (; d + 64 <= size; d += 64) {
+    Vector a = load(y + d), b = load(y + d + 16), c = load(y + d + 32), e = load(y + d + 48);
+    for (int64_t i = 0; i < n; ++i) {
+      const float* v = values + i * size + d;
+      a += weights[i] * load(v);
+      b += weights[i] * load(v + 16);
+      c += weights[i] * load(v + 32);
+      e += weights[i] * load(v + 48);
+    }
+    std::memcpy(y + d, &a, sizeof a);
+    std::memcpy(y + d + 16, &b, sizeof b);
+    std::memcpy(y + d + 32, &c, sizeof c);
+    std::memcpy(y + d + 48, &e, sizeof e);
+  }
+  for (; d < size; ++d)
+    for (int64_t i = 0; i < n; ++i) y[d] += weights[i] * values[i * size + d];
+}
+
+// The `ratio` query heads of one KV head over listed blocks (rising) up to `position`; returns positions read.
+int64_t attend(const float* query, const float* keys, const float* values, const int32_t* list, int64_t n_list,
+               int64_t position, int64_t ratio, int64_t size, float scale, float* out,
+               std::vector<float>& scores) {
+  const int64_t row = n_list * 16;
+  scores.resize(ratio * row);
+  int64_t n = 0;
+  for (int64_t b = 0; b < n_list; ++b) {
+    const int64_t first = static_cast<int64_t>(list[b]) * 16;
+    const int64_t count = std::min<int64_t>(16, position + 1 - first);
+    score_rows(query, keys + first * size, ratio, size, count, scale, scores.data() + n, row);
+    n += count;
+  }
+  for (int64_t r = 0; r < ratio; ++r) {
+    float* y = out + r * size;
+    const float* weights = scores.data() + r * row;
+    softmax(scores.data() + r * row, n);
+    std::memset(y, 0, size * sizeof(float));
+    int64_t i = 0;
+    for (int64_t b = 0; b < n_list; ++b) {
+      const int64_t first = static_cast<int64_t>(list[b]) * 16;
+      const int64_t count = std::min<int64_t>(16, position + 1 - first);
+      weigh_rows(y, weights + i, values + first * size, size, count);
+      i += count;
+    }
+  }
+  return n;
+}
+
+// The first block, the query's own, and the n - 2 others of the largest estimated mass (see blocks.py, which
+// this follows), in rising order.
+//   summaries (room, vectors, size) of one KV head's complete blocks
+void choose_blocks(const float* query, const float* summaries, int64_t n, int32_t own, int64_t ratio,
+                   int64_t size, int64_t vectors, float scale, int32_t* list, std::vector<float>& mass,
+                   std::vector<float>& logits, std::vector<int32_t>& order) {
+  mass.assign(own, 0.0f);
+  logits.resize(own);
+  for (int64_t r = 0; r < ratio; ++r) {
+    const float* q = query + r * size;
+    for (int32_t b = 0; b < own; ++b) {
+      const float* first = summaries + b * vectors * size;
+      float value = 0;
+      if (vectors == 1) {
+        value = dot(q, first, size);
+      } else {
+        for (int64_t d = 0; d < size; ++d) value += q[d] > 0 ? q[d] * first[size + d] : q[d] * first[d];
+      }
+      logits[b] = value * scale;
+    }
+    softmax(logits.data(), own);
+    for (int32_t b = 0; b < own; ++b) mass[b] += logits[b];
+  }
+  order.clear();
+  for (int32_t b = 1; b < own; ++b) order.push_back(b);
+  const int64_t wanted = n - 2;
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return mass[a] > mass[b]; });
+  list[0] = 0;
+  std::copy(order.begin(), order.begin() + wanted, list + 1);
+  std::sort(list + 1, list + 1 + wanted);
+  list[wanted + 1] = own;
+}
+
+CLONES void normalise(const float* x, const float* gain, float eps, int64_t n, float* y) {
+  float squares = 0;
+  for (int64_t i = 0; i < n; ++i) squares += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt(squares / n + eps);
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * scale * gain[i];
+}
+
+CLONES void add(float* y, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += x[i];
+}
+
+CLONES void silu_gate(float* gate, const float* up, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+// x (heads, size) rotated in place by cosines and signed sines (size), half-split layout.
+void rotate(float* x, int64_t heads, int64_t size, const float* cosine, const float* sine) {
+  const int64_t half = size / 2;
+  for (int64_t h = 0; h < heads; ++h) {
+    float* row = x + h * size;
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = row[i], b = row[i + half];
+      row[i] = a * cosine[i] + b * sine[i];
+      row[i + half] = b * cosine[i + half] + a * sine[i + half];
+    }
+  }
 }
 
 }  // namespace
@@ -250,8 +383,7 @@ void vesicle_sparse_linear_bf16(const float* x, const int32_t* counts, int64_t t
   sparse_linear(x, counts, tokens, width, w, stride, columns, bias, y, rows_read);
 }
 
-// Which blocks each query reads: the first, its own, and those of the largest estimated attention mass (see
-// blocks.py, which this follows).
+// Which blocks each query reads.
 //   query (tokens, heads, size); summaries (kv_heads, room, vectors, size) of complete blocks
 //   n_blocks, positions (tokens); listed (tokens, kv_heads, most), rising; compared (tokens)
 void vesicle_choose_blocks_f32(const float* query, const float* summaries, const int32_t* n_blocks,
@@ -272,39 +404,10 @@ void vesicle_choose_blocks_f32(const float* query, const float* summaries, const
         int32_t* list = listed + (t * kv_heads + g) * most;
         if (all) {
           for (int32_t b = 0; b <= own; ++b) list[b] = b;
-          continue;
+        } else {
+          choose_blocks(query + (t * heads + g * ratio) * size, summaries + g * room * vectors * size,
+                        n_blocks[t], own, ratio, size, vectors, scale, list, mass, logits, order);
         }
-        mass.assign(own, 0.0f);
-        logits.resize(own);
-        for (int64_t r = 0; r < ratio; ++r) {
-          const float* q = query + (t * heads + g * ratio + r) * size;
-          float top = -INFINITY;
-          for (int32_t b = 0; b < own; ++b) {
-            const float* first = summaries + (g * room + b) * vectors * size;
-            float value;
-            if (vectors == 1) {
-              value = dot(q, first, size);
-            } else {
-              value = 0;
-              for (int64_t d = 0; d < size; ++d)
-                value += q[d] > 0 ? q[d] * first[size + d] : q[d] * first[d];
-            }
-            logits[b] = value * scale;
-            top = std::max(top, logits[b]);
-          }
-          float total = 0;
-          for (int32_t b = 0; b < own; ++b) total += std::exp(logits[b] - top);
-          for (int32_t b = 0; b < own; ++b) mass[b] += std::exp(logits[b] - top) / total;
-        }
-        order.clear();
-        for (int32_t b = 1; b < own; ++b) order.push_back(b);
-        const int64_t wanted = n_blocks[t] - 2;
-        std::stable_sort(order.begin(), order.end(),
-                         [&](int32_t a, int32_t b) { return mass[a] > mass[b]; });
-        list[0] = 0;
-        std::copy(order.begin(), order.begin() + wanted, list + 1);
-        std::sort(list + 1, list + 1 + wanted);
-        list[wanted + 1] = own;
       }
     }
   }
@@ -320,47 +423,105 @@ void vesicle_block_attention_f32(const float* query, const float* keys, const fl
                                  int64_t capacity, int64_t most, float scale, float* out,
                                  int32_t* visited) {
   const int64_t ratio = heads / kv_heads;
-#pragma omp parallel if (tokens * n_blocks[tokens - 1] > 64)
+#pragma omp parallel if (tokens > 1)
   {
     std::vector<float> scores;
-#pragma omp for collapse(2) schedule(dynamic, 1)
+#pragma omp for collapse(2) schedule(dynamic, 4)
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t g = 0; g < kv_heads; ++g) {
-        const int32_t* list = blocks + (t * kv_heads + g) * most;
-        const float* k = keys + g * capacity * size;
-        const float* v = values + g * capacity * size;
-        scores.resize(n_blocks[t] * 16);
-        for (int64_t r = 0; r < ratio; ++r) {
-          const float* q = query + (t * heads + g * ratio + r) * size;
-          float* y = out + (t * heads + g * ratio + r) * size;
-          float top = -INFINITY;
-          int64_t n = 0;
-          for (int32_t b = 0; b < n_blocks[t]; ++b) {
-            const int64_t first = static_cast<int64_t>(list[b]) * 16;
-            const int64_t last = std::min<int64_t>(first + 16, positions[t] + 1);
-            for (int64_t s = first; s < last; ++s) {
-              scores[n] = dot(q, k + s * size, size) * scale;
-              top = std::max(top, scores[n]);
-              ++n;
-            }
-          }
-          float total = 0;
-          for (int64_t i = 0; i < n; ++i) {
-            scores[i] = std::exp(scores[i] - top);
-            total += scores[i];
-          }
-          for (int64_t d = 0; d < size; ++d) y[d] = 0;
-          int64_t i = 0;
-          for (int32_t b = 0; b < n_blocks[t]; ++b) {
-            const int64_t first = static_cast<int64_t>(list[b]) * 16;
-            const int64_t last = std::min<int64_t>(first + 16, positions[t] + 1);
-            for (int64_t s = first; s < last; ++s, ++i) add_one(y, v + s * size, scores[i] / total, size);
-          }
-          if (g == 0 && r == 0) visited[t] = static_cast<int32_t>(n);
-        }
+        const int64_t n = attend(query + (t * heads + g * ratio) * size, keys + g * capacity * size,
+                                 values + g * capacity * size, blocks + (t * kv_heads + g) * most,
+                                 n_blocks[t], positions[t], ratio, size, scale,
+                                 out + (t * heads + g * ratio) * size, scores);
+        if (g == 0) visited[t] = static_cast<int32_t>(n);
       }
     }
   }
+}
+
+// One decoding step of one layer. Weights are channel-major; biases may be null.
+struct Layer {
+  int64_t width, heads, kv_heads, size, ffn_width;
+  float eps, scale;
+  const float *attention_gain, *attention_in, *attention_in_bias, *attention_out, *attention_out_bias;
+  const float *ffn_gain, *ffn_in, *ffn_in_bias, *ffn_out, *ffn_out_bias;
+};
+
+// What a step runs with, and what it read.
+struct Step {
+  int64_t position, capacity, room, vectors;
+  int32_t channels[2];  // at the two sites of this half of the layer
+  int32_t n_blocks;
+  int32_t rows_read[2], visited, compared;
+  const float *hidden, *cosine, *sine, *summaries;  // cosine is null where the layer does not rotate
+  float *keys, *values, *after;
+};
+
+// after = hidden + attention(norm(hidden)); writes this token's key and value into the cache.
+void vesicle_attention_step_f32(const Layer* layer, Step* step) {
+  const int64_t size = layer->size, kv = layer->kv_heads * size, width = layer->width;
+  const int64_t ratio = layer->heads / layer->kv_heads;
+  const int64_t outputs = 2 * kv + layer->heads * size;
+  static thread_local std::vector<float> x, joint, mixed;
+  static thread_local std::vector<int32_t> listed;
+  x.resize(width);
+  joint.resize(outputs);
+  mixed.resize(layer->heads * size);
+  normalise(step->hidden, layer->attention_gain, layer->eps, width, x.data());
+  sparse_linear(x.data(), &step->channels[0], 1, width, layer->attention_in, outputs, outputs,
+                layer->attention_in_bias, joint.data(), &step->rows_read[0]);
+  float *value = joint.data(), *key = value + kv, *query = key + kv;
+  if (step->cosine) rotate(key, layer->kv_heads + layer->heads, size, step->cosine, step->sine);
+  for (int64_t g = 0; g < layer->kv_heads; ++g) {
+    const int64_t slot = (g * step->capacity + step->position) * size;
+    std::memcpy(step->keys + slot, key + g * size, size * sizeof(float));
+    std::memcpy(step->values + slot, value + g * size, size * sizeof(float));
+  }
+  const int32_t own = static_cast<int32_t>(step->position / 16);
+  const int64_t n = std::min<int64_t>(step->n_blocks, own + 1);
+  const bool all = n == own + 1;
+  step->compared = all ? 0 : own;
+  listed.resize(layer->kv_heads * n);
+  int32_t* const lists = listed.data();
+  float* const out = mixed.data();
+#pragma omp parallel if (n * layer->kv_heads > 24)
+  {
+    std::vector<float> scores, mass, logits;
+    std::vector<int32_t> order;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t g = 0; g < layer->kv_heads; ++g) {
+      int32_t* list = lists + g * n;
+      const float* q = query + g * ratio * size;
+      if (all) {
+        for (int32_t b = 0; b <= own; ++b) list[b] = b;
+      } else {
+        choose_blocks(q, step->summaries + g * step->room * step->vectors * size, n, own, ratio, size,
+                      step->vectors, layer->scale, list, mass, logits, order);
+      }
+      const int64_t offset = g * step->capacity * size;
+      const int64_t read = attend(q, step->keys + offset, step->values + offset, list, n, step->position,
+                                  ratio, size, layer->scale, out + g * ratio * size, scores);
+      if (g == 0) step->visited = static_cast<int32_t>(read);
+    }
+  }
+  sparse_linear(out, &step->channels[1], 1, layer->heads * size, layer->attention_out, width, width,
+                layer->attention_out_bias, step->after, &step->rows_read[1]);
+  add(step->after, step->hidden, width);
+}
+
+// after = hidden + FFN(norm(hidden)), a gated FFN with SiLU.
+void vesicle_ffn_step_f32(const Layer* layer, Step* step) {
+  const int64_t width = layer->width, inner = layer->ffn_width;
+  static thread_local std::vector<float> x, joint;
+  x.resize(width);
+  joint.resize(2 * inner);
+  normalise(step->hidden, layer->ffn_gain, layer->eps, width, x.data());
+  sparse_linear(x.data(), &step->channels[0], 1, width, layer->ffn_in, 2 * inner, 2 * inner,
+                layer->ffn_in_bias, joint.data(), &step->rows_read[0]);
+  silu_gate(joint.data(), joint.data() + inner, inner);
+  sparse_linear(joint.data(), &step->channels[1], 1, inner, layer->ffn_out, width, width,
+                layer->ffn_out_bias, step->after, &step->rows_read[1]);
+  add(step->after, step->hidden, width);
 }
 
 }  // extern "C"

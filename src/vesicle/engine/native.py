@@ -21,6 +21,8 @@ _SIGNATURES: dict[str, list[type]] = {
     + [_POINTER] * 3,
     "vesicle_choose_blocks_f32": [_POINTER] * 4 + [_SIZE] * 7 + [_FLOAT] + [_POINTER] * 2,
     "vesicle_block_attention_f32": [_POINTER] * 6 + [_SIZE] * 6 + [_FLOAT] + [_POINTER] * 2,
+    "vesicle_attention_step_f32": [_POINTER] * 2,
+    "vesicle_ffn_step_f32": [_POINTER] * 2,
 }
 DISABLE = "VESICLE_NO_NATIVE"
 """Environment variable that, set to 1, forces the PyTorch path."""

@@ -1,29 +1,30 @@
 """Levels that no one learnt, at equal executed cost: what a learnt modulator must beat.
 
-Each control keeps the modulator's effectors and stand-ins, and sets their levels by a rule with one free
-number x. The executed cost falls as x rises, so x is found by bisection for any asked cost. No control reads
-hidden states: its Plan, and so its exact cost, follow from the levels alone, and nothing is run to find x.
+Each control keeps the modulator's effectors and stand-ins, and sets their levels by a rule with one
+free number x. The executed cost falls as x rises, so x is found by bisection for any asked cost. No
+control reads hidden states: its Plan, and so its exact cost, follow from the levels alone, and
+nothing is run to find x.
 
-==============  ==================================================================================
-control         deficits 1 - level of token t, layer l, transmitter a
-==============  ==================================================================================
-`uniform`       x, the same everywhere
-`uniform-mix`   x m_a, m_a the learnt run's mean deficit: the learnt mix, told nothing of layers and tokens
-`per-layer`     x m_la, the learnt mean of each layer: told nothing of tokens. An ablation of the modulator,
-                as it takes from it what it learnt about layers
-`random`        x u_tla, u drawn from U(0, 2)
-`shuffled`      x times the learnt deficits of the window, permuted in time within each layer
-`best-of-n`     x r_la: the best of N tables drawn at random, half of them from U(0, 1) and half with each
-                transmitter's column multiplied by one more draw; Duo-LLM's finding is that routers often do
-                no better than the best of 100 such plans
-==============  ==================================================================================
+=============  ============================================================================
+control        deficits 1 - level of token t, layer l, transmitter a
+=============  ============================================================================
+`uniform`      x, the same everywhere
+`uniform-mix`  x m_a, m_a the learnt run's mean: its mix, but nothing of layers and tokens
+`per-layer`    x m_la, the learnt run's mean of each layer: nothing of tokens. An ablation
+               of the modulator, as it takes over what that learnt about layers
+`random`       x u_tla, u drawn from U(0, 2)
+`shuffled`     x times the window's learnt deficits, permuted in time within each layer
+`best-of-n`    x r_la, the best of N random tables: half of them r ~ U(0, 1), half with each
+               transmitter's column multiplied by one more draw. Duo-LLM found that routers
+               often do no better than the best of 100 such plans
+=============  ============================================================================
 
-Deficits end at 1. `uniform-mix` and `per-layer` use means over the very windows that are evaluated, and
-`best-of-n` selects on (the beginnings of) windows that are evaluated: both favour the controls.
+Deficits end at 1. `uniform-mix` and `per-layer` use means over the very windows that are evaluated,
+and `best-of-n` selects on (the beginnings of) windows that are evaluated: both favour the controls.
 
-Effects with steps, such as serotonin's ladder, make cost jump where many tokens pass a step together. If the
-asked cost falls inside a jump, tokens and layers are divided at random between the two sides of it, in the
-proportion that the cost asks for (`dither` in the details).
+Effects with steps, such as serotonin's ladder, make cost jump where many tokens pass a step
+together. If the asked cost falls inside a jump, tokens and layers are divided at random between the
+two sides of it, in the proportion that the cost asks for (`dither` in the details).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from vesicle.cost import price, price_dense
 from vesicle.errors import BudgetError
 from vesicle.evaluation.language_modelling import Scores, executed_share, score
 from vesicle.modulator import Modulator, ModulatorMethod, decide_attention, decide_ffn
-from vesicle.plan import FloatArray, Method, Plan, resting_attention
+from vesicle.plan import FloatArray, IntArray, Method, Plan, resting_attention
 from vesicle.predictors import (
     ConstantLevels,
     Levels,
@@ -56,6 +57,9 @@ from vesicle.transmitters import NAMES, index
 TOLERANCE = 2e-3
 """Equal cost: executed and asked share differ by at most this part of the asked share."""
 
+DECIMALS = 6
+"""Authors round released levels to this many, so that all routes decide alike; so must a price."""
+
 _FINE = 2e-4
 _LARGEST_SCALE = 2.0**20
 _PRESSURE = 14.0
@@ -67,6 +71,7 @@ def plan_from_levels(modulator: Modulator, shape: ModelShape, levels: FloatArray
     Levels released by layer l govern FFN l and attention l + 1; the first attention layer rests.
     """
     t, n_layers, _ = levels.shape
+    levels = levels.round(DECIMALS)
     positions = np.arange(t, dtype=np.int32)
     ffn = decide_ffn(modulator, shape, levels.reshape(-1, len(NAMES)))
     first = resting_attention(shape, positions)
@@ -77,7 +82,7 @@ def plan_from_levels(modulator: Modulator, shape: ModelShape, levels: FloatArray
         np.repeat(positions, n_layers - 1),
     )
 
-    def layers(rest: np.ndarray, decided: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]  # int32 throughout
+    def layers(rest: IntArray, decided: IntArray) -> IntArray:
         return np.concatenate([rest[:, None], decided.reshape(t, n_layers - 1, *rest.shape[1:])], 1)
 
     return Plan(
@@ -151,7 +156,8 @@ class Matched:
     Attributes:
         deficits: (L, A), (T, L, A) or (N, T, L, A).
         x: The free number.
-        dither: Share of tokens and layers on the costlier... cheaper side of a jump; None without one.
+        dither: Share of tokens and layers on the costlier... cheaper side of a jump; None without
+        one.
         cost_share: Priced.
     """
 
@@ -188,7 +194,7 @@ def match(
         least = ledger.share(family(top))
     if least > target * (1 + _FINE):
         raise BudgetError(
-            f"a cost of {target:.3f} of dense cannot be reached by these levels; they reach {least:.3f}"
+            f"a cost of {target:.3f} of dense cannot be reached: these levels end at {least:.3f}"
         )
     x, start = top, top
     for _ in range(40):
@@ -243,7 +249,9 @@ def control(name: str, ledger: Ledger, matched: Matched, **details: Any) -> Cont
     """A control from matched deficits."""
     d = matched.deficits
     method: Method | list[Method] = (
-        [ledger.method(ledger.table(part)) for part in d] if d.ndim == 4 else ledger.method(ledger.table(d))
+        [ledger.method(ledger.table(part)) for part in d]
+        if d.ndim == 4
+        else ledger.method(ledger.table(d))
     )
     return Control(
         name=name,
@@ -261,7 +269,9 @@ def uniform(ledger: Ledger, target: float, seed: int = 0) -> Control:
     return control("uniform", ledger, found)
 
 
-def uniform_mix(ledger: Ledger, target: float, learnt: Sequence[FloatArray], seed: int = 0) -> Control:
+def uniform_mix(
+    ledger: Ledger, target: float, learnt: Sequence[FloatArray], seed: int = 0
+) -> Control:
     """The learnt mean deficit per transmitter, for all tokens and layers.
 
     Args:
@@ -276,15 +286,17 @@ def uniform_mix(ledger: Ledger, target: float, learnt: Sequence[FloatArray], see
     return control("uniform-mix", ledger, found, mean_deficits=mean.tolist())
 
 
-def per_layer(ledger: Ledger, target: float, learnt: Sequence[FloatArray], seed: int = 0) -> Control:
-    """The learnt mean deficit per layer and transmitter, for all tokens; arguments as `uniform_mix`."""
+def per_layer(
+    ledger: Ledger, target: float, learnt: Sequence[FloatArray], seed: int = 0
+) -> Control:
+    """The learnt mean deficit per layer and transmitter; arguments as `uniform_mix`."""
     mean = _deficits(ledger, learnt).mean((0, 1))
     found = match(ledger, lambda x: x * mean, target, seed=seed)
     return control("per-layer", ledger, found, mean_deficits=mean.tolist())
 
 
 def random(ledger: Ledger, target: float, seed: int = 0) -> Control:
-    """Deficits drawn for each token, layer and transmitter around one level; the same in every window."""
+    """Deficits drawn for each token, layer and transmitter; the same in every window."""
 
     def drawn(x: float) -> RandomLevels:
         return RandomLevels(ledger.config, 1.0 - x, seed)
@@ -309,8 +321,9 @@ def random(ledger: Ledger, target: float, seed: int = 0) -> Control:
 def shuffled(ledger: Ledger, target: float, learnt: Sequence[FloatArray], seed: int = 0) -> Control:
     """Each window's learnt levels, permuted in time within each layer; arguments as `uniform_mix`.
 
-    The window's number, and `seed`, make the permutation. Cost depends on *where* few blocks are read, so a
-    permutation may change it; deficits are scaled only if it did by more than `TOLERANCE`.
+    The window's number, and `seed`, make the permutation. Cost depends on *where* few blocks are
+    read, so a permutation may change it; deficits are scaled only if it did by more than
+    `TOLERANCE`.
     """
     windows = [
         ShuffledLevels(ledger.config, levels[..., ledger.columns], seed + i)
@@ -405,8 +418,9 @@ def tune_learnt(
 ) -> Tuned:
     """Turn the dial until the executed cost on these windows is the asked one, within `TOLERANCE`.
 
-    The share falls smoothly with log((1 - dial) / dial): a safeguarded secant finds it on a few windows
-    first, without the LM head, and is corrected on all of them, which are scored at the same time.
+    The share falls smoothly with log((1 - dial) / dial): a safeguarded secant finds it on a few
+    windows first, without the LM head, and is corrected on all of them, which are scored at the
+    same time.
 
     Args:
         model: A causal LM.
@@ -421,7 +435,9 @@ def tune_learnt(
         BudgetError: If no dial gives that cost.
     """
     if target == 1:
-        scores = score(model, ids, modulator.at(1.0), batch=batch, keep_levels=True, on_tokens=on_tokens)
+        scores = score(
+            model, ids, modulator.at(1.0), batch=batch, keep_levels=True, on_tokens=on_tokens
+        )
         return Tuned(dial=1.0, scores=scores)
     start = min(max(modulator.dial(target), 1e-5), 1 - 1e-5)
     x, slope = math.log((1 - start) / start), -0.2
@@ -483,5 +499,6 @@ def _solve(
             break
         x = min(max(guess, -_PRESSURE), _PRESSURE)
     raise BudgetError(
-        f"no dial of this modulator gives a cost of {target:.3f} of dense; the nearest tried is {value:.4f}"
+        f"no dial of this modulator gives a cost of {target:.3f} of dense; "
+        f"the last that was tried gives {value:.4f}"
     )

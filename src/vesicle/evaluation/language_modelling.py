@@ -1,13 +1,14 @@
 """Scoring text: the loss of each window under a method, and what the method executed.
 
-Every window is a fresh sequence. Its first token has nothing before it and is not scored; logits are paid for
-at all positions, as a prefill that returns log-likelihoods pays for them. With L the summed loss in nats and
-n the UTF-8 bytes of the scored text,
+Every window is a fresh sequence. Its first token has nothing before it and is not scored; logits
+are paid for at all positions, as a prefill that returns log-likelihoods pays for them. With L the
+summed loss in nats and n the UTF-8 bytes of the scored text,
 
     bits per byte = L / (n ln 2)
 
-where a window's text is what its scored tokens decode to, special tokens left out. A character that is cut by
-a window's edge decodes to one or more U+FFFD of three bytes: an error of a few bytes a window.
+where a window's text is what its scored tokens decode to, special tokens left out. A character that
+is cut by a window's edge decodes to one or more U+FFFD of three bytes: an error of a few bytes a
+window.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Windows:
         return hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest()
 
     def bits_per_byte(self, nats: FloatArray) -> float:
-        """Bits per byte from each window's summed loss (N,), in nats; 0 if the text has no bytes."""
+        """Bits per byte from each window's summed loss (N,) in nats; 0 for no bytes."""
         total = sum(self.n_bytes)
         return float(nats.sum() / math.log(2) / total) if total else 0.0
 
@@ -208,7 +209,8 @@ def score(
         model: A causal LM of a supported family.
         ids: (N, T) token ids; each row is a fresh sequence.
         method: For all windows, or one for each; None for the bare model.
-        batch: Windows in a forward pass. Compare losses of one batch size only: sums of floats round by it.
+        batch: Windows in a forward pass. Compare losses of one batch size only: sums of floats
+        round by it.
         keep_levels: Whether to keep the released levels.
         on_tokens: Told after each pass how many tokens it had.
 
@@ -247,7 +249,7 @@ def executed_share(
     batch: int = 1,
     on_tokens: Callable[[int], None] | None = None,
 ) -> float:
-    """Executed FLOPs on windows (N, T) as a share of the dense model's; the LM head is priced but not run."""
+    """Executed share of the dense FLOPs on windows (N, T); the LM head is priced but not run."""
     total = 0
     for rows, _, run in _passes(model, ids, method, batch):
         assert run is not None
@@ -269,7 +271,9 @@ def _passes(
     with _evaluating(model):
         for start in range(0, len(ids), batch):
             rows = ids[start : start + batch].to(device)
-            part = Together(method[start : start + batch]) if isinstance(method, Sequence) else method
+            part = (
+                Together(method[start : start + batch]) if isinstance(method, Sequence) else method
+            )
             with nullcontext() if part is None else attach(model, part) as run:
                 hidden = backbone(input_ids=rows, use_cache=False).last_hidden_state
             yield rows, hidden, run
@@ -282,7 +286,7 @@ def _executed(run: Run) -> list[int]:
 
 @torch.no_grad()
 def _losses(model: nn.Module, hidden: Tensor, rows: Tensor) -> list[float]:
-    """Summed loss of each window; the head runs on a few positions at a time, as its logits are large."""
+    """Summed loss of each window; the head runs on a few positions at a time: logits are large."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]  # a method of PreTrainedModel
     b, t = rows.shape
     total = torch.zeros(b, dtype=torch.float64)

@@ -1,17 +1,19 @@
 """The greedy oracle: levels chosen for one window with that window's own labels.
 
-It bounds from above what levels per layer and transmitter, constant within a window, can do, as far as a
-greedy search can see; a modulator may beat it by choosing per token, and cannot know the labels. Starting
-from rest, it lowers one (layer, transmitter) at a time to the next step of its ladder, always the one with
-the least rise in loss on the window itself per FLOP saved:
+It bounds from above what levels per layer and transmitter, constant within a window, can do, as far
+as a greedy search can see; a modulator may beat it by choosing per token, and cannot know the
+labels. Starting from rest, it lowers one (layer, transmitter) at a time to the next step of its
+ladder, always the one with the least rise in loss on the window itself per FLOP saved:
 
 1. Measure every single step from the present table: its true rise in loss, by running the window.
 2. Take steps in the order of rise over saving until the cost has fallen by `stride`.
-3. Measure again, but only the steps that the last known ratios put first (lazy greedy), and go on from 2.
+3. Measure again, but only the steps that the last known ratios put first (lazy greedy), and go on
+   from 2.
 
-A step that saves nothing (serotonin between two thresholds) is joined with the next. The path does not depend
-on the costs asked for, so one descent serves them all: the table for a cost lies between two steps of the
-path. At each cost the best of that table and of given others (uniform, say) is kept: no worse than any of them.
+A step that saves nothing (serotonin between two thresholds) is joined with the next. The path does
+not depend on the costs asked for, so one descent serves them all: the table for a cost lies between
+two steps of the path. At each cost the best of that table and of given others (uniform, say) is
+kept: no worse than any of them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from vesicle.errors import BudgetError
-from vesicle.evaluation.controls import Control, Ledger, control, match
+from vesicle.evaluation.controls import Control, Ledger, match
 from vesicle.evaluation.language_modelling import score
 from vesicle.plan import FloatArray
 
@@ -90,7 +92,7 @@ class Descent:
         self._loss = float("nan")
 
     def at(self, target: float) -> FloatArray | None:
-        """Deficits (L, A), or (T, L, A), that execute `target`; None if the ladder ends above it."""
+        """Deficits (L, A) or (T, L, A) that execute `target`; None if the ladder ends above it."""
         while self._path[-1][0] > target:
             if not self._round():
                 return None
@@ -109,9 +111,7 @@ class Descent:
             part = tables[start : start + self._config.batch]
             methods = [self._ledger.method(self._ledger.table(d)) for d in part]
             ids = self._window.expand(len(part), -1)
-            scores = score(
-                self._model, ids, methods, batch=len(part), on_tokens=self._on_tokens
-            )
+            scores = score(self._model, ids, methods, batch=len(part), on_tokens=self._on_tokens)
             result += (scores.nats / (len(self._window) - 1)).tolist()
         return result
 
@@ -133,12 +133,12 @@ class Descent:
         return True
 
     def _steps(self, share: float, table: FloatArray) -> dict[Cell, tuple[float, float]]:
-        """For each cell that can go lower: its next deficit that saves work, and the share it saves."""
+        """For each cell that can go lower: its next deficit that saves work, and the saving."""
         found: dict[Cell, tuple[float, float]] = {}
         for cell in np.ndindex(*table.shape):
             lower = table.copy()
             while lower[cell] < 1:
-                lower[cell] = min(1.0, lower[cell] + self._config.step)
+                lower[cell] = min(1.0, float(lower[cell]) + self._config.step)
                 saving = share - self._ledger.share(lower)
                 if saving > 1e-9:
                     found[(cell[0], cell[1])] = (float(lower[cell]), saving)
@@ -168,7 +168,8 @@ def oracle(
         descents: One for each window; they go on from where an earlier, higher cost left them.
         ledger: Prices deficits, at the windows' length.
         target: Executed share.
-        others: Controls at the same cost; where one of them is better on a window, it is taken there.
+        others: Controls at the same cost; where one of them is better on a window, it is taken
+            there.
 
     Raises:
         BudgetError: If neither the descent nor any other reaches the cost.

@@ -1,8 +1,8 @@
 """Plots of a Result: the rise in loss against the executed cost, one line a method.
 
-The left panel has all windows, the right one the oracle's, where there are any. Bands are 95 % bootstrap
-intervals over windows. Colours are those of Okabe and Ito, told apart by people with the common kinds of
-colour blindness; markers differ too.
+The left panel has all windows, the right one the oracle's, where there are any. Bands are 95 %
+bootstrap intervals over windows. Colours are those of Okabe and Ito, told apart by people with the
+common kinds of colour blindness; markers differ too.
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ def plot(result: Result) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPlots(
-            "plots need matplotlib: pip install 'vesicle[plot]'"
-        ) from error
-    panels = [s for s in TITLES if any(r.subset == s and r.budget < 1 for r in result.rows)] or ["all"]
+        raise MissingPlots("plots need matplotlib: pip install 'vesicle[plot]'") from error
+    drawn = {row.subset for row in result.rows if row.budget < 1} | {"all"}
+    panels = [subset for subset in TITLES if subset in drawn]
     figure = Figure(figsize=(1.2 + 5.2 * len(panels), 4.4), dpi=160, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     seen: dict[str, Any] = {}
@@ -96,7 +95,7 @@ def _panel(ax: Axes, result: Result, subset: str) -> dict[str, Any]:
             # On a logarithmic axis the dense model, at a rise of 0, has no place.
             x, y, low, high = [*x, 1.0], [*y, 0.0], [*low, 0.0], [*high, 0.0]
         first = method == "learnt"
-        if len(own[0].window_nats) > 1:
+        if own[0].delta_low_nats is not None:
             floor = min(rises) / 3 if logarithmic else -float("inf")
             ax.fill_between(
                 x, [max(v, floor) for v in low], high, color=colour, alpha=0.12, linewidth=0
@@ -113,12 +112,15 @@ def _panel(ax: Axes, result: Result, subset: str) -> dict[str, Any]:
         )
     if logarithmic:
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
     else:
         ax.axhline(0, color="#999999", linewidth=0.8, zorder=1)
+    if rows:
+        ax.set_xticks(sorted({r.budget for r in rows} | (set() if logarithmic else {1.0})))
     ax.invert_xaxis()
     some = next((r for r in result.rows if r.subset == subset), None)
-    note = "" if some is None else f": {some.n_windows} × {some.n_tokens // some.n_windows + 1} tokens"
-    ax.set_title(TITLES[subset] + note, fontsize=10)
+    sizes = f": {some.n_windows} × {some.n_tokens // some.n_windows + 1} tokens" if some else ""
+    ax.set_title(TITLES[subset] + sizes, fontsize=10)
     ax.set_xlabel("executed FLOPs, share of dense")
     ax.set_ylabel("rise in loss over dense (nats per token)")
     ax.grid(True, color="#E5E5E5", linewidth=0.7, which="both" if logarithmic else "major")

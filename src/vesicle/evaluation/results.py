@@ -1,10 +1,10 @@
 """Result: the record of an evaluation, with units and provenance; written as one JSON file.
 
-A row is one method at one budget on one set of windows. Losses are compared window by window: with d_w the
-difference between two methods' mean losses on window w, the difference that is reported is mean(d_w), its
-standard error std(d_w) / sqrt(N), and its interval the 2.5 % and 97.5 % quantiles of mean(d_w) over windows
-drawn with replacement (the percentile bootstrap). The interval is about the choice of text alone, not about
-training seeds or random controls' seeds.
+A row is one method at one budget on one set of windows. Losses are compared window by window: with
+d_w the difference between two methods' mean losses on window w, the difference that is reported is
+mean(d_w), its standard error std(d_w) / sqrt(N), and its interval the 2.5 % and 97.5 % quantiles of
+mean(d_w) over windows drawn with replacement (the percentile bootstrap). The interval is about the
+choice of text alone, not about training seeds or random controls' seeds.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from vesicle.plan import FloatArray
 
 SCHEMA = "vesicle-evaluation-1"
 DRAWS = 10_000
+FEWEST = 5
+"""Windows below which a bootstrap interval would mislead, so that none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Difference:
     Attributes:
         mean: In the unit of what was compared.
         standard_error: Over windows; None for a single window.
-        low: Lower end of the 95 % bootstrap interval; None for a single window.
+        low: Lower end of the 95 % bootstrap interval; None for fewer than `FEWEST` windows.
         high: Upper end.
     """
 
@@ -60,13 +62,17 @@ def paired_difference(
         raise ValueError(f"cannot pair {len(a)} windows with {len(b)}; equal and above 0 is needed")
     d = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     n = len(d)
+    mean = float(d.mean())
     if n == 1:
-        return Difference(mean=float(d[0]))
+        return Difference(mean=mean)
+    error = float(d.std(ddof=1) / np.sqrt(n))
+    if n < FEWEST:
+        return Difference(mean=mean, standard_error=error)
     drawn = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
     low, high = np.quantile(d[drawn].mean(1), (0.025, 0.975))
     return Difference(
-        mean=float(d.mean()),
-        standard_error=float(d.std(ddof=1) / np.sqrt(n)),
+        mean=mean,
+        standard_error=error,
         low=float(low),
         high=float(high),
     )
@@ -78,14 +84,15 @@ class Row:
 
     Attributes:
         method: One of `wikitext.METHODS`, or `dense`.
-        subset: `all` windows, or `oracle`: the fewer, shorter windows on which the oracle is affordable.
+        subset: `all` windows, or `oracle`: the fewer, shorter windows on which the oracle is
+        affordable.
         budget: Asked share of the dense FLOPs.
-        cost_share: Executed FLOPs as a share of the dense model's on the same windows, everything counted:
-            LM head, stand-ins, block selection and the modulator's own work.
+        cost_share: Executed FLOPs as a share of the dense model's on the same windows, everything
+            counted: LM head, stand-ins, block selection and the modulator's own work.
         loss_nats: Mean loss in nats per scored token.
         delta_nats: The same less the dense model's.
         delta_se_nats: Standard error of `delta_nats` over windows; None for one window.
-        delta_low_nats: Lower end of its 95 % interval; None for one window.
+        delta_low_nats: Lower end of its 95 % interval; None for fewer than `FEWEST` windows.
         delta_high_nats: Upper end.
         bits_per_byte: Loss in bits per UTF-8 byte of the scored text.
         n_windows: Windows, each a fresh sequence.
@@ -168,7 +175,7 @@ class Result:
         raise KeyError(f"no row for {method} at {budget} on {subset} windows")
 
     def against_learnt(self, row: Row) -> Difference | None:
-        """Loss of a row less that of `learnt` at the same budget on the same windows, in nats per token.
+        """Loss of a row less that of `learnt` at its budget and windows, in nats per token.
 
         Positive: the learnt levels are better. None if there is nothing to compare.
         """

@@ -69,8 +69,8 @@ def markdown(result: Result) -> str:
         f"Seed {result.seed}; {result.config['dtype']}; {versions}; {result.hardware['cpu']}, "
         f"{result.hardware['cores']} cores.",
         "",
-        "Cost is the share of the dense model's FLOPs that was executed, everything counted. Intervals are "
-        "95 % bootstrap intervals over windows, paired.",
+        "Cost is the share of the dense model's FLOPs that was executed, everything counted. "
+        "Intervals are 95 % bootstrap intervals over windows, paired.",
     ]
     for subset, title in SUBSETS.items():
         rows = _rows(result, subset)

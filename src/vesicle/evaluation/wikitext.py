@@ -1,17 +1,20 @@
-"""Loss against executed cost on a text: a modulator beside every control, through the hard reference.
+"""Loss against executed cost on a text: a modulator beside every control, hard reference.
 
-    result = evaluate(model, Text.from_folder(folder), modulator, EvalConfig(data="test.jsonl.gz"), "out")
+    config = EvalConfig(data="test.jsonl.gz")
+    result = evaluate(model, Text.from_folder(folder), modulator, config, "out")
 
-For each budget the learnt modulator's dial is tuned until it executes that share of the dense FLOPs, and each
-control is scaled to the same executed share (`controls`, `oracle`). The output folder holds
+For each budget the learnt modulator's dial is tuned until it executes that share of the dense
+FLOPs, and each control is scaled to the same executed share (`controls`, `oracle`). The output
+folder holds
 
-    rows.jsonl              one line a finished row; rows whose config hash fits are not computed again
-    result.json             the whole `Result`
-    table.md                the same as tables
-    loss_against_cost.png   a plot, if matplotlib is installed
+    rows.jsonl             one line a finished row; rows whose config hash fits are kept
+    result.json            the whole `Result`
+    table.md               the same as tables
+    loss_against_cost.png  a plot, if matplotlib is installed
 
-The oracle is affordable on few, short windows only. On these the learnt modulator and the static controls are
-tuned and scored once more (subset `oracle`), so that regret is taken at equal cost on the same text.
+The oracle is affordable on few, short windows only. On these the learnt modulator and the static
+controls are tuned and scored once more (subset `oracle`), so that regret is taken at equal cost on
+the same text.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -76,6 +79,7 @@ _NOT_IN_HASH = ("budgets", "methods", "data", "split", "field")
 
 Key = tuple[str, str, float]
 """Method, subset, budget."""
+_ORACLE = OracleConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,7 @@ class EvalConfig:
     selection_length: int = 512
     oracle_windows: int = 2
     oracle_length: int = 512
-    oracle: OracleConfig = field(default_factory=OracleConfig)
+    oracle: OracleConfig = _ORACLE
     dtype: str = "bfloat16"
     batch: int = 2
 
@@ -151,18 +155,14 @@ class EvalConfig:
         for method in self.methods:
             if method not in METHODS:
                 near = difflib.get_close_matches(str(method), METHODS, n=2, cutoff=0.5)
-                hint = f"; did you mean {' or '.join(near)}?" if near else ""
-                raise VesicleError(
-                    f"unknown method {method!r}{hint} Known: {', '.join(METHODS)}"
-                    if near
-                    else f"unknown method {method!r}; known: {', '.join(METHODS)}"
-                )
+                hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+                raise VesicleError(f"unknown method {method!r}{hint}; known: {', '.join(METHODS)}")
         object.__setattr__(self, "methods", tuple(m for m in METHODS if m in self.methods))
         if self.dtype not in DTYPES:
             raise VesicleError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON writes it; of a local source the name alone, as folders differ between machines."""
+        """As JSON writes it; of a local source the name alone, as machines differ in folders."""
         local = Path(self.data).expanduser()
         values = {**asdict(self), "data": local.name if local.exists() else self.data}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -180,7 +180,9 @@ class EvalConfig:
                 raise VesicleError(
                     f"unknown evaluation setting {name!r}; known: {', '.join(known)}"
                 )
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         if isinstance(given.get("oracle"), dict):
             given["oracle"] = OracleConfig(**given["oracle"])
         return cls(**given)
@@ -188,7 +190,8 @@ class EvalConfig:
     def keys(self) -> list[Key]:
         """The rows of the evaluation, in the order in which they are computed.
 
-        At a budget of 1 every method is the dense model, so that the learnt one alone is run, as a check.
+        At a budget of 1 every method is the dense model, so that the learnt one alone is run, as a
+        check.
         """
         keys: list[Key] = [("dense", "all", 1.0)]
         for budget in self.budgets:
@@ -246,7 +249,8 @@ def evaluate(
     folder = Path(out)
     if not isinstance(modulator.predictor, Predictor):
         raise VesicleError(
-            f"a {modulator.predictor.kind!r} control is not a trained modulator; controls are built here"
+            f"a {modulator.predictor.kind!r} control is no trained modulator; "
+            "controls are built here"
         )
     model.to(dtype=DTYPES[config.dtype])
     modulator.check_fits(model_shape(model))
@@ -510,7 +514,7 @@ class _Session:
 
     def _oracle(self, budget: float) -> Control:
         subset = self._subsets["oracle"]
-        others = []
+        others: list[Control] = []
         for method in ("uniform", *self._config.methods):
             if method in BESIDE_ORACLE[1:] and method not in [o.name for o in others]:
                 try:
@@ -581,11 +585,13 @@ def _facts(
         "data": windows.sha256,
     }
     text = json.dumps(identity, sort_keys=True)
-    return {**facts, "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    facts["config_hash"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    # Through JSON, so that tuples are lists now, as they are when the record is read again.
+    return dict(json.loads(json.dumps(facts)))
 
 
 def fingerprint(module: nn.Module, samples: int = 4096) -> str:
-    """SHA-256 over each parameter's name, shape and up to `samples` of its values, evenly spread."""
+    """SHA-256 over each tensor's name, shape and about `samples` values, evenly spread."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         flat = tensor.detach().flatten()
@@ -596,13 +602,11 @@ def fingerprint(module: nn.Module, samples: int = 4096) -> str:
 
 
 @contextmanager
-def _bar(
-    sizes: list[int], wanted: bool
-) -> Iterator[Callable[[Key], Any]]:
-    """A bar over rows of `sizes` expected tokens; called with a row's key it gives a context manager.
+def _bar(sizes: list[int], wanted: bool) -> Iterator[Callable[[Key], Any]]:
+    """A bar over rows of `sizes` expected tokens; called with a key it gives a context.
 
-    Inside, tokens are told to what the context manager gives. A row never moves the bar beyond its own share,
-    so that a search longer than expected does not spoil the estimate of the others.
+    Inside, tokens are told to what the context gives. A row never moves the bar beyond its
+    own share, so that a search longer than expected does not spoil the estimate of the others.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -21,6 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vesicle.plan import FloatArray
+
 State = dict[int, Tensor]
 """What a predictor carries from one chunk of a sequence to the next, by layer."""
 
@@ -77,6 +79,19 @@ class Levels(nn.Module, ABC):
         Returns:
             (B, T, A) in [0, 1].
         """
+
+    def release_row(
+        self, layer: int, hidden: Tensor, position: int, dial: float, state: State
+    ) -> FloatArray:
+        """`release` for one token of one sequence, hidden (D,): (A,). Decoding calls it once per layer."""
+        levels = self.release(
+            layer,
+            hidden[None, None],
+            torch.tensor([[position]]),
+            torch.tensor([dial]),
+            state,
+        )
+        return levels[0, 0].detach().double().cpu().numpy()
 
     @property
     @abstractmethod

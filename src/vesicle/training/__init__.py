@@ -1,1 +1,1 @@
-TODO-HEAD """Training: text to tokens, the objectives, the loop that trains a modulator on a frozen base model."""
+"""Training: text to tokens, objectives, and the loop that trains a modulator on a frozen model."""

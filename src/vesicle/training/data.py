@@ -4,13 +4,14 @@ A source is
 
 - a `.txt` file: one document;
 - a `.jsonl` or `.jsonl.gz` file: one document a line, taken from one field;
-- a folder: its files of these kinds, in the order of their names. If some names begin with the wanted split
-  (`train-00.jsonl`, `test.txt`), only those are read; local files have no other notion of a split;
+- a folder: its files of these kinds, in the order of their names. If some names begin with the
+  wanted split (`train-00.jsonl`, `test.txt`), only those are read; local files have no other notion
+  of a split;
 - a hub data set, `owner/name` or `owner/name:configuration`, streamed.
 
-Some data sets (WikiText among them) hold one *line* a row, line end included. If every row that is not empty
-ends in a newline, the rows are lines of one document and are joined without anything between; else each row is
-a document, and `token_windows` puts a separator after each.
+Some data sets (WikiText among them) hold one *line* a row, line end included. If every row that is
+not empty ends in a newline, the rows are lines of one document and are joined without anything
+between; else each row is a document, and `token_windows` puts a separator after each.
 """
 
 from __future__ import annotations
@@ -53,11 +54,14 @@ def load_documents(
         At least one document; none is blank.
 
     Raises:
-        DataError: The source is missing, empty, unreachable or malformed, or has no such field or split.
+        DataError: The source is missing, empty, unreachable or malformed, or has no such field or
+            split.
     """
     path = Path(source).expanduser()
     if path.exists():
-        rows = chain.from_iterable(_read_file(file, field) for file in _files(path, split))
+        rows: Iterable[str] = chain.from_iterable(
+            _read_file(file, field) for file in _files(path, split)
+        )
     elif _HUB_ID.fullmatch(str(source)) and not str(source).endswith(SUFFIXES):
         rows = _read_hub(str(source), split, field)
     else:
@@ -79,8 +83,8 @@ def token_windows(
 ) -> Tensor:
     """Cut documents into windows of equal length that do not overlap.
 
-    Each document is encoded with the separator behind it, the tokens are joined in order, and what is left
-    over at the end is dropped. The same documents give the same windows.
+    Each document is encoded with the separator behind it, the tokens are joined in order, and what
+    is left over at the end is dropped. The same documents give the same windows.
 
     Args:
         documents: Texts.

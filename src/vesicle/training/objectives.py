@@ -1,4 +1,4 @@
-"""What a modulator is trained to do: say what the dense model says, for the share of its work that was asked.
+"""What a modulator is trained for: to say what the dense model says, for the share of work asked.
 
 loss = KL(dense || modulated) + price * (share - budget)^2
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def divergence(dense: Tensor, modulated: Tensor, chunk: int = 128) -> Tensor:
+def divergence(dense: Tensor, modulated: Tensor, chunk: int = 16) -> Tensor:
     """KL divergence of the modulated model's next-token distribution from the dense model's.
 
     With p the dense and q the modulated distribution over V tokens,
@@ -20,13 +20,13 @@ def divergence(dense: Tensor, modulated: Tensor, chunk: int = 128) -> Tensor:
         KL = mean over positions of sum_v p_v (log p_v - log q_v)          in nats
         dKL / dlogits_q = (q - p) / positions
 
-    Worked out in fp32 for `chunk` positions at a time, gradient included, so that no (B, T, V) array in fp32
-    ever exists.
+    Worked out in fp32 for `chunk` positions at a time, gradient included, so that no (B, T, V)
+    array in fp32 ever exists.
 
     Args:
         dense: (B, T, V) logits; takes no gradient.
         modulated: (B, T, V) logits.
-        chunk: Positions worked out at once.
+        chunk: Positions worked out at once; few, so that they stay in the cache.
 
     Returns:
         Scalar, fp32.
@@ -36,7 +36,7 @@ def divergence(dense: Tensor, modulated: Tensor, chunk: int = 128) -> Tensor:
     """
     if dense.shape != modulated.shape:
         raise ValueError(f"logits have shapes {tuple(dense.shape)} and {tuple(modulated.shape)}")
-    result: Tensor = _Divergence.apply(modulated, dense.detach(), chunk)
+    result: Tensor = _Divergence.apply(modulated, dense.detach(), chunk)  # type: ignore[no-untyped-call]  # torch
     return result
 
 
@@ -90,7 +90,7 @@ def budget_penalty(share: Tensor, budget: float, price: float, one_sided: bool =
 
 @dataclass(frozen=True, kw_only=True)
 class TemperatureSchedule:
-    """Temperature of the soft masks over a run: exponential from start to end, constant if they agree.
+    """Temperature of the soft masks over a run: exponential, or constant if both ends agree.
 
         temperature(x) = start (end / start)^x,   x in [0, 1] the share of the run that is done
 

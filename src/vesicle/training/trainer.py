@@ -1,18 +1,19 @@
-"""The training loop: a modulator learns to spend a budget where it matters; the base model stays frozen.
+"""The training loop: a modulator learns to spend a budget where it matters.
 
-For each micro-step one window of text and one budget b, the dense model's logits without gradient, then a pass
-with the modulator at dial b and differentiable masks:
+The base model stays frozen. For each micro-step one window of text and one budget b, the dense
+model's logits without gradient, then a pass with the modulator at dial b and differentiable masks:
 
     loss = KL(dense || modulated) + price (share - b)^2
 
-so that the dial comes to mean the executed share, and within a share the levels go where they cost least.
-Budgets follow a golden-ratio sequence, which spreads any run of consecutive micro-steps evenly over the range.
+so that the dial comes to mean the executed share, and within a share the levels go where they cost
+least. Budgets follow a golden-ratio sequence, which spreads any run of consecutive micro-steps
+evenly over the range.
 
-Everything random is a function of (seed, micro-step), so a run that is killed and started again continues from
-its newest checkpoint exactly: on one machine the loss curve is the undisturbed one to the last digit. The output
-folder holds
+Everything random is a function of (seed, micro-step), so a run that is killed and started again
+continues from its newest checkpoint exactly: on one machine the loss curve is the undisturbed one
+to the last digit. The output folder holds
 
-    metrics.jsonl       one line a step and one an evaluation; `elapsed_s` and `tokens_per_s` alone vary
+    metrics.jsonl       one line a step and one an evaluation; only `*_s` fields may vary
     checkpoints/        the newest two
     tensorboard/        the same curves, if tensorboard is installed
     modulator.*         the trained modulator, once the run is done
@@ -30,9 +31,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,132 +46,17 @@ from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.predictors import Predictor
 from vesicle.reference.attach import Soft, attach
 from vesicle.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from vesicle.training.config import DTYPES, TrainConfig
+from vesicle.training.display import curves, progress_bar
 from vesicle.training.objectives import TemperatureSchedule, budget_penalty, divergence
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+__all__ = ["TrainConfig", "TrainResult", "train"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 READ_OUT = ("offset", "log_slope", "position_weight")
 """Parameters of the shared read-out, which take `scale_learning_rate`."""
 
-_GOLDEN = (math.sqrt(5) - 1) / 2
 _METRICS, _CHECKPOINTS, _TENSORBOARD = "metrics.jsonl", "checkpoints", "tensorboard"
 _HARMLESS = ("checkpoint_every", "device")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-        steps: Optimizer steps.
-        sequence_length: Tokens in a window.
-        batch_size: Windows in a micro-step; they share a budget.
-        accumulation: Micro-steps in an optimizer step.
-        learning_rate: Of the predictor's weights, at its peak (Adam).
-        scale_learning_rate: The same for `offset`, `log_slope` and `position_weight`.
-        warm_up: Steps of linear warm-up; a cosine then falls to 0.
-        budget_low: Least budget asked for, a share of the dense FLOPs.
-        budget_high: Greatest.
-        price: Nats per squared share off the budget.
-        one_sided: Whether only overspending is priced.
-        temperature_start: Of the soft masks; 0 is straight-through.
-        temperature_end: At the last step.
-        clip: Greatest gradient norm.
-        seed: Of the order of windows and the budgets.
-        checkpoint_every: Steps between checkpoints.
-        eval_every: Steps between evaluations on held-out windows; 0 for none.
-        eval_windows: Held-out windows used, each at its own budget.
-        patience: Evaluations without improvement before stopping; 0 to never stop early.
-        dtype: Of the base model, `float32` or `bfloat16`; the predictor stays in float32.
-        device: `cpu` or `cuda`.
-    """
-
-    steps: int = 1000
-    sequence_length: int = 512
-    batch_size: int = 1
-    accumulation: int = 4
-    learning_rate: float = 3e-3
-    scale_learning_rate: float = 2e-2
-    warm_up: int = 20
-    budget_low: float = 0.55
-    budget_high: float = 0.98
-    price: float = 30.0
-    one_sided: bool = False
-    temperature_start: float = 0.0
-    temperature_end: float = 0.0
-    clip: float = 1.0
-    seed: int = 0
-    checkpoint_every: int = 20
-    eval_every: int = 50
-    eval_windows: int = 8
-    patience: int = 0
-    dtype: str = "float32"
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        whole = {
-            "steps": 1,
-            "sequence_length": 2,
-            "batch_size": 1,
-            "accumulation": 1,
-            "warm_up": 0,
-            "checkpoint_every": 1,
-            "eval_every": 0,
-            "eval_windows": 1,
-            "patience": 0,
-            "seed": 0,
-        }
-        for name, least in whole.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value}; allowed: whole numbers from {least}")
-        for name in ("learning_rate", "scale_learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: above 0")
-        if not self.price >= 0:
-            raise ValueError(f"price is {self.price}; allowed: 0 and above")
-        if not 0 < self.budget_low <= self.budget_high < 1:
-            raise ValueError(
-                f"budgets go from {self.budget_low} to {self.budget_high}; "
-                "allowed: rising, above 0 and below 1"
-            )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
-        TemperatureSchedule(start=self.temperature_start, end=self.temperature_end)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration, as JSON writes it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read a configuration.
-
-        Raises:
-            ValueError: For unknown keys or values out of range.
-        """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(
-                f"unknown training setting {unknown[0]!r}; known: {', '.join(sorted(known))}"
-            )
-        return cls(**values)
-
-    def rate(self, step: int) -> float:
-        """Factor on the learning rates in optimizer step `step`, counted from 0."""
-        if step < self.warm_up:
-            return (step + 1) / self.warm_up
-        progress = (step - self.warm_up) / max(1, self.steps - self.warm_up)
-        return 0.5 * (1 + math.cos(math.pi * progress))
-
-    def budget(self, micro_step: int) -> float:
-        """The budget of a micro-step, counted from 0."""
-        # The seed moves the sequence's start; 0.5 puts that of seed 0 in the middle of the range.
-        place = (0.5 + self.seed * math.sqrt(2) + micro_step * _GOLDEN) % 1.0
-        return self.budget_low + (self.budget_high - self.budget_low) * place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +88,11 @@ def train(
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> TrainResult:
-    """Train a modulator, or go on with a run that was cut off; leaves the trained modulator in `out`.
+    """Train a modulator, or go on with a run that was cut off; leaves the result in `out`.
 
-    The predictor is trained in place and ends with the parameters that did best on the held-out windows (the
-    last ones if there was no evaluation). The model is moved to the configured device and dtype; its weights
-    do not change.
+    The predictor is trained in place and ends with the parameters that did best on the held-out
+    windows (the last ones if there was no evaluation). The model is moved to the configured device
+    and dtype; its weights do not change.
 
     Args:
         model: A Hugging Face causal LM.
@@ -225,7 +111,8 @@ def train(
         How far it came and the final metrics.
 
     Raises:
-        VesicleError: `out` holds a run with other settings, cannot be written, or the loss is not finite.
+        VesicleError: `out` holds a run with other settings, cannot be written, or the loss is not
+            finite.
         DataError: The windows do not fit the configuration.
         KeyboardInterrupt: After Ctrl-C, once the way to resume has been said.
     """
@@ -264,8 +151,8 @@ def _loop(run: _Run, tensorboard: bool, progress: bool, speak: Callable[[str], N
     """Steps up to the end; True if patience ran out."""
     config = run.config
     with (
-        _curves(run.folder / _TENSORBOARD, run.step, tensorboard, speak) as curves,
-        _bar(config.steps, run.step, progress) as show,
+        curves(run.folder / _TENSORBOARD, run.step, tensorboard, speak) as writer,
+        progress_bar(config.steps, run.step, progress) as show,
         (run.folder / _METRICS).open("a", encoding="utf-8") as file,
     ):
         while run.step < config.steps and not run.out_of_patience:
@@ -275,8 +162,8 @@ def _loop(run: _Run, tensorboard: bool, progress: bool, speak: Callable[[str], N
             for line in lines:
                 file.write(json.dumps(line) + "\n")
                 for name in ("loss", "kl", "penalty", "share", "gradient_norm", "learning_rate"):
-                    if curves is not None and name in line:
-                        curves.add_scalar(f"{line['event']}/{name}", line[name], run.step)
+                    if writer is not None and name in line:
+                        writer.add_scalar(f"{line['event']}/{name}", line[name], run.step)
             file.flush()
             show(lines[0])
             last = run.step == config.steps or run.out_of_patience
@@ -302,7 +189,7 @@ class _Run:
     ) -> None:
         self.model, self.modulator, self.config, self.folder = model, modulator, config, folder
         self.windows, self.held_out = windows, held_out
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "config": config.to_dict(),
             "data": data,
             "windows": _fingerprint(windows, *([] if held_out is None else [held_out])),
@@ -332,14 +219,13 @@ class _Run:
         self._started_s = time.monotonic()
         self._order: tuple[int, np.ndarray] | None = None
 
-    # Steps ---------------------------------------------------------------------------------------------
+    # Steps ----------------------------------------------------------------------------------------
 
     def batch(self, micro_step: int) -> Tensor:
         """The windows (B, T) of a micro-step: an order drawn anew for each pass over the text."""
         rows = []
-        for k in range(
-            micro_step * self.config.batch_size, (micro_step + 1) * self.config.batch_size
-        ):
+        size = self.config.batch_size
+        for k in range(micro_step * size, (micro_step + 1) * size):
             epoch, place = divmod(k, len(self.windows))
             if self._order is None or self._order[0] != epoch:
                 generator = np.random.default_rng((self.config.seed, epoch))
@@ -380,8 +266,8 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(self.predictor.parameters(), config.clip, foreach=False)
         if not math.isfinite(sums["loss"]) or not math.isfinite(norm.item()):
             raise VesicleError(
-                f"step {self.step + 1}: loss {sums['loss']} and gradient norm {norm.item()} are not "
-                "both finite; lower learning_rate, or use float32"
+                f"step {self.step + 1}: loss {sums['loss']} and gradient norm {norm.item()} are "
+                "not both finite; lower learning_rate, or use float32"
             )
         factor = config.rate(self.step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -442,7 +328,7 @@ class _Run:
         """Whether the last evaluations brought nothing."""
         return 0 < self.config.patience <= self.bad_evaluations
 
-    # Keeping -------------------------------------------------------------------------------------------
+    # Keeping --------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -582,56 +468,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         model.train(training)
         for parameter, grad in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(grad)
-
-
-@contextmanager
-def _curves(
-    folder: Path, step: int, wanted: bool, speak: Callable[[str], None]
-) -> Iterator[SummaryWriter | None]:
-    writer = None
-    if wanted:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder), purge_step=step + 1)
-        except ImportError:
-            speak("no TensorBoard curves: install vesicle[train] to have them")
-    try:
-        yield writer
-    finally:
-        if writer is not None:
-            writer.close()
-
-
-@contextmanager
-def _bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    if not wanted:
-        yield lambda line: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    with Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-    ) as bar:
-        task = bar.add_task("training", total=total, completed=done, note="")
-
-        def show(line: dict[str, Any]) -> None:
-            note = (
-                f"loss {line['loss']:.4f}  KL {line['kl']:.4f}  "
-                f"share {line['share']:.3f} of {line['budget']:.3f}"
-            )
-            bar.update(task, completed=line["step"], note=note)
-
-        yield show

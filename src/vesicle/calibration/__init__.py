@@ -1,0 +1,23 @@
+"""Calibration: what is fitted by forward passes alone, before and after training.
+
+- `standins`: the small maps that skipped modules land on;
+- `sensitivity`: what lowering each level costs and saves, and a static allocation from it;
+- `dial`: which position of the dial executes which share of the dense FLOPs.
+
+Everything takes a Hugging Face model and windows of token ids (N, T).
+"""
+
+from __future__ import annotations
+
+from vesicle.calibration.dial import measure_dial
+from vesicle.calibration.sensitivity import Sensitivity, allocate, measure_sensitivity
+from vesicle.calibration.standins import StandInErrors, fit_standins
+
+__all__ = [
+    "Sensitivity",
+    "StandInErrors",
+    "allocate",
+    "fit_standins",
+    "measure_dial",
+    "measure_sensitivity",
+]

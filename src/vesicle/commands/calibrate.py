@@ -1,0 +1,88 @@
+"""`vesicle calibrate`: measure a modulator's dial, or make one without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vesicle.commands import recipe
+from vesicle.commands.inputs import notice
+
+
+def calibrate(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A .txt, .jsonl or .jsonl.gz file, a folder of those, or a hub data set.",
+            metavar="SOURCE",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write the modulator to.")],
+    modulator: Annotated[
+        str | None,
+        typer.Option(help="Measure this one's dial; by default a new one is made, untrained."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model folder, a .gguf file or a hub id.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which part of the data.")] = "train",
+    field: Annotated[str, typer.Option(help="The field of JSON lines with the text.")] = "text",
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Windows used, from the beginning.")] = 32,
+    gap: Annotated[
+        float, typer.Option(help="Largest difference between neighbouring rows of the dial table.")
+    ] = 0.015,
+    predictor: Annotated[
+        str, typer.Option(help="Of a new one: linear, mlp or recurrent.")
+    ] = "linear",
+    hidden: Annotated[int, typer.Option(min=1, help="Its inner width, if it has one.")] = 16,
+    transmitters: Annotated[
+        str, typer.Option(help="Those it releases, with commas between.")
+    ] = "dopamine,serotonin,gaba",
+    ffn_rank: Annotated[int, typer.Option(min=1, help="Of its FFN stand-ins.")] = 32,
+    attention_rank: Annotated[int, typer.Option(min=1, help="Of its attention stand-ins.")] = 16,
+) -> None:
+    """Measure which dial position executes which share of the dense FLOPs.
+
+    Without --modulator a new one is made by forward passes alone: stand-ins are fitted, and levels
+    are set by how much each layer loses. It is the start that vesicle train improves on.
+
+    [bold]Examples[/bold]
+
+      vesicle calibrate --data train.jsonl --modulator runs/mine --out runs/mine
+
+      vesicle calibrate --data train.txt --model owner/name --out runs/untrained
+    """
+    from vesicle.calibration import measure_dial
+    from vesicle.errors import VesicleError
+    from vesicle.modulator import Modulator
+
+    if not 0 < gap < 1:
+        raise VesicleError(f"--gap is {gap}; allowed: between 0 and 1")
+    loaded = None if modulator is None else Modulator.from_pretrained(modulator)
+    subject = recipe.load_subject(model)
+    ids = recipe.read_windows(subject, data, split, field, sequence_length)[:windows]
+    cache = out / recipe.CALIBRATION
+    if loaded is None:
+        notice("fitting stand-ins and measuring each layer")
+        loaded = recipe.new_modulator(
+            subject,
+            ids,
+            cache,
+            predictor=predictor,
+            transmitters=transmitters.split(","),
+            hidden=hidden,
+            ffn_rank=ffn_rank,
+            attention_rank=attention_rank,
+        )
+    else:
+        from vesicle.evaluation.language_modelling import model_shape
+
+        loaded.check_fits(model_shape(subject.model))
+    notice("measuring the dial")
+    loaded.info.dial = measure_dial(subject.model, loaded, ids, gap=gap, cache=cache)
+    loaded.save_pretrained(out)
+    least = loaded.info.dial[0][0]
+    notice(f"wrote {out}: budgets from {least:.3f} to 1; try vesicle run --modulator {out} PROMPT")

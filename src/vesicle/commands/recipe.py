@@ -1,0 +1,110 @@
+"""The steps that training and calibrating share: a model and text in, a modulator out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vesicle.errors import DataError, VesicleError
+from vesicle.models.default import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vesicle.models import Text
+    from vesicle.modulator import Modulator
+
+SENSITIVITY_WINDOWS = 2
+CALIBRATION = "calibration"
+"""Folder inside the output that keeps measurements, so that going on repeats none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A Hugging Face model, its text side, and what it is called."""
+
+    model: Any
+    text: Text
+    name: str
+
+
+def load_subject(spec: str | None) -> Subject:
+    """Find and load a model for the reference executor.
+
+    Raises:
+        ModelError: It cannot be found, read or supported.
+    """
+    from vesicle.models import Text, resolve_model
+
+    folder = resolve_model(spec)
+    text = Text.from_folder(folder)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    name = DEFAULT_MODEL if spec is None else Path(spec).name if Path(spec).exists() else spec
+    return Subject(model=model.eval(), text=text, name=name)
+
+
+def read_windows(subject: Subject, data: str, split: str, field: str, length: int) -> Tensor:
+    """Windows (N, length) of token ids.
+
+    Raises:
+        DataError: The text is missing, malformed, or too short for a window.
+    """
+    from vesicle.training.data import load_documents, token_windows
+
+    if length > subject.text.context_window:
+        raise DataError(
+            f"windows have {length} tokens; the model's context window is "
+            f"{subject.text.context_window}"
+        )
+    return token_windows(load_documents(data, split, field), subject.text.encode, length)
+
+
+def new_modulator(
+    subject: Subject,
+    windows: Tensor,
+    cache: Path,
+    *,
+    predictor: str,
+    transmitters: Sequence[str],
+    hidden: int,
+    ffn_rank: int,
+    attention_rank: int,
+) -> Modulator:
+    """An untrained modulator with fitted stand-ins, its offsets set by measured sensitivity.
+
+    Raises:
+        VesicleError: A setting is unknown or out of range.
+    """
+    import torch
+
+    from vesicle.calibration import allocate, fit_standins, measure_sensitivity
+    from vesicle.evaluation.language_modelling import model_shape
+    from vesicle.modulator import Modulator
+    from vesicle.predictors import Predictor
+
+    torch.manual_seed(0)
+    try:
+        modulator = Modulator.new(
+            model_shape(subject.model),
+            model_name=subject.name,
+            predictor=predictor,
+            transmitters=tuple(transmitters),
+            hidden=hidden,
+            ffn_rank=ffn_rank,
+            attention_rank=attention_rank,
+        )
+    except ValueError as error:
+        raise VesicleError(str(error)) from error
+    fit_standins(
+        subject.model, windows, modulator.ffn_standin, modulator.attention_standin, cache=cache
+    )
+    few = windows[:SENSITIVITY_WINDOWS]
+    sensitivity = measure_sensitivity(subject.model, modulator, few, cache=cache)
+    assert isinstance(modulator.predictor, Predictor)
+    allocate(sensitivity, modulator.predictor)
+    return modulator

@@ -1,0 +1,180 @@
+"""`vesicle train`: calibrate a fresh modulator, train it, measure its dial."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vesicle.commands import recipe
+from vesicle.commands.inputs import notice
+from vesicle.errors import DataError, VesicleError
+
+_TEXT, _MODULATOR, _TRAINING = "Text", "A new modulator", "Training"
+
+
+def train(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A .txt, .jsonl or .jsonl.gz file, a folder of those, or a hub data set.",
+            metavar="SOURCE",
+            rich_help_panel=_TEXT,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write to; a run in it is gone on with.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model folder, a .gguf file or a hub id; the default model if none."),
+    ] = None,
+    modulator: Annotated[
+        str | None, typer.Option(help="Go on from this one instead of a new one.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew although --out holds a run.")
+    ] = False,
+    split: Annotated[
+        str, typer.Option(help="Which part of the data.", rich_help_panel=_TEXT)
+    ] = "train",
+    field: Annotated[
+        str, typer.Option(help="The field of JSON lines with the text.", rich_help_panel=_TEXT)
+    ] = "text",
+    calibration_windows: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Windows for stand-ins and the dial, the first ones.", rich_help_panel=_TEXT
+        ),
+    ] = 32,
+    predictor: Annotated[
+        str, typer.Option(help="linear, mlp or recurrent.", rich_help_panel=_MODULATOR)
+    ] = "linear",
+    hidden: Annotated[
+        int, typer.Option(min=1, help="Its inner width, if any.", rich_help_panel=_MODULATOR)
+    ] = 16,
+    transmitters: Annotated[
+        str, typer.Option(help="Released, with commas between.", rich_help_panel=_MODULATOR)
+    ] = "dopamine,serotonin,gaba",
+    ffn_rank: Annotated[
+        int, typer.Option(min=1, help="Of FFN stand-ins.", rich_help_panel=_MODULATOR)
+    ] = 32,
+    attention_rank: Annotated[
+        int, typer.Option(min=1, help="Of attention stand-ins.", rich_help_panel=_MODULATOR)
+    ] = 16,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_TRAINING)] = 1000,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens in a window.", rich_help_panel=_TRAINING)
+    ] = 512,
+    batch_size: Annotated[
+        int, typer.Option(help="Windows in a micro-step.", rich_help_panel=_TRAINING)
+    ] = 1,
+    accumulation: Annotated[
+        int, typer.Option(help="Micro-steps in a step.", rich_help_panel=_TRAINING)
+    ] = 4,
+    learning_rate: Annotated[
+        float, typer.Option(help="Of the predictor's weights.", rich_help_panel=_TRAINING)
+    ] = 3e-3,
+    scale_learning_rate: Annotated[
+        float, typer.Option(help="Of offsets and slopes.", rich_help_panel=_TRAINING)
+    ] = 2e-2,
+    warm_up: Annotated[
+        int, typer.Option(help="Steps of linear warm-up.", rich_help_panel=_TRAINING)
+    ] = 20,
+    budget_low: Annotated[
+        float, typer.Option(help="Least budget asked for.", rich_help_panel=_TRAINING)
+    ] = 0.55,
+    budget_high: Annotated[
+        float, typer.Option(help="Greatest budget asked for.", rich_help_panel=_TRAINING)
+    ] = 0.98,
+    price: Annotated[
+        float, typer.Option(help="Nats per squared share off budget.", rich_help_panel=_TRAINING)
+    ] = 30.0,
+    one_sided: Annotated[
+        bool,
+        typer.Option("--one-sided", help="Price overspending alone.", rich_help_panel=_TRAINING),
+    ] = False,
+    temperature_start: Annotated[
+        float, typer.Option(help="Of soft masks; 0: straight-through.", rich_help_panel=_TRAINING)
+    ] = 0.0,
+    temperature_end: Annotated[
+        float, typer.Option(help="At the last step.", rich_help_panel=_TRAINING)
+    ] = 0.0,
+    clip: Annotated[
+        float, typer.Option(help="Greatest gradient norm.", rich_help_panel=_TRAINING)
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(help="Of windows and budgets.", rich_help_panel=_TRAINING)
+    ] = 0,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints.", rich_help_panel=_TRAINING)
+    ] = 20,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between evaluations; 0: none.", rich_help_panel=_TRAINING)
+    ] = 50,
+    eval_windows: Annotated[
+        int, typer.Option(help="Held-out windows, the last ones.", rich_help_panel=_TRAINING)
+    ] = 8,
+    patience: Annotated[
+        int,
+        typer.Option(help="Bad evaluations before stopping; 0: never.", rich_help_panel=_TRAINING),
+    ] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Of the model: float32 or bfloat16.", rich_help_panel=_TRAINING)
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=_TRAINING)] = "cpu",
+) -> None:
+    """Train a modulator for a model, which stays as it is.
+
+    A run that was cut off goes on from its newest checkpoint when the same command is given again.
+
+    [bold]Examples[/bold]
+
+      vesicle train --data train.jsonl --out runs/mine
+
+      vesicle train --data owner/name:configuration --model owner/model --out runs/other
+
+      vesicle train --data train.txt --out runs/quick --steps 20 --sequence-length 128
+    """
+    given = dict(locals())
+    from dataclasses import fields
+
+    from vesicle.training.trainer import TrainConfig
+    from vesicle.training.trainer import train as run_training
+
+    try:
+        config = TrainConfig(**{f.name: given[f.name] for f in fields(TrainConfig)})
+    except ValueError as error:
+        raise VesicleError(str(error)) from error
+    from vesicle.calibration import measure_dial
+    from vesicle.modulator import Modulator
+
+    start = None if modulator is None else Modulator.from_pretrained(modulator)
+    subject = recipe.load_subject(model)
+    ids = recipe.read_windows(subject, data, split, field, sequence_length)
+    held = eval_windows if eval_every else 0
+    if len(ids) <= held:
+        raise DataError(
+            f"the text has {len(ids)} windows of {sequence_length} tokens; "
+            f"{held} are held out, and training needs more"
+        )
+    windows, held_out = ids[: len(ids) - held], ids[len(ids) - held :] if held else None
+    few, cache = windows[:calibration_windows], out / recipe.CALIBRATION
+    if start is None:
+        notice("fitting stand-ins and measuring each layer")
+        start = recipe.new_modulator(
+            subject,
+            few,
+            cache,
+            predictor=predictor,
+            transmitters=transmitters.split(","),
+            hidden=hidden,
+            ffn_rank=ffn_rank,
+            attention_rank=attention_rank,
+        )
+    result = run_training(
+        subject.model, start, windows, held_out, config, out, data=data, restart=restart, say=notice
+    )
+    notice("measuring the dial")
+    start.info.dial = measure_dial(subject.model, start, few, cache=cache)
+    start.save_pretrained(out)
+    notice(f"wrote {out} after {result.step} steps; try vesicle run --modulator {out} PROMPT")

@@ -1,0 +1,33 @@
+"""A byte codec, a text and windows for the tiny models."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.tiny import VOCABULARY
+
+
+class Bytes:
+    """One token a byte; 0 is left for padding."""
+
+    def encode(self, text: str) -> list[int]:
+        return [1 + byte % (VOCABULARY - 1) for byte in text.encode("utf-8")]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(32 + i) for i in ids)
+
+
+def write_text(path: Path, n: int = 1500, seed: int = 0) -> Path:
+    """A file of n random letters."""
+    letters = np.random.default_rng(seed).integers(97, 123, n)
+    path.write_text("".join(map(chr, letters)), encoding="utf-8")
+    return path
+
+
+def some_windows(n: int = 4, length: int = 64, seed: int = 3) -> Tensor:
+    """(n, length) random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (n, length), generator=generator)

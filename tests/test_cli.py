@@ -1,0 +1,495 @@
+"""The command line: what it prints where, its JSON, and one clear line for every mistake."""
+
+import inspect
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tests.tiny import SHAPE, perturb, randomise
+from vesicle.cli import main
+from vesicle.commands import shipped
+from vesicle.cost import Cost
+from vesicle.engine import Engine
+from vesicle.modulator import Modulator
+from vesicle.plan import Plan
+from vesicle.transmitters import NAMES
+
+ROOT = Path(__file__).parents[1]
+WINDOW = 64
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] + ';' }}"
+    "{% endfor %}a:"
+)
+NUMBER = (int, float)
+COST_KEYS = set(Cost().summary())
+RATIO_KEYS = set(Cost().ratio(Cost()))
+SCHEMA: dict[str, Any] = {
+    "text": str,
+    "tokens": [{"id": int, "text": str, "share": NUMBER}],
+    "budget": NUMBER,
+    "levels": dict.fromkeys(NAMES, NUMBER),
+    "executed": dict.fromkeys(COST_KEYS, int),
+    "dense": dict.fromkeys(COST_KEYS, int),
+    "ratio": dict.fromkeys(RATIO_KEYS, NUMBER),
+    "prompt_tokens": int,
+    "prefill_tokens_per_s": NUMBER,
+    "decode_tokens_per_s": NUMBER,
+    "model": str,
+    "model_path": str,
+    "modulator": str,
+    "compare": {
+        "text": str,
+        "executed": dict.fromkeys(COST_KEYS, int),
+        "prefill_tokens_per_s": NUMBER,
+        "decode_tokens_per_s": NUMBER,
+    },
+}
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a byte-level tokenizer and a chat template, as a folder."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate([*alphabet, "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=len(vocab),
+        max_position_embeddings=WINDOW,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=vocab["</s>"],
+        pad_token_id=None,
+    )
+    network = transformers.AutoModelForCausalLM.from_config(config)
+    randomise(network, 0)
+    network.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def modulator(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random modulator for it, whose own budget is 0.6."""
+    folder = tmp_path_factory.mktemp("modulator")
+    fresh = Modulator.new(Engine.from_pretrained(model).shape, model_name="tiny", ffn_rank=4)
+    perturb(fresh.predictor)
+    fresh.info.default_budget = 0.6
+    fresh.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def vesicle(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    model: Path,
+    modulator: Path,
+) -> Run:
+    """Runs a command line; `tiny=True` adds the tiny model and modulator, and short answers."""
+
+    def call(*arguments: object, stdin: bytes = b"", tiny: bool = False) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        words = [str(argument) for argument in arguments]
+        if tiny:
+            words += ["--model", str(model), "--modulator", str(modulator)]
+            words += [] if "--max-new-tokens" in words else ["--max-new-tokens", "8"]
+        status = main(words)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def conforms(value: object, schema: object) -> bool:
+    if isinstance(schema, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == schema.keys()
+            and all(conforms(value[key], schema[key]) for key in schema)
+        )
+    if isinstance(schema, list):
+        return isinstance(value, list) and all(conforms(item, schema[0]) for item in value)
+    return isinstance(value, schema) and not isinstance(value, bool)
+
+
+def keys(schema: object) -> set[str]:
+    if isinstance(schema, dict):
+        return set(schema).union(*(keys(value) for value in schema.values()))
+    return keys(schema[0]) if isinstance(schema, list) else set()
+
+
+def error_line(status: int, out: str, err: str) -> str:
+    assert (status, out) == (2, ""), err
+    assert err.startswith("vesicle: error: ")
+    assert err.count("\n") == 1, err
+    return err
+
+
+def test_answer_on_stdout_report_on_stderr(vesicle: Run):
+    status, out, err = vesicle("run", "hi", "--budget", "0.5", tiny=True)
+    assert status == 0
+    answer = json.loads(vesicle("run", "hi", "--budget", "0.5", "--json", tiny=True)[1])
+    assert out == answer["text"] + "\n"
+    assert "0.5 asked for" in err
+    assert "resting: acetylcholine," in err
+    assert vesicle("run", "hi", "--budget", "0.5", "--no-report", tiny=True)[1:] == (out, "")
+
+
+def test_json_has_the_documented_schema(vesicle: Run, model: Path, modulator: Path):
+    status, out, err = vesicle("run", "hi", "--json", "--compare", tiny=True)
+    assert (status, err) == (0, "")
+    assert out.count("\n") == 1
+    answer = json.loads(out)
+    assert conforms(answer, SCHEMA), answer
+    assert answer["budget"] == 0.6
+    assert answer["model_path"] == str(model)
+    assert answer["modulator"] == str(modulator)
+    assert answer["prompt_tokens"] == len("u:hi;a:")
+    assert len(answer["tokens"]) == 8
+    assert all(token["share"] < 1 for token in answer["tokens"])
+    assert answer["compare"]["executed"] == answer["dense"]
+    document = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+    assert [key for key in sorted(keys(SCHEMA)) if f"`{key}`" not in document] == []
+
+
+def test_dense_without_a_modulator(vesicle: Run, model: Path):
+    words = ("run", "hi", "--model", model, "--max-new-tokens", 4)
+    status, out, err = vesicle(*words, "--json", "--budget", "0.5")
+    assert status == 0
+    assert err.count("\n") == 1
+    assert "no modulator is shipped for this model" in err
+    assert "--budget 0.5 has no effect" in err
+    assert "vesicle train" in err
+    answer = json.loads(out)
+    assert answer["budget"] is None
+    assert answer["modulator"] is None
+    assert answer["executed"] == answer["dense"]
+    assert set(answer["levels"].values()) == {1.0}
+    status, out, err = vesicle(*words, "--compare")
+    assert (status, out) == (2, "")
+    assert "--compare has nothing to compare" in err
+
+
+def test_the_shipped_modulator_is_the_default(
+    vesicle: Run, model: Path, modulator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    (tmp_path / "tiny").symlink_to(modulator)
+    monkeypatch.setattr("vesicle.commands.run.is_default_model", lambda folder: folder == model)
+    words = ("run", "hi", "--model", model, "--max-new-tokens", 2, "--json")
+    answer = json.loads(vesicle(*words)[1])
+    assert answer["modulator"] == str(tmp_path / "tiny")
+    assert shipped.load_default_modulator().info.default_budget == 0.6
+
+
+def test_prompts_from_stdin_and_file_are_the_same(vesicle: Run, tmp_path: Path):
+    (tmp_path / "prompt.txt").write_bytes("\ufeffgrüezi\r\n".encode())
+    answers = [
+        json.loads(vesicle("run", *words, "--json", stdin="grüezi\n".encode(), tiny=True)[1])
+        for words in (["grüezi"], ["-"], ["--file", tmp_path / "prompt.txt"])
+    ]
+    assert answers[0]["prompt_tokens"] == len("u:grüezi;a:".encode())
+    assert len({(answer["text"], answer["prompt_tokens"]) for answer in answers}) == 1
+
+
+def test_system_and_raw(vesicle: Run):
+    counted = [
+        json.loads(vesicle("run", "hi", "--json", *words, tiny=True)[1])["prompt_tokens"]
+        for words in ([], ["--system", "be"], ["--raw"])
+    ]
+    assert counted == [len("u:hi;a:"), len("s:be;u:hi;a:"), len("hi")]
+
+
+def test_sampling_follows_its_seed(vesicle: Run):
+    def text(seed: int) -> str:
+        words = ("--temperature", 2, "--top-p", 0.95, "--seed", seed, "--json")
+        return json.loads(vesicle("run", "hi", *words, tiny=True)[1])["text"]
+
+    assert text(1) == text(1)
+    assert len({text(seed) for seed in range(4)}) > 1
+
+
+def test_a_saved_plan_replays(vesicle: Run, tmp_path: Path):
+    path = tmp_path / "new" / "plan.safetensors"
+    first = json.loads(vesicle("run", "hi", "--json", "--plan", path, tiny=True)[1])
+    assert Plan.load(path).n_tokens == first["prompt_tokens"] + 7
+    again = json.loads(vesicle("run", "hi", "--json", "--replay", path, tiny=True)[1])
+    assert (again["text"], again["tokens"]) != ("", [])
+    assert again["text"] == first["text"]
+    assert again["budget"] is None
+    assert again["levels"] is None
+    for field in ("flops_linear", "flops_attention", "flops_standin", "kv_bytes_read"):
+        assert again["executed"][field] == first["executed"][field]
+
+
+def test_a_replay_stops_where_the_plan_ends(vesicle: Run, tmp_path: Path):
+    path = tmp_path / "plan.safetensors"
+    vesicle("run", "hi", "--plan", path, tiny=True)
+    n = Plan.load(path).n_tokens
+    status, _, err = vesicle("run", "hi", "--replay", path, "--max-new-tokens", 20, tiny=True)
+    assert status == 0
+    assert f"stopped at the end of the plan, after {n} tokens" in err
+    line = error_line(*vesicle("run", "a" * 40, "--replay", path, tiny=True))
+    assert f"covers {n} tokens" in line
+    Plan.rest(SHAPE, 20).save(path)
+    assert "3 layers" in error_line(*vesicle("run", "hi", "--replay", path, tiny=True))
+
+
+def test_a_replay_needs_its_stand_ins(vesicle: Run, model: Path, tmp_path: Path):
+    plan = Plan.rest(Engine.from_pretrained(model).shape, 12)
+    plan.ffn[:] = 1
+    plan.save(tmp_path / "plan.safetensors")
+    words = ("run", "hi", "--replay", tmp_path / "plan.safetensors", "--model", model)
+    assert "--modulator" in error_line(*vesicle(*words))
+
+
+def test_context_window(vesicle: Run):
+    long = "a" * (WINDOW + 9)
+    line = error_line(*vesicle("run", long, "--raw", tiny=True))
+    assert f"{WINDOW + 9} tokens" in line
+    assert f"window is {WINDOW}" in line
+    assert "--truncate" in line
+    status, out, err = vesicle("run", long, "--raw", "--truncate", "--json", tiny=True)
+    answer = json.loads(out)
+    assert (answer["prompt_tokens"], len(answer["tokens"])) == (WINDOW - 8, 8)
+    assert f"the last {WINDOW - 8} are kept" in err
+    words = ("run", "hi", "--truncate", "--max-new-tokens", WINDOW)
+    assert "no room" in error_line(*vesicle(*words, tiny=True))
+    status, out, err = vesicle("run", "a" * WINDOW, "--raw", "--json", tiny=True)
+    assert (status, len(json.loads(out)["tokens"])) == (0, 1)
+    assert "stopped at the end of the context window" in err
+
+
+def test_settings_reach_the_engine(vesicle: Run):
+    words = ("run", "hi", "--json", "--dtype", "bfloat16", "--threads", 1)
+    small = json.loads(vesicle(*words, tiny=True)[1])["dense"]
+    full = json.loads(vesicle("run", "hi", "--json", tiny=True)[1])["dense"]
+    assert small["kv_bytes_held"] * 2 == full["kv_bytes_held"]
+    assert torch.get_num_threads() == 1
+
+
+def test_info(vesicle: Run, modulator: Path):
+    status, out, err = vesicle("info", modulator)
+    assert (status, err) == (0, "")
+    for part in ("linear", "dopamine", "GabaSparsity", "rank 4", "0.6", "tiny", "width 32"):
+        assert part in out
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{n} times {n} is {n * n}. " for n in range(60)))
+    return path
+
+
+def test_calibrate_train_and_run(vesicle: Run, model: Path, text_file: Path, tmp_path: Path):
+    shared = ("--data", text_file, "--model", model, "--sequence-length", 32)
+    small = ("--ffn-rank", 4, "--attention-rank", 2)
+    status, out, err = vesicle(
+        "calibrate", *shared, *small, "--windows", 3, "--out", tmp_path / "start", "--gap", 0.1
+    )
+    assert (status, out) == (0, ""), err
+    start = Modulator.from_pretrained(tmp_path / "start")
+    assert start.info.model_name == model.name
+    assert start.info.dial[-1] == (1.0, 1.0)
+    assert start.ffn_standin.up.any()
+    assert start.predictor.offset.std() > 0
+
+    words = ("train", *shared, *small, "--calibration-windows", 3, "--steps", 2)
+    words += ("--eval-windows", 2, "--accumulation", 1, "--out", tmp_path / "run")
+    status, out, err = vesicle(*words)
+    assert (status, out) == (0, ""), err
+    trained = Modulator.from_pretrained(tmp_path / "run")
+    assert trained.info.training["steps"] == 2
+    assert len(trained.info.dial) > 2
+    assert vesicle(*words)[0] == 0, "a finished run is left as it is"
+    assert "another folder" in vesicle(*words, "--seed", 1)[2]
+
+    status, out, err = vesicle(
+        "calibrate", *shared, "--modulator", tmp_path / "run", "--windows", 2, "--out", tmp_path
+    )
+    assert (status, out) == (0, ""), err
+    words = ("--model", model, "--modulator", tmp_path, "--max-new-tokens", 2, "--budget", 0.8)
+    assert vesicle("run", "hi", *words)[0] == 0
+
+
+def test_eval_wikitext(vesicle: Run, model: Path, modulator: Path, text_file: Path, tmp_path: Path):
+    words = ("eval", "wikitext", modulator, "--model", model, "--data", text_file, "--length", 32)
+    words += ("--limit", 2, "--budgets", "0.8", "--methods", "learnt,uniform", "--out", tmp_path)
+    status, out, err = vesicle(*words, "--dtype", "float32")
+    assert status == 0, err
+    assert "learnt" in out
+    assert "uniform" in out
+    assert (tmp_path / "result.json").is_file()
+
+
+def test_option_defaults_are_those_of_the_library():
+    from dataclasses import fields
+
+    from vesicle.commands.eval import wikitext
+    from vesicle.commands.train import train
+    from vesicle.evaluation.wikitext import EvalConfig
+    from vesicle.training.trainer import TrainConfig
+
+    def defaults(config: type, command: Callable[..., None], left_out: set[str]) -> None:
+        parameters = inspect.signature(command).parameters
+        for entry in fields(config):
+            if entry.name in left_out:
+                continue
+            default = parameters[entry.name].default
+            if isinstance(entry.default, tuple):
+                default = tuple(type(entry.default[0])(part) for part in default.split(","))
+            assert default == entry.default, entry.name
+
+    defaults(TrainConfig, train, set())
+    defaults(EvalConfig, wikitext, {"data", "oracle"})
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["run"], "no prompt"),
+        (["run", ""], "empty"),
+        (["run", " \n\t"], "empty"),
+        (["run", "-"], "standard input is empty"),
+        (["run", "hi", "--file", "x"], "both"),
+        (["run", "--file", "missing.txt"], "missing.txt"),
+        (["run", "--file", "."], "directory"),
+        (["run", "hi \udcff"], "UTF-8"),
+        (["run", "hi", "--budget", "0"], "above 0, up to 1"),
+        (["run", "hi", "--budget", "-0.5"], "above 0, up to 1"),
+        (["run", "hi", "--budget", "1.01"], "above 0, up to 1"),
+        (["run", "hi", "--budget", "nan"], "above 0, up to 1"),
+        (["run", "hi", "--budget", "some"], "--budget"),
+        (["run", "hi", "--temperature", "nan"], "temperature is nan"),
+        (["run", "hi", "--temperature", "-1"], "temperature is -1"),
+        (["run", "hi", "--top-p", "0"], "top-p is 0"),
+        (["run", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["run", "hi", "--threads", "0"], "--threads"),
+        (["run", "hi", "--dtype", "int8"], "--dtype"),
+        (["run", "hi", "--raw", "--system", "x"], "--raw"),
+        (["run", "hi", "--replay", "missing"], "missing"),
+        (["run", "hi", "--replay", "pyproject.toml", "--budget", "0.5"], "own budget"),
+        (["run", "hi", "--replay", "pyproject.toml"], "pyproject.toml"),
+        (["run", "hi", "--plan", "."], "folder"),
+        (["run", "hi", "--plan", "pyproject.toml/plan"], "pyproject.toml"),
+        (["run", "hi", "--model", "./missing"], "./missing"),
+        (["run", "hi", "there"], "there"),
+        (["run", "hi", "--bugdet", "1"], "--bugdet"),
+        (["sing"], "sing"),
+        (["info", "pyproject.toml"], "pyproject.toml"),
+        (["eval"], "command"),
+        (["eval", "wikitext", "pyproject.toml", "--budgets", "1,x"], "--budgets"),
+        (["eval", "wikitext", "pyproject.toml", "--budgets", "1.5"], "1.5"),
+        (["eval", "wikitext", "pyproject.toml", "--methods", "lernt"], "learnt"),
+        (["train"], "--data"),
+        (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps is 0"),
+        (["train", "--data", "x", "--out", "y", "--modulator", "pyproject.toml"], "pyproject.toml"),
+        (["calibrate", "--data", "x", "--out", "y", "--gap", "1"], "--gap"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_before_the_model_loads(
+    vesicle: Run, monkeypatch: pytest.MonkeyPatch, words: list[str], part: str
+):
+    monkeypatch.chdir(ROOT)
+
+    def loads(*arguments: object, **settings: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(Engine, "from_pretrained", loads)
+    assert part in error_line(*vesicle(*words))
+
+
+def test_input_that_is_not_utf8(vesicle: Run, tmp_path: Path):
+    line = error_line(*vesicle("run", "-", stdin=b"ok \xff"))
+    assert "standard input is not UTF-8" in line
+    assert "0xff at offset 3" in line
+    (tmp_path / "latin1.txt").write_bytes("grüezi".encode("latin-1"))
+    assert "latin1.txt" in error_line(*vesicle("run", "--file", tmp_path / "latin1.txt"))
+
+
+def test_a_modulator_that_does_not_fit(vesicle: Run, model: Path, tmp_path: Path):
+    Modulator.new(SHAPE, model_name="other").save_pretrained(tmp_path)
+    line = error_line(*vesicle("run", "hi", "--model", model, "--modulator", tmp_path))
+    assert "made for other" in line
+
+
+def test_interruption(vesicle: Run, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "stream", interrupted)
+    status, out, err = vesicle("run", "hi", tiny=True)
+    assert (status, out, err) == (130, "", "\nvesicle: interrupted\n")
+
+
+def test_a_reader_that_stops_early(model: Path, modulator: Path):
+    command = [sys.executable, "-m", "vesicle", "run", "hi", "--model", model]
+    command += ["--modulator", modulator, "--max-new-tokens", "2"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment())
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+
+
+def test_help_and_version_do_not_wait_for_torch(vesicle: Run):
+    assert vesicle("--version")[:2] == (0, "vesicle 0.1.0\n")
+    assert vesicle() == vesicle("--help")
+    for name in ("run", "train", "calibrate", "eval wikitext", "info"):
+        assert name.split()[0] in vesicle("--help")[1]
+        status, out, err = vesicle(*name.split(), "--help")
+        assert (status, err) == (0, "")
+        assert f"vesicle {name} " in out.partition("Examples")[2]
+    code = (
+        "import sys, vesicle.cli\n"
+        "vesicle.cli.main(['--help'])\n"
+        "assert not {'torch', 'transformers', 'numpy'} & {*sys.modules}\n"
+    )
+    command = [sys.executable, "-c", code]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True, env=environment())
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert spent_s < 0.5, f"--help took {spent_s:.2f} s of CPU time"
+
+
+def test_public_names_are_lazy():
+    code = (
+        "import sys, vesicle\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert vesicle.Plan.__module__ == 'vesicle.plan'\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert all(getattr(vesicle, name) is not None for name in vesicle.__all__)\n"
+        "assert set(vesicle.__all__) <= set(dir(vesicle))\n"
+        "assert not hasattr(vesicle, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())

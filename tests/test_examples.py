@@ -1,0 +1,39 @@
+"""Every example runs as a reader would run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """None where a modulator is shipped; else an untrained one's folder."""
+    from vesicle.commands.shipped import shipped_modulator
+    from vesicle.engine import Engine
+    from vesicle.modulator import Modulator
+
+    if shipped_modulator() is not None:
+        return []
+    folder = tmp_path_factory.mktemp("modulator")
+    Modulator.new(Engine.from_pretrained().shape).save_pretrained(folder)
+    return [str(folder)]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example(example: Path, arguments: list[str]):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        [sys.executable, str(example), *arguments],
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "of dense" in done.stdout
