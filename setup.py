@@ -1,8 +1,8 @@
 """Builds the engine's native kernels; everything else about the package is in pyproject.toml.
 
-The extension is optional: without a C++ compiler the installation succeeds and the engine runs its PyTorch
-path. It is a plain shared library loaded with ctypes. `-fopenmp` is given to the compiler alone, so that
-OpenMP symbols resolve at run time to the runtime that PyTorch has loaded.
+The extension is optional: without a C++ compiler the installation succeeds and the engine runs its
+PyTorch path. It is a plain shared library loaded with ctypes. `-fopenmp` is given to the compiler
+alone, so that OpenMP symbols resolve at run time to the runtime that PyTorch has loaded.
 """
 
 from setuptools import Extension, setup

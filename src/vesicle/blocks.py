@@ -1,7 +1,7 @@
 """Which KV blocks a query would read first: the ranking shared by both executors.
 
-The estimate and its options are described in `effectors.gaba_sparsity`. Only complete blocks before the
-query's own are estimated, from keys at positions up to the query's, so the ranking is causal.
+The estimate and its options are described in `effectors.gaba_sparsity`. Only complete blocks before
+the query's own are estimated, from keys at positions up to the query's, so the ranking is causal.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def rank_blocks(query: Tensor, summaries: Tensor, positions: Tensor, scale: floa
         scale: Of the attention logits.
 
     Returns:
-        (B, T, G, N) 1-based ranks, N = last query's block + 1; first block 1, own block 2 (1 where they are
-        the same); blocks after the query's own rank last.
+        (B, T, G, N) 1-based ranks, N = last query's block + 1; first block 1, own block 2 (1 where
+        they are the same); blocks after the query's own rank last.
     """
     b, h, t, k = query.shape
     g = summaries.shape[1]

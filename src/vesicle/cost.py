@@ -1,21 +1,23 @@
 """The ledger: what a Plan costs, in floating-point operations and in bytes.
 
-`price` computes the cost of a Plan from its fields alone; the engine counts the same fields from the operands
-that it really touches; a test holds the two equal. Conventions, the same for both and for the dense model:
+`price` computes the cost of a Plan from its fields alone; the engine counts the same fields from
+the operands that it really touches; a test holds the two equal. Conventions, the same for both and
+for the dense model:
 
 - A multiply and an add are two FLOPs. Counted: every projection, attention scores and values, block
-  selection, stand-ins, the modulator's predictor and the language-model (LM) head. Not counted: norms,
-  rotary phases, activations, softmax and residual sums (under 1 % of a decoder's arithmetic).
-- Weight bytes are counted per token, as batch-1 decoding reads them; a pass over many tokens may serve
-  several tokens from one read. Below 16 bits a weight also carries one bit of group scale and offset
-  (two fp16 numbers for 32 weights).
-- KV bytes read are the keys and values of visited blocks and the summaries read to choose them; KV bytes
-  held are those of the whole cache after the last token.
+  selection, stand-ins, the modulator's predictor and the language-model (LM) head. Not counted:
+  norms, rotary phases, activations, softmax and residual sums (under 1 % of a decoder's
+  arithmetic).
+- Weight bytes are counted per token, as batch-1 decoding reads them; a pass over many tokens may
+  serve several tokens from one read. Below 16 bits a weight also carries one bit of group scale and
+  offset (two fp16 numbers for 32 weights).
+- KV bytes read are the keys and values of visited blocks and the summaries read to choose them; KV
+  bytes held are those of the whole cache after the last token.
 - The LM head is paid for each position whose logits are asked for.
 
-With k channels read, width D, query width HK, key-value width GK and FFN width F, one token in one layer
-costs 2 k (HK + 2 GK) + 2 k' D + 4 HK S for attention over S positions, and 2 k'' (1 or 2) F + 2 k''' D for a
-plain or gated FFN.
+With k channels read, width D, query width HK, key-value width GK and FFN width F, one token in one
+layer costs 2 k (HK + 2 GK) + 2 k' D + 4 HK S for attention over S positions, and 2 k'' (1 or 2) F +
+2 k''' D for a plain or gated FFN.
 """
 
 from __future__ import annotations
@@ -122,7 +124,8 @@ def price_tokens(
     outputs = np.array(shape.site_outputs, np.int64)
     big, small = plan.ffn == FFN_BIG, plan.ffn == FFN_SMALL
 
-    # A skipped attention layer still writes keys and values, so it reads their share of attention_in.
+    # A skipped attention layer still writes keys and values, so it reads their share of
+    # attention_in.
     width = np.broadcast_to(outputs, channels.shape).copy()  # (T, L, 4) outputs fed per channel
     width[..., 0] = np.where(runs == 1, outputs[0], 2 * shape.kv_width)
     width[..., 1] *= runs
@@ -191,6 +194,5 @@ def flops_per_token(shape: ModelShape, context: int) -> int:
     """Dense FLOPs of one token that attends to `context` positions, LM head included."""
     layer = sum(w * o for w, o in zip(shape.site_widths, shape.site_outputs, strict=True))
     return 2 * (
-        shape.n_layers * (layer + 2 * shape.query_width * context)
-        + shape.width * shape.vocabulary
+        shape.n_layers * (layer + 2 * shape.query_width * context) + shape.width * shape.vocabulary
     )

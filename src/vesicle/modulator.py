@@ -1,12 +1,12 @@
 """Modulator: a predictor, its effectors and the stand-ins that skipped modules land on.
 
-`modulator.at(budget)` is the Method: it releases levels layer by layer and turns them into a Plan. One
-checkpoint serves every budget. A budget is a share of the dense FLOPs; the *dial* is the predictor's own
-scale, and a table measured on calibration text maps one to the other, so that the executed share is the
-budget on such text.
+`modulator.at(budget)` is the Method: it releases levels layer by layer and turns them into a Plan.
+One checkpoint serves every budget. A budget is a share of the dense FLOPs; the *dial* is the
+predictor's own scale, and a table measured on calibration text maps one to the other, so that the
+executed share is the budget on such text.
 
-A modulator is saved as `modulator.safetensors` (predictor and stand-ins) and `modulator.json` (everything
-else); no pickle.
+A modulator is saved as `modulator.safetensors` (predictor and stand-ins) and `modulator.json`
+(everything else); no pickle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vesicle.shapes import ModelShape, Overhead
 from vesicle.effectors import EFFECTORS, DopaminePrecision, Effector, GabaSparsity, SerotoninDepth
 from vesicle.errors import ModelError, VesicleError
 from vesicle.files import atomic_path, read_json, write_json
@@ -38,6 +37,7 @@ from vesicle.plan import (
     visible_blocks,
 )
 from vesicle.predictors import PREDICTORS, Levels, Predictor, PredictorConfig, State
+from vesicle.shapes import ModelShape, Overhead
 from vesicle.standins import StandIns
 from vesicle.transmitters import NAMES, index
 
@@ -65,7 +65,9 @@ def _effector(effectors: Mapping[str, Effector], kind: type[_E]) -> _E:
     if effector is None:
         return kind()
     if not isinstance(effector, kind):
-        raise ValueError(f"{kind.transmitter} needs a {kind.__name__}, got {type(effector).__name__}")
+        raise ValueError(
+            f"{kind.transmitter} needs a {kind.__name__}, got {type(effector).__name__}"
+        )
     return effector
 
 
@@ -103,12 +105,15 @@ class Modulator(nn.Module):
         """Put the parts together.
 
         Raises:
-            ValueError: If a released transmitter has no effector, or serotonin has no stand-in to land on.
+            ValueError: If a released transmitter has no effector, or serotonin has no stand-in to
+                land on.
         """
         super().__init__()
         for name in predictor.config.transmitters:
             if name not in effectors:
-                raise ValueError(f"{name!r} is released but has no effector; known: {list(EFFECTORS)}")
+                raise ValueError(
+                    f"{name!r} is released but has no effector; known: {list(EFFECTORS)}"
+                )
         n_layers, width = predictor.config.n_layers, predictor.config.width
         self.predictor = predictor
         self.effectors = dict(effectors)
@@ -428,7 +433,8 @@ class ModulatorAuthor(Author):
                     self._state,
                 )
             table[:, self._columns] = released[0].double().cpu().numpy()
-        # One token and many are computed by other routes: rounding makes 0.25 the same level in both.
+        # One token and many are computed by other routes: rounding makes 0.25 the same level in
+        # both.
         table = table.round(6)
         self._levels[-1][:, layer] = table
         self._next = decide_attention(self._modulator, self._shape, table, positions)

@@ -1,9 +1,9 @@
 """One nested weight store for 8, 4, 3 and 2 bits.
 
-Each weight is an 8-bit code within its group of 32 input channels, w = low + span c / 255, and b bits read the
-b leading bits of the code, w_b = low + span (c >> (8 - b)) / (2^b - 1) (Matryoshka quantization, Nair et al.
-2025). Weights that came from an asymmetric 4-bit group-32 format (GGUF Q4_1) have codes 17 q, whose four
-leading bits are q, so 4 bits give them back exactly.
+Each weight is an 8-bit code within its group of 32 input channels, w = low + span c / 255, and b
+bits read the b leading bits of the code, w_b = low + span (c >> (8 - b)) / (2^b - 1) (Matryoshka
+quantization, Nair et al. 2025). Weights that came from an asymmetric 4-bit group-32 format (GGUF
+Q4_1) have codes 17 q, whose four leading bits are q, so 4 bits give them back exactly.
 
 `low` and `span` are kept in fp32 here and priced as fp16 in the ledger's one bit per weight.
 """
@@ -46,7 +46,9 @@ class NestedWeight:
         span = high - low
         scale = torch.where(span > 0, 255 / span.clamp(min=1e-20), torch.zeros_like(span))
         codes = ((grouped - low[:, None]) * scale[:, None]).round().clamp(0, 255).to(torch.uint8)
-        return cls(codes=codes.reshape(groups * GROUP, n_out)[:n_in].contiguous(), low=low, span=span)
+        return cls(
+            codes=codes.reshape(groups * GROUP, n_out)[:n_in].contiguous(), low=low, span=span
+        )
 
     def dequantize(self, bits: int, channels: Tensor | None = None) -> Tensor:
         """Rows `channels` (k,) (all by default) of the weight at `bits` bits: (k, out) fp32."""

@@ -1,7 +1,8 @@
 """The Plan: what is computed for each token in each layer, and the interface of whoever decides it.
 
-Whoever decides writes a Plan (a modulator, a control, an oracle, a saved file); whoever computes executes it
-(the reference, the engine). A Plan holds discrete facts only, one row a token and one column a layer:
+Whoever decides writes a Plan (a modulator, a control, an oracle, a saved file); whoever computes
+executes it (the reference, the engine). A Plan holds discrete facts only, one row a token and one
+column a layer:
 
 ===========  ==========  =====================================================================
 field        shape       meaning
@@ -13,11 +14,11 @@ attention    (T, L)      1 attention runs, 0 its stand-in; keys and values are w
 kv_blocks    (T, L)      blocks of 16 cached positions that the query reads, per KV head
 ===========  ==========  =====================================================================
 
-The four *sites* are the distinct inputs of a layer's projections: `attention_in` (queries, keys, values),
-`attention_out`, `ffn_in` (gate and up) and `ffn_out` (down).
+The four *sites* are the distinct inputs of a layer's projections: `attention_in` (queries, keys,
+values), `attention_out`, `ffn_in` (gate and up) and `ffn_out` (down).
 
-Causality: every decision about token t is a function of tokens up to t. A Plan fills layer by layer, and a
-pass in one piece, in chunks or token by token fills it with the same values.
+Causality: every decision about token t is a function of tokens up to t. A Plan fills layer by
+layer, and a pass in one piece, in chunks or token by token fills it with the same values.
 
 A new effect is a new row in `FIELDS`, a price in `cost.py` and its execution in both executors.
 """
@@ -34,7 +35,6 @@ from numpy.typing import NDArray
 
 from vesicle.errors import VesicleError
 from vesicle.files import atomic_path
-
 from vesicle.shapes import ModelShape, Overhead
 
 if TYPE_CHECKING:
@@ -82,7 +82,10 @@ class AttentionDecision:
 
 @dataclass(kw_only=True)
 class FfnDecision:
-    """How one layer's FFN treats T tokens: (T, 2) channels and bits at `ffn_in` and `ffn_out`, (T,) module."""
+    """How one layer's FFN treats T tokens.
+
+    (T, 2) channels and bits at `ffn_in` and `ffn_out`, (T,) module.
+    """
 
     channels: IntArray
     bits: IntArray
@@ -114,7 +117,10 @@ def resting_ffn(shape: ModelShape, n_tokens: int) -> FfnDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The discrete decisions of one sequence of T tokens; see the module docstring for the fields."""
+    """The discrete decisions of one sequence of T tokens.
+
+    See the module docstring for the fields.
+    """
 
     channels: IntArray
     bits: IntArray
@@ -151,9 +157,7 @@ class Plan:
 
     def joined(self, other: Plan) -> Plan:
         """This Plan followed by `other`."""
-        return Plan(
-            **{n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in FIELDS}
-        )
+        return Plan(**{n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in FIELDS})
 
     def equals(self, other: Plan) -> bool:
         """Whether every decision is the same."""
@@ -228,7 +232,8 @@ class Plan:
 class PlanBuilder:
     """Collects decisions layer by layer and chunk by chunk into a Plan.
 
-    An executor calls `chunk(positions)` once per forward pass, then `attention` and `ffn` for each layer.
+    An executor calls `chunk(positions)` once per forward pass, then `attention` and `ffn` for each
+    layer.
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -241,7 +246,9 @@ class PlanBuilder:
         n_layers = self._shape.n_layers
         self._chunks.append(
             {
-                name: np.empty((n_tokens, n_layers, last) if last else (n_tokens, n_layers), np.int32)
+                name: np.empty(
+                    (n_tokens, n_layers, last) if last else (n_tokens, n_layers), np.int32
+                )
                 for name, last in FIELDS.items()
             }
         )
@@ -271,8 +278,9 @@ class PlanBuilder:
 class Author(ABC):
     """Writes the Plan of one sequence as it is computed.
 
-    An executor calls, for each pass over the next T tokens and for each layer in order, `attention` and then
-    `release`. State (a recurrent predictor's, say) lives in the author, so one author serves one sequence.
+    An executor calls, for each pass over the next T tokens and for each layer in order, `attention`
+    and then `release`. State (a recurrent predictor's, say) lives in the author, so one author
+    serves one sequence.
     """
 
     @abstractmethod
@@ -281,7 +289,10 @@ class Author(ABC):
 
     @abstractmethod
     def release(self, layer: int, hidden: torch.Tensor, positions: IntArray) -> FfnDecision:
-        """Read the hidden state (T, D) after `layer`'s self-attention; decide the FFN of `layer`."""
+        """Read the hidden state (T, D) after `layer`'s self-attention.
+
+        Decide the FFN of `layer`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +311,10 @@ class Equipment:
 
 
 class Method(ABC):
-    """Anything that can write Plans for a model: a modulator, a control, an oracle, a saved Plan."""
+    """Anything that can write Plans for a model.
+
+    A modulator, a control, an oracle, a saved Plan.
+    """
 
     @abstractmethod
     def author(self, shape: ModelShape) -> Author:

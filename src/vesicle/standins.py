@@ -27,7 +27,7 @@ class StandIns(nn.Module):
 
     @property
     def rank(self) -> int:
-        """r."""
+        """R."""
         return int(self.down.shape[1])
 
     def apply_layer(self, layer: int, x: Tensor) -> Tensor:

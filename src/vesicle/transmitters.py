@@ -1,9 +1,9 @@
 """The five transmitters: what each one sets, which way is up, and where it rests.
 
-A *level* is continuous in [0, 1]; 1 is the resting level, at which the effector is an exact no-op and the
-model computes what it always did. Lower levels spend less. Levels are released once per token and layer,
-after the layer's self-attention, and govern that layer's feed-forward network (FFN) and the *next* layer's
-attention; the first attention layer therefore always rests.
+A *level* is continuous in [0, 1]; 1 is the resting level, at which the effector is an exact no-op
+and the model computes what it always did. Lower levels spend less. Levels are released once per
+token and layer, after the layer's self-attention, and govern that layer's feed-forward network
+(FFN) and the *next* layer's attention; the first attention layer therefore always rests.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Effector: turns a transmitter's level into decisions (discrete) and into masks (differentiable).
 
-The hard side runs in NumPy float64, for both executors, so that one level gives one decision everywhere.
-The soft side runs in torch inside the reference while training; as its temperature falls the mask tends to
-the hard decision.
+The hard side runs in NumPy float64, for both executors, so that one level gives one decision
+everywhere. The soft side runs in torch inside the reference while training; as its temperature
+falls the mask tends to the hard decision.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Any, ClassVar, Self
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Effector(ABC):
-    """One transmitter's effect; subclasses are frozen dataclasses whose fields are their configuration."""
+    """One transmitter's effect.
+
+    Subclasses are frozen dataclasses whose fields are their configuration.
+    """
 
     transmitter: ClassVar[str]
 
@@ -33,7 +36,8 @@ class Effector(ABC):
         unknown = set(values) - known
         if unknown:
             raise ValueError(
-                f"unknown {cls.transmitter} setting {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}"
+                f"unknown {cls.transmitter} setting {sorted(unknown)[0]!r}; "
+                f"known: {', '.join(sorted(known))}"
             )
         tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**tuples)

@@ -1,14 +1,15 @@
 """Dopamine: how many input channels of a projection are read, and how many bits of its weights.
 
-Channels. At a site with C input channels the level d keeps the ceil(C s(d)) channels of largest magnitude
-|x_i| (as TEAL, Liu et al. 2024; weighting by column norms as in WINA, Chen et al. 2025, measured no better on
-the default model), where s(d) = 1 - r (1 - d), r = `site_rates[site]`, never below `floor`. Rates differ
-because the sites do: the FFN's inner channels are sparse and cheap to drop, its input is not. Only the rows
-of a channel-major weight that belong to kept channels are read.
+Channels. At a site with C input channels the level d keeps the ceil(C s(d)) channels of largest
+magnitude |x_i| (as TEAL, Liu et al. 2024; weighting by column norms as in WINA, Chen et al. 2025,
+measured no better on the default model), where s(d) = 1 - r (1 - d), r = `site_rates[site]`, never
+below `floor`. Rates differ because the sites do: the FFN's inner channels are sparse and cheap to
+drop, its input is not. Only the rows of a channel-major weight that belong to kept channels are
+read.
 
-Bits. `bits_ladder` lists (level, bits) steps from the top: the weight is read with the bits of the first
-step whose level is at most d. The stored 16-bit weights are rest; 8, 4, 3 and 2 are the leading bits of one
-nested 8-bit store (Matryoshka quantization, Nair et al. 2025).
+Bits. `bits_ladder` lists (level, bits) steps from the top: the weight is read with the bits of the
+first step whose level is at most d. The stored 16-bit weights are rest; 8, 4, 3 and 2 are the
+leading bits of one nested 8-bit store (Matryoshka quantization, Nair et al. 2025).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class DopaminePrecision(Effector):
     """Level to channels and bits.
 
     Attributes:
-        site_rates: Share of a site's channels lost from level 1 to level 0, for each of the four sites.
+        site_rates: Share of a site's channels lost from level 1 to level 0, for each of the four
+            sites.
         floor: Least share of channels ever read.
         bits_ladder: Steps (least level, bits), levels falling; the last level must be 0.
     """
@@ -81,15 +83,16 @@ class DopaminePrecision(Effector):
     def mask(self, level: Tensor, site: int, magnitude: Tensor, temperature: float) -> Tensor:
         """Soft mask over channels.
 
-        The threshold is the kept share's quantile of the token's own magnitudes; its slope with respect to
-        the level is the local spacing of those magnitudes (a central difference over 4 % of the channels).
+        The threshold is the kept share's quantile of the token's own magnitudes; its slope with
+        respect to the level is the local spacing of those magnitudes (a central difference over 4 %
+        of the channels).
 
         Args:
             level: (B, T) in [0, 1].
             site: Index into `plan.SITES`.
             magnitude: (B, T, C), not negative.
-            temperature: Width of the sigmoid, as a share of the threshold; 0 gives the hard mask with the
-                gradient of temperature 0.2 (straight-through).
+            temperature: Width of the sigmoid, as a share of the threshold; 0 gives the hard mask
+                with the gradient of temperature 0.2 (straight-through).
 
         Returns:
             (B, T, C) in [0, 1]; exactly 1 where the share is 1.
@@ -113,7 +116,8 @@ class DopaminePrecision(Effector):
         soft = torch.sigmoid(relative / width_soft)
         if temperature == 0:
             above, equal = magnitude > threshold, magnitude == threshold
-            # Ties, as of query heads that share one KV head at the first token, go to the lower channels.
+            # Ties, as of query heads that share one KV head at the first token, go to the lower
+            # channels.
             spare = (last + 1).unsqueeze(-1) - above.sum(-1, keepdim=True)
             hard = (above | (equal & (equal.cumsum(-1) <= spare))).to(soft.dtype)
             soft = hard + (soft - soft.detach())
@@ -121,13 +125,21 @@ class DopaminePrecision(Effector):
 
 
 def rising(x: Tensor) -> Tensor:
-    """x (fp32) sorted along its last axis; NumPy's vectorised sort is 20 times PyTorch's speed on a CPU."""
+    """X (fp32) sorted along its last axis.
+
+    NumPy's vectorised sort is 20 times PyTorch's speed on a CPU.
+    """
     if x.is_cuda:
         return x.float().sort(dim=-1).values
-    return torch.from_numpy(np.sort(x.double().numpy() if x.dtype == torch.float64 else x.float().numpy()))
+    return torch.from_numpy(
+        np.sort(x.double().numpy() if x.dtype == torch.float64 else x.float().numpy())
+    )
 
 
 def largest(x: Tensor, count: Tensor) -> Tensor:
-    """The `count`-th largest value of x (..., C) along its last axis, count (...) from 1 to C: (..., 1)."""
+    """The `count`-th largest value of x (..., C) along its last axis, count (...) from 1 to C.
+
+    (..., 1).
+    """
     ordered = rising(x.detach()).to(x.dtype)
     return ordered.gather(-1, (x.shape[-1] - count).clamp(0, x.shape[-1] - 1).unsqueeze(-1))

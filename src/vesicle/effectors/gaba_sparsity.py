@@ -1,15 +1,15 @@
 """GABA: how many blocks of 16 cached positions a query reads.
 
-With n blocks visible the level g reads max(`least`, ceil(g n)) of them: always the first (attention sinks)
-and the query's own, and of the others those whose estimated attention mass is largest. Short contexts are
-cheap and hurt most when cut, hence `least`. The estimate is made per KV head from summaries of *complete*
-blocks, so it never looks past the query:
+With n blocks visible the level g reads max(`least`, ceil(g n)) of them: always the first (attention
+sinks) and the query's own, and of the others those whose estimated attention mass is largest. Short
+contexts are cheap and hurt most when cut, hence `least`. The estimate is made per KV head from
+summaries of *complete* blocks, so it never looks past the query:
 
 - `mean`: q . mean(k), a block's mean key;
 - `bounds`: sum_d max(q_d min_d, q_d max_d), the upper bound of q . k (Quest, Tang et al. 2024).
 
-Scores become masses by a softmax over blocks per query head, and masses are averaged over the query heads
-that share a KV head.
+Scores become masses by a softmax over blocks per query head, and masses are averaged over the query
+heads that share a KV head.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ class GabaSparsity(Effector):
 
         Args:
             level: (B, T).
-            rank: (B, T, G, N) 1-based rank of each visible block for its query (first and own blocks come
-                first), larger than N where not visible.
+            rank: (B, T, G, N) 1-based rank of each visible block for its query (first and own
+                blocks come first), larger than N where not visible.
             visible: (B, T) blocks visible.
-            temperature: Width of the sigmoid as a share of the visible blocks; 0 gives the hard mask with
-                the gradient of 0.1.
+            temperature: Width of the sigmoid as a share of the visible blocks; 0 gives the hard
+                mask with the gradient of 0.1.
 
         Returns:
             (B, T, G, N) in [0, 1]; exactly 1 for ranks 1 and 2 and wherever the level is 1.
@@ -79,7 +79,9 @@ class GabaSparsity(Effector):
         count = self.count(level, n)
         width = (temperature if temperature > 0 else 0.1) * n
         read = (count.detach() - 1e-6).ceil()
-        edge = read + 0.5 + (count - count.detach())  # between two ranks, so that the mask tends to 0 or 1
+        edge = (
+            read + 0.5 + (count - count.detach())
+        )  # between two ranks, so that the mask tends to 0 or 1
         soft = torch.sigmoid((edge[..., None, None] - rank) / width[..., None, None])
         if temperature == 0:
             hard = (rank <= read[..., None, None]).to(soft.dtype)

@@ -1,10 +1,10 @@
 """Serotonin: which module each FFN runs, and whether the next layer's attention runs.
 
-The level is a ladder. At `ffn_below` and above everything runs; under it the FFN runs its small stand-in;
-under `attention_below` the next layer's attention is replaced by its stand-in as well (keys and values are
-still written, so later tokens can attend to this one); under `bypass_below` the FFN is skipped outright.
-Zeroing a module of a pretrained model is ruinous, so `bypass_below` is 0 by default: a skip lands on a
-stand-in fitted to the module that it replaces.
+The level is a ladder. At `ffn_below` and above everything runs; under it the FFN runs its small
+stand-in; under `attention_below` the next layer's attention is replaced by its stand-in as well
+(keys and values are still written, so later tokens can attend to this one); under `bypass_below`
+the FFN is skipped outright. Zeroing a module of a pretrained model is ruinous, so `bypass_below` is
+0 by default: a skip lands on a stand-in fitted to the module that it replaces.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class SerotoninDepth(Effector):
         """Check the order of the ladder."""
         if not 0 <= self.bypass_below <= self.attention_below <= self.ffn_below <= 1:
             raise ValueError(
-                f"serotonin steps are bypass {self.bypass_below}, attention {self.attention_below}, "
-                f"ffn {self.ffn_below}; they must rise in that order within [0, 1]"
+                f"serotonin steps are bypass {self.bypass_below}, "
+                f"attention {self.attention_below}, ffn {self.ffn_below}; they must rise in that order within [0, 1]"
             )
 
     def module(self, level: FloatArray) -> IntArray:

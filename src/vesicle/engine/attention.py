@@ -1,7 +1,7 @@
-"""Attention of new queries over a sequence's cache: all of it, or only the blocks that a Plan names.
+"""Attention of new queries over a sequence's cache: all of it, or the blocks a Plan names.
 
-`attend` returns what it read beside the output. Blocks that are not chosen are never touched: their keys and
-values are neither multiplied nor masked.
+`attend` returns what it read beside the output. Blocks that are not chosen are never touched: their
+keys and values are neither multiplied nor masked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def attend(
         summary: How blocks are summarised, see `blocks.summarise`.
 
     Returns:
-        (T, H K) output; (T,) positions read; (T,) block summaries read to choose, 0 where nothing was chosen.
+        (T, H K) output; (T,) positions read; (T,) block summaries read to choose, 0 where nothing
+        was chosen.
     """
     visible = visible_blocks(positions)
     if (kv_blocks >= visible).all():
@@ -53,7 +54,10 @@ def _choose(
     scale: float,
     summary: str,
 ) -> tuple[Tensor, IntArray]:
-    """Blocks (T, G, most) int32 in rising order, the first kv_blocks[t] valid; (T,) summaries compared."""
+    """Blocks (T, G, most) int32 in rising order, the first kv_blocks[t] valid.
+
+    (T,) summaries compared.
+    """
     t, h, k = query.shape
     summaries = cache.summaries(summary)
     most = int(kv_blocks.max())
@@ -101,11 +105,18 @@ def _dense(query: Tensor, cache: LayerCache, positions: IntArray, scale: float) 
     if t == 1:
         # Query heads that share a KV head become its rows: no repeated keys, no mask.
         rows = q.reshape(keys.shape[0], -1, k)[None]
-        out = nn.functional.scaled_dot_product_attention(rows, keys[None], values[None], scale=scale)
+        out = nn.functional.scaled_dot_product_attention(
+            rows, keys[None], values[None], scale=scale
+        )
         return out.reshape(1, h * k)
     mask = None if t == length else torch.arange(length) <= torch.from_numpy(positions)[:, None]
     out = nn.functional.scaled_dot_product_attention(
-        q[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, scale=scale,
+        q[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
         enable_gqa=True,
     )
     return out[0].transpose(0, 1).reshape(t, h * k)

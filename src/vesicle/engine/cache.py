@@ -1,4 +1,7 @@
-"""The key-value cache of one sequence: one growing pair of tensors per layer, read in blocks of 16."""
+"""The key-value cache of one sequence.
+
+One growing pair of tensors per layer, read in blocks of 16.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,17 @@ from vesicle.plan import BLOCK
 from vesicle.shapes import ModelShape
 
 _GROWTH = 256
-"""Positions by which room grows at least; growth doubles, so that appending is linear on the whole."""
+"""Positions by which room grows at least.
+
+Growth doubles, so that appending is linear on the whole.
+"""
 
 
 class LayerCache:
     """Keys and values (G, capacity, K) of one layer, of which `length` positions are filled.
 
-    Summaries of complete blocks are kept as blocks complete, for the methods that choose among blocks.
+    Summaries of complete blocks are kept as blocks complete, for the methods that choose among
+    blocks.
     """
 
     def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:

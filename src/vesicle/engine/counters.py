@@ -1,4 +1,7 @@
-"""What one pass of the engine touched, per token; kept apart from prices so that the two can disagree."""
+"""What one pass of the engine touched, per token.
+
+Kept apart from prices so that the two can disagree.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ class Counters:
     def __init__(self, shape: ModelShape, n_tokens: int) -> None:
         """All zero."""
         self._shape = shape
-        # Written layer by layer and added up once per pass: decoding is too fast for sums as it goes.
+        # Written layer by layer and added up once per pass: decoding is too fast for sums as it
+        # goes.
         sites = (shape.n_layers, 4, n_tokens)
         self._rows = np.zeros(sites, np.int64)
         self._outputs = np.zeros(sites, np.int64)
@@ -92,7 +96,5 @@ class Counters:
             "weight_bytes": eighths.sum((0, 1)) // 8
             + (standin + head) * shape.weight_bytes
             + self._modulator_bytes[rows],
-            "kv_bytes_read": shape.kv_width
-            * shape.kv_bytes
-            * (2 * visited + compared),
+            "kv_bytes_read": shape.kv_width * shape.kv_bytes * (2 * visited + compared),
         }

@@ -1,8 +1,8 @@
 """The fast path of decoding: one token of one sequence, each half of a layer in one native call.
 
-It runs the layers that the kernels know (RMSNorm, rotary over the whole head, SiLU-gated FFN, fp32, stored
-weights) where the Plan runs them in full or by channels and blocks; the engine takes its general path for
-anything else: stand-ins, fewer bits, other families. Both paths count alike.
+It runs the layers that the kernels know (RMSNorm, rotary over the whole head, SiLU-gated FFN, fp32,
+stored weights) where the Plan runs them in full or by channels and blocks; the engine takes its
+general path for anything else: stand-ins, fewer bits, other families. Both paths count alike.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,
 class _Layer(ctypes.Structure):
     """Mirrors `Layer` in native.cpp."""
 
-    _fields_ = [  # noqa: RUF012  # the form that ctypes asks for
+    _fields_ = [
         *((name, _LONG) for name in ("width", "heads", "kv_heads", "size", "ffn_width")),
         ("eps", _FLOAT),
         ("scale", _FLOAT),
@@ -49,7 +49,7 @@ class _Layer(ctypes.Structure):
 class _Step(ctypes.Structure):
     """Mirrors `Step` in native.cpp."""
 
-    _fields_ = [  # noqa: RUF012  # the form that ctypes asks for
+    _fields_ = [
         *((name, _LONG) for name in ("position", "capacity", "room", "vectors")),
         ("channels", _INT * 2),
         ("n_blocks", _INT),
@@ -130,7 +130,7 @@ class Stepper:
         summary: str,
         counters: Counters,
     ) -> Tensor | None:
-        """The residual stream (1, D) after attention, or None if the decision needs the general path."""
+        """The residual stream (1, D) after attention, or None if it needs the general path."""
         bits = decision.bits[0]
         if decision.run[0] != 1 or bits[0] != FULL_BITS or bits[1] != FULL_BITS:
             return None
@@ -165,7 +165,7 @@ class Stepper:
     def ffn(
         self, number: int, hidden: Tensor, decision: FfnDecision, counters: Counters
     ) -> Tensor | None:
-        """The residual stream (1, D) after the FFN, or None if the decision needs the general path."""
+        """The residual stream (1, D) after the FFN, or None if it needs the general path."""
         bits = decision.bits[0]
         if decision.module[0] != 2 or bits[0] != FULL_BITS or bits[1] != FULL_BITS:
             return None

@@ -1,11 +1,12 @@
 """The engine: executes Plans by skipping work, and counts what it runs.
 
-One pass serves tokens of one or several sequences, in prefill and in decode, whole or in chunks: a *ragged
-batch* is a list of (sequence, its next tokens). Projections see all tokens side by side; attention runs per
-sequence over its own cache. Each sequence has its own method, so budgets mix freely in one pass.
+One pass serves tokens of one or several sequences, in prefill and in decode, whole or in chunks: a
+*ragged batch* is a list of (sequence, its next tokens). Projections see all tokens side by side;
+attention runs per sequence over its own cache. Each sequence has its own method, so budgets mix
+freely in one pass.
 
-Counting happens where operands are touched (rows of weights read, positions visited) and knows nothing of the
-Plan's prices; `cost.price` of the recorded Plan must come to the same numbers.
+Counting happens where operands are touched (rows of weights read, positions visited) and knows
+nothing of the Plan's prices; `cost.price` of the recorded Plan must come to the same numbers.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ from vesicle.shapes import ModelShape
 
 
 class Sequence:
-    """One text being processed: its method's author, its cache, its Plan and its counted cost so far."""
+    """One text being processed.
+
+    Its method's author, its cache, its Plan and its counted cost so far.
+    """
 
     def __init__(self, engine: Engine, method: Method) -> None:
         """Empty; use `Engine.start`."""
@@ -58,7 +62,9 @@ class Sequence:
         self.overhead = method.overhead(shape)
         self.author = method.author(shape)
         self.builder = PlanBuilder(shape)
-        self.caches = [LayerCache(shape, engine.dtype, engine.device) for _ in range(shape.n_layers)]
+        self.caches = [
+            LayerCache(shape, engine.dtype, engine.device) for _ in range(shape.n_layers)
+        ]
         self.token_ids: list[int] = []
         self.counted: list[dict[str, NDArray[np.int64]]] = []
 
@@ -127,7 +133,9 @@ class Engine:
         """Copy the weights of a Hugging Face causal LM."""
         return cls(weights.from_model(model, dtype))
 
-    def start(self, method: Method | Modulator | None = None, budget: float | None = None) -> Sequence:
+    def start(
+        self, method: Method | Modulator | None = None, budget: float | None = None
+    ) -> Sequence:
         """A new sequence under a method, or a modulator at a budget; dense for None.
 
         Raises:
@@ -156,7 +164,8 @@ class Engine:
             For each sequence, logits (1, V), (T, V) or (0, V).
 
         Raises:
-            VesicleError: If a chunk is empty, a token id is out of range or the context window is exceeded.
+            VesicleError: If a chunk is empty, a token id is out of range or the context window is
+                exceeded.
         """
         for sequence, ids in batch:
             self._check(sequence, ids)
@@ -219,7 +228,12 @@ class Engine:
 
         Yields:
             Token ids. The last one drawn is not fed back, so its own cost is not counted.
+
+        Raises:
+            VesicleError: If the prompt is empty.
         """
+        if not prompt:
+            raise VesicleError("the prompt has no tokens; give at least one")
         sampling = sampling or Sampling()
         generator = sampling.generator()
         for start in range(0, len(prompt), chunk):
@@ -331,7 +345,9 @@ class _Pass:
                         columns,
                     )
                     joint[index, : part.shape[1]] = part
-        outputs = w.attention_in.n_out if runs.all() else np.where(runs, w.attention_in.n_out, 2 * kv)
+        outputs = (
+            w.attention_in.n_out if runs.all() else np.where(runs, w.attention_in.n_out, 2 * kv)
+        )
         self.counters.projection(0, number, read, outputs, decision.bits[:, 0])
 
         size = shape.head_size
@@ -376,7 +392,9 @@ class _Pass:
             else:
                 mixed[torch.from_numpy(index)] = out
         if runs.all():
-            out, read = project(mixed, w.attention_out, decision.channels[:, 1], decision.bits[:, 1])
+            out, read = project(
+                mixed, w.attention_out, decision.channels[:, 1], decision.bits[:, 1]
+            )
             self.counters.projection(1, number, read, w.attention_out.n_out, decision.bits[:, 1])
             return out
         result = torch.zeros_like(hidden)
@@ -433,7 +451,7 @@ class _Pass:
             return self.big_ffn(number, x, decision, None)
         result = torch.zeros_like(x)
         if big.any():
-            rows = np.nonzero(big)[0]
+            rows = np.nonzero(big)[0].astype(np.int32)
             index = torch.from_numpy(rows)
             result[index] = self.big_ffn(number, x[index], decision, rows)
         self.stand_in("ffn", number, x, decision.module == FFN_SMALL, result)
@@ -465,8 +483,12 @@ class _Pass:
             index = np.arange(rows.start, rows.stop)[chosen[rows]]
             equipment = sequence.equipment
             standin = equipment.ffn_standin if kind == "ffn" else equipment.attention_standin
-            if standin is None or not len(index):
+            if not len(index):
                 continue
+            if standin is None:
+                raise VesicleError(
+                    f"the plan sends tokens to {kind} stand-ins, but the method brings none"
+                )
             where = torch.from_numpy(index)
             result[where] = standin.apply_layer(number, x[where])
             self.counters.stand_in(index, standin.rank)

@@ -1,7 +1,7 @@
 """Projections that read only what a Plan says: chosen input channels, fewer weight bits.
 
-Weights are stored channel-major, (in, out), so that the rows of channels that are not read are never touched.
-Every call returns what it read, which is what the engine's ledger counts.
+Weights are stored channel-major, (in, out), so that the rows of channels that are not read are
+never touched. Every call returns what it read, which is what the engine's ledger counts.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def project(
         (T, columns) outputs, and (T,) the rows of the weight that were read.
     """
     columns = w.n_out if columns is None else columns
-    if len(counts) == 1 and bits[0] == FULL_BITS:  # decoding: no need to sort tokens by what they run
+    if (
+        len(counts) == 1 and bits[0] == FULL_BITS
+    ):  # decoding: no need to sort tokens by what they run
         if counts[0] >= w.n_in:
             return _dense(x, w, columns), counts
         return _sparse(x, w, counts, columns)
@@ -115,9 +117,7 @@ def _dense_rows(
     return _dense(x, w, columns), np.full(len(counts), w.n_in, np.int32)
 
 
-def _sparse(
-    x: Tensor, w: ChannelMajor, counts: IntArray, columns: int
-) -> tuple[Tensor, IntArray]:
+def _sparse(x: Tensor, w: ChannelMajor, counts: IntArray, columns: int) -> tuple[Tensor, IntArray]:
     kernels = library()
     weight = w.weight
     if kernels is None or weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_cuda:

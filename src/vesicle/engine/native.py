@@ -1,7 +1,7 @@
 """Loads the native kernels, once; says whether they are there.
 
-The library is built at installation by `setup.py`. Where it is missing (no compiler, another platform) every
-caller has a PyTorch path with the same results.
+The library is built at installation by `setup.py`. Where it is missing (no compiler, another
+platform) every caller has a PyTorch path with the same results.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
-import torch  # loaded first: its OpenMP runtime resolves the library's symbols
+import torch  # noqa: F401  # loaded first: its OpenMP runtime resolves the library's symbols
 
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_SIGNATURES: dict[str, list[type]] = {
+_SIGNATURES: dict[str, list[Any]] = {
     "vesicle_sparse_linear_f32": [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE]
     + [_POINTER] * 3,
     "vesicle_sparse_linear_bf16": [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE]

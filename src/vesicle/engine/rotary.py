@@ -28,7 +28,8 @@ class Rotary:
             end = max(end, 2 * len(self._cos), 256)
             angles = torch.arange(end).float()[:, None] * self._frequencies  # (P, R / 2)
             cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
-            # x cos + rotate_half(x) sin, with rotate_half's sign folded into the first half of the sine.
+            # x cos + rotate_half(x) sin, with rotate_half's sign folded into the first half of the
+            # sine.
             self._cos = torch.cat([cos, cos], -1)[:, None].to(self._dtype)
             self._sin = torch.cat([-sin, sin], -1)[:, None].to(self._dtype)
         index = torch.from_numpy(positions).long()

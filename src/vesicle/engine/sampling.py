@@ -16,7 +16,8 @@ class Sampling:
 
     Attributes:
         temperature: 0 is greedy.
-        top_p: Draw from the smallest set of tokens with at least this much probability (Holtzman et al. 2020).
+        top_p: Draw from the smallest set of tokens with at least this much probability (Holtzman et
+            al. 2020).
         seed: Of the generator.
     """
 

@@ -1,4 +1,4 @@
-"""Loads a decoder's weights into the engine's layout: channel-major projections, joined where they share input.
+"""Loads a decoder's weights into the engine's layout: channel-major, joined by shared input.
 
 Tensors are read one at a time, so the peak is one copy of the model and one tensor.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,16 +20,17 @@ from vesicle.engine.linear import ChannelMajor
 from vesicle.errors import ModelError
 from vesicle.families import DecoderConfig, find_family
 from vesicle.families.base import Affine, Lookup
+from vesicle.files import read_json
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """One layer: values, keys and queries share `attention_in`, in that order; gate and up share `ffn_in`.
+    """One layer: values, keys, queries share `attention_in`, in that order; gate, up `ffn_in`.
 
-    Keys and queries lie side by side so that one rotation serves both; values and keys come first so that a
-    token whose attention is skipped computes a leading part of the projection.
+    Keys and queries lie side by side so that one rotation serves both; values and keys come first
+    so that a token whose attention is skipped computes a leading part of the projection.
     """
 
     attention_norm: Affine
@@ -121,8 +123,39 @@ def from_model(model: nn.Module, dtype: torch.dtype | None) -> Weights:
     config: Any = model.config
     tensors = model.state_dict()
     if config.tie_word_embeddings:
-        tensors = {k: v for k, v in tensors.items() if not k.endswith(("lm_head.weight", "embed_out.weight"))}
+        tensors = {
+            k: v
+            for k, v in tensors.items()
+            if not k.endswith(("lm_head.weight", "embed_out.weight"))
+        }
     return build(config, tensors.get, dtype or next(model.parameters()).dtype)
+
+
+def read_config(folder: Path) -> Any:
+    """The Hugging Face config of a model folder.
+
+    Importing transformers takes longer than reading the default model's weights. A config that
+    spells out all that a family asks for needs no class with defaults; any other is read by
+    transformers.
+
+    Raises:
+        ModelError: If it is missing or damaged.
+    """
+    path = folder / "config.json"
+    values = read_json(path)
+    if isinstance(values, dict) and {"rope_parameters", "tie_word_embeddings"} <= set(values):
+        plain = SimpleNamespace(**values)
+        try:
+            find_family(plain).decoder_config(plain)
+            return plain
+        except (AttributeError, KeyError, TypeError):
+            pass
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
 
 
 def from_folder(folder: Path, dtype: torch.dtype | None) -> Weights:
@@ -136,12 +169,8 @@ def from_folder(folder: Path, dtype: torch.dtype | None) -> Weights:
         ModelError: If files are missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {folder / 'config.json'}: {error}") from error
+    config = read_config(folder)
     find_family(config)
     index = folder / "model.safetensors.index.json"
     try:

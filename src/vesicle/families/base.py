@@ -1,7 +1,7 @@
-"""What Vesicle must know about a decoder: its sizes, where its weights are, and where its modules are.
+"""What Vesicle must know about a decoder: its sizes, and where its weights and modules are.
 
-Only this folder knows Hugging Face's module and parameter names. A family answers for a set of `model_type`
-values; everything else asks a `Family`.
+Only this folder knows Hugging Face's module and parameter names. A family answers for a set of
+`model_type` values; everything else asks a `Family`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vesicle.shapes import ModelShape
 from vesicle.errors import ModelError
+from vesicle.shapes import ModelShape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
@@ -65,7 +65,10 @@ class Affine:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTensors:
-    """One layer's parameters under names that every family shares; `gate`, `query_norm` may be absent."""
+    """One layer's parameters under names that every family shares.
+
+    `gate`, `query_norm` may be absent.
+    """
 
     attention_norm: Affine
     query: Affine
@@ -82,7 +85,10 @@ class LayerTensors:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTensors:
-    """Parameters outside the layers; `head` (V, D) is the embedding itself where the two are tied."""
+    """Parameters outside the layers.
+
+    `head` (V, D) is the embedding itself where the two are tied.
+    """
 
     embedding: Tensor
     final_norm: Affine
@@ -190,7 +196,9 @@ def check_activation(name: str) -> str:
         ModelError: If they do not.
     """
     if name not in ACTIVATIONS:
-        raise ModelError(f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        raise ModelError(
+            f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+        )
     return name
 
 

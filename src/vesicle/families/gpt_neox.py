@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia): LayerNorm, fused QKV interleaved by head, parallel residual, plain FFN, partial rotary.
+"""GPT-NeoX (Pythia): LayerNorm, fused QKV, parallel residual, plain FFN, partial rotary.
 
 Here to keep the `Family` interface honest: it differs from Llama in every one of those points.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vesicle.shapes import ModelShape
 from vesicle.families.base import (
     Affine,
     DecoderConfig,
@@ -24,6 +23,7 @@ from vesicle.families.base import (
     need,
     rotary,
 )
+from vesicle.shapes import ModelShape
 
 
 class GptNeoxFamily(Family):

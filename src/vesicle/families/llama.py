@@ -1,7 +1,8 @@
 """Llama, Mistral, Qwen2, Qwen3 and SmolLM3: RMSNorm, rotary grouped-query attention, gated FFN.
 
-They differ in biases (Qwen2), norms on queries and keys (Qwen3), layers without rotary phases (SmolLM3) and
-sliding windows (refused unless the window spans the whole context). SmolLM2 is a Llama by its config.
+They differ in biases (Qwen2), norms on queries and keys (Qwen3), layers without rotary phases
+(SmolLM3) and sliding windows (refused unless the window spans the whole context). SmolLM2 is a
+Llama by its config.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from vesicle.shapes import ModelShape
 from vesicle.families.base import (
     DecoderConfig,
     Family,
@@ -26,6 +26,7 @@ from vesicle.families.base import (
     refuse_sliding_window,
     rotary,
 )
+from vesicle.shapes import ModelShape
 
 
 class LlamaFamily(Family):

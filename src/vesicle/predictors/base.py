@@ -1,14 +1,15 @@
 """Predictor: hidden state (B, T, D) to levels (B, T, A) of the A transmitters that it releases.
 
-Every trained predictor shares one read-out. With h the residual stream after a layer's self-attention, p the
-token's position and delta the dial in (0, 1],
+Every trained predictor shares one read-out. With h the residual stream after a layer's
+self-attention, p the token's position and delta the dial in (0, 1],
 
     deficit = sigmoid(drive(h / rms(h)) + a + s log((1 - delta) / delta) + w log2((p + 1) / 16) / 8)
     level = 1 - deficit
 
-with offsets a, slopes s > 0 and position weights w per layer and transmitter. At delta = 1 the logarithm is
-minus infinity, so every level is exactly 1: rest holds by construction, whatever was learnt. With everything
-at its initial value (drive 0, a = 0, s = 1) the deficit is 1 - delta for all tokens and layers.
+with offsets a, slopes s > 0 and position weights w per layer and transmitter. At delta = 1 the
+logarithm is minus infinity, so every level is exactly 1: rest holds by construction, whatever was
+learnt. With everything at its initial value (drive 0, a = 0, s = 1) the deficit is 1 - delta for
+all tokens and layers.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ class Levels(nn.Module, ABC):
     def release_row(
         self, layer: int, hidden: Tensor, position: int, dial: float, state: State
     ) -> FloatArray:
-        """`release` for one token of one sequence, hidden (D,): (A,). Decoding calls it once per layer."""
+        """`release` for one token of one sequence, hidden (D,): (A,).
+
+        Decoding calls it once per layer.
+        """
         levels = self.release(
             layer,
             hidden[None, None],
@@ -125,9 +129,7 @@ class Predictor(Levels):
     ) -> Tensor:
         """Levels (B, T, A); see the base class."""
         parameter = self.offset
-        feature = nn.functional.rms_norm(
-            hidden.to(parameter.dtype), (self.config.width,), eps=1e-6
-        )
+        feature = nn.functional.rms_norm(hidden.to(parameter.dtype), (self.config.width,), eps=1e-6)
         rest = (dial >= 1)[:, None, None]
         # Minus infinity at rest would make the gradient of the slope undefined.
         odds = ((1 - dial) / dial)[:, None, None].to(parameter.dtype).masked_fill(rest, 1.0)

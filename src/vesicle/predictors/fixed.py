@@ -2,8 +2,8 @@
 
 - `constant`: a table of levels, one number, one per transmitter, or one per layer and transmitter;
 - `random`: independent per token and layer, around such a table;
-- `shuffled`: levels released by another predictor, permuted in time within each layer, so that every layer
-  and transmitter keeps its distribution and only the *when* is lost;
+- `shuffled`: levels released by another predictor, permuted in time within each layer, so that
+  every layer and transmitter keeps its distribution and only the *when* is lost;
 - `replay`: released levels again, unpermuted.
 
 None of them reads the hidden state; their cost in the ledger is zero.
@@ -114,6 +114,6 @@ class ShuffledLevels(ReplayLevels):
 
 
 def _uniform(counter: Tensor, seed: int) -> Tensor:
-    """A number in [0, 1) per counter, from a hash, so that chunks of a sequence draw what the whole does."""
+    """A number in [0, 1) per counter, from a hash: chunks of a sequence draw as the whole."""
     phase = (counter.double() + 1.0) * 12.9898 + (seed % 10007) * 78.233 + math.pi
     return torch.frac(torch.sin(phase) * 43758.5453).abs()

@@ -31,7 +31,10 @@ class LinearPredictor(Predictor):
     def release_row(
         self, layer: int, hidden: Tensor, position: int, dial: float, state: State
     ) -> FloatArray:
-        """As the base class, in NumPy: a dozen tiny tensor operations would cost more than the product."""
+        """As the base class, in NumPy.
+
+        A dozen tiny tensor operations would cost more than the product.
+        """
         if dial >= 1:
             return np.ones(len(self.config.transmitters))
         h = hidden.detach().float().numpy()

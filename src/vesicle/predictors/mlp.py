@@ -1,4 +1,4 @@
-"""MLP predictor: one hidden layer of `hidden` units, so that levels may depend on conjunctions of features."""
+"""MLP predictor: one hidden layer of `hidden` units, for levels that need conjunctions."""
 
 from __future__ import annotations
 

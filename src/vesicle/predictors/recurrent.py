@@ -1,13 +1,13 @@
 """Recurrent predictor: slow tonic plus fast phasic release.
 
-Real neuromodulators work on two time scales: a slowly varying tonic level sets the background, brief phasic
-bursts answer single events. Here, with features u_t = U_l h_t,
+Real neuromodulators work on two time scales: a slowly varying tonic level sets the background,
+brief phasic bursts answer single events. Here, with features u_t = U_l h_t,
 
-    m_t = lambda m_{t-1} + (1 - lambda) u_t      tonic, one learnt decay lambda in (0, 1) per feature
-    drive_t = P_l tanh(u_t) + Q_l tanh(m_t)      phasic + tonic
+    m_t = lambda m_{t-1} + (1 - lambda) u_t      tonic, one learnt decay lambda in (0, 1) per
+    feature drive_t = P_l tanh(u_t) + Q_l tanh(m_t)      phasic + tonic
 
-A chunk of T tokens is computed with a (T, T) matrix of decays rather than a loop; the state m carries over,
-so chunks, single tokens and the whole sequence agree.
+A chunk of T tokens is computed with a (T, T) matrix of decays rather than a loop; the state m
+carries over, so chunks, single tokens and the whole sequence agree.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""The reference executor: run a method's Plan inside a Hugging Face model, readably and differentiably.
+"""The reference executor: a method's Plan inside a Hugging Face model, readable, differentiable.
 
     with attach(model, modulator, budget=0.8) as run:
         model.generate(...)
     run.plan, run.levels, run.cost
 
-Work is masked, not skipped: the reference tells what a Plan does to the outputs, the engine what it saves.
-Everything happens in forward hooks and one named attention function; on exit the hooks are gone and the
-attention implementation is what it was, also when the body raises. At rest no hook changes a tensor, so
-logits are bit-identical to the model's own.
+Work is masked, not skipped: the reference tells what a Plan does to the outputs, the engine what it
+saves. Everything happens in forward hooks and one named attention function; on exit the hooks are
+gone and the attention implementation is what it was, also when the body raises. At rest no hook
+changes a tensor, so logits are bit-identical to the model's own.
 
-With `soft=Soft(temperature)` levels act through differentiable masks and `run.soft_cost` accumulates the
-expected cost, for training; `temperature=0` is straight-through (hard forward, soft backward).
+With `soft=Soft(temperature)` levels act through differentiable masks and `run.soft_cost`
+accumulates the expected cost, for training; `temperature=0` is straight-through (hard forward, soft
+backward).
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def attach(
 class Run:
     """What happened while a method was attached. Holds the sequences of the latest prompt.
 
-    Feeding a model tokens at position 0 starts new sequences; later passes of the same cache continue them.
+    Feeding a model tokens at position 0 starts new sequences; later passes of the same cache
+    continue them.
     """
 
     def __init__(self, model: nn.Module, method: Method, soft: Soft | None) -> None:
@@ -157,7 +159,10 @@ class Run:
 
     @property
     def _soft_steps(self) -> bool:
-        """Whether serotonin is released at all; if not, stand-ins need not run beside the modules."""
+        """Whether serotonin is released at all.
+
+        If not, stand-ins need not run beside the modules.
+        """
         return "serotonin" in self._modulator.predictor.config.transmitters
 
     @property
@@ -216,6 +221,14 @@ class _Pass:
         last = self.positions[:, -1].tolist()
         self.offsets = tuple(max(0, past + t - 1 - int(p)) for p in last)
         self.starts = [min(t, max(0, offset - past)) for offset in self.offsets]
+        slots = torch.arange(past, past + t)
+        for row, start, offset in zip(
+            self.positions.tolist(), self.starts, self.offsets, strict=True
+        ):
+            if row[start:] != (slots[start:] - offset).tolist():
+                raise VesicleError(
+                    "positions do not rise by one; pad batches on the left, or not at all"
+                )
         if past == 0:
             run._authors = [] if run._soft else [run.method.author(run.shape) for _ in range(b)]
             run._builders = [PlanBuilder(run.shape) for _ in range(b)]
@@ -245,9 +258,7 @@ class _Pass:
         for author, builder, p in zip(
             run._authors, run._builders, self.numpy_positions, strict=True
         ):
-            decision = (
-                author.attention(layer, p) if len(p) else resting_attention(run.shape, p)
-            )
+            decision = author.attention(layer, p) if len(p) else resting_attention(run.shape, p)
             builder.attention(layer, decision)
             decisions.append(decision)
         return decisions
@@ -309,7 +320,7 @@ class _LayerHooks:
                 handles.append(linear.register_forward_hook(self.fewer_bits(site)))
         return handles
 
-    # Attention -----------------------------------------------------------------------------------------
+    # Attention
 
     def before_attention(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -327,7 +338,9 @@ class _LayerHooks:
             level = state.levels
             self.run._charged.attention(level, state.positions)
             masked = hidden * self.soft_channels(0, hidden, level)
-            rule = self.rule(None, level[..., _GABA])
+            rule: BlockRule | None = None
+            if "gaba" in self.run._modulator.predictor.config.transmitters:
+                rule = self.rule(None, level[..., _GABA])
         else:
             decisions = self.attention_decision = state.attention(self.number)
             if all(d.rest for d in decisions):
@@ -362,7 +375,9 @@ class _LayerHooks:
             return (args[0] * self.soft_channels(1, args[0], self.levels_attention),)
         if all(d.rest for d in self.attention_decision):
             return None
-        return (self.keep_channels(1, args[0], [d.channels[:, 1] for d in self.attention_decision]),)
+        return (
+            self.keep_channels(1, args[0], [d.channels[:, 1] for d in self.attention_decision]),
+        )
 
     def after_attention(
         self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any]
@@ -391,7 +406,7 @@ class _LayerHooks:
         self.attention_output = result
         return None if result is output[0] else (result, *output[1:])
 
-    # FFN -----------------------------------------------------------------------------------------------
+    # FFN
 
     def before_ffn_norm(self, module: nn.Module, args: tuple[Tensor]) -> None:
         state = self.run._pass
@@ -427,7 +442,8 @@ class _LayerHooks:
         if self.run._soft is not None:
             if not self.run._soft_steps:
                 return None
-            assert self.levels_ffn is not None and standin is not None
+            assert self.levels_ffn is not None
+            assert standin is not None
             serotonin = self.run._modulator.serotonin
             level, heat = self.levels_ffn[..., _SEROTONIN], self.run._soft.temperature
             big = serotonin.mask(level, serotonin.ffn_below, heat).to(output.dtype)[..., None]
@@ -451,10 +467,10 @@ class _LayerHooks:
         result = torch.where(choice == FFN_SMALL, small, torch.zeros_like(output))
         return torch.where(choice == FFN_BIG, output, result)
 
-    # Precision -----------------------------------------------------------------------------------------
+    # Precision
 
     def keep_channels(self, site: int, x: Tensor, counts: list[IntArray]) -> Tensor:
-        """x (B, T, C) with all but the largest contributions zeroed; x itself if all are kept."""
+        """X (B, T, C) with all but the largest contributions zeroed; x itself if all are kept."""
         width = x.shape[-1]
         if all((c >= width).all() for c in counts):
             return x
@@ -464,11 +480,15 @@ class _LayerHooks:
         above, equal = magnitude > threshold, magnitude == threshold
         # Ties at the threshold go to the lower channels, as in the engine.
         spare = keep[..., None] - above.sum(-1, keepdim=True)
-        return torch.where(above | (equal & (equal.cumsum(-1) <= spare)), x, torch.zeros_like(x))
+        if bool((equal.sum(-1, keepdim=True) > spare).any()):
+            equal = equal & (equal.cumsum(-1, dtype=torch.int32) <= spare)
+        return x.masked_fill(~(above | equal), 0.0)
 
     def soft_channels(self, site: int, x: Tensor, levels: Tensor) -> Tensor:
-        """Soft mask (B, T, C) over the channels of x."""
+        """Soft mask (B, T, C) over the channels of x; (1,) where dopamine is not released."""
         assert self.run._soft is not None
+        if "dopamine" not in self.run._modulator.predictor.config.transmitters:
+            return x.new_ones(1)
         magnitude = x.detach().float().abs()
         mask = self.run._modulator.dopamine.mask(
             levels[..., _DOPAMINE], site, magnitude, self.run._soft.temperature
@@ -493,7 +513,9 @@ class _LayerHooks:
                 return None
             assert isinstance(module, nn.Linear)
             if module not in self._nested:
-                self._nested[module] = NestedWeight.quantize(module.weight.detach().t().contiguous())
+                self._nested[module] = NestedWeight.quantize(
+                    module.weight.detach().t().contiguous()
+                )
             bits = self.run._pass.column(parts, FULL_BITS, output.device)
             result = output
             for b in sorted(set(bits.unique().tolist()) - {FULL_BITS}):

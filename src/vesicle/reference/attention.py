@@ -1,8 +1,9 @@
 """Masked attention, dense arithmetic: the reference's own attention functions.
 
-`register` adds one named function per base implementation to transformers' registry (`vesicle_sdpa`,
-`vesicle_eager`). Each one is its base, bit for bit, until a layer's hook passes a `BlockRule` through the
-attention module's keyword arguments; nothing is patched and nothing is kept between calls.
+`register` adds one named function per base implementation to transformers' registry
+(`vesicle_sdpa`, `vesicle_eager`). Each one is its base, bit for bit, until a layer's hook passes a
+`BlockRule` through the attention module's keyword arguments; nothing is patched and nothing is kept
+between calls.
 """
 
 from __future__ import annotations
@@ -84,12 +85,15 @@ def _base(name: str, module: nn.Module) -> AttentionFunction:
     # Every model file defines its own eager function beside its attention class.
     import sys
 
-    eager: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]  # by convention of transformers
+    eager: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward
     return eager
 
 
 def _blockwise(query: Tensor, key: Tensor, value: Tensor, rule: BlockRule, scale: float) -> Tensor:
-    """Attention over chosen blocks: query (B, H, T, K), keys and values (B, G, S, K) to (B, T, H, K)."""
+    """Attention over chosen blocks.
+
+    Query (B, H, T, K), keys and values (B, G, S, K) to (B, T, H, K).
+    """
     if len(set(rule.offsets)) == 1:
         return _one_offset(query, key, value, rule, scale, rule.offsets[0], slice(None))
     rows = [
@@ -125,13 +129,15 @@ def _one_offset(
         allowed = blocks.permute(0, 2, 1, 3)[:, :, None, :, slots // BLOCK] & causal
         # Padding queries have no position of their own; let them see slot 0 rather than nothing.
         allowed = allowed | ((slots == 0) & (positions[:, None, None, :, None] <= 0))
+        # Query heads that share a KV head become the heads of one batch entry: no repeated keys.
+        shared = (b * g, h // g, length, k)
         out = nn.functional.scaled_dot_product_attention(
-            query,
-            key.repeat_interleave(h // g, dim=1),
-            value.repeat_interleave(h // g, dim=1),
-            attn_mask=allowed.expand(b, g, h // g, t, length).reshape(b, h, t, length),
+            query.reshape(b * g, h // g, t, k),
+            key.reshape(b * g, 1, length, k).expand(shared),
+            value.reshape(b * g, 1, length, k).expand(shared),
+            attn_mask=allowed.reshape(b * g, 1, t, length),
             scale=scale,
-        )
+        ).reshape(b, h, t, k)
         return out.transpose(1, 2).contiguous()
     assert rule.level is not None
     visible = positions // BLOCK + 1
@@ -139,7 +145,8 @@ def _one_offset(
     weights = mask.permute(0, 2, 1, 3)[:, :, None, :, slots // BLOCK]  # (B, G, 1, T, S)
     scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)) * scale
     scores = scores.masked_fill(~causal, -torch.inf)
-    # Weights act after the softmax, so that a block of weight 0 still has a gradient towards being read.
+    # Weights act after the softmax, so that a block of weight 0 still has a gradient towards being
+    # read.
     chances = scores.softmax(-1, dtype=torch.float32).to(value.dtype) * weights.to(value.dtype)
     total = chances.sum(-1, keepdim=True, dtype=torch.float32).clamp(min=1e-9)
     out = (chances @ value.unsqueeze(2)) / total.to(value.dtype)  # (B, G, R, T, K)

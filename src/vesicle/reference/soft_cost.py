@@ -1,7 +1,7 @@
-"""The expected cost of soft levels: the ledger's formulas with shares in place of counts, differentiable.
+"""The expected cost of soft levels: the ledger's formulas with shares in place of counts.
 
-Summed in units of the dense FLOPs of the same tokens (LM head included), so that its value is the share of
-the dense cost that a budget names.
+Summed in units of the dense FLOPs of the same tokens (LM head included), so that its value is the
+share of the dense cost that a budget names.
 """
 
 from __future__ import annotations

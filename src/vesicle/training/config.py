@@ -1,7 +1,7 @@
 """How to train: every number that the loop depends on, and the schedules that follow from them.
 
-The learning rate warms up linearly and falls along a cosine. Budgets follow a golden-ratio sequence,
-which spreads any run of consecutive micro-steps evenly over the range.
+The learning rate warms up linearly and falls along a cosine. Budgets follow a golden-ratio
+sequence, which spreads any run of consecutive micro-steps evenly over the range.
 """
 
 from __future__ import annotations

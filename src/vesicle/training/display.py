@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 def curves(
     folder: Path, step: int, wanted: bool, speak: Callable[[str], None]
 ) -> Iterator[SummaryWriter | None]:
+    """A TensorBoard writer, None if unwanted or not installed (then a line tells how to have it).
+
+    Args:
+        folder: Where the curves go.
+        step: Steps done already; curves beyond it, of a run that was cut off, are superseded.
+        wanted: Whether to write at all.
+        speak: Takes one-line notices.
+
+    Yields:
+        The writer.
+    """
     writer = None
     if wanted:
         try:
@@ -32,6 +43,16 @@ def curves(
 
 @contextmanager
 def progress_bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A progress bar on standard error with the time left, loss and share.
+
+    Args:
+        total: Steps in all.
+        done: Steps done already.
+        wanted: Whether to show it.
+
+    Yields:
+        Takes a step's line of metrics.
+    """
     if not wanted:
         yield lambda line: None
         return
