@@ -2,7 +2,7 @@ PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check parity test-slow test-gpu examples docs results clean
+.PHONY: help bench install test check parity test-slow test-gpu examples docs results clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "%-12s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ parity: ## reference against engine, and causality
 test-slow: ## tests of more than half a minute
 	$(PYTEST) -m "slow and not gpu"
 
+bench: ## decode time against the ledger's bytes, on this machine
+	$(PYTHON) benchmarks/decode_time.py
+
 test-gpu: ## tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu
 
@@ -33,10 +36,10 @@ examples: ## run every example in order
 
 docs: ## everything public has a docstring, every link in the docs resolves
 	$(PYTHON) -m ruff check --select D src
-	$(PYTEST) tests/test_repository.py -k docs
+	$(PYTEST) tests/test_docs.py tests/test_repository.py
 
 results: ## make every table and figure again, from results/ alone
-	$(PYTHON) -m vesicle.cli report
+	$(PYTHON) benchmarks/render_results.py
 
 clean: ## remove build products and caches; runs/ and results/ stay
 	rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

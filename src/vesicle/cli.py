@@ -70,9 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character must not end an answer.
         sys.stdout.reconfigure(errors="replace")
-    # Read when torch is loaded. Threads that spin while they wait slow decoding down many times as
-    # soon as another program uses a core; threads that sleep cost little.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if arguments[:1] == ["run"]:
+        # Read when torch is loaded. Threads that spin while they wait slow decoding down many times
+        # as soon as another program uses a core; threads that sleep cost little there, though they
+        # would make training half as fast.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     command = typer.main.get_command(app)
     try:
         with command.make_context("vesicle", arguments or ["--help"]) as context:

@@ -22,7 +22,7 @@ def test_channels():
 @pytest.mark.parametrize("width", [48, 80, 576, 1536])
 def test_a_level_of_k_in_c_reads_k_channels(width: int):
     every = np.arange(1, width + 1)
-    effector = DopaminePrecision(floor=1e-4)
+    effector = DopaminePrecision(site_rates=(1.0, 1.0, 1.0, 1.0), floor=1e-4)
     assert (read_channels(effector, every / width, 0, width) == every).all()
 
 
@@ -77,7 +77,7 @@ def test_all_sites_at_once_are_each_alone():
 
 def test_ties_go_to_the_lower_channels():
     """Query heads that share a KV head are equal at the first token, so ties do happen."""
-    effector = DopaminePrecision()
+    effector = DopaminePrecision(site_rates=(1.0, 1.0, 1.0, 1.0))
     magnitude = torch.tensor([[[3.0, 1.0, 2.0, 2.0, 2.0, 0.0]]])
     for kept, channels in ((2, [0, 2]), (3, [0, 2, 3]), (4, [0, 2, 3, 4]), (5, [0, 1, 2, 3, 4])):
         mask = effector.mask(torch.tensor([[kept / 6]]), 0, magnitude, 0.0)

@@ -125,7 +125,7 @@ CASES: dict[str, list[Case]] = {
         serotonin(SerotoninDepth(ffn_below=1.0, attention_below=1.0, bypass_below=1.0)),
     ],
     "gaba": [
-        gaba(GabaSparsity()),
+        gaba(GabaSparsity(least=4)),
         gaba(GabaSparsity(least=2)),
         gaba(GabaSparsity(least=3, summary="bounds")),
     ],

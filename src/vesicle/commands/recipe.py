@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vesicle.commands.inputs import notice
 from vesicle.errors import DataError, VesicleError
 from vesicle.models.default import DEFAULT_MODEL
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from vesicle.models import Text
     from vesicle.modulator import Modulator
 
-SENSITIVITY_WINDOWS = 2
+SENSITIVITY_WINDOWS, DIAL_WINDOWS = 1, 8
 CALIBRATION = "calibration"
 """Folder inside the output that keeps measurements, so that going on repeats none."""
 
@@ -108,3 +109,16 @@ def new_modulator(
     assert isinstance(modulator.predictor, Predictor)
     allocate(sensitivity, modulator.predictor)
     return modulator
+
+
+def set_default_budget(subject: Subject, modulator: Modulator, held_out: Tensor | None) -> None:
+    """Measure the default budget on held-out windows (N, T) and record it; 1 where there are none."""
+    from vesicle.calibration.default_budget import measure_default_budget
+
+    modulator.info.default_budget = 1.0
+    if held_out is None or not len(held_out):
+        return
+    notice("measuring the default budget")
+    best, losses = measure_default_budget(subject.model, modulator, held_out)
+    modulator.info.default_budget = best
+    modulator.info.training["loss_by_budget_nats"] = losses

@@ -61,6 +61,14 @@ def train(
     attention_rank: Annotated[
         int, typer.Option(min=1, help="Of attention stand-ins.", rich_help_panel=_MODULATOR)
     ] = 16,
+    warm_start: Annotated[
+        bool,
+        typer.Option(
+            "--warm-start",
+            help="Fit read-outs to oracle labels first, by forward passes.",
+            rich_help_panel=_MODULATOR,
+        ),
+    ] = False,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_TRAINING)] = 1000,
     sequence_length: Annotated[
         int, typer.Option(help="Tokens in a window.", rich_help_panel=_TRAINING)
@@ -145,7 +153,7 @@ def train(
         config = TrainConfig(**{f.name: given[f.name] for f in fields(TrainConfig)})
     except ValueError as error:
         raise VesicleError(str(error)) from error
-    from vesicle.calibration import measure_dial
+    from vesicle.calibration.dial import measure_dial
     from vesicle.modulator import Modulator
 
     start = None if modulator is None else Modulator.from_pretrained(modulator)
@@ -171,10 +179,18 @@ def train(
             ffn_rank=ffn_rank,
             attention_rank=attention_rank,
         )
+        if warm_start:
+            from vesicle.training.warm_start import warm_start as fit_labels
+
+            notice("fitting read-outs to oracle labels")
+            fit_labels(subject.model, start, few)
     result = run_training(
         subject.model, start, windows, held_out, config, out, data=data, restart=restart, say=notice
     )
     notice("measuring the dial")
-    start.info.dial = measure_dial(subject.model, start, few, cache=cache)
+    start.info.dial = measure_dial(
+        subject.model, start, windows[: recipe.DIAL_WINDOWS], cache=cache
+    )
+    recipe.set_default_budget(subject, start, held_out)
     start.save_pretrained(out)
     notice(f"wrote {out} after {result.step} steps; try vesicle run --modulator {out} PROMPT")

@@ -15,7 +15,7 @@ leading bits of one nested 8-bit store (Matryoshka quantization, Nair et al. 202
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from vesicle.plan import FULL_BITS, SITES, FloatArray, IntArray
 
 BITS = (16, 8, 4, 3, 2)
 _NO_LADDER = ((0.0, FULL_BITS),)
+_STRAIGHT = 0.2
+"""Width of the sigmoid whose gradient the hard mask borrows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class DopaminePrecision(Effector):
     """
 
     transmitter: ClassVar[str] = "dopamine"
-    site_rates: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    site_rates: tuple[float, ...] = (0.5, 1.0, 0.5, 1.0)
     floor: float = 0.05
     bits_ladder: tuple[tuple[float, int], ...] = _NO_LADDER
 
@@ -100,32 +102,73 @@ class DopaminePrecision(Effector):
         width = magnitude.shape[-1]
         share = self.share(level, site)
         count = share * width
-        ordered = rising(magnitude.detach()).flip(-1)
-        last = (count.detach() - 1e-6).ceil().long().clamp(1, width) - 1  # (B, T)
-        span = max(1, width // 50)
-
-        def at(position: Tensor) -> Tensor:
-            return ordered.gather(-1, position.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
-
-        threshold = at(last)
-        low, high = (last - span).clamp(min=0), (last + span).clamp(max=width - 1)
-        slope = (at(high) - at(low)) / (high - low).clamp(min=1)
-        threshold = (threshold + slope * (count - count.detach())).unsqueeze(-1)
-        width_soft = temperature if temperature > 0 else 0.2
-        relative = magnitude.detach() / threshold.clamp(min=1e-12) - 1.0
-        soft = torch.sigmoid(relative / width_soft)
+        magnitude = magnitude.detach()
         if temperature == 0:
-            above, equal = magnitude > threshold, magnitude == threshold
-            # Ties, as of query heads that share one KV head at the first token, go to the lower
-            # channels.
-            spare = (last + 1).unsqueeze(-1) - above.sum(-1, keepdim=True)
-            hard = (above | (equal & (equal.cumsum(-1) <= spare))).to(soft.dtype)
-            soft = hard + (soft - soft.detach())
+            kept: Tensor = _StraightThrough.apply(count, magnitude)
+            return kept
+        last, threshold, slope = _threshold(count.detach(), magnitude)
+        moving = threshold + slope * (count - count.detach()).unsqueeze(-1)
+        soft = torch.sigmoid((magnitude / moving.clamp(min=1e-12) - 1.0) / temperature)
         return torch.where((share >= 1.0).unsqueeze(-1), torch.ones_like(soft), soft)
 
 
+def _threshold(count: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a count of channels cuts a token's magnitudes.
+
+    Args:
+        count: (B, T), not whole.
+        magnitude: (B, T, C).
+
+    Returns:
+        (B, T, 1) each: index of the smallest kept magnitude in falling order, that magnitude, and
+        its slope with respect to the count (negative).
+    """
+    width = magnitude.shape[-1]
+    ordered = rising(magnitude).to(magnitude.dtype)
+    last = (count - 1e-6).ceil().long().clamp(1, width).unsqueeze(-1) - 1
+    span = max(1, width // 50)
+    low, high = (last - span).clamp(min=0), (last + span).clamp(max=width - 1)
+
+    def at(position: Tensor) -> Tensor:
+        return ordered.gather(-1, width - 1 - position)
+
+    slope = (at(high) - at(low)) / (high - low).clamp(min=1)
+    return last, at(last), slope
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The hard mask, with the gradient of the soft one at temperature 0.2.
+
+    With m = sigmoid((|x| / theta - 1) / w) and theta(count) the threshold,
+    dm / dcount = - m (1 - m) |x| / (w theta^2) theta', summed against the incoming gradient at
+    once, so that nothing but the result is kept per channel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: Tensor, magnitude: Tensor) -> Tensor:
+        last, threshold, slope = _threshold(count, magnitude)
+        above, equal = magnitude > threshold, magnitude == threshold
+        spare = last + 1 - above.sum(-1, keepdim=True)
+        if bool((equal.sum(-1, keepdim=True) > spare).any()):
+            # Ties, as of query heads that share one KV head at the first token, go to the lower
+            # channels.
+            equal = equal & (equal.cumsum(-1, dtype=torch.int32) <= spare)
+        free = (count < magnitude.shape[-1]).unsqueeze(-1)
+        ctx.save_for_backward(magnitude, threshold, slope * free)
+        return (above | equal).to(magnitude.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        magnitude, threshold, slope = ctx.saved_tensors
+        inverse = 1 / threshold.clamp(min=1e-12)
+        relative = magnitude * inverse
+        soft = torch.sigmoid((relative - 1) / _STRAIGHT)
+        summed = (grads[0] * soft * (1 - soft) * relative).sum(-1, keepdim=True)
+        return (-summed * inverse * slope / _STRAIGHT).squeeze(-1), None
+
+
 def rising(x: Tensor) -> Tensor:
-    """X (fp32) sorted along its last axis.
+    """A tensor in fp32 or fp64, sorted along its last axis.
 
     NumPy's vectorised sort is 20 times PyTorch's speed on a CPU.
     """
@@ -137,9 +180,6 @@ def rising(x: Tensor) -> Tensor:
 
 
 def largest(x: Tensor, count: Tensor) -> Tensor:
-    """The `count`-th largest value of x (..., C) along its last axis, count (...) from 1 to C.
-
-    (..., 1).
-    """
+    """The `count`-th largest values (..., 1) of x (..., C), count (...) from 1 to C."""
     ordered = rising(x.detach()).to(x.dtype)
     return ordered.gather(-1, (x.shape[-1] - count).clamp(0, x.shape[-1] - 1).unsqueeze(-1))

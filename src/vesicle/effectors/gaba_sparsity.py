@@ -38,7 +38,7 @@ class GabaSparsity(Effector):
 
     transmitter: ClassVar[str] = "gaba"
     summary: str = "mean"
-    least: int = 4
+    least: int = 8
 
     def __post_init__(self) -> None:
         """Check the name of the summary."""

@@ -40,7 +40,8 @@ class SerotoninDepth(Effector):
         if not 0 <= self.bypass_below <= self.attention_below <= self.ffn_below <= 1:
             raise ValueError(
                 f"serotonin steps are bypass {self.bypass_below}, "
-                f"attention {self.attention_below}, ffn {self.ffn_below}; they must rise in that order within [0, 1]"
+                f"attention {self.attention_below}, ffn {self.ffn_below}; "
+                "they must rise in that order within [0, 1]"
             )
 
     def module(self, level: FloatArray) -> IntArray:
