@@ -394,15 +394,23 @@ class ModulatorAuthor(Author):
 
     def __init__(self, method: ModulatorMethod, shape: ModelShape) -> None:
         """Start a sequence."""
-        self._modulator = method.modulator
-        self._rest = method.at_rest
+        self.modulator = method.modulator
+        self.dial = method.dial_position
+        self._rests = method.at_rest
         self._shape = shape
-        self._dial_position = method.dial_position
-        self._dial = torch.tensor([method.dial_position])
-        self._columns = [index(name) for name in self._modulator.predictor.config.transmitters]
+        self._columns = [index(name) for name in self.modulator.predictor.config.transmitters]
         self._state: State = {}
         self._next: AttentionDecision | None = None
         self._levels: list[FloatArray] = []
+
+    @property
+    def rests(self) -> bool:
+        """Whether the dial is at rest."""
+        return self._rests
+
+    def adopt(self, levels: FloatArray) -> None:
+        """Keep the levels (T, L, 5) of tokens for which an executor released them itself."""
+        self._levels.append(levels)
 
     def attention(self, layer: int, positions: IntArray) -> AttentionDecision:
         """Decided by the previous layer's release; the first layer rests."""
@@ -415,13 +423,13 @@ class ModulatorAuthor(Author):
         n = len(positions)
         if layer == 0:
             self._levels.append(np.ones((n, self._shape.n_layers, len(NAMES))))
-        if self._rest:
+        if self._rests:
             return resting_ffn(self._shape, n)
-        predictor = self._modulator.predictor
+        predictor = self.modulator.predictor
         table = np.ones((n, len(NAMES)))
         if n == 1 and hidden.device.type == "cpu":
             table[0, self._columns] = predictor.release_row(
-                layer, hidden[0], int(positions[0]), self._dial_position, self._state
+                layer, hidden[0], int(positions[0]), self.dial, self._state
             )
         else:
             with torch.no_grad():
@@ -429,7 +437,7 @@ class ModulatorAuthor(Author):
                     layer,
                     hidden[None],
                     torch.from_numpy(positions)[None].to(hidden.device),
-                    self._dial.to(hidden.device),
+                    torch.tensor([self.dial], device=hidden.device),
                     self._state,
                 )
             table[:, self._columns] = released[0].double().cpu().numpy()
@@ -437,8 +445,8 @@ class ModulatorAuthor(Author):
         # both.
         table = table.round(6)
         self._levels[-1][:, layer] = table
-        self._next = decide_attention(self._modulator, self._shape, table, positions)
-        return decide_ffn(self._modulator, self._shape, table)
+        self._next = decide_attention(self.modulator, self._shape, table, positions)
+        return decide_ffn(self.modulator, self._shape, table)
 
     @property
     def levels(self) -> FloatArray:

@@ -253,6 +253,11 @@ class PlanBuilder:
             }
         )
 
+    @property
+    def newest(self) -> dict[str, IntArray]:
+        """The arrays of the newest chunk, by field, for an executor that fills them in itself."""
+        return self._chunks[-1]
+
     def attention(self, layer: int, decision: AttentionDecision) -> None:
         """Record layer `layer`'s attention decision for the tokens of this pass."""
         rows = self._chunks[-1]
@@ -282,6 +287,11 @@ class Author(ABC):
     and then `release`. State (a recurrent predictor's, say) lives in the author, so one author
     serves one sequence.
     """
+
+    @property
+    def rests(self) -> bool:
+        """Whether every decision is at rest by construction, so that none need be asked for."""
+        return False
 
     @abstractmethod
     def attention(self, layer: int, positions: IntArray) -> AttentionDecision:
@@ -393,6 +403,10 @@ class Dense(Method):
 class _DenseAuthor(Author):
     def __init__(self, shape: ModelShape) -> None:
         self._shape = shape
+
+    @property
+    def rests(self) -> bool:
+        return True
 
     def attention(self, layer: int, positions: IntArray) -> AttentionDecision:
         return resting_attention(self._shape, positions)

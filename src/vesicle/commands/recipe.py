@@ -112,7 +112,7 @@ def new_modulator(
 
 
 def set_default_budget(subject: Subject, modulator: Modulator, held_out: Tensor | None) -> None:
-    """Measure the default budget on held-out windows (N, T) and record it; 1 where there are none."""
+    """Measure the default budget on held-out windows (N, T); it is 1 where there are none."""
     from vesicle.calibration.default_budget import measure_default_budget
 
     modulator.info.default_budget = 1.0

@@ -104,9 +104,9 @@ class DopaminePrecision(Effector):
         count = share * width
         magnitude = magnitude.detach()
         if temperature == 0:
-            kept: Tensor = _StraightThrough.apply(count, magnitude)
+            kept: Tensor = _StraightThrough.apply(count, magnitude)  # type: ignore[no-untyped-call]  # torch
             return kept
-        last, threshold, slope = _threshold(count.detach(), magnitude)
+        _, threshold, slope = _threshold(count.detach(), magnitude)
         moving = threshold + slope * (count - count.detach()).unsqueeze(-1)
         soft = torch.sigmoid((magnitude / moving.clamp(min=1e-12) - 1.0) / temperature)
         return torch.where((share >= 1.0).unsqueeze(-1), torch.ones_like(soft), soft)

@@ -5,6 +5,8 @@ Kept apart from prices so that the two can disagree.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,15 +56,15 @@ class Counters:
         self._visited[layer, tokens] = visited
         self._compared[layer, tokens] = compared.astype(np.int64) * vectors
 
-    def one_token(self, layer: int, site: int, rows_read: int, outputs: int) -> None:
-        """`projection` for a pass of one token whose weights have their stored bits."""
-        self._rows[layer, site, 0] = rows_read
-        self._outputs[layer, site, 0] = outputs
+    def expose(self, token: Any) -> None:
+        """Let the native kernel write the counts of a pass of one token, by layer."""
+        token.rows, token.outputs = self._rows.ctypes.data, self._outputs.ctypes.data
+        token.visited, token.compared = self._visited.ctypes.data, self._compared.ctypes.data
 
-    def one_query(self, layer: int, visited: int, compared: int) -> None:
-        """`attention` for a pass of one token."""
-        self._visited[layer, 0] = visited
-        self._compared[layer, 0] = compared
+    def released(self, overhead: Overhead, n_layers: int) -> None:
+        """`modulator` for all layers of a pass of one token."""
+        self._modulator_flops += n_layers * overhead.modulator_flops
+        self._modulator_bytes += n_layers * overhead.modulator_bytes
 
     def stand_in(self, tokens: IntArray, rank: int) -> None:
         """A stand-in of `rank` run for tokens."""

@@ -26,7 +26,7 @@ from vesicle.engine import weights
 from vesicle.engine.attention import attend
 from vesicle.engine.cache import LayerCache
 from vesicle.engine.counters import Counters
-from vesicle.engine.decode import Stepper
+from vesicle.engine.decode import CachePointers, Decoder, General
 from vesicle.engine.linear import normalise, project
 from vesicle.engine.rotary import Rotary
 from vesicle.engine.sampling import Sampling
@@ -65,6 +65,7 @@ class Sequence:
         self.caches = [
             LayerCache(shape, engine.dtype, engine.device) for _ in range(shape.n_layers)
         ]
+        self.pointers = CachePointers(self.caches)
         self.token_ids: list[int] = []
         self.counted: list[dict[str, NDArray[np.int64]]] = []
 
@@ -111,7 +112,7 @@ class Engine:
         self.device = loaded.embedding.device
         self._rotary = Rotary(loaded.config, self.dtype)
         self._scale = 1 / math.sqrt(self.shape.head_size)
-        self._stepper = Stepper.build(loaded, self._scale)
+        self._decoder = Decoder.build(loaded, self._scale)
         self._activation = ACTIVATIONS[loaded.config.activation]
 
     @classmethod
@@ -173,8 +174,12 @@ class Engine:
         w = self._weights
         flat = [i for _, ids in batch for i in ids]
         hidden = w.embedding[torch.tensor(flat)]
-        for number in range(self.shape.n_layers):
-            hidden = run.layer(number, hidden)
+        decoder = self._decoder
+        if decoder is not None and len(flat) == 1 and decoder.covers(batch[0][0].author):
+            hidden = run.token(decoder, hidden)
+        else:
+            for number in range(self.shape.n_layers):
+                hidden = run.layer(number, hidden)
         results = []
         for (sequence, ids), rows in zip(batch, run.rows, strict=True):
             wanted = {"last": slice(rows.stop - 1, rows.stop), "all": rows, "none": slice(0, 0)}
@@ -285,40 +290,36 @@ class _Pass:
         self.all_positions = np.concatenate(self.positions)
         self.counters = Counters(engine.shape, n)
         self.rotation = engine._rotary.at(self.all_positions)
-        self.stepper = engine._stepper if n == 1 else None
 
     def layer(self, number: int, hidden: Tensor) -> Tensor:
         """One decoder layer, hidden (N, D)."""
-        config, w = self.engine.config, self.engine._weights.layers[number]
+        config = self.engine.config
         decision = self.decide(number)
-        after = None
-        if self.stepper is not None:
-            sequence = self.sequences[0]
-            after = self.stepper.attention(
-                number,
-                hidden,
-                sequence.caches[number],
-                decision,
-                self.rotation,
-                sequence.equipment.summary,
-                self.counters,
-            )
-        if after is None:
-            after = hidden + self.attention(number, hidden, decision)
+        after = hidden + self.attention(number, hidden, decision)
         ffn = self.release(number, after)
-        if self.stepper is not None:
-            stepped = self.stepper.ffn(number, after, ffn, self.counters)
-            if stepped is not None:
-                return stepped
+        return after + self.normed_ffn(number, hidden if config.parallel_residual else after, ffn)
+
+    def normed_ffn(self, number: int, hidden: Tensor, decision: FfnDecision) -> Tensor:
+        """The FFN's contribution to the residual stream, (N, D), from its input before the norm."""
+        config, w = self.engine.config, self.engine._weights.layers[number]
         norm = w.ffn_norm
-        x = normalise(
-            hidden if config.parallel_residual else after,
-            norm.weight,
-            norm.bias,
-            config.norm_eps,
-            config.rms_norm,
+        x = normalise(hidden, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
+        return self.ffn(number, x, decision)
+
+    def token(self, decoder: Decoder, hidden: Tensor) -> Tensor:
+        """All layers for the pass's only token, by the native decoder."""
+        sequence = self.sequences[0]
+        return decoder.token(
+            hidden,
+            int(self.all_positions[0]),
+            sequence.author,
+            sequence.builder,
+            sequence.pointers,
+            self.rotation,
+            self.counters,
+            sequence.overhead,
+            General(attention=self.attention, ffn=self.normed_ffn),
         )
-        return after + self.ffn(number, x, ffn)
 
     def attention(self, number: int, hidden: Tensor, decision: AttentionDecision) -> Tensor:
         """Attention's contribution to the residual stream, (N, D)."""

@@ -457,8 +457,12 @@ struct Step {
   float *keys, *values, *after;
 };
 
+}  // extern "C"
+
+namespace {
+
 // after = hidden + attention(norm(hidden)); writes this token's key and value into the cache.
-void vesicle_attention_step_f32(const Layer* layer, Step* step) {
+void attention_step(const Layer* layer, Step* step) {
   const int64_t size = layer->size, kv = layer->kv_heads * size, width = layer->width;
   const int64_t ratio = layer->heads / layer->kv_heads;
   const int64_t outputs = 2 * kv + layer->heads * size;
@@ -510,7 +514,7 @@ void vesicle_attention_step_f32(const Layer* layer, Step* step) {
 }
 
 // after = hidden + FFN(norm(hidden)), a gated FFN with SiLU.
-void vesicle_ffn_step_f32(const Layer* layer, Step* step) {
+void ffn_step(const Layer* layer, Step* step) {
   const int64_t width = layer->width, inner = layer->ffn_width;
   static thread_local std::vector<float> x, joint;
   x.resize(width);
@@ -522,6 +526,130 @@ void vesicle_ffn_step_f32(const Layer* layer, Step* step) {
   sparse_linear(joint.data(), &step->channels[1], 1, inner, layer->ffn_out, width, width,
                 layer->ffn_out_bias, step->after, &step->rows_read[1]);
   add(step->after, step->hidden, width);
+}
+
+}  // namespace
+
+extern "C" {
+
+// One token through all layers. Arrays are by layer; `weight` is null where nothing is released.
+struct Token {
+  int64_t n_layers, layer, half, position, vectors, released;
+  const Layer* layers;
+  float* const* keys;
+  float* const* values;
+  const int64_t* capacities;
+  const float* const* summaries;
+  const int64_t* rooms;
+  const int64_t* rotates;
+  const float *cosine, *sine;
+  float *hidden, *after;
+  int32_t *channels, *module, *run, *kv_blocks;
+  double* levels;
+  int64_t *rows, *outputs, *visited, *compared;
+  const float *weight, *offset, *log_slope, *place_weight;
+  double pressure, place, rates[4], floor, ffn_below, attention_below, bypass_below;
+  int64_t least;
+  int32_t columns[8];
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr int kTransmitters = 5, kDopamine = 0, kSerotonin = 1, kGaba = 2;
+constexpr int kSkip = 0, kSmall = 1, kBig = 2;
+
+int32_t channels_read(double level, double rate, double floor, int64_t width) {
+  const double share = std::min(1.0, std::max(floor, 1.0 - rate * (1.0 - level)));
+  return static_cast<int32_t>(std::ceil(share * width - 1e-9));
+}
+
+// The linear predictor and the effectors' decisions, as in predictors/ and effectors/.
+void release(Token* t, int64_t l) {
+  const Layer& layer = t->layers[l];
+  const int64_t width = layer.width;
+  const double scale = 1.0 / std::sqrt(static_cast<double>(dot(t->after, t->after, width)) / width + 1e-6);
+  double* levels = t->levels + l * kTransmitters;
+  for (int64_t a = 0; a < t->released; ++a) {
+    const int64_t i = l * t->released + a;
+    const double z = dot(t->weight + i * width, t->after, width) * scale + t->offset[i] +
+                     std::exp(static_cast<double>(t->log_slope[i])) * t->pressure +
+                     t->place_weight[i] * t->place;
+    levels[t->columns[a]] = std::nearbyint(1e6 / (1.0 + std::exp(z))) / 1e6;
+  }
+  int32_t* here = t->channels + l * 4;
+  here[2] = channels_read(levels[kDopamine], t->rates[2], t->floor, width);
+  here[3] = channels_read(levels[kDopamine], t->rates[3], t->floor, layer.ffn_width);
+  const double serotonin = levels[kSerotonin];
+  t->module[l] = serotonin < t->bypass_below ? kSkip : serotonin < t->ffn_below ? kSmall : kBig;
+  if (l + 1 == t->n_layers) return;
+  here[4] = channels_read(levels[kDopamine], t->rates[0], t->floor, width);
+  here[5] = channels_read(levels[kDopamine], t->rates[1], t->floor, layer.heads * layer.size);
+  t->run[l + 1] = serotonin >= t->attention_below;
+  const int64_t visible = t->position / 16 + 1;
+  const int64_t wanted = static_cast<int64_t>(std::ceil(levels[kGaba] * visible - 1e-9));
+  t->kv_blocks[l + 1] =
+      static_cast<int32_t>(std::min(visible, std::max(std::min(visible, t->least), wanted)));
+}
+
+}  // namespace
+
+extern "C" {
+
+// Runs layers from (layer, half) on: half 0 is attention, from `hidden` to `after`; half 1 is release and FFN,
+// from `after` to `hidden`. Returns 1, with layer and half set, where a stand-in must run instead of the
+// attention (half 0) or of the FFN (half 1, release done); 0 at the end.
+int32_t vesicle_decode_token_f32(Token* t) {
+  for (int64_t l = t->layer; l < t->n_layers; ++l) {
+    const Layer* layer = t->layers + l;
+    const int64_t kv = layer->kv_heads * layer->size;
+    Step step;
+    step.position = t->position;
+    if (t->half == 0) {
+      if (!t->run[l]) {
+        t->layer = l;
+        return 1;
+      }
+      step.capacity = t->capacities[l];
+      step.room = t->rooms[l];
+      step.vectors = t->vectors;
+      step.channels[0] = t->channels[l * 4];
+      step.channels[1] = t->channels[l * 4 + 1];
+      step.n_blocks = t->kv_blocks[l];
+      step.hidden = t->hidden;
+      step.cosine = t->rotates[l] ? t->cosine : nullptr;
+      step.sine = t->sine;
+      step.summaries = t->summaries[l];
+      step.keys = t->keys[l];
+      step.values = t->values[l];
+      step.after = t->after;
+      attention_step(layer, &step);
+      t->rows[l * 4] = step.rows_read[0];
+      t->rows[l * 4 + 1] = step.rows_read[1];
+      t->outputs[l * 4] = 2 * kv + layer->heads * layer->size;
+      t->outputs[l * 4 + 1] = layer->width;
+      t->visited[l] = step.visited;
+      t->compared[l] = step.compared * t->vectors;
+    }
+    t->half = 1;
+    if (t->weight) release(t, l);
+    if (t->module[l] != kBig) {
+      t->layer = l;
+      return 1;
+    }
+    step.channels[0] = t->channels[l * 4 + 2];
+    step.channels[1] = t->channels[l * 4 + 3];
+    step.hidden = t->after;
+    step.after = t->hidden;
+    ffn_step(layer, &step);
+    t->rows[l * 4 + 2] = step.rows_read[0];
+    t->rows[l * 4 + 3] = step.rows_read[1];
+    t->outputs[l * 4 + 2] = 2 * layer->ffn_width;
+    t->outputs[l * 4 + 3] = layer->width;
+    t->half = 0;
+  }
+  return 0;
 }
 
 }  // extern "C"

@@ -22,9 +22,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     + [_POINTER] * 3,
     "vesicle_choose_blocks_f32": [_POINTER] * 4 + [_SIZE] * 7 + [_FLOAT] + [_POINTER] * 2,
     "vesicle_block_attention_f32": [_POINTER] * 6 + [_SIZE] * 6 + [_FLOAT] + [_POINTER] * 2,
-    "vesicle_attention_step_f32": [_POINTER] * 2,
-    "vesicle_ffn_step_f32": [_POINTER] * 2,
+    "vesicle_decode_token_f32": [_POINTER],
 }
+_RETURNS = ("vesicle_decode_token_f32",)
 DISABLE = "VESICLE_NO_NATIVE"
 """Environment variable that, set to 1, forces the PyTorch path."""
 
@@ -39,7 +39,8 @@ def library() -> ctypes.CDLL | None:
             kernels = ctypes.CDLL(str(path))
             for name, arguments in _SIGNATURES.items():
                 function = getattr(kernels, name)
-                function.argtypes, function.restype = arguments, None
+                function.argtypes = arguments
+                function.restype = ctypes.c_int32 if name in _RETURNS else None
         except (OSError, AttributeError):
             continue
         return kernels
