@@ -41,8 +41,8 @@ def measure_dial(
     modulator: Modulator,
     windows: Tensor,
     *,
-    gap: float = 0.015,
-    lowest: float = 0.05,
+    gap: float = 0.03,
+    lowest: float = 0.1,
     cache: Path | None = None,
 ) -> list[tuple[float, float]]:
     """Measure the table that maps a budget to a position of the dial.

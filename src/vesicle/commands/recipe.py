@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vesicle.models import Text
     from vesicle.modulator import Modulator
 
-SENSITIVITY_WINDOWS, DIAL_WINDOWS = 1, 8
+SENSITIVITY_WINDOWS, DIAL_WINDOWS = 1, 4
 CALIBRATION = "calibration"
 """Folder inside the output that keeps measurements, so that going on repeats none."""
 

@@ -185,7 +185,15 @@ def train(
             notice("fitting read-outs to oracle labels")
             fit_labels(subject.model, start, few)
     result = run_training(
-        subject.model, start, windows, held_out, config, out, data=data, restart=restart, say=notice
+        subject.model,
+        start,
+        windows,
+        held_out,
+        config,
+        out,
+        data=Path(data).name,
+        restart=restart,
+        say=notice,
     )
     notice("measuring the dial")
     start.info.dial = measure_dial(
