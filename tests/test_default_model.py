@@ -1,5 +1,7 @@
 """The real default model: the engine at rest writes what Hugging Face writes."""
 
+import copy
+
 import pytest
 import torch
 
@@ -70,23 +72,55 @@ def test_reference_at_rest_is_bit_identical_and_the_engine_close(default):
     assert difference.max() < ENGINE_TOLERANCE, (difference.max(), difference.mean())
 
 
+def with_double_norms(model: torch.nn.Module) -> torch.nn.Module:
+    """The model in fp64, without the detour of Hugging Face's norms through fp32."""
+    model = copy.deepcopy(model).double()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = torch.nn.RMSNorm(
+                len(module.weight), eps=module.variance_epsilon, dtype=torch.float64
+            )
+            norm.weight = module.weight
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, norm)
+    return model
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Mean KL of the distributions of logits (T, V), in nats."""
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
 @pytest.mark.model
 def test_the_shipped_modulator_agrees_in_both_executors(default):
+    """In fp64 to rounding; in fp32 as far as a discontinuous selection allows.
+
+    Which of two nearly equal channels is read depends on the last bit, and one token that reads the
+    other channel moves all later ones a little. In fp64 such ties do not occur on this text.
+    """
     from vesicle import attach, load_default_modulator
     from vesicle.cost import price
+    from vesicle.engine import Engine
     from vesicle.plan import Replay
 
     model, engine, text = default
     modulator = load_default_modulator()
     ids = text.chat(PROMPTS[0])
+    tokens = torch.tensor([ids])
     method = modulator.at(0.8)
     sequence = engine.start(method)
     engine.forward([(sequence, ids)], "all")
     assert price(sequence.plan, engine.shape, method.overhead(engine.shape)) == sequence.cost
     replay = Replay(sequence.plan, modulator.equipment)
-    again = engine.start(replay)
-    [logits] = engine.forward([(again, ids)], "all")
-    with torch.no_grad(), attach(model, replay):
-        reference = model(torch.tensor([ids])).logits[0]
+    exact = with_double_norms(model)
+    exact_engine = Engine.from_model(exact)
+    [logits] = exact_engine.forward([(exact_engine.start(replay), ids)], "all")
+    with torch.no_grad():
+        dense = exact(tokens).logits[0]
+        with attach(exact, replay):
+            reference = exact(tokens).logits[0]
     difference = (logits - reference).abs()
-    assert difference.mean() < ENGINE_TOLERANCE, (difference.max(), difference.mean())
+    assert difference.max() < 1e-9, (difference.max(), difference.mean())
+    [rounded] = engine.forward([(engine.start(replay), ids)], "all")
+    assert divergence(reference, rounded) < 0.4 * divergence(dense, reference)
