@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from vesicle.plan import BLOCK, FFN_BIG, FFN_SMALL, FULL_BITS, IntArray, Plan
+from vesicle.plan import BLOCK, FFN_BIG, FFN_SMALL, FULL_BITS, Plan
 from vesicle.shapes import ModelShape, Overhead
 
 
@@ -88,12 +88,14 @@ class Cost:
         }
 
 
-def visited_positions(kv_blocks: IntArray, positions: IntArray) -> IntArray:
+def visited_positions(
+    kv_blocks: NDArray[np.integer], positions: NDArray[np.integer]
+) -> NDArray[np.int64]:
     """Cached positions that a query at `positions` reads when it visits `kv_blocks` blocks.
 
     All blocks but the query's own are complete, and its own is always among those visited.
     """
-    return ((kv_blocks - 1) * BLOCK + positions % BLOCK + 1).astype(np.int32)
+    return ((kv_blocks.astype(np.int64) - 1) * BLOCK + positions % BLOCK + 1).astype(np.int64)
 
 
 def price_tokens(
@@ -136,7 +138,7 @@ def price_tokens(
     weight_bytes = (weights * eighths).sum((1, 2)) // 8
 
     complete = np.where(plan.kv_blocks < position // BLOCK + 1, position // BLOCK, 0) * runs
-    visited = ((plan.kv_blocks - 1) * BLOCK + position % BLOCK + 1) * runs
+    visited = visited_positions(plan.kv_blocks, position) * runs
     standin = (small * overhead.ffn_standin_rank).sum(1) + (
         (1 - runs) * overhead.attention_standin_rank
     ).sum(1)

@@ -33,7 +33,7 @@ def calibrate(
     windows: Annotated[int, typer.Option(min=1, help="Windows used, from the beginning.")] = 32,
     gap: Annotated[
         float, typer.Option(help="Largest difference between neighbouring rows of the dial table.")
-    ] = 0.015,
+    ] = 0.03,
     predictor: Annotated[
         str, typer.Option(help="Of a new one: linear, mlp or recurrent.")
     ] = "linear",

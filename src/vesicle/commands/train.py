@@ -191,7 +191,7 @@ def train(
         held_out,
         config,
         out,
-        data=Path(data).name,
+        data=Path(data).name if Path(data).exists() else data,
         restart=restart,
         say=notice,
     )

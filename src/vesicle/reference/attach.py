@@ -112,7 +112,6 @@ class Run:
         self._pass = _Pass(self)
         self._authors: list[Author] = []
         self._builders: list[PlanBuilder] = []
-        self._with_logits: list[list[bool]] = []
         self.soft_cost: SoftCost | None = None
 
     def __enter__(self) -> Self:
