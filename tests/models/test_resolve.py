@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import numpy as np
 import pytest
 from huggingface_hub import errors
-from safetensors.numpy import save_file
 
+from tests.models.tiny_folder import SHARDS, write_folder
 from tests.models.tiny_gguf import write_gguf
 from vesicle.errors import ModelError
 from vesicle.models import gguf, resolve
-from vesicle.models.resolve import check_safetensors, resolve_model
+from vesicle.models.resolve import resolve_model
+from vesicle.models.safetensors_header import read_safetensors_header
 from vesicle.models.text import Text
 
 
@@ -24,22 +24,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder that passes for a model."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    save_file({"a": np.zeros(8, np.float32)}, folder / "model.safetensors")
-    return folder
+    """The folder of a tiny model."""
+    return write_folder(tmp_path / "model")
 
 
 def shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    weight_map = {}
-    for number, name in enumerate("ab", 1):
-        weight_map[name] = f"model-0000{number}-of-00002.safetensors"
-        save_file({name: np.zeros(8, np.float32)}, folder / weight_map[name])
-    index = {"metadata": {"total_size": 64}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_folder(folder, sharded=True)
 
 
 def test_folders(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -80,7 +71,7 @@ def test_truncated_weights(folder: Path, kept: int):
     whole = path.read_bytes()
     path.write_bytes(whole[:kept])
     size = len(whole[:kept])
-    with pytest.raises(ModelError, match=rf"model.safetensors.* {size} bytes|\({size} bytes\)"):
+    with pytest.raises(ModelError, match=rf"model.safetensors.* {size:,} bytes|\({size:,} bytes\)"):
         resolve_model(str(folder))
 
 
@@ -92,7 +83,7 @@ def test_damaged_headers(tmp_path: Path, header: bytes):
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(ModelError, match="header is damaged"):
-        check_safetensors(path)
+        read_safetensors_header(path)
 
 
 def test_trailing_bytes(folder: Path):
@@ -107,10 +98,10 @@ def test_trailing_bytes(folder: Path):
     [
         ({"weight_map": {}}, "no weight_map"),
         ({"weight_map": {"a": "../a.safetensors"}}, "not a file name"),
-        ({"weight_map": {"a": "c.safetensors"}}, "lacks c.safetensors, weight file 1 of 1"),
+        ({"weight_map": {"a": "c.safetensors"}}, "lacks 'c.safetensors', weight file 1 of 1"),
         (
-            {"weight_map": {"z": "model-00001-of-00002.safetensors"}},
-            "lacks the tensor z",
+            {"weight_map": {"z": SHARDS[0]}},
+            "lacks the tensor 'z'",
         ),
     ],
 )
@@ -209,7 +200,7 @@ def test_gguf_gives_the_same_model(tmp_path: Path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert "lm_head.weight" not in check_safetensors(folder / "model.safetensors")
+    assert "lm_head.weight" not in read_safetensors_header(folder / "model.safetensors")
     text, tokenizer = Text.from_folder(folder), AutoTokenizer.from_pretrained(folder)
     for string in ("a  12 b", "<|im_end|>é"):
         assert text.encode(string) == tokenizer(string).input_ids
@@ -224,7 +215,7 @@ def test_damaged_gguf(tmp_path: Path, cache: Path, damage: str):
     content = path.read_bytes()
     damaged = {"magic": b"XX", "header": content[:3000], "weights": content[:-3000]}
     path.write_bytes(damaged[damage])
-    message = "is not a GGUF file" if damage == "magic" else "cannot convert .* damaged"
+    message = "is not a GGUF file" if damage == "magic" else "is truncated or damaged"
     with pytest.raises(ModelError, match=message):
         resolve_model(str(path))
     assert [file for file in cache.rglob("*") if file.is_file()] == []

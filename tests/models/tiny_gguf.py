@@ -9,7 +9,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 WIDTH, FFN, HEADS = 32, 64, 4
 
 
-def write_gguf(path: Path) -> Path:
+def write_gguf(path: Path, kinds: dict[str, gguf.GGMLQuantizationType] | None = None) -> Path:
+    """Write the file, with tensors of some names (without "blk.0.") in other types than F32."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "ĠĠ"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -36,8 +37,14 @@ def write_gguf(path: Path) -> Path:
     layer |= {"ffn_gate": (FFN, WIDTH), "ffn_up": (FFN, WIDTH), "ffn_down": (WIDTH, FFN)}
     layer |= {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,)}
     rng = np.random.default_rng(0)
-    for name, shape in shapes.items() | {(f"blk.0.{name}", s) for name, s in layer.items()}:
-        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
+    for name, shape in (shapes | {f"blk.0.{name}": s for name, s in layer.items()}).items():
+        weights = rng.standard_normal(shape).astype(np.float32)
+        kind = (kinds or {}).get(name.removeprefix("blk.0."))
+        if kind is None:
+            writer.add_tensor(f"{name}.weight", weights)
+        else:
+            packed = gguf.quants.quantize(weights, kind)
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -6,6 +6,7 @@ Only this folder knows Hugging Face's module and parameter names. A family answe
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vesicle.errors import ModelError
+from vesicle.families.checks import MOST_POSITIONS, check_rotary, whole
 from vesicle.shapes import ModelShape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -97,6 +99,25 @@ class ModelTensors:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Presence:
+    """Which of the parameters that some decoders lack a config asks for.
+
+    Attributes:
+        qkv_bias: Biases of queries, keys and values.
+        out_bias: Of the attention output.
+        ffn_bias: Of every FFN projection.
+        norm_bias: Of every norm.
+        query_norm: Norms on queries and keys.
+    """
+
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    norm_bias: bool = False
+    query_norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerModules:
     """One layer's modules in a Hugging Face model, by role."""
 
@@ -124,8 +145,13 @@ class Family(ABC):
         """Read a Hugging Face config.
 
         Raises:
-            ModelError: If it asks for arithmetic that the executors do not do.
+            ModelError: If its sizes are absurd, or it asks for arithmetic that the executors do
+                not do.
         """
+
+    @abstractmethod
+    def presence(self, config: Any) -> Presence:
+        """Which optional parameters a Hugging Face config asks for."""
 
     @abstractmethod
     def layer_tensors(self, config: DecoderConfig, layer: int, lookup: Lookup) -> LayerTensors:
@@ -171,9 +197,26 @@ def rotary(config: Any, head_size: int) -> tuple[Tensor, float]:
     """Rotary frequencies (rotary_size / 2,) and scale (Su et al., RoFormer, 2021).
 
     Raises:
-        ModelError: For a scaling that depends on the running length (dynamic, longrope).
+        ModelError: For a scaling that depends on the running length (dynamic, longrope), and for
+            parameters that are missing or make no sense.
     """
     parameters = config.rope_parameters
+    if not isinstance(parameters, dict):
+        raise ModelError(
+            f"the model's config has rope_parameters {reprlib.repr(parameters)}; allowed: an object"
+        )
+    try:
+        frequencies, scale = _rotary(config, head_size, parameters)
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the model's config has rope_parameters {reprlib.repr(parameters)} that make no sense "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    check_rotary(frequencies, scale, head_size)
+    return frequencies, scale
+
+
+def _rotary(config: Any, head_size: int, parameters: dict[str, Any]) -> tuple[Tensor, float]:
     kind = parameters.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise ModelError(
@@ -181,6 +224,14 @@ def rotary(config: Any, head_size: int) -> tuple[Tensor, float]:
         )
     if kind == "default":
         size = int(head_size * parameters.get("partial_rotary_factor", 1.0))
+        if size % 2 or not 2 <= size <= head_size:
+            raise ModelError(
+                f"the model's config rotates {size} of {head_size} dimensions of a head; "
+                f"allowed: even numbers from 2 to {head_size}"
+            )
+        if "rope_theta" not in parameters:
+            # What an incomplete config is told: transformers' own classes have defaults for it.
+            raise AttributeError("rope_parameters have no rope_theta")
         powers = torch.arange(0, size, 2, dtype=torch.float32) / size
         return 1.0 / (parameters["rope_theta"] ** powers), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -208,7 +259,7 @@ def refuse_sliding_window(config: Any, window: int | None, layer_types: Sequence
     Raises:
         ModelError: Naming the window and the context.
     """
-    context = config.max_position_embeddings
+    context = whole(config, "max_position_embeddings", MOST_POSITIONS)
     if window is not None and window < context and "sliding_attention" in layer_types:
         raise ModelError(
             f"this model attends through a sliding window of {window} of its {context} positions; "

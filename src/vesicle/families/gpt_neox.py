@@ -18,10 +18,23 @@ from vesicle.families.base import (
     LayerTensors,
     Lookup,
     ModelTensors,
+    Presence,
     affine,
     check_activation,
     need,
     rotary,
+)
+from vesicle.families.checks import (
+    MOST_FFN_WIDTH,
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    MOST_VOCABULARY,
+    MOST_WIDTH,
+    check_divides,
+    epsilon,
+    flag,
+    whole,
 )
 from vesicle.shapes import ModelShape
 
@@ -34,29 +47,36 @@ class GptNeoxFamily(Family):
 
     def decoder_config(self, config: Any) -> DecoderConfig:
         """Read a `GPTNeoXConfig`."""
-        n_heads = config.num_attention_heads
-        head_size = config.hidden_size // n_heads
-        frequencies, scale = rotary(config, head_size)
+        n_layers = whole(config, "num_hidden_layers", MOST_LAYERS)
+        width = whole(config, "hidden_size", MOST_WIDTH)
+        n_heads = whole(config, "num_attention_heads", MOST_HEADS)
+        check_divides(n_heads, "num_attention_heads", width, "hidden_size")
+        frequencies, scale = rotary(config, width // n_heads)
         return DecoderConfig(
             shape=ModelShape(
-                n_layers=config.num_hidden_layers,
-                width=config.hidden_size,
+                n_layers=n_layers,
+                width=width,
                 n_heads=n_heads,
                 n_kv_heads=n_heads,
-                head_size=head_size,
-                ffn_width=config.intermediate_size,
+                head_size=width // n_heads,
+                ffn_width=whole(config, "intermediate_size", MOST_FFN_WIDTH),
                 gated=False,
-                vocabulary=config.vocab_size,
+                vocabulary=whole(config, "vocab_size", MOST_VOCABULARY),
             ),
             rms_norm=False,
-            norm_eps=config.layer_norm_eps,
+            norm_eps=epsilon(config, "layer_norm_eps"),
             activation=check_activation(config.hidden_act),
             rotary_frequencies=frequencies,
             rotary_scale=scale,
-            rotary_layers=(True,) * config.num_hidden_layers,
-            parallel_residual=config.use_parallel_residual,
-            context_window=config.max_position_embeddings,
+            rotary_layers=(True,) * n_layers,
+            parallel_residual=flag(config, "use_parallel_residual", default=True),
+            context_window=whole(config, "max_position_embeddings", MOST_POSITIONS),
         )
+
+    def presence(self, config: Any) -> Presence:
+        """LayerNorms and the FFN always have biases; attention has them unless told otherwise."""
+        bias = flag(config, "attention_bias", default=True)
+        return Presence(qkv_bias=bias, out_bias=bias, ffn_bias=True, norm_bias=True)
 
     def layer_tensors(self, config: DecoderConfig, layer: int, lookup: Lookup) -> LayerTensors:
         """Parameters under `gpt_neox.layers.N`, with the fused QKV taken apart."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from vesicle.errors import ModelError
 from vesicle.families.base import (
     DecoderConfig,
     Family,
@@ -19,12 +20,26 @@ from vesicle.families.base import (
     LayerTensors,
     Lookup,
     ModelTensors,
+    Presence,
     affine,
     check_activation,
     need,
     optional_affine,
     refuse_sliding_window,
     rotary,
+)
+from vesicle.families.checks import (
+    MOST_FFN_WIDTH,
+    MOST_HEAD_SIZE,
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    MOST_VOCABULARY,
+    MOST_WIDTH,
+    check_divides,
+    epsilon,
+    flag,
+    whole,
 )
 from vesicle.shapes import ModelShape
 
@@ -37,34 +52,62 @@ class LlamaFamily(Family):
 
     def decoder_config(self, config: Any) -> DecoderConfig:
         """Read a Llama-like config."""
-        n_layers = config.num_hidden_layers
-        n_heads = config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+        n_layers = whole(config, "num_hidden_layers", MOST_LAYERS)
+        width = whole(config, "hidden_size", MOST_WIDTH)
+        n_heads = whole(config, "num_attention_heads", MOST_HEADS)
+        n_kv_heads = n_heads
+        if config.num_key_value_heads is not None:
+            n_kv_heads = whole(config, "num_key_value_heads", n_heads)
+            check_divides(n_kv_heads, "num_key_value_heads", n_heads, "num_attention_heads")
+        if getattr(config, "head_dim", None) is None:
+            check_divides(n_heads, "num_attention_heads", width, "hidden_size")
+            head_size = width // n_heads
+        else:
+            head_size = whole(config, "head_dim", MOST_HEAD_SIZE)
         window = getattr(config, "sliding_window", None)
         default = "full_attention" if window is None else "sliding_attention"
         layer_types = getattr(config, "layer_types", None) or [default] * n_layers
         refuse_sliding_window(config, window, layer_types)
         rotates = getattr(config, "no_rope_layers", None) or [1] * n_layers
+        for name, each in (("layer_types", layer_types), ("no_rope_layers", rotates)):
+            if len(each) != n_layers:
+                raise ModelError(
+                    f"the model's config has {len(each)} {name}; allowed: one for each of its "
+                    f"{n_layers} layers"
+                )
         frequencies, scale = rotary(config, head_size)
         return DecoderConfig(
             shape=ModelShape(
                 n_layers=n_layers,
-                width=config.hidden_size,
+                width=width,
                 n_heads=n_heads,
-                n_kv_heads=config.num_key_value_heads or n_heads,
+                n_kv_heads=n_kv_heads,
                 head_size=head_size,
-                ffn_width=config.intermediate_size,
+                ffn_width=whole(config, "intermediate_size", MOST_FFN_WIDTH),
                 gated=True,
-                vocabulary=config.vocab_size,
+                vocabulary=whole(config, "vocab_size", MOST_VOCABULARY),
             ),
             rms_norm=True,
-            norm_eps=config.rms_norm_eps,
+            norm_eps=epsilon(config, "rms_norm_eps"),
             activation=check_activation(config.hidden_act),
             rotary_frequencies=frequencies,
             rotary_scale=scale,
             rotary_layers=tuple(bool(r) for r in rotates),
             parallel_residual=False,
-            context_window=config.max_position_embeddings,
+            context_window=whole(config, "max_position_embeddings", MOST_POSITIONS),
+        )
+
+    def presence(self, config: Any) -> Presence:
+        """Qwen2 always has biases on queries, keys and values, Qwen3 norms; others may ask."""
+        # Mistral's and Qwen2's own code reads neither setting; Qwen3's does not read the second.
+        asks = config.model_type in ("llama", "qwen3", "smollm3")
+        bias = asks and flag(config, "attention_bias")
+        ffn_bias = asks and config.model_type != "qwen3"
+        return Presence(
+            qkv_bias=bias or config.model_type == "qwen2",
+            out_bias=bias,
+            ffn_bias=ffn_bias and flag(config, "mlp_bias"),
+            query_norm=config.model_type == "qwen3",
         )
 
     def layer_tensors(self, config: DecoderConfig, layer: int, lookup: Lookup) -> LayerTensors:

@@ -3,8 +3,14 @@
 Importing this package is cheap: neither torch nor transformers is loaded.
 """
 
-from vesicle.models.default import DEFAULT_MODEL, ensure_default_model
+from vesicle.models.default import DEFAULT_MODEL, ensure_default_gguf, ensure_default_model
 from vesicle.models.resolve import resolve_model
 from vesicle.models.text import Text
 
-__all__ = ["DEFAULT_MODEL", "Text", "ensure_default_model", "resolve_model"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "Text",
+    "ensure_default_gguf",
+    "ensure_default_model",
+    "resolve_model",
+]

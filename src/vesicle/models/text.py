@@ -89,8 +89,8 @@ class Text:
         eos |= _ids(_read_object(path / "generation_config.json").get("eos_token_id"))
         eos |= _ids(tokenizer.token_to_id(special.get("eos_token", "")))
         windows = [config[key] for key in _WINDOW_KEYS if isinstance(config.get(key), int)]
-        if not windows:
-            raise ModelError(f"{path / 'config.json'} names no {_WINDOW_KEYS[0]}")
+        if not windows or windows[0] < 1:
+            raise ModelError(f"{path / 'config.json'} names no {_WINDOW_KEYS[0]} of 1 or more")
         return cls(
             tokenizer,
             special_tokens=special,
@@ -287,7 +287,8 @@ def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
             raise ModelError(str(error)) from error
     template = settings.get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 
