@@ -1,0 +1,77 @@
+"""Telling how far a run is, on standard error, between turns only.
+
+A bar that redraws itself would take time from the contender whose turn it is.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vesicle.bench.results import Row
+
+
+class Display:
+    """A bar on a terminal, lines elsewhere."""
+
+    def __init__(self, bar: Progress) -> None:
+        """Use `showing`."""
+        self._bar = bar
+        self._task = bar.add_task("starting", total=1.0, left="")
+        self._begun: float | None = None
+
+    def stage(self, text: str) -> None:
+        """Something begins."""
+        self._bar.update(self._task, description=text)
+        self._say(text)
+
+    def turn(self, text: str, done: float) -> None:
+        """A round begins, with `done` of the work behind it."""
+        now = time.monotonic()
+        self._begun = now if self._begun is None else self._begun
+        left = ""
+        if done > 0:
+            left = f"about {_minutes((now - self._begun) * (1 - done) / done)} left"
+        self._bar.update(self._task, description=text, completed=done, left=left)
+        self._bar.refresh()
+
+    def row(self, row: Row) -> None:
+        """A row is finished."""
+        text = (
+            f"{row.prompt_tokens} tokens x {row.batch}: {row.contender}: "
+            f"prefill {row.prefill_tokens_per_s.median:.0f} tokens/s, "
+            f"decode {row.decode_tokens_per_s.median:.1f} tokens/s"
+            + ("" if row.valid else " (NOT VALID)")
+        )
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        if self._bar.disable:
+            print(f"vesicle: {text}", file=sys.stderr)
+        else:
+            self._bar.console.print(f"vesicle: {text}", highlight=False, markup=False)
+            self._bar.refresh()
+
+
+@contextmanager
+def showing() -> Iterator[Display]:
+    """A display while a benchmark runs."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns,
+        TextColumn("{task.fields[left]}"),
+        console=console,
+        auto_refresh=False,
+        disable=not console.is_terminal,
+    ) as bar:
+        yield Display(bar)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

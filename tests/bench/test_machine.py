@@ -1,0 +1,85 @@
+"""Facts about the machine, and how busy it is."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from vesicle.bench import bandwidth, machine
+
+LINUX = Path("/proc/stat").exists()
+
+
+def test_hardware_and_versions():
+    hardware = machine.hardware()
+    assert hardware["cpu"]
+    assert 1 <= hardware["usable_cores"] <= hardware["cores"]
+    assert set(hardware["flags"]) <= set(machine.FLAGS)
+    assert {"vesicle", "python", "torch"} <= set(machine.versions())
+
+
+@pytest.mark.skipif(not LINUX, reason="counts from /proc/stat")
+def test_work_is_seen():
+    before, cpu = machine.busy_core_seconds(), time.process_time()
+    while time.process_time() - cpu < 0.2:
+        pass
+    after = machine.busy_core_seconds()
+    assert before is not None
+    assert after is not None
+    assert after - before > 0.1
+
+
+def test_idle_share_is_a_share():
+    idle = machine.idle_share(0.05)
+    assert idle is None or 0 <= idle <= 1
+
+
+@pytest.mark.parametrize("gone", ["/proc/stat", "/proc/self/status", "/proc/meminfo"])
+def test_missing_counters_are_told(monkeypatch: pytest.MonkeyPatch, gone: str):
+    class Nowhere:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def read_text(self, **_: object) -> str:
+            raise FileNotFoundError(gone)
+
+    monkeypatch.setattr(machine, "Path", Nowhere)
+    assert machine.busy_core_seconds() is None
+    assert machine.idle_share(0.01) is None
+    assert machine.resident_bytes() is None
+    assert machine.memory_bytes("MemTotal") is None
+    peak = machine.peak_resident_bytes()
+    assert peak is None or peak > 0  # getrusage stands in
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_peak_memory_follows_use():
+    machine.forget_peak()
+    before = machine.peak_resident_bytes()
+    block = bytearray(64 << 20)
+    block[:: 1 << 12] = b"x" * len(block[:: 1 << 12])
+    after = machine.peak_resident_bytes()
+    assert before is not None
+    assert after is not None
+    assert after - before > 32 << 20
+
+
+def test_bandwidth(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bandwidth, "buffer_bytes", lambda: 8 << 20)
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        found = bandwidth.measure_bandwidth(1, 2)
+    finally:
+        torch.set_num_threads(threads)
+    assert found["read_gb_per_s"] > 0.1
+    assert found["small_read_gb_per_s"] > 0.1
+
+
+def test_the_buffer_is_larger_than_the_cache(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bandwidth, "last_cache_bytes", lambda: 3 << 30)
+    monkeypatch.setattr(bandwidth, "memory_bytes", lambda field: 100 << 30)
+    assert bandwidth.buffer_bytes() == 6 << 30
+    monkeypatch.setattr(bandwidth, "memory_bytes", lambda field: 4 << 30)
+    assert bandwidth.buffer_bytes() == 1 << 30

@@ -1,0 +1,128 @@
+"""Every contender computes the same model, in any batch, and tells what it read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models.tiny_gguf import write_gguf
+from tests.tiny import perturb
+from vesicle.bench.contenders import ENGINE, HUGGING_FACE, LLAMA_CPP, Contender
+from vesicle.bench.measure import measure
+from vesicle.bench.runners import Runner, load
+from vesicle.engine import Engine
+from vesicle.modulator import Modulator
+
+PROMPT, STEPS = 40, 6
+ROWS = [[(7 * i + 31 * row) % 200 for i in range(PROMPT + STEPS + 1)] for row in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Runners set the number of threads of their process, which here is everybody's."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def modulator(bench_model: Path, tmp_path: Path) -> Path:
+    fresh = Modulator.new(Engine.from_pretrained(bench_model, dtype=torch.float32).shape)
+    perturb(fresh.predictor)
+    fresh.save_pretrained(tmp_path / "modulator")
+    return tmp_path / "modulator"
+
+
+def loaded(runner: str, model: Path, **settings: object) -> Runner:
+    contender = Contender(
+        name="x",
+        runner=runner,
+        model=str(model),
+        threads=1,
+        **settings,  # type: ignore[arg-type]
+    )
+    made = load(contender)
+    assert made.load()["weight_bytes"] > 0
+    return made
+
+
+def test_engine_and_hugging_face_say_the_same(bench_model: Path):
+    rest = measure(loaded(ENGINE, bench_model, weights="fp32"), ROWS, PROMPT)
+    hf = measure(loaded(HUGGING_FACE, bench_model), ROWS, PROMPT)
+    assert rest["greedy"] == hf["greedy"]
+    assert [len(row) for row in rest["greedy"]] == [STEPS + 1] * 3
+    assert len(rest["steps_s"]) == len(hf["steps_s"]) == STEPS
+    assert rest["prefill_s"] > 0
+    assert rest["executed_share"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("runner", [ENGINE, HUGGING_FACE])
+def test_a_batch_says_what_its_rows_say_alone(bench_model: Path, runner: str):
+    made = loaded(runner, bench_model)
+    together = measure(made, ROWS, PROMPT)
+    alone = [measure(made, [row], PROMPT)["greedy"][0] for row in ROWS]
+    assert together["greedy"] == alone
+
+
+def test_bytes_of_a_step(bench_model: Path):
+    """Weights once for the batch, the cache of every sequence."""
+    made = loaded(ENGINE, bench_model, weights="fp32")
+    one, three = (measure(made, ROWS[:n], PROMPT)["step_bytes"] for n in (1, 3))
+    hf = measure(loaded(HUGGING_FACE, bench_model), ROWS[:1], PROMPT)["step_bytes"]
+    kv = 2 * 2 * 32 * 4 * (PROMPT + 1 + (STEPS - 1) / 2)  # K and V, layers, GK, bytes, positions
+    assert three - one == pytest.approx(2 * kv)
+    # Beside what the ledger counts, Hugging Face's figure has the norms' gains: 5 x 64 numbers.
+    assert hf == pytest.approx(one + 5 * 64 * 4)
+
+
+def test_a_budget_reads_less(bench_model: Path, modulator: Path):
+    rest = measure(loaded(ENGINE, bench_model), ROWS, PROMPT)
+    method = loaded(ENGINE, bench_model, mode="budget", modulator=str(modulator), budget=0.5)
+    budget = measure(method, ROWS, PROMPT)
+    assert budget["step_bytes"] < rest["step_bytes"]
+    assert budget["executed_share"] < 0.9
+
+
+def test_the_overhead_contender_computes_levels_and_skips_nothing(
+    bench_model: Path, modulator: Path
+):
+    rest = measure(loaded(ENGINE, bench_model), ROWS, PROMPT)
+    made = loaded(ENGINE, bench_model, mode="overhead", modulator=str(modulator))
+    found = measure(made, ROWS, PROMPT)  # it checks its Plans itself
+    assert found["executed_share"] > 1.0
+    assert found["step_bytes"] > rest["step_bytes"]
+    agree = [
+        a == b
+        for x, y in zip(found["greedy"], rest["greedy"], strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
+    assert sum(agree) / len(agree) > 0.9
+
+
+def test_gaba_reads_its_share_of_blocks(bench_model: Path):
+    row = [[i % 200 for i in range(110)]]
+    made = loaded(ENGINE, bench_model, mode="gaba", share=0.5)
+    made.begin(1, 110)
+    made.prefill([row[0][:105]])
+    made.step([3])
+    plan = made._sequences[0].plan  # type: ignore[attr-defined]
+    assert plan.kv_blocks[-1].tolist() == [7, 7]  # at most 8 are always read
+    assert (plan.channels == plan.channels[0, 0]).all()
+
+
+def test_llama_cpp_says_what_hugging_face_says(tmp_path: Path):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra that CI does not build")
+    from vesicle.models import resolve_model
+
+    path = write_gguf(tmp_path / "tiny.gguf")
+    rows = [[3 + token for token in row] for row in ROWS]
+    llama = measure(loaded(LLAMA_CPP, path), rows, PROMPT)
+    hf = measure(loaded(HUGGING_FACE, resolve_model(str(path))), rows, PROMPT)
+    agree = [
+        a == b
+        for x, y in zip(llama["greedy"], hf["greedy"], strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
+    assert sum(agree) / len(agree) > 0.9
+    kv = 2 * 32 * 2 * (PROMPT + 1 + (STEPS - 1) / 2)
+    assert llama["step_bytes"] > 3 * kv
