@@ -1,8 +1,9 @@
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest
+ARM_CXX ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help bench install test check parity test-slow test-gpu examples docs results clean
+.PHONY: help arm bench install test check parity test-slow test-gpu examples docs results clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "%-12s %s\n", $$1, $$2}'
@@ -25,11 +26,17 @@ parity: ## reference against engine, and causality
 test-slow: ## tests of more than half a minute
 	$(PYTEST) -m "slow and not gpu"
 
-bench: ## decode time against the ledger's bytes, on this machine
-	$(PYTHON) benchmarks/decode_time.py
+bench: ## this engine beside Hugging Face and llama.cpp, on this machine (needs the bench extra)
+	$(PYTHON) -m vesicle.cli bench --against hf,llamacpp --overhead
 
-test-gpu: ## tests that need an NVIDIA GPU
-	$(PYTEST) -m gpu
+arm: ## the kernels compile for 64-bit ARM, with and without dot products (needs a cross compiler)
+	@for source in $$(find src -name '*.cpp' | sort); do for cpu in armv8-a armv8.2-a+dotprod; do \
+		echo "$$cpu $$source"; \
+		$(ARM_CXX) -march=$$cpu -O3 -std=c++17 -fPIC -fopenmp -c -o /dev/null "$$source" || exit 1; \
+	done; done
+
+test-gpu: ## kernels on an NVIDIA GPU, or in Triton's interpreter where there is none (slow)
+	$(PYTEST) tests/gpu -m gpu
 
 examples: ## run every example in order
 	@set -e; for example in examples/[0-9]*.py; do echo "== $$example"; $(PYTHON) "$$example"; done

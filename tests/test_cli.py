@@ -19,7 +19,7 @@ from tests.tiny import SHAPE, perturb, randomise
 from vesicle.cli import main
 from vesicle.commands import shipped
 from vesicle.cost import Cost
-from vesicle.engine import Engine
+from vesicle.engine import Engine, core
 from vesicle.modulator import Modulator
 from vesicle.plan import Plan
 from vesicle.transmitters import NAMES
@@ -42,8 +42,19 @@ SCHEMA: dict[str, Any] = {
     "dense": dict.fromkeys(COST_KEYS, int),
     "ratio": dict.fromkeys(RATIO_KEYS, NUMBER),
     "prompt_tokens": int,
+    "first_token_ms": NUMBER,
     "prefill_tokens_per_s": NUMBER,
     "decode_tokens_per_s": NUMBER,
+    "engine": {
+        "weights": str,
+        "kv": str,
+        "instructions": (str, type(None)),
+        "threads": int,
+        "weight_bytes": int,
+        "kv_bytes": int,
+        "packed_bytes": int,
+        "packed_ratio": NUMBER,
+    },
     "model": str,
     "model_path": str,
     "modulator": str,
@@ -285,11 +296,14 @@ def test_context_window(vesicle: Run):
 
 
 def test_settings_reach_the_engine(vesicle: Run):
-    words = ("run", "hi", "--json", "--dtype", "bfloat16", "--threads", 1)
-    small = json.loads(vesicle(*words, tiny=True)[1])["dense"]
-    full = json.loads(vesicle("run", "hi", "--json", tiny=True)[1])["dense"]
-    assert small["kv_bytes_held"] * 2 == full["kv_bytes_held"]
-    assert torch.get_num_threads() == 1
+    words = ("run", "hi", "--json", "--weights", "int8", "--kv", "bf16", "--threads", 1)
+    small = json.loads(vesicle(*words, tiny=True)[1])
+    full = json.loads(vesicle("run", "hi", "--json", tiny=True)[1])
+    assert small["dense"]["kv_bytes_held"] * 2 == full["dense"]["kv_bytes_held"]
+    assert (small["engine"]["weights"], small["engine"]["kv"]) == ("int8", "bf16")
+    assert (full["engine"]["weights"], full["engine"]["kv"]) == ("fp32", "fp32")
+    assert small["engine"]["weight_bytes"] < full["engine"]["weight_bytes"] / 2
+    assert small["engine"]["threads"] == torch.get_num_threads() == 1
 
 
 def test_info(vesicle: Run, modulator: Path):
@@ -297,6 +311,24 @@ def test_info(vesicle: Run, modulator: Path):
     assert (status, err) == (0, "")
     for part in ("linear", "dopamine", "GabaSparsity", "rank 4", "0.6", "tiny", "width 32"):
         assert part in out
+    for part in (core.instructions() or "PyTorch alone", "threads", "processor", "GPU"):
+        assert part in out
+
+
+def test_a_missing_core_is_told_in_one_line(vesicle: Run, monkeypatch: pytest.MonkeyPatch):
+    words = ("run", "hi", "--no-report")
+    expected = vesicle(*words, tiny=True)[1]
+    monkeypatch.setitem(core._SIGNATURES, "vesicle_of_another_version", (None, []))
+    core.library.cache_clear()
+    try:
+        status, out, err = vesicle(*words, tiny=True)
+        assert (status, out) == (0, expected)
+        assert err.startswith("vesicle: the native core is missing")
+        assert err.count("\n") == 1
+        assert "no native core" in vesicle("run", "hi", tiny=True)[2]
+        assert "the native core is missing" in vesicle("info")[1]
+    finally:
+        core.library.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +383,9 @@ def test_option_defaults_are_those_of_the_library():
     from dataclasses import fields
 
     from vesicle.commands.eval import wikitext
+    from vesicle.commands.run import KvFormat, WeightFormat
     from vesicle.commands.train import train
+    from vesicle.engine import pool, weights
     from vesicle.evaluation.wikitext import EvalConfig
     from vesicle.training.trainer import TrainConfig
 
@@ -367,6 +401,8 @@ def test_option_defaults_are_those_of_the_library():
 
     defaults(TrainConfig, train, set())
     defaults(EvalConfig, wikitext, {"data", "oracle"})
+    assert {*WeightFormat} == {"auto", *weights.FORMATS}
+    assert {*KvFormat} == {"auto", *pool.FORMATS}
 
 
 @pytest.mark.parametrize(
@@ -390,7 +426,9 @@ def test_option_defaults_are_those_of_the_library():
         (["run", "hi", "--top-p", "0"], "top-p is 0"),
         (["run", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["run", "hi", "--threads", "0"], "--threads"),
-        (["run", "hi", "--dtype", "int8"], "--dtype"),
+        (["run", "hi", "--threads", "100000"], "--threads"),
+        (["run", "hi", "--weights", "int5"], "--weights"),
+        (["run", "hi", "--kv", "fp8"], "--kv"),
         (["run", "hi", "--raw", "--system", "x"], "--raw"),
         (["run", "hi", "--replay", "missing"], "missing"),
         (["run", "hi", "--replay", "pyproject.toml", "--budget", "0.5"], "own budget"),

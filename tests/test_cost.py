@@ -134,6 +134,53 @@ def test_the_head_is_paid_where_logits_are_asked_for(shape: ModelShape):
     assert every.flops_linear == some.flops_linear
 
 
+@pytest.mark.parametrize(("stored", "expected"), [(4, (5, 5, 5, 5, 5)), (8, (5, 5, 5, 9, 9))])
+def test_packed_weights_are_read_in_planes(stored: int, expected: tuple[int, ...]):
+    shape = replace(TINY, weight_bytes=4, stored_bits=stored, head_bits=8)
+    assert tuple(shape.charged_bits(np.array([2, 3, 4, 8, 16]))) == expected
+    plan = one_token()
+    numbers = np.array([Q_K_V, OUT, GATE_UP, DOWN])
+    bits = shape.charged_bits(plan.bits[0, 0])
+    cost = price(plan, shape, first_position=37)
+    assert cost.weight_bytes == (int((numbers * bits).sum()) + 8 * 10 * 9) // 8
+    assert cost.flops_total == price(plan, TINY, first_position=37).flops_total
+
+
+def test_stand_ins_are_in_fp32_beside_packed_weights():
+    shape = replace(TINY, weight_bytes=4, stored_bits=4, head_bits=8)
+    with_standin, without = (
+        price(one_token(ffn=f), shape, replace(OVERHEAD, modulator_bytes=0)) for f in (1, 0)
+    )
+    assert with_standin.weight_bytes - without.weight_bytes == 2 * 8 * 3 * 4
+
+
+def test_int8_keys_and_values_carry_scales():
+    shape = replace(TINY, kv_bytes=1, kv_scale_bytes=2, summary_bytes=2)
+    cost = price(one_token(), shape, OVERHEAD, first_position=37)
+    assert cost.kv_bytes_read == 22 * 2 * (4 + 2) + 2 * 2 * 4 * 2
+    assert cost.kv_bytes_held == 38 * 2 * (4 + 2)
+    assert replace(TINY, kv_bytes=4).summary_vector_bytes == 16
+
+
+def test_a_screened_head():
+    shape = replace(TINY, weight_bytes=4, stored_bits=4, head_bits=8)
+    whole = price(one_token(), shape, first_position=37)
+    plan = replace(one_token(), head=np.array([3], np.int32))
+    screened = price(plan, shape, first_position=37)
+    assert screened.flops_head == 2 * 8 * (10 + 3)
+    assert whole.weight_bytes - screened.weight_bytes == 8 * 10 * 9 // 8 - (
+        8 * 10 * 5 // 8 + 3 * 8 // 2
+    )
+    assert replace(screened, flops_head=0, weight_bytes=0) == replace(
+        whole, flops_head=0, weight_bytes=0
+    )
+    unasked = np.zeros(1, bool)
+    assert price(plan, shape, with_logits=unasked) == price(one_token(), shape, with_logits=unasked)
+    # A head that is not stored in planes runs whole.
+    for other in (TINY, replace(shape, head_bits=4)):
+        assert price(plan, other) == price(one_token(), other)
+
+
 def test_an_empty_plan_costs_nothing(shape: ModelShape):
     assert price(Plan.rest(shape, 0), shape) == Cost()
 

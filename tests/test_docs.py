@@ -18,7 +18,7 @@ from vesicle.cost import Cost
 from vesicle.effectors import EFFECTORS
 from vesicle.evaluation.wikitext import METHODS
 from vesicle.families import FAMILIES, supported_model_types
-from vesicle.plan import FIELDS, SITES
+from vesicle.plan import FIELDS, SITES, TOKEN_FIELDS
 from vesicle.predictors import CONTROLS, PREDICTORS
 from vesicle.training.trainer import TrainConfig
 from vesicle.transmitters import TRANSMITTERS
@@ -87,7 +87,7 @@ def test_pages_of_transmitters_and_predictors_belong_to_something():
 @pytest.mark.parametrize(
     ("page", "names"),
     [
-        ("plan.md", list(FIELDS)),
+        ("plan.md", [*FIELDS, *TOKEN_FIELDS]),
         ("notation.md", SITES),
         ("ledger.md", [f.name for f in dataclasses.fields(Cost)]),
         ("training.md", [f.name for f in dataclasses.fields(TrainConfig)]),

@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "vesicle"
 TIERS = """
     errors < files < transmitters shapes < nested standins < plan < blocks < cost < families
-    < models < predictors < effectors < modulator < reference engine < calibration < training
-    < evaluation < report < commands < cli
+    < models < predictors < effectors < modulator < reference engine < gpu < calibration < training
+    < evaluation < report < bench < commands < cli
 """
 # A module may import itself and lower tiers. Two names in one tier may not import each other.
 RANK = {name: rank for rank, tier in enumerate(TIERS.split("<")) for name in tier.split()}
@@ -70,6 +70,6 @@ def test_imports_respect_the_order(path: Path):
         assert list(wrong_way(path)) == []
     on_import = {name.partition(".")[0] for name, _ in imports(path, deferred=False)}
     anywhere = {name.partition(".")[0] for name, _ in imports(path, deferred=True)}
-    assert unit == "engine" or "triton" not in anywhere, "only engine/ imports triton"
+    assert unit == "gpu" or "triton" not in anywhere, "only gpu/ imports triton"
     assert unit in USES_TRANSFORMERS or "transformers" not in on_import
     assert unit != "cli" or "torch" not in on_import, "`vesicle --help` must not wait for torch"

@@ -199,9 +199,47 @@ def test_another_model_is_refused_by_its_first_other_size(shape: ModelShape, siz
 
 
 def test_number_formats_do_not_matter(shape: ModelShape):
-    tiny_modulator(shape).check_fits(replace(shape, weight_bytes=2, kv_bytes=1))
+    other = replace(
+        shape,
+        weight_bytes=2,
+        kv_bytes=1,
+        kv_scale_bytes=2,
+        summary_bytes=2,
+        stored_bits=4,
+        head_bits=8,
+    )
+    tiny_modulator(shape).check_fits(other)
     with pytest.raises(ModelError, match="gated True; this model has False"):
         tiny_modulator(shape).check_fits(replace(shape, gated=False))
+
+
+def test_the_head_follows_the_last_layers_dopamine(shape: ModelShape):
+    modulator = tiny_modulator(shape)
+    assert set(plan_of(modulator).head) == {0}
+    author = modulator.at(0.6).author(shape)
+    hidden = torch.randn(30, 48, generator=torch.Generator().manual_seed(0)).double()
+    positions = np.arange(30, dtype=np.int32)
+    for layer in range(shape.n_layers):
+        author.release(layer, hidden, positions)
+    assert author.head(hidden, positions).tolist() == [0] * 30
+    level = author.levels[:, -1, index("dopamine")]
+    median = float(np.median(level))
+    dopamine = replace(modulator.dopamine, head_survivors=5, head_below=median)
+    screened = Modulator(
+        modulator.predictor,
+        {**modulator.effectors, "dopamine": dopamine},
+        modulator.info,
+        ffn_standin=modulator.ffn_standin,
+        attention_standin=modulator.attention_standin,
+    )
+    author = screened.at(0.6).author(shape)
+    for layer in range(shape.n_layers):
+        author.release(layer, hidden, positions)
+    expected = np.where(level < median, 5, 0)
+    assert author.head(hidden, positions).tolist() == expected.tolist()
+    assert author.head(hidden[-3:], positions[-3:]).tolist() == expected[-3:].tolist()
+    at_rest = screened.at(1.0).author(shape)
+    assert at_rest.head(hidden, positions).tolist() == [0] * 30
 
 
 def test_dial(shape: ModelShape):

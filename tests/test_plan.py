@@ -8,6 +8,7 @@ from tests.tiny import random_plan
 from vesicle.errors import VesicleError
 from vesicle.plan import (
     FIELDS,
+    TOKEN_FIELDS,
     Dense,
     Plan,
     PlanBuilder,
@@ -19,11 +20,13 @@ from vesicle.plan import (
 from vesicle.shapes import ModelShape
 
 T = 40
+NAMES = (*FIELDS, *TOKEN_FIELDS)
 
 
 @pytest.fixture
 def plan(shape: ModelShape, rng: np.random.Generator) -> Plan:
-    return random_plan(shape, T, rng)
+    head = rng.integers(0, shape.vocabulary + 1, T).astype(np.int32)
+    return replace(random_plan(shape, T, rng), head=head)
 
 
 def test_visible_blocks():
@@ -40,11 +43,12 @@ def test_rest_fits_and_says_dense(shape: ModelShape):
     assert (rest.ffn == 2).all()
     assert (rest.attention == 1).all()
     assert rest.kv_blocks[[0, 15, 16, 39], 2].tolist() == [1, 1, 2, 3]
+    assert rest.head.tolist() == [0] * T
 
 
 def test_random_plans_fit_and_vary_every_field(plan: Plan, shape: ModelShape):
     plan.check(shape)
-    for name in FIELDS:
+    for name in NAMES:
         assert len(np.unique(getattr(plan, name))) > 1
 
 
@@ -62,11 +66,13 @@ BAD = [
     ("kv_blocks", 1, "2 to 3"),
     ("kv_blocks", 4, "2 to 3"),
     ("kv_blocks", 0, "2 to 3"),
+    ("head", -1, "0 to 97"),
+    ("head", 98, "0 to 97"),
 ]
 
 
 def test_every_field_has_bad_values():
-    assert {name for name, _, _ in BAD} == set(FIELDS)
+    assert {name for name, _, _ in BAD} == set(NAMES)
 
 
 @pytest.mark.parametrize(("name", "value", "allowed"), BAD)
@@ -74,7 +80,7 @@ def test_check_names_field_value_and_allowed(
     plan: Plan, shape: ModelShape, name: str, value: int, allowed: str
 ):
     values = getattr(plan, name).copy()
-    where = (37, 1, 3) if FIELDS[name] else (37, 1)
+    where = (37, 1, 3)[: values.ndim]
     values[where] = value
     with pytest.raises(VesicleError) as caught:
         replace(plan, **{name: values}).check(shape)
@@ -91,9 +97,9 @@ def test_check_knows_each_sites_width_and_each_tokens_blocks(plan: Plan, shape: 
         replace(plan, kv_blocks=blocks).check(shape)
 
 
-@pytest.mark.parametrize("name", [n for n in FIELDS if n != "ffn"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "ffn"])
 def test_check_refuses_a_wrong_shape(plan: Plan, shape: ModelShape, name: str):
-    with pytest.raises(VesicleError, match=rf"plan field '{name}' has shape \(39, 3"):
+    with pytest.raises(VesicleError, match=rf"plan field '{name}' has shape \(39,"):
         replace(plan, **{name: getattr(plan, name)[1:]}).check(shape)
 
 
@@ -111,7 +117,7 @@ def test_tokens_and_joined(plan: Plan):
     assert plan.tokens(5, 5).n_tokens == 0
 
 
-@pytest.mark.parametrize("name", list(FIELDS))
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_sees_every_field(plan: Plan, shape: ModelShape, name: str):
     assert not replace(plan, **{name: getattr(Plan.rest(shape, T), name)}).equals(plan)
 
@@ -121,10 +127,20 @@ def test_save_and_load(plan: Plan, tmp_path: Path):
     plan.save(path)
     loaded = Plan.load(path)
     assert loaded.equals(plan)
-    assert all(getattr(loaded, n).dtype == np.int32 for n in FIELDS)
+    assert all(getattr(loaded, n).dtype == np.int32 for n in NAMES)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     plan.tokens(0, 3).save(path)
     assert Plan.load(str(path)).equals(plan.tokens(0, 3))
+
+
+def test_a_plan_saved_before_the_head_was_a_field_has_the_whole_head(tmp_path: Path, plan: Plan):
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "a.safetensors"
+    old = {name: getattr(plan, name) for name in FIELDS}
+    save_file(old, path, metadata={"format": "vesicle-plan-1"})
+    assert Plan.load(path).equals(replace(plan, head=np.zeros(T, np.int32)))
+    assert Plan(**old).head.tolist() == [0] * T
 
 
 def test_an_empty_plan_is_saved_too(shape: ModelShape, tmp_path: Path):
@@ -189,6 +205,7 @@ def test_builder_collects_layers_and_chunks(plan: Plan, shape: ModelShape):
         for layer in range(shape.n_layers):
             builder.attention(layer, author.attention(layer, positions))
             builder.ffn(layer, author.release(layer, None, positions))  # type: ignore[arg-type]
+        builder.head(author.head(None, positions))  # type: ignore[arg-type]
         assert builder.build().equals(plan.tokens(0, stop))
     assert PlanBuilder(shape).build().n_tokens == 0
 
@@ -215,6 +232,7 @@ def test_dense_rests(shape: ModelShape):
         assert ffn.rest
         builder.attention(layer, attention)
         builder.ffn(layer, ffn)
-    assert builder.build().equals(Plan.rest(shape, 35).tokens(30))
+    assert author.head(None, positions).tolist() == [0] * 5  # type: ignore[arg-type]
+    assert builder.build().equals(Plan.rest(shape, 35).tokens(30))  # the head needs no call
     assert resting_attention(shape, positions[:0]).run.shape == (0,)
     assert resting_ffn(shape, 0).channels.shape == (0, 2)

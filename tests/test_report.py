@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import transformers
 from rich.console import Console
 
 from tests.tiny import tiny_model, tiny_modulator, tokens
@@ -105,7 +106,32 @@ def test_speeds_count_passes(engine: Engine):
     answer = answer_of(engine, Dense())
     assert answer.prefill_tokens_per_s == PROMPT / 0.5
     assert answer.decode_tokens_per_s == (NEW - 1) / 2.0
+    assert answer.to_dict()["first_token_ms"] == 500
     assert replace(answer, decode_passes=0).decode_tokens_per_s is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("weights", "kv"), [("int4", "int8"), ("int8", "fp16"), ("bf16", "bf16")])
+def test_bytes_held_are_close_to_the_packed_size(weights: str, kv: str, tied: bool):
+    config = transformers.LlamaConfig(  # whole groups of channels and tiles: nothing is padded
+        num_hidden_layers=2,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=128,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    engine = Engine.from_model(model, weights=weights, kv=kv)
+    facts = answer_of(engine, Dense()).engine
+    assert (facts.weights, facts.kv) == (weights, kv)
+    norms = 4 * engine.shape.width * (2 * engine.shape.n_layers + 1)
+    blocks = engine.shape.n_layers * engine.pool.bytes_per_block
+    held, packed = facts.weight_bytes + facts.kv_bytes, facts.packed_bytes
+    assert packed < held <= packed + norms + blocks
+    assert facts.packed_ratio == held / packed
 
 
 def test_report_names_everything(engine: Engine, modulator: Modulator):
@@ -122,6 +148,10 @@ def test_report_names_everything(engine: Engine, modulator: Modulator):
         "KV held",
         "prefill",
         "decode",
+        "first token after 500 ms",
+        "(fp64)",
+        "of their packed size",
+        "thread",
         "dense answer",
     ):
         assert name in text

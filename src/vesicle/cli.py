@@ -16,6 +16,7 @@ import typer
 
 from vesicle import __version__
 from vesicle.commands import eval as evaluation
+from vesicle.commands.bench import bench
 from vesicle.commands.calibrate import calibrate
 from vesicle.commands.info import info
 from vesicle.commands.run import run
@@ -38,6 +39,7 @@ app.command()(run)
 app.command()(train)
 app.command()(calibrate)
 app.add_typer(evaluation.app, name="eval")
+app.command()(bench)
 app.command()(info)
 
 
@@ -71,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         # A terminal that cannot show a character must not end an answer.
         sys.stdout.reconfigure(errors="replace")
     if arguments[:1] == ["run"]:
-        # Read when torch is loaded. Threads that spin while they wait slow decoding down many times
-        # as soon as another program uses a core; threads that sleep cost little there, though they
-        # would make training half as fast.
+        # Read when torch is loaded. Prefill runs on torch's threads, decoding on the native core's
+        # own. The former must not go on spinning beside the latter, or beside other programs.
+        # Training is twice as fast with threads that spin, and keeps them.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     command = typer.main.get_command(app)
     try:

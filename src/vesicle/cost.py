@@ -9,11 +9,14 @@ for the dense model:
   norms, rotary phases, activations, softmax and residual sums (under 1 % of a decoder's
   arithmetic).
 - Weight bytes are counted per token, as batch-1 decoding reads them; a pass over many tokens may
-  serve several tokens from one read. Below 16 bits a weight also carries one bit of group scale and
-  offset (two fp16 numbers for 32 weights).
-- KV bytes read are the keys and values of visited blocks and the summaries read to choose them; KV
-  bytes held are those of the whole cache after the last token.
-- The LM head is paid for each position whose logits are asked for.
+  serve several tokens from one read. A packed weight carries one bit of group scale and offset (two
+  fp16 numbers for 32 weights) and is read in planes of four bits: 5 bits for the leading plane, 9
+  for both. Of a dense weight, fewer than 16 bits are charged as b + 1.
+- KV bytes read are the keys and values of visited blocks, with their scales, and the summaries read
+  to choose them; KV bytes held are those of the whole cache after the last token.
+- The LM head is paid for each position whose logits are asked for. With m survivors it reads the
+  leading plane of all rows and the trailing plane of m, and multiplies those m again.
+- Stand-ins are stored like dense weights, and in fp32 beside packed ones.
 
 With k channels read, width D, query width HK, key-value width GK and FFN width F, one token in one
 layer costs 2 k (HK + 2 GK) + 2 k' D + 4 HK S for attention over S positions, and 2 k'' (1 or 2) F +
@@ -27,7 +30,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from vesicle.plan import BLOCK, FFN_BIG, FFN_SMALL, FULL_BITS, Plan
+from vesicle.plan import BLOCK, FFN_BIG, FFN_SMALL, Plan
 from vesicle.shapes import ModelShape, Overhead
 
 
@@ -134,8 +137,13 @@ def price_tokens(
     width[..., 2] *= big
     width[..., 3] *= big
     weights = channels * width
-    eighths = np.where(plan.bits == FULL_BITS, 8 * shape.weight_bytes, plan.bits + 1)
-    weight_bytes = (weights * eighths).sum((1, 2)) // 8
+    bits_read = (weights * shape.charged_bits(plan.bits)).sum((1, 2))
+    # Where the head cannot be screened, the full one runs whatever the Plan says.
+    survivors = plan.head.astype(np.int64) * heads * shape.screens_head
+    head_flops = 2 * shape.width * (shape.vocabulary * heads.astype(np.int64) + survivors)
+    screened = 5 * shape.vocabulary + 4 * survivors
+    whole = shape.charged_head_bits * shape.vocabulary
+    bits_read += shape.width * np.where(survivors > 0, screened, whole * heads)
 
     complete = np.where(plan.kv_blocks < position // BLOCK + 1, position // BLOCK, 0) * runs
     visited = visited_positions(plan.kv_blocks, position) * runs
@@ -145,10 +153,9 @@ def price_tokens(
     vectors = overhead.selection_vectors
     per_layer = plan.n_layers
     weight_bytes = (
-        weight_bytes
+        bits_read // 8
         + standin * 2 * shape.width * shape.weight_bytes
         + overhead.modulator_bytes * per_layer
-        + heads * shape.vocabulary * shape.width * shape.weight_bytes
     )
     return {
         "flops_linear": 2 * weights.sum((1, 2)),
@@ -156,11 +163,10 @@ def price_tokens(
         "flops_selection": 2 * vectors * shape.query_width * complete.sum(1),
         "flops_standin": 4 * shape.width * standin,
         "flops_modulator": np.full(t, overhead.modulator_flops * per_layer, np.int64),
-        "flops_head": 2 * shape.width * shape.vocabulary * heads.astype(np.int64),
+        "flops_head": head_flops,
         "weight_bytes": weight_bytes,
-        "kv_bytes_read": shape.kv_width
-        * shape.kv_bytes
-        * (2 * visited.sum(1) + vectors * complete.sum(1)),
+        "kv_bytes_read": shape.position_bytes * visited.sum(1)
+        + shape.summary_vector_bytes * vectors * complete.sum(1),
     }
 
 
@@ -176,7 +182,7 @@ def price(
     tokens = price_tokens(
         plan, shape, overhead, first_position=first_position, with_logits=with_logits
     )
-    held = (first_position + plan.n_tokens) * shape.n_layers * 2 * shape.kv_width * shape.kv_bytes
+    held = (first_position + plan.n_tokens) * shape.n_layers * shape.position_bytes
     return Cost(kv_bytes_held=held, **{name: int(v.sum()) for name, v in tokens.items()})
 
 

@@ -27,3 +27,7 @@ class DataError(VesicleError):
 
 class BudgetError(VesicleError, ValueError):
     """A budget outside the range that the model at hand can honour."""
+
+
+class CacheFullError(VesicleError):
+    """More cached positions than the engine's KV memory has room for."""

@@ -34,6 +34,7 @@ from vesicle.plan import (
     Method,
     resting_attention,
     resting_ffn,
+    resting_rows,
     visible_blocks,
 )
 from vesicle.predictors import PREDICTORS, Levels, Predictor, PredictorConfig, State
@@ -408,6 +409,15 @@ class ModulatorAuthor(Author):
         """Whether the dial is at rest."""
         return self._rests
 
+    @property
+    def vocabulary(self) -> int:
+        """Words of the model that the sequence is of."""
+        return self._shape.vocabulary
+
+    def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
+        """At rest, everything."""
+        return resting_rows(self._shape, positions) if self._rests else None
+
     def adopt(self, levels: FloatArray) -> None:
         """Keep the levels (T, L, 5) of tokens for which an executor released them itself."""
         self._levels.append(levels)
@@ -447,6 +457,13 @@ class ModulatorAuthor(Author):
         self._levels[-1][:, layer] = table
         self._next = decide_attention(self.modulator, self._shape, table, positions)
         return decide_ffn(self.modulator, self._shape, table)
+
+    def head(self, hidden: Tensor, positions: IntArray) -> IntArray:
+        """Decided by the last layer's release for the same tokens."""
+        if self._rests or not self.modulator.dopamine.head_survivors:
+            return np.zeros(len(positions), np.int32)
+        levels = self._levels[-1][-len(positions) :, -1, _DOPAMINE]
+        return self.modulator.dopamine.head(levels, self._shape.vocabulary)
 
     @property
     def levels(self) -> FloatArray:

@@ -12,6 +12,7 @@ bits         (T, L, 4)   weight bits read at each site: 16 (the stored weights),
 ffn          (T, L)      FFN module: 0 skip, 1 small (stand-in), 2 big
 attention    (T, L)      1 attention runs, 0 its stand-in; keys and values are written either way
 kv_blocks    (T, L)      blocks of 16 cached positions that the query reads, per KV head
+head         (T,)        LM head: 0 whole; m screens it by leading bits, then ranks the m best
 ===========  ==========  =====================================================================
 
 The four *sites* are the distinct inputs of a layer's projections: `attention_in` (queries, keys,
@@ -20,13 +21,16 @@ values), `attention_out`, `ffn_in` (gate and up) and `ffn_out` (down).
 Causality: every decision about token t is a function of tokens up to t. A Plan fills layer by
 layer, and a pass in one piece, in chunks or token by token fills it with the same values.
 
+`head` has no layer. It is 0 wherever the whole head ran: where logits were needed for more than the
+likeliest token, and where the head is not stored in planes of bits.
+
 A new effect is a new row in `FIELDS`, a price in `cost.py` and its execution in both executors.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +39,7 @@ from numpy.typing import NDArray
 
 from vesicle.errors import VesicleError
 from vesicle.files import atomic_path
+from vesicle.shapes import FULL_BITS as FULL_BITS
 from vesicle.shapes import ModelShape, Overhead
 
 if TYPE_CHECKING:
@@ -47,12 +52,14 @@ FloatArray = NDArray[np.float64]
 
 SITES = ("attention_in", "attention_out", "ffn_in", "ffn_out")
 BLOCK = 16
-FULL_BITS = 16
 FFN_SKIP, FFN_SMALL, FFN_BIG = 0, 1, 2
 
 FIELDS: dict[str, int] = {"channels": 4, "bits": 4, "ffn": 0, "attention": 0, "kv_blocks": 0}
-"""Field name to the length of its last axis (0: none)."""
+"""Name of a field of each layer to the length of its last axis (0: none)."""
+TOKEN_FIELDS = ("head",)
+"""Fields without a layer axis."""
 
+_ALL = (*FIELDS, *TOKEN_FIELDS)
 _FORMAT = "vesicle-plan-1"
 
 
@@ -115,11 +122,24 @@ def resting_ffn(shape: ModelShape, n_tokens: int) -> FfnDecision:
     )
 
 
+def resting_rows(shape: ModelShape, positions: IntArray) -> dict[str, IntArray]:
+    """Rows of every field of a Plan that change nothing, for tokens at `positions` (T,)."""
+    t, n_layers = len(positions), shape.n_layers
+    return {
+        "channels": np.tile(np.array(shape.site_widths, np.int32), (t, n_layers, 1)),
+        "bits": np.full((t, n_layers, 4), FULL_BITS, np.int32),
+        "ffn": np.full((t, n_layers), FFN_BIG, np.int32),
+        "attention": np.ones((t, n_layers), np.int32),
+        "kv_blocks": np.repeat(visible_blocks(positions)[:, None], n_layers, axis=1),
+        "head": np.zeros(t, np.int32),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The discrete decisions of one sequence of T tokens.
 
-    See the module docstring for the fields.
+    See the module docstring for the fields. Without `head`, the whole one runs for every token.
     """
 
     channels: IntArray
@@ -127,6 +147,12 @@ class Plan:
     ffn: IntArray
     attention: IntArray
     kv_blocks: IntArray
+    head: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def __post_init__(self) -> None:
+        """Fill in a head that was left out."""
+        if self.head.shape == (0,) and self.ffn.ndim:
+            object.__setattr__(self, "head", np.zeros(len(self.ffn), np.int32))
 
     @property
     def n_tokens(self) -> int:
@@ -141,27 +167,19 @@ class Plan:
     @classmethod
     def rest(cls, shape: ModelShape, n_tokens: int) -> Plan:
         """The Plan of the dense model for a sequence that starts at position 0."""
-        n_layers = shape.n_layers
-        blocks = visible_blocks(np.arange(n_tokens, dtype=np.int32))
-        return cls(
-            channels=np.tile(np.array(shape.site_widths, np.int32), (n_tokens, n_layers, 1)),
-            bits=np.full((n_tokens, n_layers, 4), FULL_BITS, np.int32),
-            ffn=np.full((n_tokens, n_layers), FFN_BIG, np.int32),
-            attention=np.ones((n_tokens, n_layers), np.int32),
-            kv_blocks=np.repeat(blocks[:, None], n_layers, axis=1),
-        )
+        return cls(**resting_rows(shape, np.arange(n_tokens, dtype=np.int32)))
 
     def tokens(self, start: int, stop: int | None = None) -> Plan:
         """The rows `start:stop`."""
-        return Plan(**{name: getattr(self, name)[start:stop] for name in FIELDS})
+        return Plan(**{name: getattr(self, name)[start:stop] for name in _ALL})
 
     def joined(self, other: Plan) -> Plan:
         """This Plan followed by `other`."""
-        return Plan(**{n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in FIELDS})
+        return Plan(**{n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _ALL})
 
     def equals(self, other: Plan) -> bool:
         """Whether every decision is the same."""
-        return all(np.array_equal(getattr(self, n), getattr(other, n)) for n in FIELDS)
+        return all(np.array_equal(getattr(self, n), getattr(other, n)) for n in _ALL)
 
     def check(self, shape: ModelShape) -> None:
         """Refuse a Plan that does not fit a model.
@@ -180,10 +198,11 @@ class Plan:
             "ffn": (FFN_SKIP, FFN_BIG),
             "attention": (0, 1),
             "kv_blocks": (np.minimum(blocks, 2), blocks),
+            "head": (0, shape.vocabulary),
         }
-        for name, last in FIELDS.items():
+        for name in _ALL:
             values = getattr(self, name)
-            if values.shape != ((t, n_layers, last) if last else (t, n_layers)):
+            if values.shape != _field_shape(name, t, n_layers):
                 raise VesicleError(f"plan field {name!r} has shape {values.shape}")
             if name == "bits":
                 bad = ~np.isin(values, (2, 3, 4, 8, 16))
@@ -203,14 +222,14 @@ class Plan:
 
         with atomic_path(Path(path)) as temporary:
             save_file(
-                {n: np.ascontiguousarray(getattr(self, n)) for n in FIELDS},
+                {n: np.ascontiguousarray(getattr(self, n)) for n in _ALL},
                 temporary,
                 metadata={"format": _FORMAT},
             )
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:
-        """Read a Plan that `save` wrote.
+        """Read a Plan that `save` wrote; one of before `head` was a field has the whole head.
 
         Raises:
             VesicleError: If the file is missing, corrupt or not a Plan.
@@ -221,7 +240,9 @@ class Plan:
             with safe_open(path, framework="numpy") as file:
                 if (file.metadata() or {}).get("format") != _FORMAT:
                     raise VesicleError(f"{path} is not a vesicle plan")
-                arrays = {name: file.get_tensor(name) for name in FIELDS}
+                known = set(file.keys())
+                names = [n for n in _ALL if n in FIELDS or n in known]
+                arrays = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise VesicleError(f"cannot read plan {path}: {error}") from error
         if any(a.dtype != np.int32 for a in arrays.values()):
@@ -229,11 +250,18 @@ class Plan:
         return cls(**arrays)
 
 
+def _field_shape(name: str, n_tokens: int, n_layers: int) -> tuple[int, ...]:
+    if name in TOKEN_FIELDS:
+        return (n_tokens,)
+    last = FIELDS[name]
+    return (n_tokens, n_layers, last) if last else (n_tokens, n_layers)
+
+
 class PlanBuilder:
     """Collects decisions layer by layer and chunk by chunk into a Plan.
 
-    An executor calls `chunk(positions)` once per forward pass, then `attention` and `ffn` for each
-    layer.
+    An executor calls `chunk` once per forward pass, then `attention` and `ffn` for each layer, and
+    `head` where not the whole LM head runs.
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -243,15 +271,10 @@ class PlanBuilder:
 
     def chunk(self, n_tokens: int) -> None:
         """Begin a pass over the next `n_tokens` tokens."""
-        n_layers = self._shape.n_layers
-        self._chunks.append(
-            {
-                name: np.empty(
-                    (n_tokens, n_layers, last) if last else (n_tokens, n_layers), np.int32
-                )
-                for name, last in FIELDS.items()
-            }
-        )
+        sizes = {name: _field_shape(name, n_tokens, self._shape.n_layers) for name in _ALL}
+        chunk = {name: np.empty(size, np.int32) for name, size in sizes.items()}
+        chunk["head"][:] = 0
+        self._chunks.append(chunk)
 
     @property
     def newest(self) -> dict[str, IntArray]:
@@ -273,11 +296,15 @@ class PlanBuilder:
         rows["bits"][:, layer, 2:] = decision.bits
         rows["ffn"][:, layer] = decision.module
 
+    def head(self, survivors: IntArray) -> None:
+        """Record how the LM head ran for the tokens of this pass; whole unless this is called."""
+        self._chunks[-1]["head"][:] = survivors
+
     def build(self) -> Plan:
         """The Plan so far."""
         if not self._chunks:
             self.chunk(0)
-        return Plan(**{n: np.concatenate([c[n] for c in self._chunks]) for n in FIELDS})
+        return Plan(**{n: np.concatenate([c[n] for c in self._chunks]) for n in _ALL})
 
 
 class Author(ABC):
@@ -293,6 +320,21 @@ class Author(ABC):
         """Whether every decision is at rest by construction, so that none need be asked for."""
         return False
 
+    def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
+        """What is decided for coming tokens whatever their hidden states will be.
+
+        Args:
+            positions: (T,) of the coming tokens.
+
+        Returns:
+            Rows of every field of a Plan, (T', ...) for the first T' <= T of the tokens; None, the
+            default, for an author that must see hidden states.
+
+        Raises:
+            VesicleError: If nothing is decided for the first of them.
+        """
+        return None
+
     @abstractmethod
     def attention(self, layer: int, positions: IntArray) -> AttentionDecision:
         """Decide the attention of `layer` for the tokens at `positions` (T,)."""
@@ -303,6 +345,20 @@ class Author(ABC):
 
         Decide the FFN of `layer`.
         """
+
+    def head(self, hidden: torch.Tensor, positions: IntArray) -> IntArray:
+        """Decide how the LM head finds the likeliest token, after the last layer.
+
+        Asked only where nothing but the likeliest token is needed.
+
+        Args:
+            hidden: (T, D) the residual stream after the last layer.
+            positions: (T,) of the tokens, the last ones of the pass.
+
+        Returns:
+            (T,) survivors of a screened head; 0, the default, for the whole one.
+        """
+        return np.zeros(len(positions), np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,12 +424,21 @@ class _ReplayAuthor(Author):
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
+    def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
+        if len(positions):
+            self._check(int(positions[0]))
+        within = positions[positions < self._plan.n_tokens]
+        return {name: getattr(self._plan, name)[within] for name in _ALL}
+
+    def _check(self, position: int) -> None:
+        if position >= self._plan.n_tokens:
+            raise VesicleError(
+                f"the plan covers {self._plan.n_tokens} tokens; token {position} was asked for"
+            )
+
     def attention(self, layer: int, positions: IntArray) -> AttentionDecision:
         plan = self._plan
-        if positions[-1] >= plan.n_tokens:
-            raise VesicleError(
-                f"the plan covers {plan.n_tokens} tokens; token {int(positions[-1])} was asked for"
-            )
+        self._check(int(positions[-1]))
         return AttentionDecision(
             channels=plan.channels[positions, layer, :2],
             bits=plan.bits[positions, layer, :2],
@@ -391,6 +456,9 @@ class _ReplayAuthor(Author):
             rest=False,
         )
 
+    def head(self, hidden: torch.Tensor, positions: IntArray) -> IntArray:
+        return self._plan.head[positions]
+
 
 class Dense(Method):
     """Everything at rest, and nothing read or predicted: the dense model."""
@@ -407,6 +475,9 @@ class _DenseAuthor(Author):
     @property
     def rests(self) -> bool:
         return True
+
+    def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
+        return resting_rows(self._shape, positions)
 
     def attention(self, layer: int, positions: IntArray) -> AttentionDecision:
         return resting_attention(self._shape, positions)

@@ -8,7 +8,7 @@ passes over the rest of the prompt belong to no answer token; they count in the 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text as Line
 
 from vesicle.cost import Cost, price_dense, price_tokens
-from vesicle.engine import Sequence
+from vesicle.engine import Sequence, core
+from vesicle.engine.packed import PackedHead
 from vesicle.modulator import ModulatorMethod
 from vesicle.plan import Dense, Plan
 from vesicle.shapes import ModelShape
@@ -37,6 +38,60 @@ _QUANTITIES = {
     "KV read": ("kv_bytes_read", "kv_bytes_read", "B"),
     "KV held": ("kv_bytes_held", "kv_bytes_held", "B"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """The engine that gave an answer, and the memory that it held at the end.
+
+    Attributes:
+        weights: Format of the weights.
+        kv: Format of cached keys and values.
+        instructions: The native core's instruction set; None without the core.
+        threads: CPU threads.
+        weight_bytes: Of all weights.
+        kv_bytes: Of the sequence's blocks, filled or not, and their summaries.
+        packed_bytes: Of matrices and cached positions alone: no norms, biases, padding, half-filled
+            blocks or summaries.
+    """
+
+    weights: str
+    kv: str
+    instructions: str | None
+    threads: int
+    weight_bytes: int
+    kv_bytes: int
+    packed_bytes: int
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> EngineFacts:
+        """Of a sequence that has not been closed."""
+        engine, cache = sequence.engine, sequence.cache
+        weights = engine._weights
+        packed = price_dense(engine.shape, 1).weight_bytes  # a token reads all but the embedding
+        embedding = weights.embedding
+        if embedding is not weights.head:
+            packed += (
+                embedding.bytes_held if isinstance(embedding, PackedHead) else embedding.nbytes
+            )
+        return cls(
+            weights=engine.weights_format,
+            kv=engine.pool.kv,
+            instructions=core.instructions(),
+            threads=core.threads(),
+            weight_bytes=weights.bytes_held,
+            kv_bytes=cache.bytes_allocated + cache.summary_bytes,
+            packed_bytes=packed + cache.bytes_held,
+        )
+
+    @property
+    def packed_ratio(self) -> float:
+        """Bytes held over `packed_bytes`."""
+        return (self.weight_bytes + self.kv_bytes) / self.packed_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `engine` of `vesicle run --json`."""
+        return {**asdict(self), "packed_ratio": self.packed_ratio}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +112,7 @@ class Answer:
         decode_passes: Passes over answer tokens: N, or N - 1 where the last one was not fed back.
         prefill_s: Seconds from the start to the first token.
         decode_s: Seconds in the passes after that.
+        engine: What computed it.
     """
 
     text: str
@@ -71,6 +127,7 @@ class Answer:
     decode_passes: int
     prefill_s: float
     decode_s: float
+    engine: EngineFacts
 
     @classmethod
     def of(
@@ -100,6 +157,7 @@ class Answer:
             decode_passes=sequence.length - prompt_tokens,
             prefill_s=prefill_s,
             decode_s=decode_s,
+            engine=EngineFacts.of(sequence),
         )
 
     @property
@@ -125,8 +183,10 @@ class Answer:
             "dense": self.dense.summary(),
             "ratio": self.executed.ratio(self.dense),
             "prompt_tokens": self.prompt_tokens,
+            "first_token_ms": 1e3 * self.prefill_s,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
+            "engine": self.engine.to_dict(),
         }
 
 
@@ -179,6 +239,8 @@ def show(
     facts = Table.grid(padding=(0, 2))
     facts.add_row("levels", _levels_line(answer))
     facts.add_row("speed", _speed_line(answer))
+    facts.add_row("memory", _memory_line(answer.engine))
+    facts.add_row("engine", _engine_line(answer.engine))
     share = answer.executed.ratio(answer.dense)["flops"]
     asked = "none asked for" if budget is None else f"{budget:g} asked for"
     facts.add_row("budget", f"{asked}, {share:.3f} of the dense FLOPs executed")
@@ -304,8 +366,24 @@ def _levels_line(answer: Answer) -> str:
 def _speed_line(answer: Answer) -> str:
     return (
         f"prefill {_speed(answer.prefill_tokens_per_s)} tokens/s ({answer.prompt_tokens} tokens)  "
-        f"decode {_speed(answer.decode_tokens_per_s)} tokens/s ({len(answer.token_ids)} tokens)"
+        f"decode {_speed(answer.decode_tokens_per_s)} tokens/s ({len(answer.token_ids)} tokens)  "
+        f"first token after {1e3 * answer.prefill_s:.0f} ms"
     )
+
+
+def _memory_line(engine: EngineFacts) -> str:
+    return (
+        f"weights {scaled(engine.weight_bytes, 'B')} ({engine.weights})  "
+        f"KV {scaled(engine.kv_bytes, 'B')} ({engine.kv})  "
+        f"{engine.packed_ratio:.3f} of their packed size"
+    )
+
+
+def _engine_line(engine: EngineFacts) -> str:
+    kind = "PyTorch, no native core"
+    if engine.instructions is not None:
+        kind = f"native core, {engine.instructions}"
+    return f"{kind}  {engine.threads} thread{'' if engine.threads == 1 else 's'}"
 
 
 def _speed(tokens_per_s: float | None) -> str:

@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+FULL_BITS = 16
+"""A Plan's bits for "the stored weights"."""
+_NUMBER_FORMATS = (
+    "weight_bytes",
+    "kv_bytes",
+    "kv_scale_bytes",
+    "summary_bytes",
+    "stored_bits",
+    "head_bits",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -18,8 +32,12 @@ class ModelShape:
         ffn_width: F.
         gated: Whether the FFN has a gate projection beside the up projection.
         vocabulary: Rows of the LM head.
-        weight_bytes: Bytes of one stored weight at rest.
+        weight_bytes: Bytes of one number outside packed stores: dense weights, stand-ins.
         kv_bytes: Bytes of one cached number.
+        kv_scale_bytes: Bytes of the scale of one cached key or value of one KV head; 0 without.
+        summary_bytes: Bytes of one number of a KV block's summary; None for `kv_bytes`.
+        stored_bits: Bits of a code of packed projections, 4 or 8; None where they are dense.
+        head_bits: The same for the LM head.
     """
 
     n_layers: int
@@ -32,6 +50,10 @@ class ModelShape:
     vocabulary: int
     weight_bytes: int = 4
     kv_bytes: int = 4
+    kv_scale_bytes: int = 0
+    summary_bytes: int | None = None
+    stored_bits: int | None = None
+    head_bits: int | None = None
 
     @property
     def query_width(self) -> int:
@@ -58,11 +80,43 @@ class ModelShape:
             self.width,
         )
 
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one cached position in one layer: keys, values and their scales."""
+        return 2 * (self.kv_width * self.kv_bytes + self.n_kv_heads * self.kv_scale_bytes)
+
+    @property
+    def summary_vector_bytes(self) -> int:
+        """Bytes of one vector of a block's summary, all KV heads together."""
+        size = self.kv_bytes if self.summary_bytes is None else self.summary_bytes
+        return self.kv_width * size
+
+    def charged_bits(self, bits: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Bits that reading one weight of a projection takes, group scales included.
+
+        A packed weight is read in planes of four bits, and b bits of a dense one from a nested
+        store; either way the fp16 scale and offset of a group of 32 are one more bit.
+
+        Args:
+            bits: As a Plan's, 16 for the stored weights; any shape.
+        """
+        if self.stored_bits is None:
+            return np.where(bits == FULL_BITS, 8 * self.weight_bytes, bits + 1).astype(np.int64)
+        return np.where((bits > 4) & (self.stored_bits > 4), 9, 5).astype(np.int64)
+
+    @property
+    def charged_head_bits(self) -> int:
+        """Bits that reading one weight of the whole LM head takes."""
+        return 8 * self.weight_bytes if self.head_bits is None else self.head_bits + 1
+
+    @property
+    def screens_head(self) -> bool:
+        """Whether the LM head can be screened by its leading four bits."""
+        return self.head_bits == 8
+
     def fingerprint(self) -> dict[str, int | bool]:
         """What a modulator must match to fit a model: everything but the number formats."""
-        sizes: dict[str, int | bool] = asdict(self)
-        del sizes["weight_bytes"], sizes["kv_bytes"]
-        return sizes
+        return {name: v for name, v in asdict(self).items() if name not in _NUMBER_FORMATS}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,14 @@ def test_bits():
     ]
 
 
+def test_head():
+    level = np.array([1.0, 0.9, 0.5, 0.0])
+    assert DopaminePrecision().head(level, 97).tolist() == [0, 0, 0, 0]
+    assert DopaminePrecision(head_survivors=8).head(level, 97).tolist() == [0, 8, 8, 8]
+    effector = DopaminePrecision(head_survivors=200, head_below=0.9)
+    assert effector.head(level, 97).tolist() == [0, 0, 97, 97]
+
+
 def test_module_and_run():
     effector = SerotoninDepth(ffn_below=0.6, attention_below=0.4, bypass_below=0.2)
     level = np.array([1.0, 0.6, 0.59, 0.4, 0.39, 0.2, 0.19, 0.0])

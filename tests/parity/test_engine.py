@@ -329,11 +329,12 @@ def test_skipped_blocks_are_not_read(ids: Tensor, dtype: torch.dtype):
         sequence = engine.start(method)
         engine.forward([(sequence, ids[0, :69].tolist())])
         if poison:
-            with torch.inference_mode():
-                for cache in sequence.caches:
-                    cache.summaries("mean")  # they are read to choose, and are kept apart
-                    cache.values[:, 16:64] = torch.nan
-                    cache.keys[:, 16:64] = torch.nan
+            for layer in range(engine.shape.n_layers):
+                # Summaries are read to choose, and are kept apart.
+                sequence.cache.summaries(layer, "mean")
+                unread = torch.from_numpy(sequence.cache.tables[layer, 1:4])
+                engine.pool.keys[unread] = torch.nan
+                engine.pool.values[unread] = torch.nan
         logits += engine.forward([(sequence, ids[0, 69:].tolist())])
     assert torch.isfinite(logits[1]).all()
     close(*logits, 1e-5 if dtype == torch.float32 else SAME)

@@ -1,4 +1,4 @@
-"""`vesicle info`: what a modulator is."""
+"""`vesicle info`: what a modulator is, and what the engine finds on this machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from vesicle.commands.machine import machine_rows
 from vesicle.commands.shipped import shipped_modulator
 from vesicle.errors import VesicleError
 
@@ -19,7 +20,10 @@ def info(
         ),
     ] = None,
 ) -> None:
-    """Tell what a modulator is: its model, its effectors, its dial, how it was trained.
+    """Tell what a modulator is, and what the engine finds on this machine.
+
+    Of the modulator: its model, effectors, dial and training. Of the machine: whether the native
+    core is there, its instruction set, threads, and whether there is a GPU.
 
     [bold]Examples[/bold]
 
@@ -64,4 +68,6 @@ def info(
     table.add_row("default budget", f"{about.default_budget:g}")
     for name, value in about.training.items():
         table.add_row(f"training {name}", value if isinstance(value, str) else json.dumps(value))
+    for row in machine_rows():
+        table.add_row(*row)
     Console(highlight=False, markup=False, soft_wrap=True).print(table)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vesicle.commands.inputs import check_budget, check_writable, notice, read_prompt
+from vesicle.commands.machine import announce_core
 from vesicle.commands.shipped import is_default_model, shipped_modulator
 from vesicle.errors import DataError, VesicleError
 from vesicle.models.default import DEFAULT_MODEL
@@ -28,14 +29,30 @@ if TYPE_CHECKING:
 
 _WHAT, _HOW, _OUTPUT = "What runs", "How it is sampled", "What is shown and saved"
 _WARM_UP_TOKENS = 8
+_MOST_THREADS = 512
+"""Far more than that, and PyTorch crashes where it cannot start them."""
 
 
-class Dtype(StrEnum):
-    """Of weights and cache; `auto` is bfloat16 where the model's file has it, else float32."""
+class WeightFormat(StrEnum):
+    """How weights are stored; `auto` is int4 where that loses nothing, else as the model's file."""
 
     auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
+    int4 = "int4"
+    int8 = "int8"
+    bf16 = "bf16"
+    fp32 = "fp32"
+    fp64 = "fp64"
+
+
+class KvFormat(StrEnum):
+    """How keys and values are stored; `auto` is fp16 beside int4 and int8, else as the weights."""
+
+    auto = "auto"
+    int8 = "int8"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+    fp64 = "fp64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +104,29 @@ def run(
         bool,
         typer.Option("--compare", help="Answer once more, dense.", rich_help_panel=_WHAT),
     ] = False,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number format of weights and cache.", rich_help_panel=_WHAT)
-    ] = Dtype.auto,
+    weights: Annotated[
+        WeightFormat,
+        typer.Option(
+            help="Format of the weights; auto is int4 if that loses nothing, else the file's own.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = WeightFormat.auto,
+    kv: Annotated[
+        KvFormat,
+        typer.Option(
+            help="Format of cached keys and values; auto is fp16 beside int4 and int8, else that "
+            "of the weights.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = KvFormat.auto,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="CPU threads; the default is torch's.", rich_help_panel=_WHAT),
+        typer.Option(
+            min=1,
+            max=_MOST_THREADS,
+            help="CPU threads; the default is torch's.",
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
     system: Annotated[
         str | None, typer.Option(help="Instructions to the model.", rich_help_panel=_HOW)
@@ -165,16 +199,12 @@ def run(
     show_progress = sys.stderr.isatty()
 
     with _status("loading", show_progress):
-        import torch
-
         from vesicle.engine import Engine, Sampling
         from vesicle.models import Text, resolve_model
         from vesicle.plan import Dense, Plan
 
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         saved = Plan.load(replay) if replay else None
-        if threads is not None:
-            torch.set_num_threads(threads)
     folder = resolve_model(model)
     with _status("loading", show_progress):
         text = Text.from_folder(folder)
@@ -191,8 +221,13 @@ def run(
             raise VesicleError(
                 "--compare has nothing to compare: without a modulator the run is dense"
             )
-        chosen = None if dtype is Dtype.auto else getattr(torch, dtype.value)
-        engine = Engine.from_pretrained(folder, dtype=chosen)
+        announce_core()
+        engine = Engine.from_pretrained(
+            folder,
+            weights=None if weights is WeightFormat.auto else weights.value,
+            kv=None if kv is KvFormat.auto else kv.value,
+            threads=threads,
+        )
         engine.start(method)  # refuses what does not fit, before anything is generated
 
     settings = _Settings(

@@ -10,6 +10,10 @@ read.
 Bits. `bits_ladder` lists (level, bits) steps from the top: the weight is read with the bits of the
 first step whose level is at most d. The stored 16-bit weights are rest; 8, 4, 3 and 2 are the
 leading bits of one nested 8-bit store (Matryoshka quantization, Nair et al. 2025).
+
+LM head. Where the last layer's level is below `head_below` and only the likeliest token is wanted,
+all words are screened by the leading four bits of the head's weights, and the `head_survivors` best
+are ranked exactly. It is off unless `head_survivors` is set.
 """
 
 from __future__ import annotations
@@ -39,12 +43,16 @@ class DopaminePrecision(Effector):
             sites.
         floor: Least share of channels ever read.
         bits_ladder: Steps (least level, bits), levels falling; the last level must be 0.
+        head_survivors: Words that a screened LM head ranks exactly; 0 for the whole head.
+        head_below: Last layer's level from which on the whole head runs.
     """
 
     transmitter: ClassVar[str] = "dopamine"
     site_rates: tuple[float, ...] = (0.5, 1.0, 0.5, 1.0)
     floor: float = 0.05
     bits_ladder: tuple[tuple[float, int], ...] = _NO_LADDER
+    head_survivors: int = 0
+    head_below: float = 1.0
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -60,6 +68,10 @@ class DopaminePrecision(Effector):
             raise ValueError(f"bits_ladder levels are {levels}; they must fall to 0")
         if any(bits not in BITS for _, bits in self.bits_ladder):
             raise ValueError(f"bits_ladder is {self.bits_ladder}; allowed bits: {BITS}")
+        if self.head_survivors < 0:
+            raise ValueError(f"head_survivors is {self.head_survivors}; allowed: 0 and above")
+        if not 0 <= self.head_below <= 1:
+            raise ValueError(f"head_below is {self.head_below}; allowed: 0 to 1")
 
     def channels(self, level: FloatArray, sites: slice, widths: IntArray) -> IntArray:
         """Channels read, (T, S), at the S sites of a slice of `plan.SITES`, `widths` (S,) wide."""
@@ -77,6 +89,11 @@ class DopaminePrecision(Effector):
         for least, bits in reversed(self.bits_ladder):
             result = np.where(below & (level >= least), bits, result).astype(np.int32)
         return result
+
+    def head(self, level: FloatArray, vocabulary: int) -> IntArray:
+        """Survivors of a screened LM head, (T,); 0, the whole head, always at level 1."""
+        survivors = min(self.head_survivors, vocabulary)
+        return np.where(level < self.head_below, survivors, 0).astype(np.int32)
 
     def share(self, level: Tensor, site: int) -> Tensor:
         """Differentiable share of channels kept, same shape as `level`."""

@@ -1,7 +1,11 @@
 """Attention of new queries over a sequence's cache: all of it, or the blocks a Plan names.
 
-`attend` returns what it read beside the output. Blocks that are not chosen are never touched: their
-keys and values are neither multiplied nor masked.
+`attend` returns what it read beside the output. What is read is gathered from the cache's pages
+first. Blocks that no query chose are never touched: their keys and values are neither gathered nor
+multiplied.
+
+Places are counted in slots (see `engine.cache`): where blocks were evicted, a query sees those that
+are left, and a Plan that asks for more of them reads them all.
 """
 
 from __future__ import annotations
@@ -11,77 +15,105 @@ import torch
 from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks
-from vesicle.engine.cache import LayerCache
+from vesicle.engine.cache import SequenceCache
 from vesicle.engine.native import library
 from vesicle.plan import BLOCK, IntArray, visible_blocks
 
 
+class Masks:
+    """Additive causal masks of one pass; layers that hold the same positions share one."""
+
+    def __init__(self) -> None:
+        """None made yet."""
+        self._made: dict[bytes, Tensor] = {}
+
+    def at(self, slots: IntArray, length: int, dtype: torch.dtype) -> Tensor:
+        """(T, length): 0 where slots (T,) may look, else minus infinity."""
+        key = slots.tobytes()
+        if key not in self._made:
+            hidden = torch.arange(length) > torch.from_numpy(slots)[:, None]
+            mask = torch.zeros(len(slots), length, dtype=dtype)
+            self._made = {key: mask.masked_fill_(hidden, -torch.inf)}  # one at a time
+        return self._made[key]
+
+
 def attend(
     query: Tensor,
-    cache: LayerCache,
+    cache: SequenceCache,
+    layer: int,
     positions: IntArray,
     kv_blocks: IntArray,
     scale: float,
     summary: str,
+    masks: Masks | None = None,
 ) -> tuple[Tensor, IntArray, IntArray]:
     """Attention over the cache, which already holds the queries' own keys.
 
     Args:
         query: (T, H, K), rotated.
-        cache: Of one layer of one sequence.
+        cache: Of one sequence.
+        layer: Whose keys and values to read.
         positions: (T,) of the queries, rising.
-        kv_blocks: (T,) blocks to read.
+        kv_blocks: (T,) blocks to read, of those that are held.
         scale: Of the attention logits.
         summary: How blocks are summarised, see `blocks.summarise`.
+        masks: Of the pass, so that layers share them.
 
     Returns:
         (T, H K) output; (T,) positions read; (T,) block summaries read to choose, 0 where nothing
         was chosen.
     """
-    visible = visible_blocks(positions)
+    slots = cache.slots(layer, positions)
+    visible = visible_blocks(slots)
     if (kv_blocks >= visible).all():
-        return _dense(query, cache, positions, scale), positions + 1, np.zeros_like(positions)
-    listed, compared = _choose(query, cache, positions, kv_blocks, scale, summary)
-    out, visited = _blockwise(query, cache, listed, kv_blocks, positions, scale)
-    return out, visited, compared
+        return _dense(query, cache, layer, slots, scale, masks), slots + 1, np.zeros_like(slots)
+    # Blocks are chosen and read in fp32, whatever they are stored in: that is what the kernels do.
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q, n_blocks = query.to(exact), np.minimum(kv_blocks, visible)
+    listed, compared = _choose(
+        q, cache.summaries(layer, summary).to(exact), slots, n_blocks, visible, scale
+    )
+    blocks, listed, slots = _used(listed, slots, n_blocks)
+    keys, values = cache.read(layer, blocks, exact)
+    out, visited = _blockwise(q, keys, values, listed, n_blocks, slots, scale)
+    return out.to(query.dtype), visited, compared
 
 
 def _choose(
     query: Tensor,
-    cache: LayerCache,
-    positions: IntArray,
-    kv_blocks: IntArray,
+    summaries: Tensor,
+    slots: IntArray,
+    n_blocks: IntArray,
+    visible: IntArray,
     scale: float,
-    summary: str,
 ) -> tuple[Tensor, IntArray]:
-    """Blocks (T, G, most) int32 in rising order, the first kv_blocks[t] valid.
+    """Blocks (T, G, most) int32 in rising order, the first n_blocks[t] valid.
 
-    (T,) summaries compared.
+    (T,) summaries (G, N, V, K) compared.
     """
     t, h, k = query.shape
-    summaries = cache.summaries(summary)
-    most = int(kv_blocks.max())
+    most = int(n_blocks.max())
     kernels = library()
     if kernels is None or query.dtype != torch.float32 or query.is_cuda:
         rank = rank_blocks(
-            query.transpose(0, 1)[None], summaries[None], torch.from_numpy(positions)[None], scale
+            query.transpose(0, 1)[None], summaries[None], torch.from_numpy(slots)[None], scale
         )[0]  # (T, G, N)
-        chosen = rank <= torch.from_numpy(kv_blocks)[:, None, None]
+        chosen = rank <= torch.from_numpy(n_blocks)[:, None, None]
         number = torch.arange(rank.shape[-1]).expand_as(rank)
         listed = torch.where(chosen, number, 1 << 30).sort(-1).values[..., :most]
-        compared = np.where(kv_blocks < visible_blocks(positions), positions // BLOCK, 0)
+        compared = np.where(n_blocks < visible, slots // BLOCK, 0)
         return listed.to(torch.int32).contiguous(), compared.astype(np.int32)
     query = query.contiguous()
     g, _, vectors, _ = summaries.shape
     listed = torch.empty(t, g, most, dtype=torch.int32)
     compared = np.empty(t, np.int32)
-    kv_blocks = np.ascontiguousarray(kv_blocks, np.int32)
-    positions = np.ascontiguousarray(positions, np.int32)
+    n_blocks = np.ascontiguousarray(n_blocks, np.int32)
+    slots = np.ascontiguousarray(slots, np.int32)
     kernels.vesicle_choose_blocks_f32(
         query.data_ptr(),
         summaries.data_ptr(),
-        kv_blocks.ctypes.data,
-        positions.ctypes.data,
+        n_blocks.ctypes.data,
+        slots.ctypes.data,
         t,
         h,
         g,
@@ -96,11 +128,32 @@ def _choose(
     return listed, compared
 
 
-def _dense(query: Tensor, cache: LayerCache, positions: IntArray, scale: float) -> Tensor:
+def _used(listed: Tensor, slots: IntArray, n_blocks: IntArray) -> tuple[IntArray, Tensor, IntArray]:
+    """The blocks that any query reads, and the lists and slots of queries in terms of these."""
+    held = int(slots[-1]) // BLOCK + 1
+    if listed.numel() >= 4 * held:  # a chunk's queries together read about every block
+        return np.arange(held, dtype=np.int32), listed, slots
+    valid = torch.arange(listed.shape[2]) < torch.from_numpy(n_blocks)[:, None, None]
+    lists = torch.where(valid, listed, 0)
+    blocks = np.unique(lists.numpy())  # the first block is in every list
+    listed = torch.from_numpy(np.searchsorted(blocks, lists.numpy()).astype(np.int32))
+    own = np.searchsorted(blocks, slots // BLOCK) * BLOCK
+    return blocks, listed, (own + slots % BLOCK).astype(np.int32)
+
+
+def _dense(
+    query: Tensor,
+    cache: SequenceCache,
+    layer: int,
+    slots: IntArray,
+    scale: float,
+    masks: Masks | None,
+) -> Tensor:
     t, h, k = query.shape
     # Queries of a chunk whose other tokens skip attention must not see those tokens' keys.
-    length = int(positions[-1]) + 1
-    keys, values = cache.keys[:, :length], cache.values[:, :length]
+    length = int(slots[-1]) + 1
+    blocks = np.arange(-(-length // BLOCK))
+    keys, values = (x[:, :length] for x in cache.read(layer, blocks, query.dtype))
     q = query.transpose(0, 1)  # (H, T, K)
     if t == 1:
         # Query heads that share a KV head become its rows: no repeated keys, no mask.
@@ -109,7 +162,7 @@ def _dense(query: Tensor, cache: LayerCache, positions: IntArray, scale: float) 
             rows, keys[None], values[None], scale=scale
         )
         return out.reshape(1, h * k)
-    mask = None if t == length else torch.arange(length) <= torch.from_numpy(positions)[:, None]
+    mask = None if t == length else (masks or Masks()).at(slots, length, query.dtype)
     out = nn.functional.scaled_dot_product_attention(
         q[None],
         keys[None],
@@ -124,34 +177,35 @@ def _dense(query: Tensor, cache: LayerCache, positions: IntArray, scale: float) 
 
 def _blockwise(
     query: Tensor,
-    cache: LayerCache,
+    keys: Tensor,
+    values: Tensor,
     listed: Tensor,
     n_blocks: IntArray,
-    positions: IntArray,
+    slots: IntArray,
     scale: float,
 ) -> tuple[Tensor, IntArray]:
     """Attention over listed blocks (T, G, most), the first n_blocks[t] of them valid."""
     t, h, k = query.shape
     kernels = library()
     if kernels is None or query.dtype != torch.float32 or query.is_cuda:
-        return _blockwise_torch(query, cache, listed, n_blocks, positions, scale)
+        return _blockwise_torch(query, keys, values, listed, n_blocks, slots, scale)
     query = query.contiguous()
     out = torch.empty(t, h * k)
     visited = np.empty(t, np.int32)
     n_blocks = np.ascontiguousarray(n_blocks, np.int32)
-    positions = np.ascontiguousarray(positions, np.int32)
+    slots = np.ascontiguousarray(slots, np.int32)
     kernels.vesicle_block_attention_f32(
         query.data_ptr(),
-        cache.keys.data_ptr(),
-        cache.values.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
         listed.data_ptr(),
         n_blocks.ctypes.data,
-        positions.ctypes.data,
+        slots.ctypes.data,
         t,
         h,
         listed.shape[1],
         k,
-        cache.keys.shape[1],
+        keys.shape[1],
         listed.shape[2],
         scale,
         out.data_ptr(),
@@ -162,10 +216,11 @@ def _blockwise(
 
 def _blockwise_torch(
     query: Tensor,
-    cache: LayerCache,
+    keys: Tensor,
+    values: Tensor,
     listed: Tensor,
     n_blocks: IntArray,
-    positions: IntArray,
+    slots: IntArray,
     scale: float,
 ) -> tuple[Tensor, IntArray]:
     t, h, k = query.shape
@@ -176,10 +231,10 @@ def _blockwise_torch(
     for i in range(t):
         for head in range(g):
             blocks = listed[i, head, : int(n_blocks[i])].long()
-            slots = (blocks[:, None] * BLOCK + within).flatten()
-            slots = slots[slots <= int(positions[i])]
+            read = (blocks[:, None] * BLOCK + within).flatten()
+            read = read[read <= int(slots[i])]
             q = query[i].view(g, h // g, k)[head]
-            scores = (q @ cache.keys[head, slots].t()).float() * scale
-            out[i, head] = scores.softmax(-1).to(q.dtype) @ cache.values[head, slots]
-            visited[i] = len(slots)
+            scores = (q @ keys[head, read].t()).float() * scale
+            out[i, head] = scores.softmax(-1).to(q.dtype) @ values[head, read]
+            visited[i] = len(read)
     return out.reshape(t, h * k), visited

@@ -1,80 +1,391 @@
-"""The key-value cache of one sequence.
+"""The key-value cache of one sequence: for each layer, a list of blocks of 16 positions.
 
-One growing pair of tensors per layer, read in blocks of 16.
+The blocks lie in the engine's pool (`engine.pool`). Each layer has its own list, because a block
+may be evicted from one layer and kept in another. Evicting drops an entry of the list and frees the
+block; the keys that stay keep the rotary phases of their own positions, so nothing moves.
+
+A block's place in the list is its *index*; index * 16 + offset is a *slot*. Where nothing was
+evicted a slot is a position. Slots keep the order of positions, so causality can be judged by
+either, and what reads a cache may think in slots throughout.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vesicle.blocks import summarise
-from vesicle.plan import BLOCK
-from vesicle.shapes import ModelShape
+from vesicle.engine.pool import BlockPool, summary_dtype
+from vesicle.errors import VesicleError
+from vesicle.plan import BLOCK, IntArray
 
-_GROWTH = 256
-"""Positions by which room grows at least.
-
-Growth doubles, so that appending is linear on the whole.
-"""
+_ROOM = 16
+"""Entries by which a list grows at least. Room doubles, so that growth is linear on the whole."""
 
 
-class LayerCache:
-    """Keys and values (G, capacity, K) of one layer, of which `length` positions are filled.
+@dataclass
+class _Lists:
+    """The lists of all layers, kept apart from the cache so that they can be freed after it."""
 
-    Summaries of complete blocks are kept as blocks complete, for the methods that choose among
-    blocks.
+    tables: IntArray  # (L, room) block numbers
+    starts: IntArray  # (L, room) first position of each block
+    n_blocks: IntArray  # (L,) entries of each list
+
+
+@dataclass
+class _Summaries:
+    """Summaries (G, room, V, K) of the complete blocks of one layer, the first `count` made."""
+
+    kind: str
+    room: Tensor
+    count: int
+
+
+class SequenceCache:
+    """Keys and values of all layers of one sequence.
+
+    A pass calls `reserve`, then `append` for each layer, then `advance`. The native decoder writes
+    into the pages itself between `reserve` and `advance`.
+
+    Attributes:
+        pool: Where the blocks lie.
+        length: Positions that the sequence has passed; the next token's position.
+        evictions: Times that blocks were evicted, for those who keep what they looked up.
     """
 
-    def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, pool: BlockPool, n_layers: int) -> None:
         """Empty."""
-        size = (shape.n_kv_heads, 0, shape.head_size)
-        self.keys = torch.empty(size, dtype=dtype, device=device)
-        self.values = torch.empty(size, dtype=dtype, device=device)
+        self.pool = pool
         self.length = 0
-        self._summaries: Tensor | None = None  # (G, capacity, V, K)
-        self._summarised = 0
+        self._lists = _Lists(
+            tables=np.zeros((n_layers, _ROOM), np.int32),
+            starts=np.zeros((n_layers, _ROOM), np.int32),
+            n_blocks=np.zeros(n_layers, np.int32),
+        )
+        self._room_end = 0  # a multiple of 16: positions below it have, or had, a block
+        self._ends = np.zeros(n_layers, np.int64)  # positions written; ahead of `length` in a pass
+        self._evicted = np.zeros(n_layers, np.int64)  # blocks
+        self._summaries: list[_Summaries | None] = [None] * n_layers
+        self.evictions = 0
+        self._open = True
+        self._freer = weakref.finalize(self, _release, pool, self._lists)
+        self._freer.atexit = False
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add keys and values (G, T, K)."""
-        end = self.length + keys.shape[1]
-        self.grow(end)
-        self.keys[:, self.length : end] = keys
-        self.values[:, self.length : end] = values
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return len(self._ends)
+
+    @property
+    def tables(self) -> IntArray:
+        """(L, room) numbers of the blocks in the pool, in the order of positions.
+
+        The array is replaced when room grows, which only `reserve` does.
+        """
+        return self._lists.tables
+
+    @property
+    def starts(self) -> IntArray:
+        """(L, room) first position of each block, a multiple of 16, rising."""
+        return self._lists.starts
+
+    @property
+    def n_blocks(self) -> IntArray:
+        """(L,) blocks in each layer's list.
+
+        After `reserve(n)` the last is the one of position length + n - 1.
+        """
+        return self._lists.n_blocks
+
+    def check_open(self) -> None:
+        """Refuse to go on once freed.
+
+        Raises:
+            VesicleError: If the cache was freed.
+        """
+        if not self._open:
+            raise VesicleError("the sequence is closed; start a new one")
+
+    def blocks_needed(self, n_tokens: int) -> int:
+        """Blocks that `reserve(n_tokens)` would take from the pool."""
+        return self.n_layers * max(0, _blocks(self.length + n_tokens) - self._room_end // BLOCK)
+
+    def reserve(self, n_tokens: int) -> None:
+        """Make room in every layer for exactly `n_tokens` more, or in none.
+
+        Room left over from a pass that was broken off goes back, and so does what it wrote.
+
+        Raises:
+            CacheFullError: If the pool has too few free blocks; nothing has changed then.
+            VesicleError: If the cache was freed.
+        """
+        self.check_open()
+        if (self._ends != self.length).any():
+            self._rewind()
+        end = _blocks(self.length + n_tokens) * BLOCK
+        n = (end - self._room_end) // BLOCK
+        if n == 0:
+            return
+        lists, rows = self._lists, np.arange(self.n_layers)[:, None]
+        if n > 0:
+            # A layer's blocks lie side by side: a chunk is read layer by layer.
+            blocks = self.pool.allocate(self.n_layers * n).reshape(-1, n)
+            self._grow(int(lists.n_blocks.max()) + n)
+            places = lists.n_blocks[:, None] + np.arange(n)
+            lists.tables[rows, places] = blocks
+            lists.starts[rows, places] = self._room_end + BLOCK * np.arange(n)
+            lists.n_blocks += n
+        else:
+            places = lists.n_blocks[:, None] + np.arange(n, 0)
+            lists.n_blocks += n
+            self.pool.release(lists.tables[rows, places].ravel())
+        self._room_end = end
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values (G, T, K), any float dtype, at positions `length` and on.
+
+        Raises:
+            ValueError: If no room was reserved for them.
+        """
+        first, end = self.length, self.length + keys.shape[1]
+        if end > self._room_end:
+            raise ValueError(f"room ends at position {self._room_end}; {end} are to be written")
+        table, pool = self.tables[layer], self.pool
+        index = int(self.n_blocks[layer]) - (self._room_end // BLOCK - first // BLOCK)
+        at = 0
+        while at < end - first:
+            offset, left = (first + at) % BLOCK, end - first - at
+            whole = left // BLOCK if offset == 0 else 0
+            if whole:
+                n = whole * BLOCK
+                part = slice(at, at + n)
+                pool.write(table[index : index + whole], keys[:, part], values[:, part])
+                index += whole
+            else:
+                n = min(left, BLOCK - offset)
+                part = slice(at, at + n)
+                pool.write_part(int(table[index]), offset, keys[:, part], values[:, part])
+                index += 1
+            at += n
+        self._ends[layer] = end
+
+    def advance(self, n_tokens: int) -> None:
+        """Count `n_tokens` that were written in every layer.
+
+        Raises:
+            ValueError: If no room was reserved for them.
+        """
+        end = self.length + n_tokens
+        if end > self._room_end:
+            raise ValueError(f"room ends at position {self._room_end}; {end} are to be counted")
         self.length = end
+        self._ends[:] = end
 
-    def grow(self, end: int) -> None:
-        """Make room for `end` positions."""
-        if end > self.keys.shape[1]:
-            room = max(_GROWTH, 2 * self.keys.shape[1], -(-end // BLOCK) * BLOCK)
-            self.keys, self.values = (
-                _grown(old, room, self.length) for old in (self.keys, self.values)
+    def positions(self, layer: int) -> IntArray:
+        """(n,) the positions that a layer holds, rising."""
+        n = -(-self._held(layer) // BLOCK)
+        within = np.arange(BLOCK, dtype=np.int32)
+        return (self.starts[layer, :n, None] + within).ravel()[: self._held(layer)]
+
+    def slots(self, layer: int, positions: IntArray) -> IntArray:
+        """Slots of positions (T,) whose blocks the layer holds."""
+        if not self._evicted[layer]:
+            return positions
+        starts = self.starts[layer, : self.n_blocks[layer]]
+        index = np.searchsorted(starts, positions // BLOCK * BLOCK)
+        return (index * BLOCK + positions % BLOCK).astype(np.int32)
+
+    def gather(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values (G, n, K) of all positions that a layer holds, contiguous."""
+        n = self._held(layer)
+        keys, values = self.read(layer, np.arange(_blocks(n)), dtype)
+        return keys[:, :n].contiguous(), values[:, :n].contiguous()
+
+    def read(
+        self, layer: int, blocks: NDArray[np.integer], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (G, 16 N, K) of the blocks at N indices, contiguous.
+
+        Positions of a block that were not written hold anything.
+        """
+        numbers = self.tables[layer, blocks]
+        return self.pool.read_keys(numbers, dtype), self.pool.read_values(numbers, dtype)
+
+    def summaries(self, layer: int, summary: str) -> Tensor:
+        """Summaries (G, N, V, K) of the N complete blocks of a layer.
+
+        They are made once, as blocks complete, from the keys as they are read back. The stride of
+        a KV head leaves room for more blocks; the rest is contiguous. All layers that were asked
+        at one length have the same room, which native code relies on.
+        """
+        complete, made = self._complete(layer), self._summaries[layer]
+        most = max(_ROOM, int(self._ends.max()) // BLOCK - int(self._evicted.min()))
+        room = 1 << (most - 1).bit_length()
+        if made is None or made.kind != summary:
+            made = _Summaries(summary, self._summary_room(summary, room), 0)
+        if room != made.room.shape[1]:
+            moved = self._summary_room(summary, room)
+            moved[:, : made.count] = made.room[:, : made.count]
+            made.room = moved
+        if complete > made.count:
+            fresh = self.tables[layer, made.count : complete]
+            keys = self.pool.read_keys(fresh, _exact(made.room.dtype))
+            made.room[:, made.count : complete] = summarise(keys, summary)
+            made.count = complete
+        self._summaries[layer] = made
+        return made.room[:, :complete]
+
+    def evict(self, layer: int, blocks: Items[int] | NDArray[np.integer]) -> None:
+        """Drop blocks from a layer's list and let go of them; later indices move down.
+
+        Args:
+            layer: Whose list.
+            blocks: Indices of complete blocks.
+
+        Raises:
+            ValueError: If an index is out of range, or its block is not complete.
+        """
+        chosen = np.asarray(blocks, np.int64)
+        # Not what a pass under way has written: it may be broken off.
+        complete = min(self._complete(layer), self.length // BLOCK - int(self._evicted[layer]))
+        if not len(chosen):
+            return
+        if chosen.min() < 0 or chosen.max() >= complete:
+            raise ValueError(
+                f"blocks {chosen.min()} to {chosen.max()} of layer {layer} are to be evicted; "
+                f"its {complete} complete blocks may be"
             )
+        lists, n = self._lists, int(self.n_blocks[layer])
+        stays = np.ones(n, bool)
+        stays[chosen] = False
+        dropped = lists.tables[layer, :n][~stays]
+        left = n - len(dropped)
+        lists.tables[layer, :left] = lists.tables[layer, :n][stays]
+        lists.starts[layer, :left] = lists.starts[layer, :n][stays]
+        lists.n_blocks[layer] = left
+        self._evicted[layer] += len(dropped)
+        made = self._summaries[layer]
+        if made is not None:
+            rows = torch.from_numpy(np.nonzero(stays[: made.count])[0])
+            made.room[:, : len(rows)] = made.room[:, rows]
+            made.count = len(rows)
+        self.evictions += 1
+        self.pool.release(dropped)
 
-    def summaries(self, summary: str) -> Tensor:
-        """Summaries (G, N, V, K) of the N complete blocks."""
-        complete = self.length // BLOCK
-        if self._summaries is None or complete > self._summaries.shape[1]:
-            room = max(16, 2 * complete)
-            vectors = 1 if summary == "mean" else 2
-            g, _, k = self.keys.shape
-            grown = self.keys.new_empty(g, room, vectors, k)
-            if self._summaries is not None:
-                grown[:, : self._summarised] = self._summaries[:, : self._summarised]
-            self._summaries = grown
-        if complete > self._summarised:
-            fresh = self.keys[:, self._summarised * BLOCK : complete * BLOCK]
-            self._summaries[:, self._summarised : complete] = summarise(fresh, summary)
-            self._summarised = complete
-        return self._summaries[:, :complete]
+    def fork(self, n_tokens: int) -> SequenceCache:
+        """A cache of the first `n_tokens` positions, as far as they are held.
+
+        Complete blocks are shared, an incomplete last one is copied. Neither sequence ever writes
+        into a complete block, so both go on as they like.
+
+        Raises:
+            CacheFullError: If the pool has no room for the copy.
+            ValueError: If this cache is shorter, or a part of an evicted block would be needed.
+        """
+        self.check_open()
+        if not 0 <= n_tokens <= self.length:
+            raise ValueError(f"{n_tokens} tokens are to be shared; allowed: 0 to {self.length}")
+        lists, edge, rows = self._lists, n_tokens // BLOCK * BLOCK, np.arange(self.n_layers)
+        held = np.arange(lists.starts.shape[1]) < lists.n_blocks[:, None]
+        shared = (held & (lists.starts < edge)).sum(1)  # (L,) leading entries
+        fork, n = SequenceCache(self.pool, self.n_layers), int(shared.max())
+        fork._grow(n + 1)
+        mine = fork._lists
+        mine.tables[:, :n], mine.starts[:, :n] = lists.tables[:, :n], lists.starts[:, :n]
+        if n_tokens > edge:
+            there = (held & (lists.starts == edge)).any(1)
+            if not there.all():
+                raise ValueError(
+                    f"{n_tokens} tokens are to be shared, but layer {np.argmin(there)} has evicted "
+                    f"the block of positions {edge} to {edge + BLOCK - 1}"
+                )
+            tail = self.pool.allocate(self.n_layers)
+            self.pool.copy(lists.tables[rows, shared], tail)
+            mine.tables[rows, shared], mine.starts[rows, shared] = tail, edge
+        for layer, count in enumerate(shared.tolist()):
+            self.pool.retain(lists.tables[layer, :count])
+        mine.n_blocks[:] = shared + (n_tokens > edge)
+        fork.length, fork._room_end = n_tokens, _blocks(n_tokens) * BLOCK
+        fork._ends[:] = n_tokens
+        fork._evicted[:] = edge // BLOCK - shared
+        return fork
+
+    def free(self) -> None:
+        """Let go of every block; doing it again does nothing.
+
+        It also happens when the cache is dropped.
+        """
+        self._open = False
+        self._freer()
+        self._summaries = [None] * self.n_layers
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the filled positions."""
-        return 2 * self.keys.shape[0] * self.length * self.keys.shape[2] * self.keys.element_size()
+        """Bytes of the positions held, as `cost.Cost` prices them."""
+        if not self._open:
+            return 0
+        positions = self.n_layers * self.length - BLOCK * int(self._evicted.sum())
+        return positions * self.pool.bytes_per_block // BLOCK
+
+    @property
+    def bytes_allocated(self) -> int:
+        """Bytes of the blocks in the lists, filled or not, shared or not."""
+        return int(self.n_blocks.sum()) * self.pool.bytes_per_block
+
+    @property
+    def summary_bytes(self) -> int:
+        """Bytes that the summaries take, room to grow included."""
+        return sum(s.room.nbytes for s in self._summaries if s is not None)
+
+    def _held(self, layer: int) -> int:
+        """Positions that a layer holds."""
+        return int(self._ends[layer] - BLOCK * self._evicted[layer]) if self._open else 0
+
+    def _complete(self, layer: int) -> int:
+        """Complete blocks in a layer's list."""
+        return self._held(layer) // BLOCK
+
+    def _grow(self, n: int) -> None:
+        """Make room for `n` entries in each list."""
+        lists, room = self._lists, self._lists.tables.shape[1]
+        if n <= room:
+            return
+        more = np.zeros((self.n_layers, max(n, 2 * room) - room), np.int32)
+        lists.tables = np.concatenate([lists.tables, more], axis=1)
+        lists.starts = np.concatenate([lists.starts, more], axis=1)
+
+    def _rewind(self) -> None:
+        """Forget what a pass that was broken off has written beyond `length`."""
+        self._ends[:] = self.length
+        for layer, made in enumerate(self._summaries):
+            if made is not None:
+                made.count = min(made.count, self._complete(layer))
+
+    def _summary_room(self, summary: str, n: int) -> Tensor:
+        pool, vectors = self.pool, 1 if summary == "mean" else 2
+        _, g, _, k = pool.values.shape
+        with torch.inference_mode(False):
+            size = (g, n, vectors, k)
+            return torch.empty(size, dtype=summary_dtype(pool.kv), device=pool.values.device)
 
 
-def _grown(old: Tensor, room: int, length: int) -> Tensor:
-    new = old.new_empty(old.shape[0], room, old.shape[2])
-    new[:, :length] = old[:, :length]
-    return new
+def _blocks(n_positions: int) -> int:
+    """Blocks that hold `n_positions`."""
+    return -(-n_positions // BLOCK)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """What summaries of a dtype are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _release(pool: BlockPool, lists: _Lists) -> None:
+    for layer, n in enumerate(lists.n_blocks.tolist()):
+        pool.release(lists.tables[layer, :n])
+    lists.n_blocks[:] = 0

@@ -5,8 +5,6 @@ Kept apart from prices so that the two can disagree.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,7 +31,8 @@ class Counters:
         self._standin = np.zeros(n_tokens, np.int64)
         self._modulator_flops = np.zeros(n_tokens, np.int64)
         self._modulator_bytes = np.zeros(n_tokens, np.int64)
-        self._heads = np.zeros(n_tokens, np.int64)
+        self._head_rows = np.zeros(n_tokens, np.int64)
+        self._head_bits = np.zeros(n_tokens, np.int64)
 
     def projection(
         self,
@@ -56,13 +55,24 @@ class Counters:
         self._visited[layer, tokens] = visited
         self._compared[layer, tokens] = compared.astype(np.int64) * vectors
 
-    def expose(self, token: Any) -> None:
-        """Let the native kernel write the counts of a pass of one token, by layer."""
-        token.rows, token.outputs = self._rows.ctypes.data, self._outputs.ctypes.data
-        token.visited, token.compared = self._visited.ctypes.data, self._compared.ctypes.data
+    def adopt(
+        self,
+        *,
+        rows: NDArray[np.int64],
+        outputs: NDArray[np.int64],
+        bits: IntArray,
+        visited: NDArray[np.int64],
+        compared: NDArray[np.int64],
+        standin: NDArray[np.int64],
+    ) -> None:
+        """Take over what the native core counted: (N, L, 4) three times, (N, L) twice, (N,)."""
+        self._rows[:], self._outputs[:] = rows.transpose(1, 2, 0), outputs.transpose(1, 2, 0)
+        self._bits[:] = bits.transpose(1, 2, 0)
+        self._visited[:], self._compared[:] = visited.T, compared.T
+        self._standin[:] = standin
 
     def released(self, overhead: Overhead, n_layers: int) -> None:
-        """`modulator` for all layers of a pass of one token."""
+        """`modulator` for all layers and tokens."""
         self._modulator_flops += n_layers * overhead.modulator_flops
         self._modulator_bytes += n_layers * overhead.modulator_bytes
 
@@ -75,18 +85,24 @@ class Counters:
         self._modulator_flops[rows] += overhead.modulator_flops
         self._modulator_bytes[rows] += overhead.modulator_bytes
 
-    def head(self, rows: slice) -> None:
-        """The LM head run for rows."""
-        self._heads[rows] += 1
+    def head(self, rows: slice, survivors: IntArray | int = 0) -> None:
+        """The LM head run for rows: whole, or screened with that many rows read again."""
+        shape = self._shape
+        again = np.zeros(len(self._head_rows[rows]), np.int64) + survivors
+        self._head_rows[rows] += shape.vocabulary + again
+        # The leading plane and the scales of every row, then the trailing plane of the survivors.
+        screened = 5 * shape.vocabulary + 4 * again
+        self._head_bits[rows] += np.where(
+            again > 0, screened, shape.charged_head_bits * shape.vocabulary
+        )
 
     def totals(self, rows: slice) -> dict[str, NDArray[np.int64]]:
         """Fields of `cost.Cost` (but the bytes held) for a slice of tokens."""
         shape = self._shape
         numbers = self._rows[..., rows] * self._outputs[..., rows]
-        bits = self._bits[..., rows]
-        eighths = numbers * np.where(bits == FULL_BITS, 8 * shape.weight_bytes, bits + 1)
+        bits_read = (numbers * shape.charged_bits(self._bits[..., rows])).sum((0, 1))
+        bits_read += shape.width * self._head_bits[rows]
         visited, compared = self._visited[:, rows].sum(0), self._compared[:, rows].sum(0)
-        head = self._heads[rows] * shape.width * shape.vocabulary
         standin = self._standin[rows] * 2 * shape.width
         return {
             "flops_linear": 2 * numbers.sum((0, 1)),
@@ -94,9 +110,9 @@ class Counters:
             "flops_selection": 2 * shape.query_width * compared,
             "flops_standin": 2 * standin,
             "flops_modulator": self._modulator_flops[rows],
-            "flops_head": 2 * head,
-            "weight_bytes": eighths.sum((0, 1)) // 8
-            + (standin + head) * shape.weight_bytes
+            "flops_head": 2 * shape.width * self._head_rows[rows],
+            "weight_bytes": bits_read // 8
+            + standin * shape.weight_bytes
             + self._modulator_bytes[rows],
-            "kv_bytes_read": shape.kv_width * shape.kv_bytes * (2 * visited + compared),
+            "kv_bytes_read": shape.position_bytes * visited + shape.summary_vector_bytes * compared,
         }

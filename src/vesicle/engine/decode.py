@@ -1,337 +1,439 @@
-"""The fast path of decoding: one token of one sequence through all layers in one native call.
+"""The fast path of decoding: one token of each of up to 16 sequences in one native call.
 
-The kernel knows RMSNorm, rotary over the whole head, SiLU-gated FFNs and fp32 weights; it releases
-levels with the linear predictor and decides as the effectors do. Where a Plan sends the token to a
-stand-in the kernel returns, the engine's general path runs that half of the layer, and the kernel
-goes on. Everything else - other predictors and families, fewer bits, several tokens - takes the
-general path throughout. Both count alike, and a test holds their Plans and logits equal.
+The core (`engine.core`) knows RMSNorm, rotary over the whole head, SiLU-gated FFNs, packed, fp32
+and bf16 weights, and every KV format but fp64. It releases levels with the linear predictor and
+decides as the effectors do; authors that know their decisions beforehand hand them over
+(`Author.planned`). Everything else - other predictors and families, several tokens at once - takes
+the engine's general path. Both count alike, and a test holds their Plans and logits equal.
+
+What the core records about a token lies in its sequence's `Slot` until somebody asks for it: adding
+it to the Plan token by token would take longer than the arithmetic of a layer.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vesicle.engine.cache import LayerCache
+from vesicle.engine import core
 from vesicle.engine.counters import Counters
-from vesicle.engine.native import library
+from vesicle.engine.linear import ChannelMajor, Projection
+from vesicle.engine.packed import PackedHead, PackedPair, PackedWeight
+from vesicle.engine.pool import BlockPool
+from vesicle.engine.rotary import Rotary
 from vesicle.engine.weights import Weights
+from vesicle.families.base import DecoderConfig
 from vesicle.modulator import ModulatorAuthor
-from vesicle.plan import (
-    BLOCK,
-    FFN_BIG,
-    FULL_BITS,
-    AttentionDecision,
-    Author,
-    FfnDecision,
-    IntArray,
-    PlanBuilder,
-)
+from vesicle.plan import BLOCK, FULL_BITS, resting_rows
 from vesicle.predictors.linear import LinearPredictor
-from vesicle.shapes import Overhead
+from vesicle.standins import StandIns
 from vesicle.transmitters import NAMES, index
 
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+if TYPE_CHECKING:
+    from vesicle.engine.engine import Sequence
+
+_ROWS = 32
+"""Tokens that a slot records before they are added to the Plan."""
+_MOST_STEPS = 8
+"""Steps of a ladder of bits that the core takes."""
+_MOST_RATIO = 256
+"""Query heads of a KV head that the core takes."""
+MOST_TOKENS = core.MOST_TOKENS
+NOTHING, LOGITS, LIKELIEST = 0, 1, 2
 
 
-class _Layer(ctypes.Structure):
-    """Mirrors `Layer` in native.cpp."""
+class Slot:
+    """What one sequence hands to the core, and what the core has recorded of its last tokens."""
 
-    _fields_ = [
-        *((name, _LONG) for name in ("width", "heads", "kv_heads", "size", "ffn_width")),
-        ("eps", _FLOAT),
-        ("scale", _FLOAT),
-        *(
-            (name, _POINTER)
-            for name in (
-                "attention_gain",
-                "attention_in",
-                "attention_in_bias",
-                "attention_out",
-                "attention_out_bias",
-                "ffn_gain",
-                "ffn_in",
-                "ffn_in_bias",
-                "ffn_out",
-                "ffn_out_bias",
+    def __init__(self, sequence: Sequence) -> None:
+        """For a sequence whose author the core covers."""
+        shape = sequence.engine.shape
+        layers, sites = shape.n_layers, 4
+        self._shape = shape
+        self.plan = {
+            "channels": np.empty((_ROWS, layers, sites), np.int32),
+            "bits": np.empty((_ROWS, layers, sites), np.int32),
+            "ffn": np.empty((_ROWS, layers), np.int32),
+            "attention": np.empty((_ROWS, layers), np.int32),
+            "kv_blocks": np.empty((_ROWS, layers), np.int32),
+            "head": np.empty(_ROWS, np.int32),
+        }
+        self.levels = np.ones((_ROWS, layers, len(NAMES)))
+        self.rows = np.zeros((_ROWS, layers, sites), np.int64)
+        self.outputs = np.zeros((_ROWS, layers, sites), np.int64)
+        self.visited = np.zeros((_ROWS, layers), np.int64)
+        self.compared = np.zeros((_ROWS, layers), np.int64)
+        self.standin = np.zeros(_ROWS, np.int64)
+        self.heads = np.zeros(_ROWS, np.int64)
+        self.used = self._planned = 0
+        self.hidden = torch.empty(shape.width)
+        self._summaries = np.zeros(layers, np.uint64)
+        self._summarised: tuple[int, int] | None = None
+        self._room: Tensor | None = None  # (L, G, groups of 16, V, K, 16) summaries, turned
+        self._tables: object = None
+        self.token = core.Token(hidden=self.hidden.data_ptr())
+        self._pairs = [
+            (name, array, array.strides[0])
+            for name, array in (
+                ("channels", self.plan["channels"]),
+                ("bits", self.plan["bits"]),
+                ("module", self.plan["ffn"]),
+                ("run", self.plan["attention"]),
+                ("kv_blocks", self.plan["kv_blocks"]),
+                ("head", self.plan["head"]),
+                ("levels", self.levels),
+                ("rows", self.rows),
+                ("outputs", self.outputs),
+                ("visited", self.visited),
+                ("compared", self.compared),
+                ("standin", self.standin),
             )
-        ),
-    ]
+        ]
+        self._addresses = [(n, array.ctypes.data, stride) for n, array, stride in self._pairs]
+        equipment = sequence.equipment
+        self._ffn_standin = _stand_in(equipment.ffn_standin)
+        self._attention_standin = _stand_in(equipment.attention_standin)
+        self.token.ffn_standin = _where(self._ffn_standin)
+        self.token.attention_standin = _where(self._attention_standin)
+        author = sequence.author
+        self._modulator: core.ModulatorParts | None = None
+        self._least = 0
+        if isinstance(author, ModulatorAuthor) and not author.rests:
+            self._modulator = _modulator_parts(author)
+            self._least = author.modulator.gaba.least
+            self.token.modulator = ctypes.addressof(self._modulator)
+        self.token.vectors = sequence.overhead.selection_vectors
 
+    def knows(self, sequence: Sequence) -> bool:
+        """Whether the author says what the next token does without seeing hidden states."""
+        if self.used == self._planned:
+            self.settle(sequence)
+        return self.used > 0 or self._plan_ahead(sequence)
 
-class _Token(ctypes.Structure):
-    """Mirrors `Token` in native.cpp."""
+    def prepare(self, sequence: Sequence, token_id: int, rotation: tuple[int, int]) -> None:
+        """Set the structure for the next token."""
+        if self.used == self._planned:
+            self.settle(sequence)
+            self._plan_ahead(sequence)
+        position, cache = sequence.length, sequence.cache
+        token, i = self.token, self.used
+        for name, start, stride in self._addresses:
+            setattr(token, name, start + i * stride)
+        token.id, token.position = token_id, position
+        token.place = math.log2((position + 1) / BLOCK) / 8
+        token.cosine, token.sine = rotation
+        tables = cache.tables
+        if tables is not self._tables:
+            self._tables = tables
+            token.tables, token.starts = tables.ctypes.data, cache.starts.ctypes.data
+            token.room = tables.shape[1]
+        token.held = cache.n_blocks.ctypes.data
+        self._summarise(sequence)
 
-    _fields_ = [
-        *((n, _LONG) for n in ("n_layers", "layer", "half", "position", "vectors", "released")),
-        *(
-            (name, _POINTER)
-            for name in (
-                "layers",
-                "keys",
-                "values",
-                "capacities",
-                "summaries",
-                "rooms",
-                "rotates",
-                "cosine",
-                "sine",
-                "hidden",
-                "after",
-                "channels",
-                "module",
-                "run",
-                "kv_blocks",
-                "levels",
-                "rows",
-                "outputs",
-                "visited",
-                "compared",
-                "weight",
-                "offset",
-                "log_slope",
-                "place_weight",
-            )
-        ),
-        ("pressure", ctypes.c_double),
-        ("place", ctypes.c_double),
-        ("rates", ctypes.c_double * 4),
-        *((n, ctypes.c_double) for n in ("floor", "ffn_below", "attention_below", "bypass_below")),
-        ("least", _LONG),
-        ("columns", _INT * 8),
-    ]
+    def _plan_ahead(self, sequence: Sequence) -> bool:
+        """Fill the rows of the next tokens with what is known of them."""
+        position = sequence.length
+        positions = np.arange(position, position + _ROWS, dtype=np.int32)
+        plan, self._planned = self.plan, _ROWS
+        if self._modulator is None:
+            known = sequence.author.planned(positions)
+            if known is None:
+                self._planned = 0
+                return False
+            n = self._planned = len(known["head"])
+            for name, values in known.items():
+                plan[name][:n] = values
+            packed = self._shape.stored_bits is not None
+            return packed or bool((plan["bits"][:n] == FULL_BITS).all())
+        for name, rows in resting_rows(self._shape, positions).items():
+            plan[name][:] = rows
+        return True
 
+    def _summarise(self, sequence: Sequence) -> None:
+        """Bring the summaries of complete blocks up to date, where blocks may be chosen.
 
-@dataclass(frozen=True, kw_only=True)
-class General:
-    """The engine's general path for one half of a layer, for the token at hand.
+        The core adds those of blocks that it completes itself.
+        """
+        position, cache = sequence.length, sequence.cache
+        block = position // BLOCK
+        if self._modulator is not None:
+            needed = block + 1 > self._least
+        elif self.token.summaries:
+            needed = True
+        else:
+            blocks = self.plan["kv_blocks"][self.used : self._planned]
+            visible = np.arange(position, position + len(blocks)) // BLOCK + 1
+            needed = bool((blocks < visible[:, None]).any())
+        if not needed:
+            self.token.summaries = None
+            return
+        room = self._room
+        if room is None or block >= room.shape[2] * BLOCK:
+            self._summarised = None
+        if self._summarised != (block, cache.evictions):
+            self._turn_summaries(sequence)
+        # The next block is complete when this token is written into its last place.
+        complete = (position + 1) // BLOCK
+        self._summarised = (complete, cache.evictions)
 
-    Attributes:
-        attention: (layer, hidden (1, D), decision) to attention's contribution (1, D).
-        ffn: (layer, residual stream (1, D), decision) to the FFN's contribution (1, D).
-    """
+    def _turn_summaries(self, sequence: Sequence) -> None:
+        """Lay summaries out as the core compares them: 16 blocks' numbers side by side."""
+        cache, shape, token = sequence.cache, self._shape, self.token
+        kind = sequence.equipment.summary
+        made = [cache.summaries(layer, kind) for layer in range(shape.n_layers)]  # (G, N, V, K)
+        most = max(m.shape[1] for m in made)
+        groups = max(4, 2 * (most // BLOCK + 1))
+        g, _, v, k = made[0].shape
+        room = torch.zeros(shape.n_layers, g, groups, v, k, BLOCK, dtype=made[0].dtype)
+        for layer, summaries in enumerate(made):
+            padded = nn.functional.pad(summaries, (0, 0, 0, 0, 0, -summaries.shape[1] % BLOCK))
+            turned = padded.unflatten(1, (-1, BLOCK)).permute(0, 1, 3, 4, 2)
+            room[layer, :, : turned.shape[1]] = turned
+            self._summaries[layer] = room[layer].data_ptr()
+        self._room = room
+        token.room_summaries = groups * BLOCK
+        token.summaries = self._summaries.ctypes.data
 
-    attention: Callable[[int, Tensor, AttentionDecision], Tensor]
-    ffn: Callable[[int, Tensor, FfnDecision], Tensor]
+    def done(self, head: bool) -> None:
+        """Count the token that the core has just run."""
+        self.heads[self.used] = head
+        self.used += 1
 
-
-class CachePointers:
-    """Addresses of one sequence's caches, renewed when a cache has moved or a block is complete."""
-
-    def __init__(self, caches: list[LayerCache]) -> None:
-        """For the caches of all layers."""
-        n = len(caches)
-        self.caches = caches
-        self._keys_at, self._block = 0, -1
-        self.keys, self.values, self.summaries = (np.zeros(n, np.uint64) for _ in range(3))
-        self.capacities, self.rooms = np.zeros(n, np.int64), np.zeros(n, np.int64)
-        self.vectors = 0
-
-    def renew(self, position: int, summary: str | None) -> None:
-        """Make room for `position`; with a summary, bring the summaries of blocks up to date."""
-        if self.caches[0].keys.data_ptr() != self._keys_at or position >= self.capacities[0]:
-            for i, cache in enumerate(self.caches):
-                cache.grow(position + 1)
-                self.keys[i], self.values[i] = cache.keys.data_ptr(), cache.values.data_ptr()
-                self.capacities[i] = cache.keys.shape[1]
-            self._keys_at = self.caches[0].keys.data_ptr()
-        if summary is not None and self._block != position // BLOCK:
-            for i, cache in enumerate(self.caches):
-                blocks = cache.summaries(summary)
-                self.vectors = int(blocks.shape[2])
-                self.rooms[i] = blocks.stride(0) // (self.vectors * blocks.shape[3])
-                self.summaries[i] = blocks.data_ptr()
-            self._block = position // BLOCK
+    def settle(self, sequence: Sequence) -> None:
+        """Add the recorded tokens to the sequence's Plan, levels and counts."""
+        n, self.used, self._planned = self.used, 0, 0
+        if n == 0:
+            return
+        sequence.builder.chunk(n)
+        for name, rows in sequence.builder.newest.items():
+            rows[:] = self.plan[name][:n]
+        if isinstance(sequence.author, ModulatorAuthor):
+            sequence.author.adopt(self.levels[:n].copy())
+        counters = Counters(self._shape, n)
+        counters.adopt(
+            rows=self.rows[:n],
+            outputs=self.outputs[:n],
+            bits=self.plan["bits"][:n],
+            visited=self.visited[:n],
+            compared=self.compared[:n],
+            standin=self.standin[:n],
+        )
+        if self._modulator is not None:
+            counters.released(sequence.overhead, self._shape.n_layers)
+        for row in np.nonzero(self.heads[:n])[0]:
+            counters.head(slice(row, row + 1), self.plan["head"][row : row + 1])
+        sequence.counted.append(counters.totals(slice(0, n)))
+        for array in (self.rows, self.outputs, self.visited, self.compared, self.standin):
+            array[:n] = 0
+        self.levels[:n] = 1
 
 
 class Decoder:
-    """Runs single tokens natively."""
+    """Runs single tokens of up to 16 sequences natively."""
 
-    def __init__(self, weights: Weights, kernels: ctypes.CDLL, scale: float) -> None:
+    def __init__(
+        self, weights: Weights, config: DecoderConfig, pool: BlockPool, scale: float
+    ) -> None:
         """Use `build`."""
-        shape, config = weights.config.shape, weights.config
-        self._kernels, self._shape, self._weights = kernels, shape, weights
-        layers = (_Layer * shape.n_layers)()
-        for layer, w in zip(layers, weights.layers, strict=True):
-            layer.width, layer.heads, layer.kv_heads = shape.width, shape.n_heads, shape.n_kv_heads
-            layer.size, layer.ffn_width = shape.head_size, shape.ffn_width
-            layer.eps, layer.scale = config.norm_eps, scale
-            tensors = {
-                "attention_gain": w.attention_norm.weight,
-                "attention_in": w.attention_in.weight,
-                "attention_in_bias": w.attention_in.bias,
-                "attention_out": w.attention_out.weight,
-                "attention_out_bias": w.attention_out.bias,
-                "ffn_gain": w.ffn_norm.weight,
-                "ffn_in": w.ffn_in.weight,
-                "ffn_in_bias": w.ffn_in.bias,
-                "ffn_out": w.ffn_out.weight,
-                "ffn_out_bias": w.ffn_out.bias,
-            }
-            for name, tensor in tensors.items():
-                setattr(layer, name, None if tensor is None else tensor.data_ptr())
-        self._layers = layers
-        self._rotates = np.array(config.rotary_layers, np.int64)
-        self._widths = np.array(shape.site_widths, np.int32)
+        library = core.library()
+        assert library is not None
+        self._library, self._weights, self._pool = library, weights, pool
+        shape = config.shape
+        self._shape = shape
+        self._kept: list[Tensor] = []  # fp32 copies, which the structures point to
+        self._rotary = Rotary(config, torch.float32)
+        self._layers = (core.Layer * shape.n_layers)()
+        for number, (layer, w) in enumerate(zip(self._layers, weights.layers, strict=True)):
+            if isinstance(w.attention_in, PackedPair):
+                layer.value_key, layer.query = map(core.describe, w.attention_in.parts)
+            else:
+                split = 2 * shape.kv_width
+                layer.value_key = self._projection(w.attention_in, 0, split)
+                layer.query = self._projection(w.attention_in, split, w.attention_in.n_out)
+            layer.attention_out = self._projection(w.attention_out)
+            layer.ffn_in, layer.ffn_out = self._projection(w.ffn_in), self._projection(w.ffn_out)
+            layer.attention_gain = self._fp32(w.attention_norm.weight)
+            layer.ffn_gain = self._fp32(w.ffn_norm.weight)
+            layer.query_gain = self._fp32(w.query_norm.weight if w.query_norm else None)
+            layer.key_gain = self._fp32(w.key_norm.weight if w.key_norm else None)
+            layer.rotates = config.rotary_layers[number]
+        self._model = core.Model(
+            n_layers=shape.n_layers,
+            width=shape.width,
+            heads=shape.n_heads,
+            kv_heads=shape.n_kv_heads,
+            size=shape.head_size,
+            ffn_width=shape.ffn_width,
+            vocabulary=shape.vocabulary,
+            eps=config.norm_eps,
+            scale=scale,
+            layers=ctypes.addressof(self._layers),
+            final_gain=self._fp32(weights.final_norm.weight),
+            embedding=self._head(weights.embedding, None),
+            head=self._head(weights.head, weights.head_bias),
+            keys=pool.keys.data_ptr(),
+            values=pool.values.data_ptr(),
+            key_scales=core.address(pool.key_scales),
+            value_scales=core.address(pool.value_scales),
+            kv_format=core.KV_FORMATS[pool.keys.dtype],
+            summary_format=_summary_format(pool),
+            page_stride=pool.keys.stride(1),
+        )
+        self._batches = {n: (core.Token * n)() for n in range(1, core.MOST_TOKENS + 1)}
+
+    def _fp32(self, tensor: Tensor | None) -> int | None:
+        """Address of a small tensor's numbers in fp32."""
+        if tensor is None:
+            return None
+        self._kept.append(tensor.float().contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _projection(
+        self, weight: Projection, start: int = 0, stop: int | None = None
+    ) -> core.Projection:
+        """A projection, or outputs `start:stop` of a dense one."""
+        if isinstance(weight, PackedWeight):
+            return core.describe(weight)
+        assert isinstance(weight, ChannelMajor)
+        size, bias = weight.weight.element_size(), weight.bias
+        return core.Projection(
+            data=weight.weight.data_ptr() + start * size,
+            bias=self._fp32(None if bias is None else bias[start:stop]),
+            n_in=weight.n_in,
+            n_out=(weight.n_out if stop is None else stop) - start,
+            stride=weight.n_out,
+            format=_dense_format(weight.weight),
+        )
+
+    def _head(self, head: Tensor | PackedHead, bias: Tensor | None) -> core.Projection:
+        """The LM head or the embedding."""
+        if isinstance(head, PackedHead):
+            return core.describe(head)
+        return core.Projection(
+            data=head.data_ptr(),
+            bias=self._fp32(bias),
+            n_in=head.shape[1],
+            n_out=head.shape[0],
+            stride=head.shape[1],
+            format=_dense_format(head),
+        )
 
     @classmethod
-    def build(cls, weights: Weights, scale: float) -> Decoder | None:
-        """A decoder for these weights, or None where the kernel does not cover them."""
-        config, kernels = weights.config, library()
-        if kernels is None:
-            return None
+    def build(
+        cls, weights: Weights, config: DecoderConfig, pool: BlockPool, scale: float
+    ) -> Decoder | None:
+        """A decoder for these weights and pages, or None where the core does not cover them."""
         covered = (
-            weights.embedding.dtype == torch.float32
-            and weights.embedding.device.type == "cpu"
+            (weights.packed or weights.dtype in (torch.float32, torch.bfloat16))
+            and weights.device.type == "cpu"
+            and pool.keys.dtype in core.KV_FORMATS
             and config.rms_norm
             and not config.parallel_residual
             and config.activation == "silu"
             and config.shape.gated
             and 2 * len(config.rotary_frequencies) == config.shape.head_size
-            and all(w.query_norm is None and w.key_norm is None for w in weights.layers)
-            and all(
-                p.weight.is_contiguous()
-                for w in weights.layers
-                for p in (w.attention_norm, w.ffn_norm)
-            )
+            and config.shape.n_heads // config.shape.n_kv_heads <= _MOST_RATIO
+            and core.available()
         )
-        return cls(weights, kernels, scale) if covered else None
+        return cls(weights, config, pool, scale) if covered else None
 
-    def covers(self, author: Author) -> bool:
-        """Whether the kernel can decide as this author does."""
-        if not isinstance(author, ModulatorAuthor):
-            return author.rests
+    def covers(self, sequence: Sequence) -> bool:
+        """Whether the core can decide for the sequence's next token, or be told beforehand."""
+        author = sequence.author
+        if not isinstance(author, ModulatorAuthor) or author.rests:
+            return sequence.slot().knows(sequence)
         modulator = author.modulator
-        return author.rests or (
+        ladder = modulator.dopamine.bits_ladder
+        return (
             isinstance(modulator.predictor, LinearPredictor)
-            and all(bits == FULL_BITS for _, bits in modulator.dopamine.bits_ladder)
+            and all(p.dtype == torch.float32 for p in modulator.parameters())
+            and len(ladder) <= _MOST_STEPS
+            and (self._weights.packed or all(bits == FULL_BITS for _, bits in ladder))
         )
 
-    def token(
-        self,
-        hidden: Tensor,
-        position: int,
-        author: Author,
-        builder: PlanBuilder,
-        pointers: CachePointers,
-        rotation: tuple[Tensor, Tensor],
-        counters: Counters,
-        overhead: Overhead,
-        general: General,
-    ) -> Tensor:
-        """Run a token through all layers.
+    def step(self, batch: list[tuple[Sequence, int]], wants: int) -> list[Tensor]:
+        """One token of each sequence; room for it has been reserved.
 
         Args:
-            hidden: (1, D) its embedding.
-            position: In its sequence.
-            author: Covered by `covers`; levels are left with it.
-            builder: Whose newest chunk, of one token, takes the decisions.
-            pointers: Of the sequence's caches, which take the token's keys and values.
-            rotation: Cosines and sines of the position.
-            counters: Of this pass.
-            overhead: Of the sequence's method.
-            general: Runs what the kernel does not.
+            batch: Sequences and their next token ids.
+            wants: `NOTHING` of the head, `LOGITS`, or the `LIKELIEST` token alone.
 
         Returns:
-            (1, D) the residual stream after the last layer.
+            For each sequence, logits (1, V), the likeliest token's id (), or (0, V).
         """
-        n_layers = self._shape.n_layers
-        rows = builder.newest
-        rows["channels"][:] = self._widths
-        rows["bits"][:] = FULL_BITS
-        rows["ffn"][:] = FFN_BIG
-        rows["attention"][:] = 1
-        rows["kv_blocks"][:] = position // BLOCK + 1
-        levels = np.ones((1, n_layers, len(NAMES)))
-        hidden, after = hidden.clone(), torch.empty_like(hidden)
-        token = _Token(
-            n_layers=n_layers,
-            position=position,
-            layers=ctypes.addressof(self._layers),
-            rotates=self._rotates.ctypes.data,
-            cosine=rotation[0].data_ptr(),
-            sine=rotation[1].data_ptr(),
-            hidden=hidden.data_ptr(),
-            after=after.data_ptr(),
-            channels=rows["channels"].ctypes.data,
-            module=rows["ffn"].ctypes.data,
-            run=rows["attention"].ctypes.data,
-            kv_blocks=rows["kv_blocks"].ctypes.data,
-            levels=levels.ctypes.data,
+        n = len(batch)
+        tokens = self._batches[n]
+        vocabulary = self._shape.vocabulary
+        size = vocabulary if wants == LOGITS else 0
+        logits = torch.empty(n, 1 if size else 0, vocabulary)
+        for i, (sequence, token_id) in enumerate(batch):
+            slot = sequence.slot()
+            slot.prepare(sequence, token_id, self._rotary.addresses(sequence.length))
+            slot.token.wants = wants
+            slot.token.logits = logits[i].data_ptr() if size else None
+            tokens[i] = slot.token
+        self._library.vesicle_step(
+            ctypes.addressof(self._model), ctypes.addressof(tokens), n, core.threads()
         )
-        counters.expose(token)
-        summary = None
-        if isinstance(author, ModulatorAuthor) and not author.rests:
-            summary = self._release_with(token, author, position)
-            counters.released(overhead, n_layers)
-        pointers.renew(position, summary)
-        token.keys, token.values = pointers.keys.ctypes.data, pointers.values.ctypes.data
-        token.capacities = pointers.capacities.ctypes.data
-        token.summaries, token.rooms = pointers.summaries.ctypes.data, pointers.rooms.ctypes.data
-        token.vectors = pointers.vectors
-        caches = pointers.caches
-        done = 0
-        while self._kernels.vesicle_decode_token_f32(ctypes.byref(token)):
-            layer = token.layer
-            for cache in caches[done:layer]:
-                cache.length = position + 1
-            if token.half == 0:
-                after.copy_(hidden + general.attention(layer, hidden, _attention(rows, layer)))
-                token.half, done = 1, layer + 1
-            else:
-                caches[layer].length, done = position + 1, layer + 1
-                hidden.copy_(after + general.ffn(layer, after, _ffn(rows, layer)))
-                token.half, token.layer = 0, layer + 1
-        for cache in caches[done:]:
-            cache.length = position + 1
-        if isinstance(author, ModulatorAuthor):
-            author.adopt(levels)
-        return hidden
-
-    def _release_with(self, token: _Token, author: ModulatorAuthor, position: int) -> str | None:
-        """Set the token's modulator; returns the block summary if blocks may have to be chosen."""
-        modulator, dial = author.modulator, author.dial
-        predictor = modulator.predictor
-        assert isinstance(predictor, LinearPredictor)
-        token.weight, token.offset = predictor.weight.data_ptr(), predictor.offset.data_ptr()
-        token.log_slope = predictor.log_slope.data_ptr()
-        token.place_weight = predictor.position_weight.data_ptr()
-        token.pressure = math.log((1 - dial) / dial)
-        token.place = math.log2((position + 1) / 16) / 8
-        names = predictor.config.transmitters
-        token.released = len(names)
-        for i, name in enumerate(names):
-            token.columns[i] = index(name)
-        dopamine, serotonin, gaba = modulator.dopamine, modulator.serotonin, modulator.gaba
-        for i, rate in enumerate(dopamine.site_rates):
-            token.rates[i] = rate
-        token.floor, token.least = dopamine.floor, gaba.least
-        token.ffn_below, token.attention_below = serotonin.ffn_below, serotonin.attention_below
-        token.bypass_below = serotonin.bypass_below
-        chooses = "gaba" in names and position // BLOCK + 1 > gaba.least
-        return gaba.summary if chooses else None
+        for sequence, _ in batch:
+            sequence.slot().done(wants != NOTHING)
+        if wants == LIKELIEST:
+            return list(torch.tensor([token.token for token in tokens]))
+        return list(logits)
 
 
-def _attention(rows: dict[str, IntArray], layer: int) -> AttentionDecision:
-    return AttentionDecision(
-        channels=rows["channels"][:, layer, :2],
-        bits=rows["bits"][:, layer, :2],
-        run=rows["attention"][:, layer],
-        kv_blocks=rows["kv_blocks"][:, layer],
-        rest=False,
+def _stand_in(standin: StandIns | None) -> core.StandIn | None:
+    if standin is None:
+        return None
+    parts = (standin.down, standin.up, standin.bias)
+    if any(p.dtype != torch.float32 or not p.is_contiguous() for p in parts):
+        raise ValueError("stand-ins must be contiguous fp32")
+    down, up, bias = (p.data_ptr() for p in parts)
+    return core.StandIn(down=down, up=up, bias=bias, rank=standin.rank)
+
+
+def _where(structure: ctypes.Structure | None) -> int | None:
+    return None if structure is None else ctypes.addressof(structure)
+
+
+def _modulator_parts(author: ModulatorAuthor) -> core.ModulatorParts:
+    modulator, dial = author.modulator, author.dial
+    predictor = modulator.predictor
+    assert isinstance(predictor, LinearPredictor)
+    dopamine, serotonin, gaba = modulator.dopamine, modulator.serotonin, modulator.gaba
+    parts = core.ModulatorParts(
+        weight=predictor.weight.data_ptr(),
+        offset=predictor.offset.data_ptr(),
+        log_slope=predictor.log_slope.data_ptr(),
+        place_weight=predictor.position_weight.data_ptr(),
+        released=len(predictor.config.transmitters),
+        least=gaba.least,
+        head_survivors=min(dopamine.head_survivors, author.vocabulary),
+        pressure=math.log((1 - dial) / dial) if dial < 1 else -math.inf,
+        floor=dopamine.floor,
+        ffn_below=serotonin.ffn_below,
+        attention_below=serotonin.attention_below,
+        bypass_below=serotonin.bypass_below,
+        head_below=dopamine.head_below,
     )
+    for i, name in enumerate(predictor.config.transmitters):
+        parts.columns[i] = index(name)
+    for i, rate in enumerate(dopamine.site_rates):
+        parts.rates[i] = rate
+    for i, (level, bits) in enumerate(dopamine.bits_ladder):
+        parts.step_levels[i], parts.step_bits[i] = level, bits
+    parts.steps = len(dopamine.bits_ladder)
+    return parts
 
 
-def _ffn(rows: dict[str, IntArray], layer: int) -> FfnDecision:
-    return FfnDecision(
-        channels=rows["channels"][:, layer, 2:],
-        bits=rows["bits"][:, layer, 2:],
-        module=rows["ffn"][:, layer],
-        rest=False,
-    )
+def _dense_format(weight: Tensor) -> int:
+    return core.DENSE32 if weight.dtype == torch.float32 else core.DENSE_BF16
+
+
+def _summary_format(pool: BlockPool) -> int:
+    return core.KV_FORMATS[torch.float16 if pool.keys.dtype == torch.int8 else pool.keys.dtype]

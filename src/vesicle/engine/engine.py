@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -22,14 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vesicle.cost import Cost
-from vesicle.engine import weights
-from vesicle.engine.attention import attend
-from vesicle.engine.cache import LayerCache
+from vesicle.engine.attention import Masks, attend
+from vesicle.engine.cache import SequenceCache
 from vesicle.engine.counters import Counters
-from vesicle.engine.decode import CachePointers, Decoder, General
-from vesicle.engine.linear import normalise, project
+from vesicle.engine.decode import LIKELIEST, LOGITS, MOST_TOKENS, NOTHING, Decoder, Slot
+from vesicle.engine.linear import MANY, bulk_dtype, normalise, project, survivors
+from vesicle.engine.packed import PackedHead
+from vesicle.engine.pool import BlockPool, default_capacity, kv_dtype, with_kv
 from vesicle.engine.rotary import Rotary
 from vesicle.engine.sampling import Sampling
+from vesicle.engine.weights import Weights, from_folder, from_model
 from vesicle.errors import VesicleError
 from vesicle.families.base import ACTIVATIONS
 from vesicle.modulator import Modulator, ModulatorAuthor
@@ -47,48 +50,76 @@ from vesicle.plan import (
 )
 from vesicle.shapes import ModelShape
 
+CHUNK = 2048
+"""Prompt tokens of a prefill pass, unless a caller says otherwise."""
+
+
+MOST_THREADS = 512
+"""CPU threads that may be asked for; PyTorch breaks down at some thousands."""
+
 
 class Sequence:
     """One text being processed.
 
-    Its method's author, its cache, its Plan and its counted cost so far.
+    Its method's author, its cache, its Plan and its counted cost so far. Its cache is freed by
+    `close`, or when the sequence is dropped.
     """
 
     def __init__(self, engine: Engine, method: Method) -> None:
         """Empty; use `Engine.start`."""
         shape = engine.shape
+        self.engine = engine
         self.method = method
         self.equipment = method.equipment
         self.overhead = method.overhead(shape)
         self.author = method.author(shape)
         self.builder = PlanBuilder(shape)
-        self.caches = [
-            LayerCache(shape, engine.dtype, engine.device) for _ in range(shape.n_layers)
-        ]
-        self.pointers = CachePointers(self.caches)
+        self.cache = SequenceCache(engine.pool, shape.n_layers)
         self.token_ids: list[int] = []
         self.counted: list[dict[str, NDArray[np.int64]]] = []
+        self._slot: Slot | None = None
+
+    def slot(self) -> Slot:
+        """What the native decoder knows of this sequence."""
+        if self._slot is None:
+            self._slot = Slot(self)
+        return self._slot
+
+    def settle(self) -> None:
+        """Bring Plan, levels and counts up to date with what the native decoder has run."""
+        if self._slot is not None:
+            self._slot.settle(self)
 
     @property
     def length(self) -> int:
         """Tokens processed."""
-        return self.caches[0].length
+        return self.cache.length
+
+    def close(self) -> None:
+        """Free its cache.
+
+        Plan, levels and counted work stay; it takes no more tokens, and holds no bytes.
+        """
+        self.cache.free()
 
     @property
     def plan(self) -> Plan:
         """What was decided for every token."""
+        self.settle()
         return self.builder.build()
 
     @property
     def levels(self) -> FloatArray:
         """Released levels (T, L, 5); empty (0, L, 5) for methods that have none."""
+        self.settle()
         if isinstance(self.author, ModulatorAuthor):
             return self.author.levels
-        return np.ones((0, len(self.caches), 5))
+        return np.ones((0, self.cache.n_layers, 5))
 
     @property
     def token_costs(self) -> dict[str, NDArray[np.int64]]:
         """Counted work of each token (T,), by field of `Cost`."""
+        self.settle()
         if not self.counted:
             return {}
         return {k: np.concatenate([c[k] for c in self.counted]) for k in self.counted[0]}
@@ -97,42 +128,102 @@ class Sequence:
     def cost(self) -> Cost:
         """Counted work of all tokens, and the cache held now."""
         totals = {name: int(values.sum()) for name, values in self.token_costs.items()}
-        return Cost(kv_bytes_held=sum(c.bytes_held for c in self.caches), **totals)
+        return Cost(kv_bytes_held=self.cache.bytes_held, **totals)
 
 
 class Engine:
     """A decoder in the engine's layout."""
 
-    def __init__(self, loaded: weights.Weights) -> None:
-        """Wrap loaded weights; use `from_pretrained` or `from_model`."""
+    def __init__(
+        self,
+        loaded: Weights,
+        *,
+        kv: str | None = None,
+        kv_capacity: int | None = None,
+    ) -> None:
+        """Wrap loaded weights; use `from_pretrained` or `from_model`, which describe the options.
+
+        Raises:
+            VesicleError: If an option's value is not allowed.
+        """
+        if kv is None:
+            kv = "fp16" if loaded.packed else loaded.format
+        shape = with_kv(loaded.config.shape, kv)
         self._weights = loaded
-        self.config = loaded.config
-        self.shape: ModelShape = loaded.config.shape
-        self.dtype = loaded.embedding.dtype
-        self.device = loaded.embedding.device
+        self.config = replace(loaded.config, shape=shape)
+        self.shape: ModelShape = shape
+        self.dtype = loaded.dtype
+        self.device = loaded.device
+        if kv_capacity is None:
+            kv_capacity = default_capacity(shape, kv, self.config.context_window)
+        self.pool = BlockPool(shape, kv, kv_capacity, self.device)
         self._rotary = Rotary(loaded.config, self.dtype)
-        self._scale = 1 / math.sqrt(self.shape.head_size)
-        self._decoder = Decoder.build(loaded, self._scale)
+        self._scale = 1 / math.sqrt(shape.head_size)
+        self._decoder = Decoder.build(loaded, self.config, self.pool, self._scale)
         self._activation = ACTIVATIONS[loaded.config.activation]
+
+    @property
+    def weights_format(self) -> str:
+        """How weights are stored, one of `weights.FORMATS`."""
+        return self._weights.format
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self._weights.bytes_held
 
     @classmethod
     def from_pretrained(
-        cls, model: Path | str | None = None, *, dtype: torch.dtype | None = None
+        cls,
+        model: Path | str | None = None,
+        *,
+        weights: str | None = None,
+        dtype: torch.dtype | None = None,
+        kv: str | None = None,
+        kv_capacity: int | None = None,
+        threads: int | None = None,
     ) -> Self:
         """Load a model: a local folder, a GGUF file, a hub id, or the default model for None.
 
+        Args:
+            model: What to load.
+            weights: How weights are stored, one of `weights.FORMATS`. By default 4-bit codes if
+                they lose nothing, as with models from a 4-bit file, else as the model has them.
+            dtype: A dense store in this number format, in place of `weights`.
+            kv: How keys and values are stored, one of `pool.FORMATS`. By default fp16 beside packed
+                weights, else as the weights.
+            kv_capacity: Most bytes that keys and values of all sequences together may take. By
+                default what 16 sequences of full context take, at most half of the memory that is
+                available. Memory is taken as it is needed.
+            threads: CPU threads of this process; torch's own choice by default.
+
         Raises:
-            ModelError: If it cannot be found, read or supported.
+            ModelError: If the model cannot be found, read or supported.
+            VesicleError: If an option's value is not allowed.
         """
         from vesicle.models import resolve_model
 
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise VesicleError(f"threads is {threads}; allowed: 1 to {MOST_THREADS}")
+        if kv is not None:
+            kv_dtype(kv)  # refused before the model is fetched
         folder = resolve_model(None if model is None else str(model))
-        return cls(weights.from_folder(folder, dtype))
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return cls(from_folder(folder, dtype, weights), kv=kv, kv_capacity=kv_capacity)
 
     @classmethod
-    def from_model(cls, model: nn.Module, *, dtype: torch.dtype | None = None) -> Self:
-        """Copy the weights of a Hugging Face causal LM."""
-        return cls(weights.from_model(model, dtype))
+    def from_model(
+        cls,
+        model: nn.Module,
+        *,
+        weights: str | None = None,
+        dtype: torch.dtype | None = None,
+        kv: str | None = None,
+        kv_capacity: int | None = None,
+    ) -> Self:
+        """Copy the weights of a Hugging Face causal LM; options as in `from_pretrained`."""
+        return cls(from_model(model, dtype, weights), kv=kv, kv_capacity=kv_capacity)
 
     def start(
         self, method: Method | Modulator | None = None, budget: float | None = None
@@ -165,51 +256,111 @@ class Engine:
             For each sequence, logits (1, V), (T, V) or (0, V).
 
         Raises:
-            VesicleError: If a chunk is empty, a token id is out of range or the context window is
-                exceeded.
+            CacheFullError: If the pool has no room for the chunks.
+            VesicleError: If a chunk is empty, a token id is out of range, the context window is
+                exceeded, or a sequence is closed or given twice.
+
+        Where a call is refused for one of these, nothing has changed.
         """
+        self._check(batch)
+        found = self._native(batch, NOTHING if logits == "none" else LOGITS)
+        left = [i for i in range(len(batch)) if i not in found]
+        found |= zip(left, self._general([batch[i] for i in left], logits), strict=True)
+        return [found[i] for i in range(len(batch))]
+
+    @torch.inference_mode()
+    def likeliest(self, batch: list[tuple[Sequence, list[int]]]) -> list[int]:
+        """One pass over the next tokens of each sequence; the likeliest token to follow each.
+
+        As the largest of `forward`'s last logits, but where a Plan screens the LM head only the
+        survivors' logits are exact.
+
+        Raises:
+            VesicleError: As `forward`.
+        """
+        self._check(batch)
+        found = self._native(batch, LIKELIEST)
+        left = [i for i in range(len(batch)) if i not in found]
+        found |= zip(left, self._general([batch[i] for i in left], "likeliest"), strict=True)
+        return [int(found[i]) for i in range(len(batch))]
+
+    def _native(self, batch: list[tuple[Sequence, list[int]]], wants: int) -> dict[int, Tensor]:
+        """Run what the native decoder takes; results by place in the batch."""
+        decoder, found = self._decoder, dict[int, Tensor]()
+        if decoder is None:
+            return found
+        singles = [i for i, (sequence, ids) in enumerate(batch) if len(ids) == 1]
+        places = [i for i in singles if decoder.covers(batch[i][0])]
+        for start in range(0, len(places), MOST_TOKENS):
+            part = places[start : start + MOST_TOKENS]
+            for i in part:
+                batch[i][0].cache.reserve(1)
+            results = decoder.step([(batch[i][0], batch[i][1][0]) for i in part], wants)
+            for i, result in zip(part, results, strict=True):
+                sequence, ids = batch[i]
+                sequence.cache.advance(1)
+                sequence.token_ids += ids
+                found[i] = result
+        return found
+
+    def _general(
+        self,
+        batch: list[tuple[Sequence, list[int]]],
+        wants: Literal["last", "all", "none", "likeliest"],
+    ) -> list[Tensor]:
+        """Run any batch: for each sequence the logits (T, V) wanted, or the likeliest id ()."""
+        if not batch:
+            return []
         for sequence, ids in batch:
-            self._check(sequence, ids)
+            sequence.settle()
+            sequence.cache.reserve(len(ids))
         run = _Pass(self, batch)
-        w = self._weights
-        flat = [i for _, ids in batch for i in ids]
-        hidden = w.embedding[torch.tensor(flat)]
-        decoder = self._decoder
-        if decoder is not None and len(flat) == 1 and decoder.covers(batch[0][0].author):
-            hidden = run.token(decoder, hidden)
-        else:
-            for number in range(self.shape.n_layers):
-                hidden = run.layer(number, hidden)
-        results = []
+        hidden = self._weights.embed(torch.tensor([i for _, ids in batch for i in ids]))
+        for number in range(self.shape.n_layers):
+            hidden = run.layer(number, hidden)
+        for sequence, ids in batch:
+            sequence.cache.advance(len(ids))
+        results = [
+            run.likeliest(i, hidden) if wants == "likeliest" else run.logits(i, hidden, wants)
+            for i in range(len(batch))
+        ]
         for (sequence, ids), rows in zip(batch, run.rows, strict=True):
-            wanted = {"last": slice(rows.stop - 1, rows.stop), "all": rows, "none": slice(0, 0)}
-            chosen = hidden[wanted[logits]]
-            results.append(self._head(chosen))
-            run.counters.head(wanted[logits])
             sequence.token_ids += ids
-        for (sequence, _), rows in zip(batch, run.rows, strict=True):
             sequence.counted.append(run.counters.totals(rows))
         return results
 
-    def _check(self, sequence: Sequence, ids: list[int]) -> None:
-        if not ids:
-            raise VesicleError("a chunk has no tokens; give at least one")
+    def check_tokens(self, ids: list[int]) -> None:
+        """Refuse token ids that are not in the vocabulary.
+
+        Raises:
+            VesicleError: Naming the id.
+        """
         if min(ids) < 0 or max(ids) >= self.shape.vocabulary:
             raise VesicleError(
                 f"token id {min(ids) if min(ids) < 0 else max(ids)} is out of range; "
                 f"allowed: 0 to {self.shape.vocabulary - 1}"
             )
-        end = sequence.length + len(ids)
-        if end > self.config.context_window:
-            raise VesicleError(
-                f"{end} tokens exceed the model's context window of {self.config.context_window}"
-            )
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        w = self._weights
-        norm = w.final_norm
-        x = normalise(hidden, norm.weight, norm.bias, self.config.norm_eps, self.config.rms_norm)
-        return nn.functional.linear(x, w.head, w.head_bias)
+    def _check(self, batch: list[tuple[Sequence, list[int]]]) -> None:
+        """Refuse what `forward` cannot do, before anything is touched."""
+        if len({id(sequence) for sequence, _ in batch}) < len(batch):
+            raise VesicleError("a sequence is given twice in one pass; join its tokens")
+        for sequence, ids in batch:
+            if not ids:
+                raise VesicleError("a chunk has no tokens; give at least one")
+            sequence.cache.check_open()
+            self.check_tokens(ids)
+            end = sequence.length + len(ids)
+            if end > self.config.context_window:
+                raise VesicleError(
+                    f"{end} tokens exceed the model's context window of "
+                    f"{self.config.context_window}"
+                )
+        self.pool.require(sum(sequence.cache.blocks_needed(len(ids)) for sequence, ids in batch))
+
+    def _final_norm(self, hidden: Tensor) -> Tensor:
+        norm, config = self._weights.final_norm, self.config
+        return normalise(hidden, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
 
     def stream(
         self,
@@ -219,7 +370,7 @@ class Engine:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop: frozenset[int] = frozenset(),
-        chunk: int = 512,
+        chunk: int = CHUNK,
     ) -> Iterator[int]:
         """Generate token by token.
 
@@ -244,15 +395,20 @@ class Engine:
         for start in range(0, len(prompt), chunk):
             part = prompt[start : start + chunk]
             last = start + chunk >= len(prompt)
-            out = self.forward([(sequence, part)], "last" if last else "none")
+            if not last or max_new_tokens < 1:
+                self.forward([(sequence, part)], "none")
         for count in range(1, max_new_tokens + 1):
-            token = sampling.draw(out[0][-1], generator)
+            if sampling.greedy:
+                token = self.likeliest([(sequence, part)])[0]
+            else:
+                out = self.forward([(sequence, part)])
+                token = sampling.draw(out[0][-1], generator)
             if token in stop:
                 return
             yield token
             if count == max_new_tokens or sequence.length >= self.config.context_window:
                 return
-            out = self.forward([(sequence, [token])])
+            part = [token]
 
     def generate(
         self,
@@ -290,6 +446,7 @@ class _Pass:
         self.all_positions = np.concatenate(self.positions)
         self.counters = Counters(engine.shape, n)
         self.rotation = engine._rotary.at(self.all_positions)
+        self.masks = Masks()
 
     def layer(self, number: int, hidden: Tensor) -> Tensor:
         """One decoder layer, hidden (N, D)."""
@@ -299,27 +456,58 @@ class _Pass:
         ffn = self.release(number, after)
         return after + self.normed_ffn(number, hidden if config.parallel_residual else after, ffn)
 
+    def logits(self, i: int, hidden: Tensor, wanted: Literal["last", "all", "none"]) -> Tensor:
+        """Logits of sequence i's last, all or none of its tokens, from hidden (N, D)."""
+        rows = self.rows[i]
+        chosen = {"last": slice(rows.stop - 1, rows.stop), "all": rows, "none": slice(0, 0)}[wanted]
+        self.counters.head(chosen)
+        return self.engine._weights.logits(self.engine._final_norm(hidden[chosen]))
+
+    def likeliest(self, i: int, hidden: Tensor) -> Tensor:
+        """Id () of the word most likely to follow sequence i's last token, from hidden (N, D)."""
+        engine, sequence, stop = self.engine, self.sequences[i], self.rows[i].stop
+        head, last = engine._weights.head, slice(stop - 1, stop)
+        m = 0
+        if engine.shape.screens_head:
+            m = int(sequence.author.head(hidden[last], self.positions[i][-1:])[0])
+        if m == 0 or not isinstance(head, PackedHead):
+            return self.logits(i, hidden, "last")[0].argmax()
+        ranked = np.zeros(len(self.positions[i]), np.int32)
+        ranked[-1] = m
+        sequence.builder.head(ranked)
+        self.counters.head(last, m)
+        ids, logits = survivors(engine._final_norm(hidden[last]), head, m)
+        return ids[0, logits[0].argmax()]
+
+    def bulk(
+        self, x: Tensor, sites: slice, channels: IntArray, bits: IntArray, whole: bool
+    ) -> Tensor:
+        """Normed inputs (N, D) of a module, in the number format that computes it fastest.
+
+        Many tokens that read all of a packed weight share one matrix product, which gains nothing
+        from activations in fp32.
+
+        Args:
+            x: The inputs.
+            sites: Of the module, in the order of `plan.SITES`.
+            channels: (N, 2) read there.
+            bits: (N, 2) likewise.
+            whole: Whether the module runs for all tokens.
+        """
+        shape = self.engine.shape
+        if shape.stored_bits is None or len(x) < MANY or not whole:
+            return x
+        full = (channels >= shape.site_widths[sites]).all() and bits.min() >= shape.stored_bits
+        return x.to(bulk_dtype()) if full else x
+
     def normed_ffn(self, number: int, hidden: Tensor, decision: FfnDecision) -> Tensor:
         """The FFN's contribution to the residual stream, (N, D), from its input before the norm."""
         config, w = self.engine.config, self.engine._weights.layers[number]
         norm = w.ffn_norm
         x = normalise(hidden, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
+        big = bool((decision.module == FFN_BIG).all())
+        x = self.bulk(x, slice(2, 4), decision.channels, decision.bits, big)
         return self.ffn(number, x, decision)
-
-    def token(self, decoder: Decoder, hidden: Tensor) -> Tensor:
-        """All layers for the pass's only token, by the native decoder."""
-        sequence = self.sequences[0]
-        return decoder.token(
-            hidden,
-            int(self.all_positions[0]),
-            sequence.author,
-            sequence.builder,
-            sequence.pointers,
-            self.rotation,
-            self.counters,
-            sequence.overhead,
-            General(attention=self.attention, ffn=self.normed_ffn),
-        )
 
     def attention(self, number: int, hidden: Tensor, decision: AttentionDecision) -> Tensor:
         """Attention's contribution to the residual stream, (N, D)."""
@@ -328,6 +516,7 @@ class _Pass:
         norm = w.attention_norm
         x = normalise(hidden, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
         runs = decision.run == 1
+        x = self.bulk(x, slice(0, 2), decision.channels, decision.bits, bool(runs.all()))
         kv, n = shape.kv_width, len(runs)
         if runs.all():
             joint, read = project(x, w.attention_in, decision.channels[:, 0], decision.bits[:, 0])
@@ -355,6 +544,7 @@ class _Pass:
         values = joint[:, :kv].view(n, shape.n_kv_heads, size)
         keys_queries = joint[:, kv:].view(n, shape.n_kv_heads + shape.n_heads, size)
         if w.query_norm is not None and w.key_norm is not None:
+            keys_queries = keys_queries.to(hidden.dtype)
             keys, queries = keys_queries.split((shape.n_kv_heads, shape.n_heads), dim=1)
             keys_queries = torch.cat(
                 [
@@ -371,20 +561,22 @@ class _Pass:
         for sequence, rows, positions in zip(
             self.sequences, self.rows, self.positions, strict=True
         ):
-            cache = sequence.caches[number]
-            cache.append(keys[rows].transpose(0, 1), values[rows].transpose(0, 1))
+            cache = sequence.cache
+            cache.append(number, keys[rows].transpose(0, 1), values[rows].transpose(0, 1))
             active = runs[rows]
             if not active.any():
                 continue
             whole = bool(active.all())
             index = np.arange(rows.start, rows.stop)[active]
             out, visited, compared = attend(
-                queries[rows] if whole else queries[torch.from_numpy(index)],
+                (queries[rows] if whole else queries[torch.from_numpy(index)]).to(x.dtype),
                 cache,
+                number,
                 positions[active],
                 decision.kv_blocks[rows][active],
                 engine._scale,
                 sequence.equipment.summary,
+                self.masks,
             )
             vectors = sequence.overhead.selection_vectors
             self.counters.attention(number, index, visited, compared, vectors)

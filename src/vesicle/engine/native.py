@@ -22,11 +22,16 @@ _SIGNATURES: dict[str, list[Any]] = {
     + [_POINTER] * 3,
     "vesicle_choose_blocks_f32": [_POINTER] * 4 + [_SIZE] * 7 + [_FLOAT] + [_POINTER] * 2,
     "vesicle_block_attention_f32": [_POINTER] * 6 + [_SIZE] * 6 + [_FLOAT] + [_POINTER] * 2,
-    "vesicle_decode_token_f32": [_POINTER],
 }
-_RETURNS = ("vesicle_decode_token_f32",)
 DISABLE = "VESICLE_NO_NATIVE"
 """Environment variable that, set to 1, forces the PyTorch path."""
+LIBRARIES = "VESICLE_LIBRARIES"
+"""Environment variable: a folder with other builds of the native libraries, checked ones say."""
+
+
+def folder() -> Path:
+    """Where the native libraries are looked for."""
+    return Path(os.environ.get(LIBRARIES) or Path(__file__).parent)
 
 
 @functools.cache
@@ -34,13 +39,13 @@ def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None where they are absent or disabled."""
     if os.environ.get(DISABLE) == "1":
         return None
-    for path in sorted(Path(__file__).parent.glob("_native*.so")):
+    for path in sorted(folder().glob("_native*.so")):
         try:
             kernels = ctypes.CDLL(str(path))
             for name, arguments in _SIGNATURES.items():
                 function = getattr(kernels, name)
                 function.argtypes = arguments
-                function.restype = ctypes.c_int32 if name in _RETURNS else None
+                function.restype = None
         except (OSError, AttributeError):
             continue
         return kernels

@@ -23,7 +23,17 @@ class Rotary:
 
     def at(self, positions: IntArray) -> tuple[Tensor, Tensor]:
         """(N, 1, R) cosines and signed sines for positions (N,)."""
-        end = int(positions.max()) + 1
+        self._reach(int(positions.max()) + 1)
+        index = torch.from_numpy(positions).long()
+        return self._cos[index], self._sin[index]
+
+    def addresses(self, position: int) -> tuple[int, int]:
+        """Of the cosines and signed sines (R,) of a position, until the next call."""
+        self._reach(position + 1)
+        offset = position * self._size * self._cos.element_size()
+        return self._cos.data_ptr() + offset, self._sin.data_ptr() + offset
+
+    def _reach(self, end: int) -> None:
         if end > len(self._cos):
             end = max(end, 2 * len(self._cos), 256)
             angles = torch.arange(end).float()[:, None] * self._frequencies  # (P, R / 2)
@@ -32,8 +42,6 @@ class Rotary:
             # sine.
             self._cos = torch.cat([cos, cos], -1)[:, None].to(self._dtype)
             self._sin = torch.cat([-sin, sin], -1)[:, None].to(self._dtype)
-        index = torch.from_numpy(positions).long()
-        return self._cos[index], self._sin[index]
 
     def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Rotate the leading R dimensions of x (N, heads, K)."""

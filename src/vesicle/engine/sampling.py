@@ -32,13 +32,18 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise VesicleError(f"top-p is {self.top_p}; allowed: above 0, up to 1")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0
+
     def generator(self) -> torch.Generator:
         """A fresh generator."""
         return torch.Generator().manual_seed(self.seed)
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
         """The next token from logits (V,)."""
-        if self.temperature == 0:
+        if self.greedy:
             return int(logits.argmax())
         chances = (logits.float() / self.temperature).softmax(-1)
         if self.top_p < 1:

@@ -1,28 +1,47 @@
-"""Loads a decoder's weights into the engine's layout: channel-major, joined by shared input.
+"""Loads a decoder's weights into the engine's layout: joined by shared input, dense or packed.
 
-Tensors are read one at a time, so the peak is one copy of the model and one tensor.
+Dense weights are channel-major in one number format. Packed weights have 4- or 8-bit codes
+(`packed`). Where nothing is asked for, weights are packed to 4 bits if that loses nothing at all,
+as with models that come from a 4-bit file, and are kept as stored otherwise.
+
+Tensors are read one at a time and encoded at once, so the peak is one packed model and the tensors
+of one projection.
 """
 
 from __future__ import annotations
 
-import json
+import ctypes
+import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vesicle.engine.linear import ChannelMajor
+from vesicle.engine.linear import ChannelMajor, Projection, logits
+from vesicle.engine.packed import GROUP, TILE, PackedHead, PackedPair, PackedWeight
+from vesicle.engine.pages import Arena
 from vesicle.errors import ModelError
 from vesicle.families import DecoderConfig, find_family
 from vesicle.families.base import Affine, Lookup
-from vesicle.files import read_json
+from vesicle.families.checks import check_tensors, flag
+from vesicle.models.checks import check_weights, read_config
+from vesicle.shapes import ModelShape
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+PACKED = {"int4": 4, "int8": 8}
+"""Packed formats, and the bits of their projections."""
+DENSE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+FORMATS = (*PACKED, *DENSE)
+HEAD_BITS = 8
+"""Of the packed LM head and embedding, whatever the projections have."""
+_NAMES = {dtype: name for name, dtype in DENSE.items()}
+_BYTES = {name: (bits + 1) / 8 for name, bits in PACKED.items()} | {
+    name: float(dtype.itemsize) for name, dtype in DENSE.items()
+}
+"""What a weight takes in memory, group scales included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,96 +49,275 @@ class LayerWeights:
     """One layer: values, keys, queries share `attention_in`, in that order; gate, up `ffn_in`.
 
     Keys and queries lie side by side so that one rotation serves both; values and keys come first
-    so that a token whose attention is skipped computes a leading part of the projection.
+    so that a token whose attention is skipped computes a leading part of the projection. Packed,
+    that part is a weight of its own: `attention_in` is then a `PackedPair`, the others are
+    `PackedWeight`.
     """
 
     attention_norm: Affine
-    attention_in: ChannelMajor
-    attention_out: ChannelMajor
+    attention_in: Projection
+    attention_out: Projection
     query_norm: Affine | None
     key_norm: Affine | None
     ffn_norm: Affine
-    ffn_in: ChannelMajor
-    ffn_out: ChannelMajor
+    ffn_in: Projection
+    ffn_out: Projection
+
+    @property
+    def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
+        """In the order of `plan.SITES`."""
+        return (self.attention_in, self.attention_out, self.ffn_in, self.ffn_out)
+
+    @property
+    def norms(self) -> tuple[Affine, ...]:
+        """Those there are."""
+        norms = (self.attention_norm, self.query_norm, self.key_norm, self.ffn_norm)
+        return tuple(n for n in norms if n is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A whole decoder."""
+    """A whole decoder.
+
+    Attributes:
+        config: Its arithmetic and sizes, with the number formats that costs depend on.
+        format: One of `FORMATS`.
+        dtype: Of activations: the dense weights' own, fp32 where weights are packed.
+        embedding: (V, D), or packed rows.
+        layers: In order.
+        final_norm: Before the head.
+        head: (V, D), the embedding itself where the two are tied, or packed.
+        head_bias: (V,) or None; a packed head holds it too.
+    """
 
     config: DecoderConfig
-    embedding: Tensor
+    format: str
+    dtype: torch.dtype
+    embedding: Tensor | PackedHead
     layers: tuple[LayerWeights, ...]
     final_norm: Affine
-    head: Tensor
+    head: Tensor | PackedHead
     head_bias: Tensor | None
 
+    @property
+    def packed(self) -> bool:
+        """Whether projections and head are packed."""
+        return self.format in PACKED
 
-def build(config: Any, lookup: Lookup, dtype: torch.dtype) -> Weights:
-    """Arrange the parameters that `lookup` finds for a Hugging Face config, in `dtype`.
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        embedding = self.embedding
+        return embedding.high.device if isinstance(embedding, PackedHead) else embedding.device
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all weights; a tied embedding counts once."""
+        held = sum(p.bytes_held for layer in self.layers for p in layer.projections) + _size(
+            self.head_bias if isinstance(self.head, Tensor) else None
+        )
+        for norm in (self.final_norm, *(n for layer in self.layers for n in layer.norms)):
+            held += _size(norm.weight) + _size(norm.bias)
+        tied = self.head is self.embedding
+        for matrix in (self.embedding,) if tied else (self.embedding, self.head):
+            held += matrix.bytes_held if isinstance(matrix, PackedHead) else _size(matrix)
+        return held
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Embeddings (T, D) in `dtype` of token ids (T,)."""
+        if isinstance(self.embedding, PackedHead):
+            return self.embedding.rows(token_ids)
+        return self.embedding[token_ids].to(self.dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (T, V) of the normed residual stream x (T, D), by the full LM head."""
+        return logits(x, self.head, self.head_bias)
+
+
+def _size(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+class _InexactError(Exception):
+    """A projection that 4-bit groups do not give back."""
+
+
+def build(
+    config: Any,
+    lookup: Lookup,
+    dtype: torch.dtype | None = None,
+    weights: str | None = None,
+    stored: torch.dtype = torch.float32,
+) -> Weights:
+    """Arrange the parameters that `lookup` finds for a Hugging Face config.
+
+    Args:
+        config: Of the model.
+        lookup: Finds parameters by name.
+        dtype: A dense store in this number format.
+        weights: One of `FORMATS`, in place of `dtype`. With neither, 4 bits if they give every
+            projection back exactly, else dense in `stored`.
+        stored: Number format for the dense store that no one asked for.
 
     Raises:
-        ModelError: If the family is not supported or a parameter is missing or of the wrong shape.
+        ModelError: If the family or format is not supported, or a parameter is missing, damaged or
+            of the wrong shape.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype is {dtype}; allowed: {', '.join(map(str, DTYPES))}")
+    form = _asked_for(dtype, weights)
+    if form is None and stored not in DENSE.values():
+        raise ModelError(f"dtype is {stored}; allowed: {', '.join(map(str, DENSE.values()))}")
+
+    def on_meta(name: str) -> Tensor | None:
+        tensor = lookup(name)
+        if tensor is not None and not tensor.is_floating_point():
+            raise ModelError(f"weight {name!r} is of {tensor.dtype}; allowed: floating-point types")
+        return None if tensor is None else tensor.to("meta")  # its shape, without reading it
+
+    check_tensors(find_family(config), config, on_meta)
+    return _build(config, lookup, form) if form else _build_exact(config, lookup, lambda: stored)
+
+
+def _asked_for(dtype: torch.dtype | None, weights: str | None) -> str | None:
+    """The one of `FORMATS` that two options name; None where neither does.
+
+    Raises:
+        ModelError: If there is no such format, or the two do not agree.
+    """
+    if weights is not None and weights not in FORMATS:
+        raise ModelError(f"weights is {weights!r}; allowed: {', '.join(FORMATS)}")
+    if weights is not None and dtype is not None and DENSE.get(weights) != dtype:
+        raise ModelError(f"weights {weights!r} and dtype {dtype} do not agree; give one of them")
+    if dtype is not None and dtype not in DENSE.values():
+        raise ModelError(f"dtype is {dtype}; allowed: {', '.join(map(str, DENSE.values()))}")
+    return weights if dtype is None else _NAMES[dtype]
+
+
+def _build_exact(config: Any, lookup: Lookup, stored: Callable[[], torch.dtype]) -> Weights:
+    """In 4 bits if that loses nothing, else dense in what `stored` then answers."""
+    # Also where a weight is too large to pack: the dense store takes anything.
+    with suppress(_InexactError, ModelError):
+        return _build(config, lookup, "int4", only_exact=True)
+    return _build(config, lookup, _NAMES[stored()])
+
+
+def _build(config: Any, lookup: Lookup, form: str, only_exact: bool = False) -> Weights:
     family = find_family(config)
     decoder = family.decoder_config(config)
+    dense = DENSE.get(form)
+    dtype = torch.float32 if dense is None else dense
     size = torch.empty(0, dtype=dtype).element_size()
-    decoder = replace(decoder, shape=replace(decoder.shape, weight_bytes=size, kv_bytes=size))
-    shape = decoder.shape
+    shape = replace(
+        decoder.shape,
+        weight_bytes=size,
+        kv_bytes=size,
+        stored_bits=PACKED.get(form),
+        head_bits=None if dense is not None else HEAD_BITS,
+    )
+    decoder = replace(decoder, shape=shape)
 
     def get(name: str) -> Tensor | None:
         tensor = lookup(name)
-        return None if tensor is None else tensor.detach().to(dtype)
+        if tensor is None:
+            return None
+        return tensor.detach() if dense is None else tensor.detach().to(dense)
+
+    arena = None if dense is not None else Arena(_packed_bytes(shape, PACKED[form]))
+
+    def placed(packed: PackedWeight | PackedHead) -> Any:
+        assert arena is not None
+        rest = None if packed.rest is None else arena.place(packed.rest)
+        return replace(packed, high=arena.place(packed.high), rest=rest)
+
+    def joined(*parts: Affine) -> Any:
+        weights, biases = [p.weight for p in parts], [p.bias for p in parts]
+        if dense is not None:
+            return ChannelMajor.stack(weights, biases)
+        packed = PackedWeight.stack(weights, biases, PACKED[form])
+        if only_exact and not packed.exact:
+            raise _InexactError
+        return placed(packed)
 
     layers = []
     for number in range(shape.n_layers):
         t = family.layer_tensors(decoder, number, get)
-        expected = {
-            "query": (t.query, (shape.query_width, shape.width)),
-            "key": (t.key, (shape.kv_width, shape.width)),
-            "value": (t.value, (shape.kv_width, shape.width)),
-            "attention output": (t.out, (shape.width, shape.query_width)),
-            "FFN up": (t.up, (shape.ffn_width, shape.width)),
-            "FFN down": (t.down, (shape.width, shape.ffn_width)),
-        }
-        for role, (affine, size_2d) in expected.items():
-            if tuple(affine.weight.shape) != size_2d:
-                raise ModelError(
-                    f"layer {number}'s {role} weight is {tuple(affine.weight.shape)}; "
-                    f"the config asks for {size_2d}"
-                )
-        ffn_in = [t.up] if t.gate is None else [t.gate, t.up]
+        attention_in: Projection
+        if dense is None:
+            attention_in = PackedPair(parts=(joined(t.value, t.key), joined(t.query)))
+        else:
+            attention_in = joined(t.value, t.key, t.query)
         layers.append(
             LayerWeights(
-                attention_norm=t.attention_norm,
-                attention_in=_joined(t.value, t.key, t.query),
-                attention_out=_joined(t.out),
-                query_norm=t.query_norm,
-                key_norm=t.key_norm,
-                ffn_norm=t.ffn_norm,
-                ffn_in=_joined(*ffn_in),
-                ffn_out=_joined(t.down),
+                attention_norm=_norm(t.attention_norm, dense),
+                attention_in=attention_in,
+                attention_out=joined(t.out),
+                query_norm=None if t.query_norm is None else _norm(t.query_norm, dense),
+                key_norm=None if t.key_norm is None else _norm(t.key_norm, dense),
+                ffn_norm=_norm(t.ffn_norm, dense),
+                ffn_in=joined(t.up) if t.gate is None else joined(t.gate, t.up),
+                ffn_out=joined(t.down),
             )
         )
+        del t
+        _return_freed_memory()
     m = family.model_tensors(get)
+    embedding: Tensor | PackedHead = m.embedding
+    head: Tensor | PackedHead = m.head
+    if dense is None:
+        head = placed(PackedHead.pack(m.head, HEAD_BITS, m.head_bias))
+        if m.head is m.embedding:
+            embedding = head
+        elif m.embedding.element_size() == 2:
+            # Only a row a token is read of it, so that packing would save no time.
+            embedding = m.embedding.clone()
+        else:
+            embedding = PackedHead.pack(m.embedding, HEAD_BITS)
+        _return_freed_memory()
     return Weights(
         config=decoder,
-        embedding=m.embedding,
+        format=form,
+        dtype=dtype,
+        embedding=embedding,
         layers=tuple(layers),
-        final_norm=m.final_norm,
-        head=m.head,
+        final_norm=_norm(m.final_norm, dense),
+        head=head,
         head_bias=m.head_bias,
     )
 
 
-def _joined(*parts: Affine) -> ChannelMajor:
-    return ChannelMajor.stack([p.weight for p in parts], [p.bias for p in parts])
+def _packed_bytes(shape: ModelShape, bits: int) -> int:
+    """Bytes of the packed projections and head, or a little more."""
+    outputs, widths = shape.site_outputs, shape.site_widths
+    # Sizes are rounded up to whole tiles and groups.
+    sizes = [(o + 2 * TILE) * (w + GROUP) for o, w in zip(outputs, widths, strict=True)]
+    head = (shape.vocabulary + TILE) * (shape.width + GROUP)
+    return shape.n_layers * sum(sizes) * (bits + 1) // 8 + head * (HEAD_BITS + 1) // 8
 
 
-def from_model(model: nn.Module, dtype: torch.dtype | None) -> Weights:
-    """Copy the weights of a Hugging Face causal LM; its own dtype by default."""
+def _norm(norm: Affine, dense: torch.dtype | None) -> Affine:
+    """A norm; beside packed weights in fp32, and copied, so that no file stays open for it."""
+    if dense is not None:
+        return norm
+    bias = None if norm.bias is None else norm.bias.to(torch.float32, copy=True)
+    return Affine(weight=norm.weight.to(torch.float32, copy=True), bias=bias)
+
+
+def _return_freed_memory() -> None:
+    """Give the scratch of encoding back to the system, where the C library can.
+
+    It lies between blobs that stay, and the allocator would keep as much again as they take.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def from_model(
+    model: nn.Module, dtype: torch.dtype | None = None, weights: str | None = None
+) -> Weights:
+    """Copy the weights of a Hugging Face causal LM; arguments as in `build`.
+
+    Where no format is asked for and 4 bits do not do, in the model's own.
+    """
     config: Any = model.config
     tensors = model.state_dict()
     if config.tie_word_embeddings:
@@ -128,72 +326,44 @@ def from_model(model: nn.Module, dtype: torch.dtype | None) -> Weights:
             for k, v in tensors.items()
             if not k.endswith(("lm_head.weight", "embed_out.weight"))
         }
-    return build(config, tensors.get, dtype or next(model.parameters()).dtype)
+    return build(config, tensors.get, dtype, weights, next(model.parameters()).dtype)
 
 
-def read_config(folder: Path) -> Any:
-    """The Hugging Face config of a model folder.
-
-    Importing transformers takes longer than reading the default model's weights. A config that
-    spells out all that a family asks for needs no class with defaults; any other is read by
-    transformers.
-
-    Raises:
-        ModelError: If it is missing or damaged.
-    """
-    path = folder / "config.json"
-    values = read_json(path)
-    if isinstance(values, dict) and {"rope_parameters", "tie_word_embeddings"} <= set(values):
-        plain = SimpleNamespace(**values)
-        try:
-            find_family(plain).decoder_config(plain)
-            return plain
-        except (AttributeError, KeyError, TypeError):
-            pass
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
-
-
-def from_folder(folder: Path, dtype: torch.dtype | None) -> Weights:
+def from_folder(
+    folder: Path, dtype: torch.dtype | None = None, weights: str | None = None
+) -> Weights:
     """Read a folder of safetensors and `config.json`.
 
     Args:
         folder: As `resolve_model` returns.
-        dtype: Of the engine; by default bfloat16 where the file has it, else float32.
+        dtype: As in `build`.
+        weights: As in `build`; a dense store that no one asked for is bfloat16 where the file is,
+            else float32.
 
     Raises:
-        ModelError: If files are missing or damaged.
+        ModelError: If files are missing or damaged, or the machine has too little memory.
     """
     from safetensors import SafetensorError, safe_open
 
+    form = _asked_for(dtype, weights)
     config = read_config(folder)
-    find_family(config)
-    index = folder / "model.safetensors.index.json"
+    stored = check_weights(folder, config, _BYTES[form or "int4"])
+    tied = flag(config, "tie_word_embeddings")
+
+    def lookup(name: str) -> Tensor | None:
+        if name not in stored or (tied and name in ("lm_head.weight", "embed_out.weight")):
+            return None
+        # Opened anew for each tensor: what one mapping has read stays in memory with it.
+        with safe_open(stored[name].file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    def dense() -> torch.dtype:
+        halves = next(iter(stored.values())).dtype == "BF16"
+        check_weights(folder, config, _BYTES["bf16" if halves else "fp32"])
+        return torch.bfloat16 if halves else torch.float32
+
     try:
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
-        with ExitStack() as stack:
-            where: dict[str, Callable[[str], Tensor]] = {}
-            for name in files:
-                opened = stack.enter_context(safe_open(folder / name, framework="pt"))
-                where.update(dict.fromkeys(opened.keys(), opened.get_tensor))
-            tied = config.tie_word_embeddings
-
-            def lookup(name: str) -> Tensor | None:
-                if name not in where or (tied and name in ("lm_head.weight", "embed_out.weight")):
-                    return None
-                return where[name](name)
-
-            if dtype is None:
-                first = next(iter(where))
-                stored = where[first](first).dtype
-                dtype = torch.bfloat16 if stored == torch.bfloat16 else torch.float32
-            return build(config, lookup, dtype)
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        return _build(config, lookup, form) if form else _build_exact(config, lookup, dense)
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read the weights in {folder}: {error}") from error

@@ -1,0 +1,246 @@
+"""The native core: packed products and whole decode steps in C++, loaded with ctypes.
+
+The library is built at installation by `setup.py`, from this folder. It is not compiled against
+PyTorch, brings its own threads, and chooses among the processor's instruction sets when it is
+loaded. Where it is missing (no compiler, another platform) every caller has a PyTorch path with the
+same results, and one line says so.
+
+The structures mirror `step.h`; their sizes are compared when the library is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vesicle.engine import native
+from vesicle.engine.packed import PackedHead, PackedWeight
+from vesicle.plan import IntArray
+
+MOST_TOKENS = 16
+"""Tokens that one decode step takes."""
+DISABLE = "VESICLE_NO_NATIVE"
+"""Environment variable that, set to 1, forces the PyTorch path."""
+INSTRUCTIONS = "VESICLE_INSTRUCTIONS"
+"""Environment variable that limits the instruction set: generic, avx2, avx512, neon."""
+DENSE32, DENSE_BF16, PACKED4, PACKED8 = range(4)
+KV_FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
+
+
+def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
+class Projection(ctypes.Structure):
+    """Mirrors `VesicleProjection`."""
+
+    _fields_ = [
+        *_fields(_POINTER, "data", "rest", "bias"),
+        *_fields(_LONG, "n_in", "n_out", "stride", "format"),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """Mirrors `VesicleLayer`."""
+
+    _fields_ = [
+        *_fields(Projection, "value_key", "query", "attention_out", "ffn_in", "ffn_out"),
+        *_fields(_POINTER, "attention_gain", "ffn_gain", "query_gain", "key_gain"),
+        *_fields(_LONG, "rotates"),
+    ]
+
+
+class StandIn(ctypes.Structure):
+    """Mirrors `VesicleStandIn`."""
+
+    _fields_ = [*_fields(_POINTER, "down", "up", "bias"), *_fields(_LONG, "rank")]
+
+
+class Model(ctypes.Structure):
+    """Mirrors `VesicleModel`."""
+
+    _fields_ = [
+        *_fields(_LONG, "n_layers", "width", "heads", "kv_heads", "size", "ffn_width"),
+        *_fields(_LONG, "vocabulary"),
+        *_fields(_FLOAT, "eps", "scale"),
+        *_fields(_POINTER, "layers", "final_gain"),
+        *_fields(Projection, "embedding", "head"),
+        *_fields(_POINTER, "keys", "values", "key_scales", "value_scales"),
+        *_fields(_LONG, "kv_format", "summary_format", "page_stride"),
+    ]
+
+
+class ModulatorParts(ctypes.Structure):
+    """Mirrors `VesicleModulator`."""
+
+    _fields_ = [
+        *_fields(_POINTER, "weight", "offset", "log_slope", "place_weight"),
+        *_fields(_LONG, "released", "least", "head_survivors", "steps"),
+        ("pressure", _DOUBLE),
+        ("rates", _DOUBLE * 4),
+        *_fields(_DOUBLE, "floor", "ffn_below", "attention_below", "bypass_below", "head_below"),
+        ("step_levels", _DOUBLE * 8),
+        ("step_bits", _INT * 8),
+        ("columns", _INT * 8),
+    ]
+
+
+class Token(ctypes.Structure):
+    """Mirrors `VesicleToken`."""
+
+    _fields_ = [
+        *_fields(_LONG, "id", "position", "room", "vectors", "room_summaries"),
+        ("place", _DOUBLE),
+        *_fields(_POINTER, "hidden", "cosine", "sine", "tables", "starts", "held", "summaries"),
+        *_fields(_POINTER, "modulator", "ffn_standin", "attention_standin"),
+        *_fields(_POINTER, "channels", "bits", "module", "run", "kv_blocks", "head", "levels"),
+        *_fields(_POINTER, "rows", "outputs", "visited", "compared", "standin", "logits"),
+        *_fields(_LONG, "wants", "token"),
+    ]
+
+
+_MIRRORS = (Projection, Layer, StandIn, Model, ModulatorParts, Token)
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "vesicle_sizes": (_LONG, [_LONG]),
+    "vesicle_instructions": (ctypes.c_char_p, [ctypes.c_char_p]),
+    "vesicle_step": (None, [_POINTER, _POINTER, _LONG, _LONG]),
+    "vesicle_multiply": (None, [_POINTER] * 4 + [_LONG, _POINTER, _POINTER, _LONG]),
+    "vesicle_head": (None, [_POINTER, _POINTER, _LONG, _INT, _POINTER, _LONG]),
+    "vesicle_unpack": (None, [_POINTER, _INT, _POINTER, _LONG, _INT, _LONG]),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where it is absent, disabled or of another version."""
+    if os.environ.get(DISABLE) == "1":
+        return None
+    for path in sorted(native.folder().glob("_core*.so")):
+        try:
+            core = ctypes.CDLL(str(path))
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(core, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError):
+            continue
+        sizes = [core.vesicle_sizes(i) for i in range(len(_MIRRORS))]
+        if sizes != [ctypes.sizeof(mirror) for mirror in _MIRRORS]:
+            continue
+        wanted = os.environ.get(INSTRUCTIONS)
+        if core.vesicle_instructions(wanted.encode() if wanted else None) is None:
+            warnings.warn(
+                f"{INSTRUCTIONS} is {wanted!r}, which this processor or build does not have; "
+                "using the best there is",
+                stacklevel=2,
+            )
+            core.vesicle_instructions(None)
+        return core
+    warnings.warn(
+        "the native core is missing (no compiler at installation?): running in PyTorch, slower",
+        stacklevel=2,
+    )
+    return None
+
+
+def available() -> bool:
+    """Whether the native core is there."""
+    return library() is not None
+
+
+def instructions() -> str | None:
+    """Name of the instruction set in use; None without the core."""
+    core = library()
+    if core is None:
+        return None
+    wanted = os.environ.get(INSTRUCTIONS)
+    name = core.vesicle_instructions(wanted.encode() if wanted else None)
+    return (name or core.vesicle_instructions(None)).decode()
+
+
+def threads() -> int:
+    """Threads that the core runs on: as many as PyTorch's operations."""
+    return torch.get_num_threads()
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Of a tensor's first number; None for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def describe(weight: PackedWeight | PackedHead) -> Projection:
+    """The structure of a packed weight, which must outlive it."""
+    return Projection(
+        data=weight.high.data_ptr(),
+        rest=address(weight.rest),
+        bias=address(weight.bias),
+        n_in=weight.n_in,
+        n_out=weight.n_out,
+        stride=0,
+        format=PACKED4 if weight.bits == 4 else PACKED8,
+    )
+
+
+def packed_multiply(
+    x: Tensor, weight: PackedWeight, counts: IntArray, bits: int, columns: int, out: Tensor
+) -> None:
+    """Products of tokens with a packed weight, on activations rounded to 8 bits.
+
+    Args:
+        x: (T, in) fp32, contiguous.
+        weight: The weight.
+        counts: (T,) channels to read, those of largest |x|.
+        bits: As a Plan's, for all tokens.
+        columns: Leading outputs wanted.
+        out: (T, columns) fp32, contiguous, written.
+    """
+    core = library()
+    assert core is not None
+    n = len(x)
+    whole = out if columns == weight.n_out else torch.empty(n, weight.n_out)
+    counts = np.ascontiguousarray(counts, np.int32)
+    each, read = np.full(n, bits, np.int32), np.empty(n, np.int32)
+    core.vesicle_multiply(
+        ctypes.byref(describe(weight)),
+        x.data_ptr(),
+        counts.ctypes.data,
+        each.ctypes.data,
+        n,
+        whole.data_ptr(),
+        read.ctypes.data,
+        threads(),
+    )
+    if whole is not out:
+        out.copy_(whole[:, :columns])
+
+
+def head_multiply(x: Tensor, head: PackedHead, bits: int, out: Tensor) -> None:
+    """Logits (T, V) of x (T, D) fp32, without the head's bias, written to `out`."""
+    core = library()
+    assert core is not None
+    core.vesicle_head(
+        ctypes.byref(describe(head)), x.data_ptr(), len(x), bits, out.data_ptr(), threads()
+    )
+
+
+def unpack(weight: PackedWeight, out: Tensor, bits: int = 16) -> None:
+    """Write a packed weight (in, out) to a contiguous fp32 or bf16 tensor."""
+    core = library()
+    assert core is not None
+    core.vesicle_unpack(
+        ctypes.byref(describe(weight)),
+        bits,
+        out.data_ptr(),
+        out.stride(0),
+        out.dtype == torch.bfloat16,
+        threads(),
+    )

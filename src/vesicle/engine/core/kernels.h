@@ -1,0 +1,95 @@
+// The arithmetic of the decode core, compiled once per instruction set and chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace vesicle {
+
+constexpr int64_t kGroup = 32;    // input channels that share a scale
+constexpr int64_t kTile = 128;    // outputs side by side in a packed projection
+constexpr int64_t kHeadTile = 16; // the same for the LM head
+constexpr int64_t kBlock = 16;    // positions of a KV block
+constexpr int64_t kMaxTokens = 16;
+
+enum KvFormat : int32_t { kF32 = 0, kF16 = 1, kBf16 = 2, kI8 = 3 };
+
+// Activations of one token at one site, quantized per group of 32 channels; only chosen channels are listed.
+struct Quantized {
+  int8_t* codes;   // (groups * 32), the chosen channels of each group first, padded with zeros to quads
+  uint8_t* rows;   // (groups * 32), their rows within the group; padding repeats a chosen row
+  uint8_t* quads;  // (groups), quads of chosen channels
+  float* scales;   // (groups)
+  float* sums;     // (groups), scale times the sum of the codes
+  bool dense;      // every channel is chosen: rows are 0..31 in every group
+};
+
+// How codes are read: b bits of the stored S.
+struct Precision {
+  int32_t mask;     // of the leading nibble
+  float factor;     // the leading nibble's worth
+  float offset;     // added to the code: half of what is cut off
+  bool use_rest;    // the trailing nibble is read as well
+};
+
+struct KvView {
+  const char *keys, *values;  // of the pool: keys (blocks, G, K, 16), values (blocks, G, 16, K)
+  int64_t stride;             // numbers from one head's page to the next head's
+  const uint16_t *key_scales, *value_scales;  // (blocks, G, 16) for int8
+  int64_t kv_heads, size;
+};
+
+struct Kernels {
+  const char* name;
+  // Chooses the `count` largest |x| of n (ties to the lower channel) into bit masks, one word per 32 channels.
+  void (*choose)(const float* x, int64_t n, int64_t count, uint32_t* masks, uint32_t* keys);
+  void (*quantize)(const float* x, int64_t n, const uint32_t* masks, Quantized* out);
+  // y[t][0:width] += the products of groups [first, last) of a tile of `width` outputs (128 or 64).
+  void (*tile)(const uint8_t* high, const uint8_t* rest, int64_t width, int64_t first, int64_t last,
+               const Precision* precision, const Quantized* const* x, int64_t tokens, float* const* y);
+  // y[t] of tiles [first, last) of the LM head.
+  void (*head_tiles)(const uint8_t* high, const uint8_t* rest, int64_t groups, int64_t first, int64_t last,
+                     const Precision* precision, const Quantized* const* x, int64_t tokens, float* const* y);
+  // y[0:n] += sum over listed rows of x[row] * w[row][0:n]
+  void (*rows_f32)(const float* x, const int32_t* rows, int64_t n_rows, const float* w, int64_t stride, float* y,
+                   int64_t n);
+  void (*rows_bf16)(const float* x, const int32_t* rows, int64_t n_rows, const uint16_t* w, int64_t stride,
+                    float* y, int64_t n);
+  void (*normalise)(const float* x, const float* gain, float eps, int64_t n, float* y);
+  void (*add)(float* y, const float* x, int64_t n);
+  float (*dot)(const float* a, const float* b, int64_t n);
+  float (*dot_bf16)(const float* a, const uint16_t* b, int64_t n);
+  void (*silu_gate)(float* gate, const float* up, int64_t n);
+  void (*rotate)(float* x, int64_t heads, int64_t size, const float* cosine, const float* sine);
+  // Unnormalised attention of all query heads, `ratio` to a KV head, over n listed blocks of each KV head.
+  //   blocks (KV heads): lists of pool blocks, `listed` long, to be read next beyond n; all positions of a block
+  //   count but in the n-th, where `tail` do.
+  //   out (heads, size), top (heads), total (heads). Returns positions read by one head.
+  int64_t (*attend)(const KvView* kv, int32_t format, const float* query, int64_t ratio, float scale,
+                    const int32_t* const* blocks, int64_t n, int64_t listed, int64_t tail, float* out, float* top,
+                    float* total);
+  // Writes one position's key and value (K) of KV head g into a page.
+  void (*store)(const KvView* kv, int32_t format, int64_t g, int64_t block, int64_t slot, const float* key,
+                const float* value);
+  // Writes the summary of a complete block's keys into a column of a group (vectors, K, 16) of summaries.
+  void (*summarise)(const KvView* kv, int32_t format, int64_t g, int64_t block, int64_t vectors, void* out,
+                    int64_t column);
+  // Estimated scores (ratio, row) of blocks in groups [first, last) of 16 for the query heads of one KV head.
+  //   summaries (groups, vectors, K, 16) of `format`.
+  void (*estimate)(const void* summaries, int32_t format, int64_t first, int64_t last, int64_t vectors,
+                   const float* query, int64_t ratio, int64_t size, float* scores, int64_t row);
+  // mass[0:n] += softmax(scale scores[0:n]).
+  void (*add_softmax)(const float* scores, int64_t n, float scale, float* mass, float* scratch);
+  // Writes `columns` outputs of a tile for all n_in channels as fp32 or bf16, channel-major with `stride`.
+  void (*unpack_tile)(const uint8_t* high, const uint8_t* rest, int64_t width, int64_t groups, int64_t n_in,
+                      int64_t columns, const Precision* precision, void* out, int64_t stride, bool bf16);
+};
+
+const Kernels* kernels_generic();
+const Kernels* kernels_avx2();    // null where this build has none
+const Kernels* kernels_avx512();
+const Kernels* kernels_neon();
+
+// The best that this CPU runs; `name` (generic, avx2, avx512, neon) limits the choice, null for no limit.
+const Kernels* kernels_for(const char* name);
+
+}  // namespace vesicle

@@ -1,0 +1,210 @@
+"""Prefix reuse: a request starts from blocks that an earlier one with the same opening computed.
+
+Keys, values, levels and Plan rows of a token depend on the tokens up to it and on the method, and
+on nothing else. So two requests under one method whose texts begin alike have the same cache there.
+The index keeps *snapshots*: sequences forked at whole blocks of 16 tokens, which share their blocks
+with whoever computed them by reference count. A snapshot that a longer one continues is dropped,
+for the longer one serves the same readers. Under a byte limit, or when the pool runs short, the
+least recently used snapshot goes first.
+
+Reused are sequences of `Dense` and of modulators (trained or controls) at one position of the dial.
+A modulator is known by identity, so one that is trained further in place needs a `clear`. Not
+reused are methods that carry state from token to token (a recurrent predictor), whose state at an
+earlier block is gone; sequences that have evicted blocks; and methods of other kinds, of which it
+is not known when two are the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vesicle.engine.engine import Engine, Sequence
+from vesicle.errors import VesicleError
+from vesicle.modulator import ModulatorAuthor, ModulatorMethod
+from vesicle.plan import BLOCK, FIELDS, TOKEN_FIELDS, Dense, IntArray, Method
+
+_T = TypeVar("_T", np.int32, np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Snapshot:
+    identity: Hashable
+    ids: IntArray
+    sequence: Sequence
+
+
+class PrefixIndex:
+    """Snapshots of one engine's sequences, found by method and opening tokens."""
+
+    def __init__(self, engine: Engine, limit_bytes: int | None = None) -> None:
+        """Empty.
+
+        Args:
+            engine: Whose sequences are kept.
+            limit_bytes: Most bytes of keys and values to hold; None for what the pool can spare.
+
+        Raises:
+            VesicleError: If the limit is negative.
+        """
+        if limit_bytes is not None and limit_bytes < 0:
+            raise VesicleError(f"prefix cache limit is {limit_bytes} bytes; allowed: 0 and above")
+        self.engine = engine
+        self.limit_bytes = limit_bytes
+        self._snapshots: list[_Snapshot] = []  # least recently used first
+        self._holders: Counter[int] = Counter()  # block to the snapshots that share it
+
+    def __len__(self) -> int:
+        """Snapshots held."""
+        return len(self._snapshots)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the keys and values of all snapshots; a block that several share counts once."""
+        return len(self._holders) * self.engine.pool.bytes_per_block
+
+    def start(self, method: Method, prompt: ArrayLike, beyond: int = 0) -> Sequence | None:
+        """A sequence that has already read the longest known opening of a prompt.
+
+        At least the prompt's last token is left to be read, for its logits.
+
+        Args:
+            method: Of the new sequence.
+            prompt: (T,) token ids.
+            beyond: Tokens that a match must exceed to be worth having.
+
+        Returns:
+            A sequence of its own, or None where nothing matches.
+        """
+        key, ids = _identity(method), np.asarray(prompt)
+        if key is None:
+            return None
+        ids = ids[: (len(ids) - 1) // BLOCK * BLOCK]
+        found, n = None, beyond
+        for snapshot in reversed(self._snapshots):  # of equals the newest, so that others may age
+            if snapshot.identity == key and (m := _common(snapshot.ids, ids)) > n:
+                found, n = snapshot, m
+        if found is None:
+            return None
+        self._touch(found)
+        return _fork(self.engine, found.sequence, n)
+
+    def add(self, sequence: Sequence) -> None:
+        """Keep what a sequence has read, in whole blocks, as far as the limit allows.
+
+        Nothing is copied, and the sequence may go on or be closed.
+        """
+        key, n = _identity(sequence.method), sequence.length // BLOCK
+        if self.limit_bytes is not None:
+            column = self.engine.shape.n_layers * self.engine.pool.bytes_per_block
+            n = min(n, self.limit_bytes // column)
+        if key is None or not n or not _whole(sequence):
+            return
+        ids = np.array(sequence.token_ids[: n * BLOCK])
+        for snapshot in [s for s in self._snapshots if s.identity == key]:
+            common = _common(snapshot.ids, ids)
+            if common == len(ids):
+                return self._touch(snapshot)
+            if common == len(snapshot.ids):
+                self._drop(snapshot)
+        snapshot = _Snapshot(key, ids, _fork(self.engine, sequence, len(ids)))
+        self._snapshots.append(snapshot)
+        self._holders.update(_blocks(snapshot.sequence))
+        while self.limit_bytes is not None and self.bytes_held > self.limit_bytes:
+            self.evict()
+
+    def evict(self) -> bool:
+        """Give up the least recently used snapshot; False if there is none.
+
+        Blocks that other sequences share stay with them.
+        """
+        if self._snapshots:
+            self._drop(self._snapshots[0])
+            return True
+        return False
+
+    def clear(self) -> None:
+        """Give up all snapshots."""
+        while self.evict():
+            pass
+
+    def _touch(self, snapshot: _Snapshot) -> None:
+        self._snapshots.remove(snapshot)
+        self._snapshots.append(snapshot)
+
+    def _drop(self, snapshot: _Snapshot) -> None:
+        self._snapshots.remove(snapshot)
+        self._holders -= Counter(_blocks(snapshot.sequence))  # keeps what is above zero
+        snapshot.sequence.close()
+
+
+def _identity(method: Method) -> Hashable | None:
+    """Equal for methods that decide alike; None where that is not known."""
+    match method:
+        case ModulatorMethod():
+            return method.modulator, method.dial_position
+        case Dense():
+            return Dense
+    return None
+
+
+def _whole(sequence: Sequence) -> bool:
+    """Whether all that a sequence was at its earlier tokens is still there.
+
+    Neither blocks evicted nor a predictor's state carried on.
+    """
+    author, cache = sequence.author, sequence.cache
+    carried = isinstance(author, ModulatorAuthor) and bool(author._state)
+    return not carried and bool((cache.n_blocks == -(-sequence.length // BLOCK)).all())
+
+
+def _fork(engine: Engine, source: Sequence, n_tokens: int) -> Sequence:
+    """A sequence that stands where another stood after `n_tokens`, a multiple of 16.
+
+    Blocks, Plan rows and levels are shared, none is copied. None of its work is counted as its own.
+    """
+    source.settle()
+    fork = engine.start(source.method)
+    fork.cache = source.cache.fork(n_tokens)
+    fork.token_ids = source.token_ids[:n_tokens]
+    chunks = source.builder._chunks
+    columns = {name: _opening([chunk[name] for chunk in chunks], n_tokens) for name in FIELDS}
+    for rows in zip(*columns.values(), strict=True):
+        # A token that is taken over is not asked for logits, so the head's field is at rest.
+        heads = {name: np.zeros(len(rows[0]), np.int32) for name in TOKEN_FIELDS}
+        fork.builder._chunks.append({**dict(zip(columns, rows, strict=True)), **heads})
+    if isinstance(fork.author, ModulatorAuthor) and isinstance(source.author, ModulatorAuthor):
+        for levels in _opening(source.author._levels, n_tokens):
+            fork.author.adopt(levels)
+    fork.counted = [dict.fromkeys(source.counted[0], np.zeros(n_tokens, np.int64))]
+    return fork
+
+
+def _opening(pieces: list[NDArray[_T]], n_rows: int) -> list[NDArray[_T]]:
+    """Views of the first rows of arrays that follow one another."""
+    views = []
+    for piece in pieces:
+        if n_rows <= 0:
+            break
+        views.append(piece[:n_rows])
+        n_rows -= len(piece)
+    return views
+
+
+def _common(first: IntArray, second: IntArray) -> int:
+    """Length of the common opening, in whole blocks."""
+    n = min(len(first), len(second))
+    same = first[:n] == second[:n]
+    return (n if same.all() else int(same.argmin())) // BLOCK * BLOCK
+
+
+def _blocks(sequence: Sequence) -> list[int]:
+    """The numbers of its blocks in the pool, of all layers."""
+    cache = sequence.cache
+    held = np.arange(cache.tables.shape[1]) < cache.n_blocks[:, None]
+    return cache.tables[held].tolist()
