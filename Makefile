@@ -1,9 +1,19 @@
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest
 ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64-static
+CORE = src/vesicle/engine/core
+DRIVER = tests/native/driver.cpp $(CORE)/*.cpp
+CHECKED = $(CXX) -std=c++17 -O1 -g -fno-omit-frame-pointer -fPIC -pthread
+MEMORY = -fsanitize=address,undefined -fno-sanitize-recover=undefined
+# Fresh memory holds numbers that are none, so that whatever is read before it was written shows.
+FILLED = ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=16777216:malloc_fill_byte=255
+RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+NATIVE_TESTS = tests/native/test_fuzz.py tests/engine/test_decode.py tests/engine/test_packed.py
 
 .DEFAULT_GOAL := help
-.PHONY: help arm bench install test check parity test-slow test-gpu examples docs results clean
+.PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow test-gpu \
+	examples docs results clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "%-12s %s\n", $$1, $$2}'
@@ -34,6 +44,26 @@ arm: ## the kernels compile for 64-bit ARM, with and without dot products (needs
 		echo "$$cpu $$source"; \
 		$(ARM_CXX) -march=$$cpu -O3 -std=c++17 -fPIC -fopenmp -c -o /dev/null "$$source" || exit 1; \
 	done; done
+
+test-arm: ## decode steps on an emulated 64-bit ARM core (needs a cross compiler and qemu-user)
+	mkdir -p build/arm
+	$(ARM_CXX) -O2 -std=c++17 -static -pthread -I$(CORE) $(DRIVER) -o build/arm/driver
+	$(ARM_RUN) build/arm/driver 40
+
+sanitize: ## the native code under checks of memory and undefined behaviour (GCC on Linux; minutes)
+	mkdir -p build/sanitize
+	$(CHECKED) $(MEMORY) -shared $(CORE)/*.cpp -o build/sanitize/_core.so
+	$(CHECKED) $(MEMORY) -fopenmp -c src/vesicle/engine/native.cpp -o build/sanitize/native.o
+	$(CHECKED) $(MEMORY) -shared build/sanitize/native.o -o build/sanitize/_native.so
+	$(CHECKED) $(MEMORY) -I$(CORE) tests/native/driver.cpp build/sanitize/_core.so \
+		-Wl,-rpath,'$$ORIGIN' -o build/sanitize/driver
+	$(FILLED) build/sanitize/driver 100
+	$(FILLED) LD_PRELOAD="$(RUNTIMES)" VESICLE_LIBRARIES=build/sanitize $(PYTEST) $(NATIVE_TESTS)
+
+sanitize-threads: ## decode steps under checks of what threads share (GCC on Linux)
+	mkdir -p build/sanitize
+	$(CHECKED) -fsanitize=thread -I$(CORE) $(DRIVER) -o build/sanitize/threads
+	setarch -R build/sanitize/threads 60
 
 test-gpu: ## kernels on an NVIDIA GPU, or in Triton's interpreter where there is none (slow)
 	$(PYTEST) tests/gpu -m gpu

@@ -1,10 +1,11 @@
 """Random models, Plans, batches and evictions: the native decoder against the general path.
 
 Every token is decoded by both from the same cache, so that what one rounds otherwise is not handed
-on to the next token.
+on to the next token. In half of the steps the general path does without native code altogether.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,19 +15,19 @@ import torch
 import transformers
 
 from tests.tiny import randomise
-from vesicle.engine import Engine, Sequence, core
+from vesicle.engine import Engine, Sequence, attention, core, linear
 from vesicle.plan import Equipment, Plan, Replay, visible_blocks
 from vesicle.shapes import ModelShape
 from vesicle.standins import StandIns
 
 NEAR = 1e-4
 """Of the largest logit: the same sums in another order. Measured: 1e-5."""
-FAR = 0.5
-FLIPS = 0.1
+FAR = 0.1
+FLIPS = 0.05
 """A sum that differs in its last bit may read the other of two nearly equal channels or blocks, or
 round to the neighbouring 8-bit code. That may move a token's logits by up to `FAR`, and no more
-than this share of all tokens. Measured: 0.02."""
-FAST, SLOW = range(10), range(10, 160)
+than this share of all tokens. Measured: 0.005 and 0.002."""
+FAST, SLOW = range(20), range(20, 160)
 LONGEST = 130
 
 pytestmark = pytest.mark.skipif(not core.available(), reason="the native core is not built here")
@@ -112,6 +113,16 @@ def random_method(shape: ModelShape, rng: np.random.Generator) -> Replay:
     )
 
 
+@contextmanager
+def without_native(disabled: bool) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if disabled:
+            patch.setattr(core, "available", lambda: False)
+            patch.setattr(linear, "library", lambda: None)
+            patch.setattr(attention, "library", lambda: None)
+        yield
+
+
 def evict(sequence: Sequence, rng: np.random.Generator) -> None:
     """Drop some complete blocks of some layers."""
     cache = sequence.cache
@@ -136,6 +147,8 @@ class Case:
         rng = np.random.default_rng(seed)
         model = random_model(rng)
         weights = ("int4", "int8", "fp32", "bf16")[seed % 4]
+        if weights in ("int4", "int8"):  # the format that a checkpoint came in may leave its mark
+            model.to((torch.float32, torch.bfloat16, torch.float16)[rng.integers(3)])
         kv = str(rng.choice(["fp32", "fp16", "bf16", "int8"]))
         engine = Engine.from_model(model, weights=weights, kv=kv, kv_capacity=1 << 26)
         assert engine._decoder is not None
@@ -176,16 +189,19 @@ class Case:
         beside = [(self.twin(self.other, sequence), ids) for sequence, ids in batch]
         alone = [(self.twin(self.engine, sequence), ids) for sequence, ids in batch[:1]]
         starts = [sequence.length for sequence, _ in batch]
+        with without_native(bool(self.rng.integers(2))):
+            general = self.other.likeliest if greedy else self.other.forward
+            expected = general(beside)
         if greedy:
-            found, expected = self.engine.likeliest(batch), self.other.likeliest(beside)
+            found = self.engine.likeliest(batch)
             assert self.engine.likeliest(alone) == found[:1]
             differences = [float(a != b) * FAR for a, b in zip(found, expected, strict=True)]
         else:
-            logits, others = self.engine.forward(batch), self.other.forward(beside)
+            logits = self.engine.forward(batch)
             assert torch.equal(self.engine.forward(alone)[0], logits[0])
             differences = [
                 float((a - b).abs().max() / b.abs().max())
-                for a, b in zip(logits, others, strict=True)
+                for a, b in zip(logits, expected, strict=True)
             ]
         for (a, _), (b, _), start in zip(batch, beside, starts, strict=True):
             plan = a.plan.tokens(start)
@@ -209,7 +225,7 @@ def run(seed: int, monkeypatch: pytest.MonkeyPatch, steps: int = 4) -> list[floa
         threads = int(case.rng.integers(1, 4))
         monkeypatch.setattr(core, "threads", lambda threads=threads: threads)
         differences += case.step()
-    assert max(differences) <= FAR
+    assert all(d <= FAR for d in differences), differences  # false for NaN
     return differences
 
 

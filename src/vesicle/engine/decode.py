@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vesicle.engine import core
 from vesicle.engine.counters import Counters
 from vesicle.engine.linear import ChannelMajor, Projection
 from vesicle.engine.packed import PackedHead, PackedPair, PackedWeight
-from vesicle.engine.pool import BlockPool
+from vesicle.engine.pool import BlockPool, summary_dtype
 from vesicle.engine.rotary import Rotary
 from vesicle.engine.weights import Weights
 from vesicle.families.base import DecoderConfig
@@ -115,8 +116,21 @@ class Slot:
             self.settle(sequence)
         return self.used > 0 or self._plan_ahead(sequence)
 
-    def prepare(self, sequence: Sequence, token_id: int, rotation: tuple[int, int]) -> None:
-        """Set the structure for the next token."""
+    def prepare(
+        self,
+        sequence: Sequence,
+        token_id: int,
+        rotation: tuple[int, int],
+        summarise: Callable[[core.Token], None],
+    ) -> None:
+        """Set the structure for the next token.
+
+        Args:
+            sequence: Whose slot this is.
+            token_id: Of the token.
+            rotation: Addresses of the cosines and sines of its position.
+            summarise: Fills the structure's summaries.
+        """
         if self.used == self._planned:
             self.settle(sequence)
             self._plan_ahead(sequence)
@@ -133,7 +147,7 @@ class Slot:
             token.tables, token.starts = tables.ctypes.data, cache.starts.ctypes.data
             token.room = tables.shape[1]
         token.held = cache.n_blocks.ctypes.data
-        self._summarise(sequence)
+        self._summarise(sequence, summarise)
 
     def _plan_ahead(self, sequence: Sequence) -> bool:
         """Fill the rows of the next tokens with what is known of them."""
@@ -154,7 +168,7 @@ class Slot:
             plan[name][:] = rows
         return True
 
-    def _summarise(self, sequence: Sequence) -> None:
+    def _summarise(self, sequence: Sequence, summarise: Callable[[core.Token], None]) -> None:
         """Bring the summaries of complete blocks up to date, where blocks may be chosen.
 
         The core adds those of blocks that it completes itself.
@@ -176,28 +190,30 @@ class Slot:
         if room is None or block >= room.shape[2] * BLOCK:
             self._summarised = None
         if self._summarised != (block, cache.evictions):
-            self._turn_summaries(sequence)
+            self._make_summaries(sequence, summarise)
         # The next block is complete when this token is written into its last place.
         complete = (position + 1) // BLOCK
         self._summarised = (complete, cache.evictions)
 
-    def _turn_summaries(self, sequence: Sequence) -> None:
-        """Lay summaries out as the core compares them: 16 blocks' numbers side by side."""
+    def _make_summaries(self, sequence: Sequence, summarise: Callable[[core.Token], None]) -> None:
+        """Summarise all complete blocks, 16 blocks' numbers side by side, with room for more."""
         cache, shape, token = sequence.cache, self._shape, self.token
-        kind = sequence.equipment.summary
-        made = [cache.summaries(layer, kind) for layer in range(shape.n_layers)]  # (G, N, V, K)
-        most = max(m.shape[1] for m in made)
-        groups = max(4, 2 * (most // BLOCK + 1))
-        g, _, v, k = made[0].shape
-        room = torch.zeros(shape.n_layers, g, groups, v, k, BLOCK, dtype=made[0].dtype)
-        for layer, summaries in enumerate(made):
-            padded = nn.functional.pad(summaries, (0, 0, 0, 0, 0, -summaries.shape[1] % BLOCK))
-            turned = padded.unflatten(1, (-1, BLOCK)).permute(0, 1, 3, 4, 2)
-            room[layer, :, : turned.shape[1]] = turned
-            self._summaries[layer] = room[layer].data_ptr()
-        self._room = room
+        groups = max(4, 2 * (int(cache.n_blocks.max()) // BLOCK + 1))
+        # Zeros, since whole groups are compared, beyond the last block too.
+        self._room = torch.zeros(
+            shape.n_layers,
+            shape.n_kv_heads,
+            groups,
+            token.vectors,
+            shape.head_size,
+            BLOCK,
+            dtype=summary_dtype(cache.pool.kv),
+        )
+        for layer, room in enumerate(self._room):
+            self._summaries[layer] = room.data_ptr()
         token.room_summaries = groups * BLOCK
         token.summaries = self._summaries.ctypes.data
+        summarise(token)
 
     def done(self, head: bool) -> None:
         """Count the token that the core has just run."""
@@ -282,9 +298,16 @@ class Decoder:
             value_scales=core.address(pool.value_scales),
             kv_format=core.KV_FORMATS[pool.keys.dtype],
             summary_format=_summary_format(pool),
-            page_stride=pool.keys.stride(1),
+            # Keys, then values. Strides say nothing about an axis of one head.
+            page_stride=2 * pool.keys[0, 0].numel(),
         )
         self._batches = {n: (core.Token * n)() for n in range(1, core.MOST_TOKENS + 1)}
+
+    def _summarise(self, token: core.Token) -> None:
+        """Summarise all complete blocks of a sequence."""
+        self._library.vesicle_summarise(
+            ctypes.addressof(self._model), ctypes.addressof(token), core.threads()
+        )
 
     def _fp32(self, tensor: Tensor | None) -> int | None:
         """Address of a small tensor's numbers in fp32."""
@@ -373,7 +396,9 @@ class Decoder:
         logits = torch.empty(n, 1 if size else 0, vocabulary)
         for i, (sequence, token_id) in enumerate(batch):
             slot = sequence.slot()
-            slot.prepare(sequence, token_id, self._rotary.addresses(sequence.length))
+            slot.prepare(
+                sequence, token_id, self._rotary.addresses(sequence.length), self._summarise
+            )
             slot.token.wants = wants
             slot.token.logits = logits[i].data_ptr() if size else None
             tokens[i] = slot.token

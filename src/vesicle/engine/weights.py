@@ -266,7 +266,7 @@ def _build(config: Any, lookup: Lookup, form: str, only_exact: bool = False) -> 
         head = placed(PackedHead.pack(m.head, HEAD_BITS, m.head_bias))
         if m.head is m.embedding:
             embedding = head
-        elif m.embedding.element_size() == 2:
+        elif m.embedding.dtype == torch.bfloat16:
             # Only a row a token is read of it, so that packing would save no time.
             embedding = m.embedding.clone()
         else:

@@ -114,6 +114,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "vesicle_sizes": (_LONG, [_LONG]),
     "vesicle_instructions": (ctypes.c_char_p, [ctypes.c_char_p]),
     "vesicle_step": (None, [_POINTER, _POINTER, _LONG, _LONG]),
+    "vesicle_summarise": (None, [_POINTER, _POINTER, _LONG]),
     "vesicle_multiply": (None, [_POINTER] * 4 + [_LONG, _POINTER, _POINTER, _LONG]),
     "vesicle_head": (None, [_POINTER, _POINTER, _LONG, _INT, _POINTER, _LONG]),
     "vesicle_unpack": (None, [_POINTER, _INT, _POINTER, _LONG, _INT, _LONG]),

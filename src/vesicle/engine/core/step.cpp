@@ -315,8 +315,10 @@ struct Step {
     int32_t* planned = token.channels + 4 * l;
     const VesicleModulator* m = token.modulator;
     if (!m) {
-      std::copy(planned + 2, planned + 4, lane.channels + 2);
-      std::copy(token.bits + 4 * l + 2, token.bits + 4 * l + 4, lane.bits + 2);
+      lane.channels[2] = planned[2];
+      lane.channels[3] = planned[3];
+      lane.bits[2] = token.bits[4 * l + 2];
+      lane.bits[3] = token.bits[4 * l + 3];
       lane.module = token.module[l];
       if (next < model->n_layers) attention_decision(lane, token, next);
       lane.head = *token.head;
@@ -980,6 +982,27 @@ struct Unpacking {
   }
 };
 
+// Summaries of all complete blocks of a sequence, layer by layer.
+struct Summaries {
+  const Kernels* k;
+  ThreadPool* pool;
+  const VesicleModel* model;
+  const VesicleToken* token;
+
+  void run(int64_t thread) {
+    const int64_t size = model->size, bytes = token->vectors * size * (model->summary_format == kF32 ? 4 : 2);
+    const KvView view{model->keys,         model->values,   model->page_stride, model->key_scales,
+                      model->value_scales, model->kv_heads, size};
+    for (int64_t l = thread; l < model->n_layers; l += pool->threads())
+      for (int64_t index = 0; index + 1 < token->held[l]; ++index)
+        for (int64_t g = 0; g < model->kv_heads; ++g)
+          k->summarise(&view, static_cast<int32_t>(model->kv_format), g, token->tables[l * token->room + index],
+                       token->vectors,
+                       static_cast<char*>(token->summaries[l]) + (g * token->room_summaries + index / kBlock * kBlock) * bytes,
+                       index % kBlock);
+  }
+};
+
 struct Core {
   std::mutex mutex;  // one step at a time: the pool and the buffers are shared
   std::unique_ptr<ThreadPool> pool;
@@ -1058,6 +1081,15 @@ void vesicle_multiply(const VesicleProjection* w, const float* x, const int32_t*
   p.rows_read = rows_read;
   p.out.room(w->n_out, vesicle::kMaxTokens, p.pool->threads());
   p.pool->run([](void* product, int64_t thread) { static_cast<vesicle::Product*>(product)->run(thread); }, &p);
+}
+
+// Fills the token's summaries with those of every block but the newest.
+void vesicle_summarise(const VesicleModel* model, const VesicleToken* token, int64_t threads) {
+  vesicle::Core& core = vesicle::core();
+  std::lock_guard<std::mutex> lock(core.mutex);
+  core.ready(vesicle::clamp_threads(threads));
+  vesicle::Summaries s{core.kernels, core.pool.get(), model, token};
+  core.pool->run([](void* summaries, int64_t thread) { static_cast<vesicle::Summaries*>(summaries)->run(thread); }, &s);
 }
 
 // y (T, V) = x (T, D) times the rows of a packed head at `bits` bits, without bias.
