@@ -1,4 +1,4 @@
-"""The C++ driver on the library as it was built: no Python, no PyTorch, the compiler's own flags."""
+"""The C++ driver on the library as it was built: no Python, no PyTorch, its own flags."""
 
 import os
 import shutil
