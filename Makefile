@@ -16,7 +16,7 @@ NATIVE_TESTS = tests/native/test_fuzz.py tests/engine/test_decode.py tests/engin
 	examples docs results clean
 
 help: ## list these targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "%-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "%-18s %s\n", $$1, $$2}'
 
 install: ## install the package from this folder, with what its tests need
 	$(PYTHON) -m pip install -e '.[test]'

@@ -496,7 +496,10 @@ def test_a_reader_that_stops_early(model: Path, modulator: Path):
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    """The sources of this checkout, with the native libraries of the package under test."""
+    libraries = Path(core.__file__).parent.parent
+    source = str(ROOT / "src")
+    return {**os.environ, "PYTHONPATH": source, "VESICLE_LIBRARIES": str(libraries)}
 
 
 def test_help_and_version_do_not_wait_for_torch(vesicle: Run):

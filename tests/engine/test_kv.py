@@ -233,7 +233,7 @@ def test_options_from_a_folder(tmp_path: Path):
     assert pool.capacity == (1 << 20) // pool.bytes_per_block
     for options, line in (
         ({"kv": "fp8"}, "kv is 'fp8'; allowed: fp64, fp32, bf16, fp16, int8"),
-        ({"threads": 0}, "threads is 0; allowed: 1 and above"),
+        ({"threads": 0}, "threads is 0; allowed: 1 to 512"),
         ({"kv_capacity": 100}, "kv_capacity is 100 bytes; allowed: at least"),
     ):
         with pytest.raises(VesicleError, match=line):

@@ -22,6 +22,7 @@
 extern "C" {
 const char* vesicle_instructions(const char* name);
 void vesicle_step(const VesicleModel* model, VesicleToken* tokens, int64_t n, int64_t threads);
+void vesicle_summarise(const VesicleModel* model, const VesicleToken* token, int64_t threads);
 void vesicle_multiply(const VesicleProjection* w, const float* x, const int32_t* counts, const int32_t* bits,
                       int64_t tokens, float* y, int32_t* rows_read, int64_t threads);
 void vesicle_head(const VesicleProjection* w, const float* x, int64_t tokens, int32_t bits, float* y, int64_t threads);
@@ -462,10 +463,13 @@ std::vector<Result> step(Model& model, std::vector<Sequence>& sequences, const s
       r.plan.back() = static_cast<int32_t>(tokens[i].token);
       CHECK(tokens[i].token >= 0 && tokens[i].token < m.vocabulary, "%lld", (long long)tokens[i].token);
     }
+    std::vector<std::vector<char>> written = s.summaries;
+    vesicle_summarise(&m, &tokens[i], threads);
     const int64_t page = pages.size() / model.blocks, scales = m.kv_heads * kBlock;
     for (int64_t l = 0; l < L; ++l) {
       const int64_t own = s.tables[l * s.room + s.held[l] - 1];
-      r.pages.insert(r.pages.end(), s.summaries[l].begin(), s.summaries[l].end());
+      for (const auto* made : {&written[l], &s.summaries[l]})
+        r.pages.insert(r.pages.end(), made->begin(), made->end());
       std::copy(summaries[i][l].begin(), summaries[i][l].end(), s.summaries[l].begin());
       const char* now = model.pages.data() + own * page;
       r.pages.insert(r.pages.end(), now, now + page);

@@ -1,4 +1,4 @@
-"""The C++ driver on the library as it was built: no Python, no PyTorch, its own flags."""
+"""The C++ driver on the library as it was built: no PyTorch, and the compiler's own flags."""
 
 import os
 import shutil

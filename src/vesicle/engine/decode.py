@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vesicle.engine import core
 from vesicle.engine.counters import Counters
@@ -213,7 +213,14 @@ class Slot:
             self._summaries[layer] = room.data_ptr()
         token.room_summaries = groups * BLOCK
         token.summaries = self._summaries.ctypes.data
-        summarise(token)
+        kind, layers = sequence.equipment.summary, range(shape.n_layers)
+        if not all(cache.has_summaries(layer, kind) for layer in layers):
+            return summarise(token)
+        for layer, room in zip(layers, self._room, strict=True):  # a prefill has made them
+            made = cache.summaries(layer, kind)  # (G, N, V, K)
+            whole = nn.functional.pad(made, (0, 0, 0, 0, 0, -made.shape[1] % BLOCK))
+            turned = whole.unflatten(1, (-1, BLOCK)).permute(0, 1, 3, 4, 2)
+            room[:, : turned.shape[1]] = turned
 
     def done(self, head: bool) -> None:
         """Count the token that the core has just run."""

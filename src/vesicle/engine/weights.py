@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from vesicle.engine.linear import ChannelMajor, Projection, logits
-from vesicle.engine.packed import GROUP, TILE, PackedHead, PackedPair, PackedWeight
+from vesicle.engine.packed import (
+    GROUP,
+    HALF_TILE,
+    HEAD_TILE,
+    PackedHead,
+    PackedPair,
+    PackedWeight,
+)
 from vesicle.engine.pages import Arena
 from vesicle.errors import ModelError
 from vesicle.families import DecoderConfig, find_family
@@ -285,12 +292,18 @@ def _build(config: Any, lookup: Lookup, form: str, only_exact: bool = False) -> 
 
 
 def _packed_bytes(shape: ModelShape, bits: int) -> int:
-    """Bytes of the packed projections and head, or a little more."""
-    outputs, widths = shape.site_outputs, shape.site_widths
-    # Sizes are rounded up to whole tiles and groups.
-    sizes = [(o + 2 * TILE) * (w + GROUP) for o, w in zip(outputs, widths, strict=True)]
-    head = (shape.vocabulary + TILE) * (shape.width + GROUP)
-    return shape.n_layers * sum(sizes) * (bits + 1) // 8 + head * (HEAD_BITS + 1) // 8
+    """Bytes of the packed projections and head, each blob on a cache line."""
+    width, query, kv = shape.width, shape.query_width, 2 * shape.kv_width
+    sizes = [(kv, width), (query, width), (width, query)]
+    sizes += [(shape.site_outputs[2], width), (width, shape.ffn_width)]
+    layer = sum(_up(o, HALF_TILE) * _up(w, GROUP) for o, w in sizes)
+    head = _up(shape.vocabulary, HEAD_TILE) * _up(width, GROUP)
+    packed = shape.n_layers * layer * (bits + 1) + head * (HEAD_BITS + 1)
+    return packed // 8 + 64 * (2 * len(sizes) * shape.n_layers + 2)
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 def _norm(norm: Affine, dense: torch.dtype | None) -> Affine:
