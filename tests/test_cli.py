@@ -319,7 +319,7 @@ def test_a_missing_core_is_told_in_one_line(vesicle: Run, monkeypatch: pytest.Mo
     words = ("run", "hi", "--no-report")
     expected = vesicle(*words, tiny=True)[1]
     monkeypatch.setitem(core._SIGNATURES, "vesicle_of_another_version", (None, []))
-    core.library.cache_clear()
+    core.load.cache_clear()
     try:
         status, out, err = vesicle(*words, tiny=True)
         assert (status, out) == (0, expected)
@@ -328,7 +328,7 @@ def test_a_missing_core_is_told_in_one_line(vesicle: Run, monkeypatch: pytest.Mo
         assert "no native core" in vesicle("run", "hi", tiny=True)[2]
         assert "the native core is missing" in vesicle("info")[1]
     finally:
-        core.library.cache_clear()
+        core.load.cache_clear()
 
 
 @pytest.fixture(scope="module")

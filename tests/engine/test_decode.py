@@ -226,7 +226,7 @@ def several_are_each_alone(weights: str, n: int) -> None:
 
 @contextmanager
 def on_instructions(name: str) -> Iterator[None]:
-    library = core.library()
+    library = core.load()
     if library.vesicle_instructions(name.encode()) is None:
         pytest.skip(f"this processor or build has no {name}")
     try:

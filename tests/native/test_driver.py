@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def test_results_do_not_depend_on_the_batch(tmp_path: Path):
-    library = core.library()
+    library = core.load()
     assert library is not None
     driver = tmp_path / "driver"
     command = [

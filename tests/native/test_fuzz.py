@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not core.available(), reason="the native core is
 
 def available() -> list[str]:
     """Instruction sets that this processor and build have."""
-    library = core.library()
+    library = core.load()
     names = ("generic", "neon", "avx2", "avx512")
     return [n for n in names if library is not None and library.vesicle_instructions(n.encode())]
 
@@ -43,7 +43,7 @@ def available() -> list[str]:
 @pytest.fixture(autouse=True)
 def _best_instructions() -> Iterator[None]:
     yield
-    library = core.library()
+    library = core.load()
     assert library is not None
     library.vesicle_instructions(None)
 
@@ -216,7 +216,7 @@ class Case:
 
 
 def run(seed: int, monkeypatch: pytest.MonkeyPatch, steps: int = 4) -> list[float]:
-    case, library = Case.draw(seed), core.library()
+    case, library = Case.draw(seed), core.load()
     assert library is not None
     differences: list[float] = []
     for number in range(steps):
@@ -245,7 +245,7 @@ def test_many_random_models(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_instruction_sets_agree():
-    library, differences = core.library(), list[float]()
+    library, differences = core.load(), list[float]()
     assert library is not None
     for seed in FAST:
         case = Case.draw(seed)

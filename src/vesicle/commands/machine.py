@@ -48,7 +48,7 @@ def _load_core() -> list[str]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        core.library()
+        core.load()
     return [str(warning.message) for warning in caught]
 
 

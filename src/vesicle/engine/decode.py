@@ -263,7 +263,7 @@ class Decoder:
         self, weights: Weights, config: DecoderConfig, pool: BlockPool, scale: float
     ) -> None:
         """Use `build`."""
-        library = core.library()
+        library = core.load()
         assert library is not None
         self._library, self._weights, self._pool = library, weights, pool
         shape = config.shape

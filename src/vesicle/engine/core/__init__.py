@@ -122,7 +122,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def load() -> ctypes.CDLL | None:
     """The loaded library, or None where it is absent, disabled or of another version."""
     if os.environ.get(DISABLE) == "1":
         return None
@@ -155,12 +155,12 @@ def library() -> ctypes.CDLL | None:
 
 def available() -> bool:
     """Whether the native core is there."""
-    return library() is not None
+    return load() is not None
 
 
 def instructions() -> str | None:
     """Name of the instruction set in use; None without the core."""
-    core = library()
+    core = load()
     if core is None:
         return None
     wanted = os.environ.get(INSTRUCTIONS)
@@ -204,7 +204,7 @@ def packed_multiply(
         columns: Leading outputs wanted.
         out: (T, columns) fp32, contiguous, written.
     """
-    core = library()
+    core = load()
     assert core is not None
     n = len(x)
     whole = out if columns == weight.n_out else torch.empty(n, weight.n_out)
@@ -226,7 +226,7 @@ def packed_multiply(
 
 def head_multiply(x: Tensor, head: PackedHead, bits: int, out: Tensor) -> None:
     """Logits (T, V) of x (T, D) fp32, without the head's bias, written to `out`."""
-    core = library()
+    core = load()
     assert core is not None
     core.vesicle_head(
         ctypes.byref(describe(head)), x.data_ptr(), len(x), bits, out.data_ptr(), threads()
@@ -235,7 +235,7 @@ def head_multiply(x: Tensor, head: PackedHead, bits: int, out: Tensor) -> None:
 
 def unpack(weight: PackedWeight, out: Tensor, bits: int = 16) -> None:
     """Write a packed weight (in, out) to a contiguous fp32 or bf16 tensor."""
-    core = library()
+    core = load()
     assert core is not None
     core.vesicle_unpack(
         ctypes.byref(describe(weight)),

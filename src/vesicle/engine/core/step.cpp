@@ -1061,7 +1061,7 @@ void vesicle_step(const VesicleModel* model, VesicleToken* tokens, int64_t n, in
   std::lock_guard<std::mutex> lock(core.mutex);
   core.ready(vesicle::clamp_threads(threads));
   core.step->prepare(core.kernels, core.pool.get(), model, tokens, n);
-  core.pool->run([](void* step, int64_t thread) { static_cast<vesicle::Step*>(step)->run(thread); }, core.step.get());
+  core.pool->run(core.step.get());
 }
 
 void vesicle_multiply(const VesicleProjection* w, const float* x, const int32_t* counts, const int32_t* bits,
@@ -1080,7 +1080,7 @@ void vesicle_multiply(const VesicleProjection* w, const float* x, const int32_t*
   p.y = y;
   p.rows_read = rows_read;
   p.out.room(w->n_out, vesicle::kMaxTokens, p.pool->threads());
-  p.pool->run([](void* product, int64_t thread) { static_cast<vesicle::Product*>(product)->run(thread); }, &p);
+  p.pool->run(&p);
 }
 
 // Fills the token's summaries with those of every block but the newest.
@@ -1089,7 +1089,7 @@ void vesicle_summarise(const VesicleModel* model, const VesicleToken* token, int
   std::lock_guard<std::mutex> lock(core.mutex);
   core.ready(vesicle::clamp_threads(threads));
   vesicle::Summaries s{core.kernels, core.pool.get(), model, token};
-  core.pool->run([](void* summaries, int64_t thread) { static_cast<vesicle::Summaries*>(summaries)->run(thread); }, &s);
+  core.pool->run(&s);
 }
 
 // y (T, V) = x (T, D) times the rows of a packed head at `bits` bits, without bias.
@@ -1107,7 +1107,7 @@ void vesicle_head(const VesicleProjection* w, const float* x, int64_t tokens, in
   p.bits = bits;
   p.y = y;
   p.logits = p.storage.get(vesicle::kMaxTokens * vesicle::padded(w->n_out, vesicle::kHeadTile));
-  p.pool->run([](void* product, int64_t thread) { static_cast<vesicle::HeadProduct*>(product)->run(thread); }, &p);
+  p.pool->run(&p);
 }
 
 void vesicle_unpack(const VesicleProjection* w, int32_t bits, void* out, int64_t stride, int32_t bf16,
@@ -1116,7 +1116,7 @@ void vesicle_unpack(const VesicleProjection* w, int32_t bits, void* out, int64_t
   std::lock_guard<std::mutex> lock(core.mutex);
   core.ready(vesicle::clamp_threads(threads));
   vesicle::Unpacking u{core.kernels, core.pool.get(), w, bits, out, stride, bf16 != 0};
-  core.pool->run([](void* unpacking, int64_t thread) { static_cast<vesicle::Unpacking*>(unpacking)->run(thread); }, &u);
+  core.pool->run(&u);
 }
 
 }  // extern "C"

@@ -56,8 +56,6 @@ class Signal {
 
 class ThreadPool {
  public:
-  typedef void (*Job)(void* argument, int64_t thread);
-
   explicit ThreadPool(int64_t threads) : threads_(threads) {
     for (int64_t t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work(t); });
   }
@@ -70,12 +68,13 @@ class ThreadPool {
 
   int64_t threads() const { return threads_; }
 
-  // Runs the job on all threads, the caller's among them, and returns when all have finished.
-  void run(Job job, void* argument) {
-    job_ = job;
-    argument_ = argument;
+  // Calls job->run(thread) on all threads, the caller's among them, and returns when all have finished.
+  template <typename T>
+  void run(T* job) {
+    job_ = [](void* argument, int64_t thread) { static_cast<T*>(argument)->run(thread); };
+    argument_ = job;
     start_.raise();
-    job(argument, 0);
+    job->run(0);
     barrier();
   }
 
@@ -92,6 +91,8 @@ class ThreadPool {
   }
 
  private:
+  typedef void (*Job)(void* argument, int64_t thread);
+
   void work(int64_t thread) {
     for (int64_t seen = 0;; ++seen) {
       start_.wait(seen);
