@@ -12,8 +12,8 @@ RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$
 NATIVE_TESTS = tests/native/test_fuzz.py tests/engine/test_decode.py tests/engine/test_packed.py
 
 .DEFAULT_GOAL := help
-.PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow test-gpu \
-	examples docs results clean
+.PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow \
+	test-gpu test-kvpress examples docs results clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "%-18s %s\n", $$1, $$2}'
@@ -67,6 +67,11 @@ sanitize-threads: ## decode steps under checks of what threads share (GCC on Lin
 
 test-gpu: ## kernels on an NVIDIA GPU, or in Triton's interpreter where there is none (slow)
 	$(PYTEST) tests/gpu -m gpu
+
+test-kvpress: ## the bridge to NVIDIA's kvpress, in .venv-kvpress (made if missing; needs minutes)
+	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/pip install -q '.[kvpress]' pytest pytest-timeout hypothesis
+	.venv-kvpress/bin/python -m pytest tests/presses -m kvpress
 
 examples: ## run every example in order
 	@set -e; for example in examples/[0-9]*.py; do echo "== $$example"; $(PYTHON) "$$example"; done

@@ -1,35 +1,62 @@
-"""Make every table and figure in results/ again, from the JSON beside it.
+"""Make every table and figure in results/, and docs/results.md, again from the JSON beside them.
 
 python benchmarks/render_results.py          # write
-python benchmarks/render_results.py --check  # fail if a table is stale
+python benchmarks/render_results.py --check  # fail if a page is stale
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from vesicle.evaluation.plots import save_plot
-from vesicle.evaluation.results import Result
-from vesicle.evaluation.table import markdown
+from vesicle.evaluation.regret_plots import save_plot
+from vesicle.evaluation.regret_results import Result
+from vesicle.evaluation.regret_table import markdown as regret_markdown
+from vesicle.evaluation.results_page import results_page
+from vesicle.evaluation.task_plots import save_plots
+from vesicle.evaluation.task_results import TaskResult
+from vesicle.evaluation.task_table import markdown as task_markdown
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page with its text."""
+    for path in sorted(RESULTS.glob("*/result.json")):
+        yield path.with_name("table.md"), regret_markdown(Result.load(path))
+    runs: dict[str, TaskResult] = {}
+    for path in sorted(RESULTS.glob("tasks/*/result.json")):
+        runs[path.parent.name] = TaskResult.load(path)
+        yield path.with_name("table.md"), task_markdown(runs[path.parent.name])
+    agreement = RESULTS / "tasks" / "agreement.json"
+    if runs:
+        found = json.loads(agreement.read_text("utf-8")) if agreement.exists() else None
+        yield ROOT / "docs" / "results.md", results_page(runs, found)
+
+
+def figures() -> None:
+    """Draw every figure."""
+    for path in sorted(RESULTS.glob("*/result.json")):
+        save_plot(Result.load(path), path.with_name("loss_against_cost.png"))
+    for path in sorted(RESULTS.glob("tasks/*/result.json")):
+        save_plots(TaskResult.load(path), path.parent)
 
 
 def main(check: bool) -> int:
     """Render, or compare; returns the exit status."""
     stale = 0
-    for path in sorted(RESULTS.glob("*/result.json")):
-        result = Result.load(path)
-        table, text = path.with_name("table.md"), markdown(result)
-        if check:
-            if not table.exists() or table.read_text(encoding="utf-8") != text:
-                print(f"stale: {table}; run make results")
-                stale += 1
-            continue
-        table.write_text(text, encoding="utf-8")
-        save_plot(result, path.with_name("loss_against_cost.png"))
-        print(f"wrote {table.parent}")
+    for path, text in pages():
+        if not check:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            print(f"stale: {path.relative_to(ROOT)}; run make results")
+            stale += 1
+    if not check:
+        figures()
     return 1 if stale else 0
 
 

@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.tiny import SHAPE, perturb, randomise
+from vesicle import shipped
 from vesicle.cli import main
-from vesicle.commands import shipped
 from vesicle.cost import Cost
 from vesicle.engine import Engine, core
 from vesicle.modulator import Modulator
@@ -369,8 +369,8 @@ def test_calibrate_train_and_run(vesicle: Run, model: Path, text_file: Path, tmp
     assert vesicle("run", "hi", *words)[0] == 0
 
 
-def test_eval_wikitext(vesicle: Run, model: Path, modulator: Path, text_file: Path, tmp_path: Path):
-    words = ("eval", "wikitext", modulator, "--model", model, "--data", text_file, "--length", 32)
+def test_regret(vesicle: Run, model: Path, modulator: Path, text_file: Path, tmp_path: Path):
+    words = ("regret", modulator, "--model", model, "--data", text_file, "--length", 32)
     words += ("--limit", 2, "--budgets", "0.8", "--methods", "learnt,uniform", "--out", tmp_path)
     status, out, err = vesicle(*words, "--dtype", "float32")
     assert status == 0, err
@@ -382,11 +382,11 @@ def test_eval_wikitext(vesicle: Run, model: Path, modulator: Path, text_file: Pa
 def test_option_defaults_are_those_of_the_library():
     from dataclasses import fields
 
-    from vesicle.commands.eval import wikitext
+    from vesicle.commands.regret import regret
     from vesicle.commands.run import KvFormat, WeightFormat
     from vesicle.commands.train import train
     from vesicle.engine import pool, weights
-    from vesicle.evaluation.wikitext import EvalConfig
+    from vesicle.evaluation.regret import EvalConfig
     from vesicle.training.trainer import TrainConfig
 
     def defaults(config: type, command: Callable[..., None], left_out: set[str]) -> None:
@@ -400,7 +400,7 @@ def test_option_defaults_are_those_of_the_library():
             assert default == entry.default, entry.name
 
     defaults(TrainConfig, train, set())
-    defaults(EvalConfig, wikitext, {"data", "oracle"})
+    defaults(EvalConfig, regret, {"data", "oracle"})
     assert {*WeightFormat} == {"auto", *weights.FORMATS}
     assert {*KvFormat} == {"auto", *pool.FORMATS}
 
@@ -441,9 +441,9 @@ def test_option_defaults_are_those_of_the_library():
         (["sing"], "sing"),
         (["info", "pyproject.toml"], "pyproject.toml"),
         (["eval"], "command"),
-        (["eval", "wikitext", "pyproject.toml", "--budgets", "1,x"], "--budgets"),
-        (["eval", "wikitext", "pyproject.toml", "--budgets", "1.5"], "1.5"),
-        (["eval", "wikitext", "pyproject.toml", "--methods", "lernt"], "learnt"),
+        (["regret", "pyproject.toml", "--budgets", "1,x"], "--budgets"),
+        (["regret", "pyproject.toml", "--budgets", "1.5"], "1.5"),
+        (["regret", "pyproject.toml", "--methods", "lernt"], "learnt"),
         (["train"], "--data"),
         (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps is 0"),
         (["train", "--data", "x", "--out", "y", "--modulator", "pyproject.toml"], "pyproject.toml"),
@@ -505,7 +505,7 @@ def environment() -> dict[str, str]:
 def test_help_and_version_do_not_wait_for_torch(vesicle: Run):
     assert vesicle("--version")[:2] == (0, "vesicle 0.1.0\n")
     assert vesicle() == vesicle("--help")
-    for name in ("run", "train", "calibrate", "eval wikitext", "info"):
+    for name in ("run", "train", "calibrate", "eval", "regret", "info"):
         assert name.split()[0] in vesicle("--help")[1]
         status, out, err = vesicle(*name.split(), "--help")
         assert (status, err) == (0, "")

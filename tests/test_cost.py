@@ -9,12 +9,14 @@ from tests.tiny import SHAPE, random_plan
 from vesicle.cost import (
     Cost,
     flops_per_token,
+    held_before,
+    kv_bytes_peak,
     price,
     price_dense,
     price_tokens,
     visited_positions,
 )
-from vesicle.plan import FIELDS, Plan, visible_blocks
+from vesicle.plan import FIELDS, FOREVER, Plan, visible_blocks
 from vesicle.shapes import ModelShape, Overhead
 
 TINY = ModelShape(
@@ -237,3 +239,51 @@ def test_choosing_nearly_all_blocks_costs_more_than_reading_all(shape: ModelShap
         price(fewer, shape, first_position=1000).flops_total
         > price(rest, shape, first_position=1000).flops_total
     )
+
+
+# Entries that are forgotten ----------------------------------------------------------------------
+
+
+def test_by_hand_forgotten_entries():
+    """One layer, 40 tokens; 16 of 32 complete entries go after 35, 16 more after 40."""
+    shape = replace(SHAPE, n_layers=1)
+    retained = np.full((40, 1, 2), FOREVER, np.int32)
+    retained[:16, 0, 0], retained[8:24, 0, 1] = 34, 34
+    retained[16:32, 0, 0] = 39
+    retained[[*range(8), *range(24, 32)], 0, 1] = 39
+    plan = replace(Plan.rest(shape, 40), retained=retained)
+    plan.check(shape)
+    visited = np.array([*range(1, 36), *range(20, 25)])
+    costs = price_tokens(plan, shape)
+    assert (costs["flops_attention"] == 4 * shape.query_width * visited).all()
+    assert (costs["kv_bytes_read"] == shape.position_bytes * visited).all()
+    assert held_before(plan)[:, 0].tolist() == (visited - 1).tolist()
+    assert price(plan, shape).kv_bytes_held == 8 * shape.position_bytes
+    assert price(plan.tokens(0, 39), shape).kv_bytes_held == 23 * shape.position_bytes
+    assert kv_bytes_peak(plan, shape) == 35 * shape.position_bytes
+    assert kv_bytes_peak(Plan.rest(shape, 40), shape) == 40 * shape.position_bytes
+    assert kv_bytes_peak(Plan.rest(shape, 0), shape) == 0
+
+
+def test_blocks_are_chosen_among_what_is_left():
+    """A Plan that asks for more blocks than are held reads them all, and chooses nothing."""
+    shape = replace(SHAPE, n_layers=1)
+    retained = np.full((70, 1, 1), FOREVER, np.int32)
+    retained[:32, 0] = 63
+    rest = replace(Plan.rest(shape, 70), retained=retained)
+    for asked, blocks, summaries in ((2, 2, 2), (3, 3, 0), (5, 3, 0)):
+        plan = replace(rest, kv_blocks=np.where(np.arange(70) == 69, asked, rest.kv_blocks[:, 0]))
+        plan = replace(plan, kv_blocks=plan.kv_blocks.astype(np.int32)[:, None])
+        read = price_tokens(plan, shape)["kv_bytes_read"][69]
+        visited = 16 * (blocks - 1) + 6
+        assert read == shape.position_bytes * visited + shape.summary_vector_bytes * summaries
+
+
+def test_entries_of_before_the_first_position_are_taken_to_be_held():
+    retained = np.full((70, 3, 2), FOREVER, np.int32)
+    retained[:16] = 31
+    plan = replace(Plan.rest(SHAPE, 70), retained=retained)
+    later = price(plan.tokens(40), SHAPE, first_position=40)
+    assert later == price_dense(SHAPE, 30, first_position=40)
+    early = price(plan.tokens(8), SHAPE, first_position=8)
+    assert early.kv_bytes_held == (70 - 8) * 3 * SHAPE.position_bytes

@@ -16,7 +16,7 @@ import vesicle
 from vesicle.cli import app
 from vesicle.cost import Cost
 from vesicle.effectors import EFFECTORS
-from vesicle.evaluation.wikitext import METHODS
+from vesicle.evaluation.regret import METHODS
 from vesicle.families import FAMILIES, supported_model_types
 from vesicle.plan import FIELDS, SITES, TOKEN_FIELDS
 from vesicle.predictors import CONTROLS, PREDICTORS
@@ -91,7 +91,7 @@ def test_pages_of_transmitters_and_predictors_belong_to_something():
         ("notation.md", SITES),
         ("ledger.md", [f.name for f in dataclasses.fields(Cost)]),
         ("training.md", [f.name for f in dataclasses.fields(TrainConfig)]),
-        ("evaluation.md", METHODS),
+        ("regret.md", METHODS),
     ],
 )
 def test_every_name_is_on_the_page_about_it(page: str, names: Any):

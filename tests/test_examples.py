@@ -14,9 +14,9 @@ EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """None where a modulator is shipped; else an untrained one's folder."""
-    from vesicle.commands.shipped import shipped_modulator
     from vesicle.engine import Engine
     from vesicle.modulator import Modulator
+    from vesicle.shipped import shipped_modulator
 
     if shipped_modulator() is not None:
         return []

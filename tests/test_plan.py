@@ -8,6 +8,7 @@ from tests.tiny import random_plan
 from vesicle.errors import VesicleError
 from vesicle.plan import (
     FIELDS,
+    FOREVER,
     TOKEN_FIELDS,
     Dense,
     Plan,
@@ -236,3 +237,92 @@ def test_dense_rests(shape: ModelShape):
     assert builder.build().equals(Plan.rest(shape, 35).tokens(30))  # the head needs no call
     assert resting_attention(shape, positions[:0]).run.shape == (0,)
     assert resting_ffn(shape, 0).channels.shape == (0, 2)
+
+
+# Entries that are forgotten ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def forgetful(plan: Plan, shape: ModelShape) -> Plan:
+    """Of 40 tokens: 16 entries go after 20 tokens, in layer 1; 16 after 40, in layer 2."""
+    retained = np.full((T, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
+    retained[:16, 1] = 19
+    retained[3:19, 2, 0], retained[16:32, 2, 1] = 39, 39
+    return replace(plan, retained=retained)
+
+
+def test_a_plan_without_retained_forgets_nothing(plan: Plan, shape: ModelShape):
+    assert plan.retained.shape == (T, shape.n_layers, 1)
+    assert (plan.retained == FOREVER).all()
+    assert not plan.forgets
+    wide = np.full((T, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
+    assert replace(plan, retained=wide).equals(plan)
+    assert plan.equals(replace(plan, retained=wide))
+    assert not replace(plan, retained=wide).forgets
+    assert not replace(plan, retained=np.repeat(wide, 2, axis=2)).equals(
+        replace(plan, retained=wide)
+    )
+
+
+def test_what_is_forgotten_is_cut_joined_compared_and_saved(
+    plan: Plan, forgetful: Plan, shape: ModelShape, tmp_path: Path
+):
+    forgetful.check(shape)
+    assert forgetful.forgets
+    assert not forgetful.equals(plan)
+    assert not plan.equals(forgetful)
+    assert forgetful.tokens(0, 25).joined(forgetful.tokens(25)).equals(forgetful)
+    longer = plan.joined(forgetful)
+    assert (longer.retained[:T] == FOREVER).all()
+    assert (longer.retained[T:] == forgetful.retained).all()
+    forgetful.tokens(0, 39).check(shape)  # what goes later than the last token has no effect
+    path = tmp_path / "plan"
+    forgetful.save(path)
+    assert Plan.load(path).equals(forgetful)
+    assert Plan.load(path).retained.dtype == np.int32
+
+
+def test_a_plan_that_forgets_nothing_is_saved_as_before(plan: Plan, tmp_path: Path):
+    from safetensors import safe_open
+
+    plan.save(tmp_path / "plan")
+    with safe_open(tmp_path / "plan", framework="numpy") as file:
+        assert set(file.keys()) == set(NAMES)
+    assert Plan.load(tmp_path / "plan").equals(plan)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "line"),
+    [
+        ((np.s_[17], 0, 1), 30, r"'retained' is 30 at \(17, 0, 1\); allowed: 31 and above"),
+        ((np.s_[:16], 0, 1), 25, "'retained' does not fit pages in layer 0; allowed: at a time"),
+        ((np.s_[:15], 2, np.s_[:]), 35, "'retained' does not fit pages in layer 2"),
+        ((np.s_[:1], 2, np.s_[:]), 35, "'retained' does not fit pages in layer 2"),
+    ],
+)
+def test_check_refuses_what_pages_cannot_do(
+    plan: Plan, shape: ModelShape, where: tuple, value: int, line: str
+):
+    retained = np.full((T, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
+    retained[where] = value
+    with pytest.raises(VesicleError, match=line):
+        replace(plan, retained=retained).check(shape)
+
+
+def test_check_refuses_other_heads(plan: Plan, forgetful: Plan, shape: ModelShape):
+    with pytest.raises(VesicleError, match=r"plan field 'retained' has shape \(40, 3, 2\)"):
+        forgetful.check(replace(shape, n_kv_heads=4))
+    short = replace(plan, retained=plan.retained[1:])
+    with pytest.raises(VesicleError, match=r"plan field 'retained' has shape \(39, 3, 1\)"):
+        short.check(shape)
+
+
+def test_replay_and_builder_hand_it_on(plan: Plan, forgetful: Plan, shape: ModelShape):
+    assert Replay(plan).author(shape).retained is None
+    retained = Replay(forgetful).author(shape).retained
+    builder = PlanBuilder(shape, retained)
+    builder.chunk(25)
+    builder.chunk(30)
+    assert (builder.build().retained[:T] == forgetful.retained).all()
+    assert (builder.build().retained[T:] == FOREVER).all()
+    assert (builder.opening(9).build().retained == forgetful.retained[:9]).all()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vesicle.commands.shipped import load_default_modulator
     from vesicle.cost import Cost, price, price_dense
     from vesicle.engine import Engine, Sampling
     from vesicle.errors import VesicleError
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from vesicle.modulator import Modulator
     from vesicle.plan import Dense, Method, Plan, Replay
     from vesicle.reference.attach import attach
+    from vesicle.shipped import load_default_modulator
 
 _HOMES = {
     "Cost": "vesicle.cost",
@@ -32,7 +32,7 @@ _HOMES = {
     "Text": "vesicle.models",
     "VesicleError": "vesicle.errors",
     "attach": "vesicle.reference.attach",
-    "load_default_modulator": "vesicle.commands.shipped",
+    "load_default_modulator": "vesicle.shipped",
     "price": "vesicle.cost",
     "price_dense": "vesicle.cost",
     "resolve_model": "vesicle.models",

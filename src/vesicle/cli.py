@@ -15,10 +15,11 @@ from typing import Annotated
 import typer
 
 from vesicle import __version__
-from vesicle.commands import eval as evaluation
 from vesicle.commands.bench import bench
 from vesicle.commands.calibrate import calibrate
+from vesicle.commands.eval import evaluate
 from vesicle.commands.info import info
+from vesicle.commands.regret import regret
 from vesicle.commands.run import run
 from vesicle.commands.train import train
 from vesicle.errors import VesicleError
@@ -38,7 +39,8 @@ app = typer.Typer(
 app.command()(run)
 app.command()(train)
 app.command()(calibrate)
-app.add_typer(evaluation.app, name="eval")
+app.command(name="eval")(evaluate)
+app.command()(regret)
 app.command()(bench)
 app.command()(info)
 
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character must not end an answer.
         sys.stdout.reconfigure(errors="replace")
-    if arguments[:1] == ["run"]:
+    if arguments[:1] in (["run"], ["eval"]):
         # Read when torch is loaded. Prefill runs on torch's threads, decoding on the native core's
         # own. The former must not go on spinning beside the latter, or beside other programs.
         # Training is twice as fast with threads that spin, and keeps them.

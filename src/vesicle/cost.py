@@ -13,7 +13,8 @@ for the dense model:
   fp16 numbers for 32 weights) and is read in planes of four bits: 5 bits for the leading plane, 9
   for both. Of a dense weight, fewer than 16 bits are charged as b + 1.
 - KV bytes read are the keys and values of visited blocks, with their scales, and the summaries read
-  to choose them; KV bytes held are those of the whole cache after the last token.
+  to choose them; KV bytes held are those of the whole cache after the last token. Entries that the
+  Plan has forgotten are neither read nor held: a query visits and chooses among what is left.
 - The LM head is paid for each position whose logits are asked for. With m survivors it reads the
   leading plane of all rows and the trailing plane of m, and multiplies those m again.
 - Stand-ins are stored like dense weights, and in fp32 beside packed ones.
@@ -96,9 +97,30 @@ def visited_positions(
 ) -> NDArray[np.int64]:
     """Cached positions that a query at `positions` reads when it visits `kv_blocks` blocks.
 
-    All blocks but the query's own are complete, and its own is always among those visited.
+    All blocks but the query's own are complete, and its own is always among those visited. Where
+    entries were forgotten, `positions` are slots: how many entries lie before the query's own.
     """
     return ((kv_blocks.astype(np.int64) - 1) * BLOCK + positions % BLOCK + 1).astype(np.int64)
+
+
+def held_before(plan: Plan, first_position: int = 0) -> NDArray[np.int64]:
+    """(T, L) entries of each KV head that are held when a token's own entry is added.
+
+    Entries of before `first_position` are taken to be held.
+    """
+    t = plan.n_tokens
+    held = np.broadcast_to(first_position + np.arange(t, dtype=np.int64)[:, None], plan.ffn.shape)
+    return held - _forgotten(plan, first_position)[:t] if plan.forgets else held
+
+
+def _forgotten(plan: Plan, first_position: int) -> NDArray[np.int64]:
+    """(T + 1, L) of the Plan's entries, those gone before each token, and after the last."""
+    t, n_layers = plan.ffn.shape
+    # All KV heads hold as many. An entry is gone for the first query after the last that reads it.
+    gone = np.minimum(plan.retained[:, :, 0].astype(np.int64) + 1 - first_position, t + 1)
+    ends = np.zeros((t + 2, n_layers), np.int64)
+    np.add.at(ends, (np.maximum(gone, 0), np.arange(n_layers)), 1)
+    return ends[: t + 1].cumsum(0)
 
 
 def price_tokens(
@@ -124,7 +146,6 @@ def price_tokens(
     overhead = overhead or Overhead()
     t = plan.n_tokens
     heads = np.ones(t, bool) if with_logits is None else with_logits
-    position = (first_position + np.arange(t, dtype=np.int64))[:, None]  # (T, 1)
     channels, runs = plan.channels.astype(np.int64), plan.attention.astype(np.int64)  # (T, L, 4)
     outputs = np.array(shape.site_outputs, np.int64)
     big, small = plan.ffn == FFN_BIG, plan.ffn == FFN_SMALL
@@ -145,8 +166,10 @@ def price_tokens(
     whole = shape.charged_head_bits * shape.vocabulary
     bits_read += shape.width * np.where(survivors > 0, screened, whole * heads)
 
-    complete = np.where(plan.kv_blocks < position // BLOCK + 1, position // BLOCK, 0) * runs
-    visited = visited_positions(plan.kv_blocks, position) * runs
+    held = held_before(plan, first_position)  # (T, L)
+    visible = held // BLOCK + 1
+    complete = np.where(plan.kv_blocks < visible, visible - 1, 0) * runs
+    visited = visited_positions(np.minimum(plan.kv_blocks, visible), held) * runs
     standin = (small * overhead.ffn_standin_rank).sum(1) + (
         (1 - runs) * overhead.attention_standin_rank
     ).sum(1)
@@ -182,8 +205,19 @@ def price(
     tokens = price_tokens(
         plan, shape, overhead, first_position=first_position, with_logits=with_logits
     )
-    held = (first_position + plan.n_tokens) * shape.n_layers * shape.position_bytes
-    return Cost(kv_bytes_held=held, **{name: int(v.sum()) for name, v in tokens.items()})
+    held = (first_position + plan.n_tokens) * shape.n_layers
+    if plan.forgets:
+        held -= int(_forgotten(plan, first_position)[-1].sum())
+    return Cost(
+        kv_bytes_held=held * shape.position_bytes,
+        **{name: int(v.sum()) for name, v in tokens.items()},
+    )
+
+
+def kv_bytes_peak(plan: Plan, shape: ModelShape) -> int:
+    """The most bytes of keys and values that a Plan ever holds, from position 0 on."""
+    held = held_before(plan).sum(1) + plan.n_layers  # with the token's own
+    return int(held.max(initial=0)) * shape.position_bytes
 
 
 def price_dense(

@@ -13,6 +13,7 @@ ffn          (T, L)      FFN module: 0 skip, 1 small (stand-in), 2 big
 attention    (T, L)      1 attention runs, 0 its stand-in; keys and values are written either way
 kv_blocks    (T, L)      blocks of 16 cached positions that the query reads, per KV head
 head         (T,)        LM head: 0 whole; m screens it by leading bits, then ranks the m best
+retained     (T, L, G)   last position whose query may read this token's entry of a KV head
 ===========  ==========  =====================================================================
 
 The four *sites* are the distinct inputs of a layer's projections: `attention_in` (queries, keys,
@@ -24,15 +25,21 @@ layer, and a pass in one piece, in chunks or token by token fills it with the sa
 `head` has no layer. It is 0 wherever the whole head ran: where logits were needed for more than the
 likeliest token, and where the head is not stored in planes of bits.
 
+`retained` is a fact about an entry of the cache: keys and values of one token in one layer and KV
+head. It is `FOREVER` for entries that are never forgotten; where none is, one column stands for all
+heads. Entries are forgotten a page at a time (see `retention.py`), so `check` allows what pages of
+16 positions of all KV heads can do: an entry outlives its own block of 16, and in a layer all KV
+heads forget as many entries at a time, a multiple of 16.
+
 A new effect is a new row in `FIELDS`, a price in `cost.py` and its execution in both executors.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,9 +56,12 @@ if TYPE_CHECKING:
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float64]
+_T = TypeVar("_T", np.int32, np.float64)
 
 SITES = ("attention_in", "attention_out", "ffn_in", "ffn_out")
 BLOCK = 16
+FOREVER = 2**31 - 1
+"""Of an entry that is never forgotten."""
 FFN_SKIP, FFN_SMALL, FFN_BIG = 0, 1, 2
 
 FIELDS: dict[str, int] = {"channels": 4, "bits": 4, "ffn": 0, "attention": 0, "kv_blocks": 0}
@@ -60,6 +70,7 @@ TOKEN_FIELDS = ("head",)
 """Fields without a layer axis."""
 
 _ALL = (*FIELDS, *TOKEN_FIELDS)
+_RETAINED = "retained"
 _FORMAT = "vesicle-plan-1"
 
 
@@ -139,7 +150,8 @@ def resting_rows(shape: ModelShape, positions: IntArray) -> dict[str, IntArray]:
 class Plan:
     """The discrete decisions of one sequence of T tokens.
 
-    See the module docstring for the fields. Without `head`, the whole one runs for every token.
+    See the module docstring for the fields. Without `head`, the whole one runs for every token;
+    without `retained`, nothing is forgotten.
     """
 
     channels: IntArray
@@ -148,11 +160,19 @@ class Plan:
     attention: IntArray
     kv_blocks: IntArray
     head: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
+    retained: IntArray = field(default_factory=lambda: np.zeros((0, 0, 0), np.int32))
 
     def __post_init__(self) -> None:
-        """Fill in a head that was left out."""
+        """Fill in fields that were left out."""
         if self.head.shape == (0,) and self.ffn.ndim:
             object.__setattr__(self, "head", np.zeros(len(self.ffn), np.int32))
+        if self.retained.shape == (0, 0, 0) and self.ffn.ndim == 2:
+            object.__setattr__(self, "retained", _all_retained(*self.ffn.shape))
+
+    @property
+    def forgets(self) -> bool:
+        """Whether any entry is ever forgotten."""
+        return bool((self.retained != FOREVER).any())
 
     @property
     def n_tokens(self) -> int:
@@ -171,15 +191,25 @@ class Plan:
 
     def tokens(self, start: int, stop: int | None = None) -> Plan:
         """The rows `start:stop`."""
-        return Plan(**{name: getattr(self, name)[start:stop] for name in _ALL})
+        rows = {name: getattr(self, name)[start:stop] for name in (*_ALL, _RETAINED)}
+        return Plan(**rows)
 
     def joined(self, other: Plan) -> Plan:
         """This Plan followed by `other`."""
-        return Plan(**{n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _ALL})
+        rows = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _ALL}
+        parts = (self.retained, other.retained)
+        heads = max(part.shape[2] for part in parts)
+        wide = [np.broadcast_to(part, (*part.shape[:2], heads)) for part in parts]
+        return Plan(**rows, retained=np.concatenate(wide))
 
     def equals(self, other: Plan) -> bool:
         """Whether every decision is the same."""
-        return all(np.array_equal(getattr(self, n), getattr(other, n)) for n in _ALL)
+        if not all(np.array_equal(getattr(self, n), getattr(other, n)) for n in _ALL):
+            return False
+        mine, others = self.retained, other.retained
+        if mine.shape != others.shape and 1 not in (mine.shape[2], others.shape[2]):
+            return False
+        return bool((mine == others).all())  # one column may stand for all heads
 
     def check(self, shape: ModelShape) -> None:
         """Refuse a Plan that does not fit a model.
@@ -215,21 +245,49 @@ class Plan:
                 raise VesicleError(
                     f"plan field {name!r} is {values[where]} at {where}; allowed: {allowed}"
                 )
+        self._check_retained(shape)
+
+    def _check_retained(self, shape: ModelShape) -> None:
+        t, n_layers, n_heads = self.n_tokens, self.n_layers, shape.n_kv_heads
+        values, name = self.retained, f"plan field {_RETAINED!r}"
+        if values.shape not in ((t, n_layers, 1), (t, n_layers, n_heads)):
+            raise VesicleError(f"{name} has shape {values.shape}")
+        own = np.arange(t, dtype=np.int32) // BLOCK * BLOCK + BLOCK - 1
+        bad = values < own[:, None, None]
+        if bad.any():
+            where = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise VesicleError(
+                f"{name} is {values[where]} at {where}; allowed: {own[where[0]]} and above, the "
+                f"end of its block of {BLOCK}"
+            )
+        # What is forgotten after the last token has no effect here, and may be a part of its kind.
+        ends = np.sort(np.where(values < t, values, FOREVER), axis=0)
+        ends = np.concatenate([ends, np.full((-t % BLOCK, *ends.shape[1:]), FOREVER, np.int32)])
+        groups = ends.reshape(-1, BLOCK, *ends.shape[1:])
+        torn = ((groups != groups[:, :1]).any((0, 1)) | (ends != ends[..., :1]).any(0)).any(-1)
+        if torn.any():
+            raise VesicleError(
+                f"{name} does not fit pages in layer {int(torn.argmax())}; allowed: at a time, "
+                f"all KV heads of a layer forget as many entries, a multiple of {BLOCK}"
+            )
 
     def save(self, path: Path | str) -> None:
         """Write the Plan to a safetensors file, atomically."""
         from safetensors.numpy import save_file
 
+        names = (*_ALL, _RETAINED) if self.forgets else _ALL
         with atomic_path(Path(path)) as temporary:
             save_file(
-                {n: np.ascontiguousarray(getattr(self, n)) for n in _ALL},
+                {n: np.ascontiguousarray(getattr(self, n)) for n in names},
                 temporary,
                 metadata={"format": _FORMAT},
             )
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:
-        """Read a Plan that `save` wrote; one of before `head` was a field has the whole head.
+        """Read a Plan that `save` wrote.
+
+        One of before `head` was a field has the whole head; one without `retained` forgets nothing.
 
         Raises:
             VesicleError: If the file is missing, corrupt or not a Plan.
@@ -241,7 +299,7 @@ class Plan:
                 if (file.metadata() or {}).get("format") != _FORMAT:
                     raise VesicleError(f"{path} is not a vesicle plan")
                 known = set(file.keys())
-                names = [n for n in _ALL if n in FIELDS or n in known]
+                names = [n for n in (*_ALL, _RETAINED) if n in FIELDS or n in known]
                 arrays = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise VesicleError(f"cannot read plan {path}: {error}") from error
@@ -257,6 +315,22 @@ def _field_shape(name: str, n_tokens: int, n_layers: int) -> tuple[int, ...]:
     return (n_tokens, n_layers, last) if last else (n_tokens, n_layers)
 
 
+def _all_retained(n_tokens: int, n_layers: int) -> IntArray:
+    """(T, L, 1) for nothing forgotten; takes no memory."""
+    return np.broadcast_to(np.int32(FOREVER), (n_tokens, n_layers, 1))
+
+
+def opening(pieces: list[NDArray[_T]], n_rows: int) -> list[NDArray[_T]]:
+    """Views of the first `n_rows` rows of arrays that follow one another."""
+    views = []
+    for piece in pieces:
+        if n_rows <= 0:
+            break
+        views.append(piece[:n_rows])
+        n_rows -= len(piece)
+    return views
+
+
 class PlanBuilder:
     """Collects decisions layer by layer and chunk by chunk into a Plan.
 
@@ -264,9 +338,15 @@ class PlanBuilder:
     `head` where not the whole LM head runs.
     """
 
-    def __init__(self, shape: ModelShape) -> None:
-        """Start with no tokens, for a model of `shape`."""
+    def __init__(self, shape: ModelShape, retained: IntArray | None = None) -> None:
+        """Start with no tokens.
+
+        Args:
+            shape: Of the model.
+            retained: As `Author.retained` tells.
+        """
         self._shape = shape
+        self._retained = retained
         self._chunks: list[dict[str, IntArray]] = []
 
     def chunk(self, n_tokens: int) -> None:
@@ -300,11 +380,30 @@ class PlanBuilder:
         """Record how the LM head ran for the tokens of this pass; whole unless this is called."""
         self._chunks[-1]["head"][:] = survivors
 
+    def opening(self, n_tokens: int) -> PlanBuilder:
+        """A builder of its own that begins with the first `n_tokens` rows, which are shared.
+
+        `head` is whole there: who takes a token over is not asked for its logits.
+        """
+        other = PlanBuilder(self._shape, self._retained)
+        columns = {name: opening([c[name] for c in self._chunks], n_tokens) for name in FIELDS}
+        for rows in zip(*columns.values(), strict=True):
+            heads = {name: np.zeros(len(rows[0]), np.int32) for name in TOKEN_FIELDS}
+            other._chunks.append({**dict(zip(columns, rows, strict=True)), **heads})
+        return other
+
     def build(self) -> Plan:
         """The Plan so far."""
         if not self._chunks:
             self.chunk(0)
-        return Plan(**{n: np.concatenate([c[n] for c in self._chunks]) for n in _ALL})
+        rows = {n: np.concatenate([c[n] for c in self._chunks]) for n in _ALL}
+        plan, known = Plan(**rows), self._retained
+        if known is None:
+            return plan
+        t = plan.n_tokens
+        retained = np.full((t, plan.n_layers, known.shape[2]), FOREVER, np.int32)
+        retained[: len(known)] = known[:t]
+        return replace(plan, retained=retained)
 
 
 class Author(ABC):
@@ -313,7 +412,14 @@ class Author(ABC):
     An executor calls, for each pass over the next T tokens and for each layer in order, `attention`
     and then `release`. State (a recurrent predictor's, say) lives in the author, so one author
     serves one sequence.
+
+    Attributes:
+        retained: (S, L, G) the last position whose query may read each of the first S entries, as
+            the Plan's field; later ones stay forever. None, the default, if nothing is forgotten.
+            It is known before the first token and does not change.
     """
+
+    retained: IntArray | None = None
 
     @property
     def rests(self) -> bool:
@@ -423,6 +529,8 @@ class Replay(Method):
 class _ReplayAuthor(Author):
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        if plan.forgets:
+            self.retained = plan.retained
 
     def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
         if len(positions):

@@ -18,24 +18,38 @@ from vesicle.plan import BLOCK
 LAYERS = SHAPE.n_layers
 
 
+HEADS = SHAPE.n_kv_heads
+
+
 class Model:
-    """What a cache should hold: per layer, position to key and value (G, K)."""
+    """What a cache should hold: per layer and KV head, position to key and value (K,)."""
 
     def __init__(self) -> None:
-        self.layers: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [
-            {} for _ in range(LAYERS)
+        self.layers: list[list[dict[int, tuple[torch.Tensor, torch.Tensor]]]] = [
+            [{} for _ in range(HEADS)] for _ in range(LAYERS)
         ]
-        self.length = 0
+        self.length = self.compacted = 0
 
     def fork(self, n: int) -> "Model":
         fork = Model()
-        fork.layers = [{p: row for p, row in layer.items() if p < n} for layer in self.layers]
-        fork.length = n
+        fork.layers = [
+            [{p: row for p, row in head.items() if p < n} for head in layer]
+            for layer in self.layers
+        ]
+        fork.length, fork.compacted = n, self.compacted
         return fork
 
     def forkable(self, n: int) -> bool:
         edge = n // BLOCK * BLOCK
-        return n == edge or all(edge in layer for layer in self.layers)
+        return n >= self.compacted and (n == edge or all(edge in la[0] for la in self.layers))
+
+    def held(self, layer: int) -> np.ndarray:
+        return np.array([sorted(head) for head in self.layers[layer]], int).reshape(HEADS, -1)
+
+    def drop_slots(self, layer: int, slots: list[int]) -> None:
+        for head, positions in zip(self.layers[layer], self.held(layer).tolist(), strict=True):
+            for slot in slots:
+                del head[positions[slot]]
 
 
 def extend(cache: SequenceCache, model: Model, n: int, seed: int) -> None:
@@ -43,27 +57,33 @@ def extend(cache: SequenceCache, model: Model, n: int, seed: int) -> None:
     for layer in range(LAYERS):
         keys, values = rows(n, seed * LAYERS + layer)
         cache.append(layer, keys, values)
-        for i in range(n):
-            model.layers[layer][model.length + i] = (keys[:, i], values[:, i])
+        for head in range(HEADS):
+            for i in range(n):
+                model.layers[layer][head][model.length + i] = keys[head, i], values[head, i]
     cache.advance(n)
     model.length += n
 
 
 def check(cache: SequenceCache, model: Model) -> None:
     assert cache.length == model.length
-    for layer, held in enumerate(model.layers):
-        assert cache.positions(layer).tolist() == sorted(held)
+    for layer, heads in enumerate(model.layers):
+        held = model.held(layer)
+        assert cache.held(layer).tolist() == held.tolist()
         keys, values = cache.gather(layer, torch.float64)
         assert keys.is_contiguous()
         for got, which in ((keys, 0), (values, 1)):
-            expected = [held[p][which] for p in sorted(held)]
-            stacked = torch.stack(expected, 1) if expected else torch.empty(2, 0, 8)
-            assert torch.equal(got, stacked.double())
-        positions = np.array(sorted(held), np.int32)
-        assert cache.slots(layer, positions).tolist() == list(range(len(held)))
-        starts = sorted({p // BLOCK * BLOCK for p in held})
-        assert cache.starts[layer, : len(starts)].tolist() == starts
-    held_positions = sum(map(len, model.layers))
+            for head, rows_of in enumerate(heads):
+                expected = [rows_of[p][which] for p in held[head].tolist()]
+                stacked = torch.stack(expected) if expected else torch.empty(0, 8)
+                assert torch.equal(got[head], stacked.double())
+        later = held[0] >= model.compacted // BLOCK * BLOCK
+        positions = held[0][later].astype(np.int32)
+        assert cache.slots(layer, positions).tolist() == np.nonzero(later)[0].tolist()
+        starts = cache.starts[layer, : cache.n_blocks[layer]]
+        assert (np.diff(starts) > 0).all()
+        firsts = sorted({p // BLOCK * BLOCK for p in positions.tolist()})
+        assert starts[: -(-held.shape[1] // BLOCK)].tolist()[-len(firsts) :] == firsts or not firsts
+    held_positions = sum(model.held(layer).shape[1] for layer in range(LAYERS))
     assert cache.bytes_held == held_positions * cache.pool.bytes_per_block // BLOCK
     assert cache.bytes_allocated == int(cache.n_blocks.sum()) * cache.pool.bytes_per_block
 
@@ -85,7 +105,9 @@ def test_random_histories(seed: int):
     rng, pool = np.random.default_rng(seed), pool_of("fp64", 150)
     pairs: list[tuple[SequenceCache, Model]] = []
     for step in range(150):
-        action = rng.choice(["start", "extend", "extend", "evict", "fork", "free", "reserve"])
+        action = rng.choice(
+            ["start", "extend", "extend", "evict", "compact", "fork", "free", "reserve"]
+        )
         if action == "start" or not pairs:
             pairs.append((SequenceCache(pool, LAYERS), Model()))
             continue
@@ -107,19 +129,39 @@ def test_random_histories(seed: int):
                 cache.reserve(1 if cache.blocks_needed(1) <= pool.blocks_free else 0)
         elif action == "evict":
             layer = int(rng.integers(LAYERS))
-            starts = sorted({p - p % BLOCK for p in model.layers[layer]})
-            complete = [i for i, s in enumerate(starts) if s + BLOCK <= model.length]
+            complete = model.held(layer).shape[1] // BLOCK
             if rng.random() < 0.7:
                 cache.summaries(layer, str(rng.choice(["mean", "bounds"])))
-            some = [i for i in complete if rng.random() < 0.4]
+            some = [i for i in range(complete) if rng.random() < 0.4]
             cache.evict(layer, some)
-            for i in some:
-                for p in range(starts[i], starts[i] + BLOCK):
-                    del model.layers[layer][p]
+            model.drop_slots(layer, [BLOCK * i + j for i in some for j in range(BLOCK)])
+        elif action == "compact":
+            layer = int(rng.integers(LAYERS))
+            held = model.held(layer)
+            complete = held.shape[1] // BLOCK
+            n = int(rng.integers(complete + 1))
+            columns = np.sort(
+                [rng.permutation(complete * BLOCK)[: n * BLOCK] for _ in range(HEADS)], axis=1
+            ).astype(int)
+            if rng.random() < 0.3:  # leading blocks stay whole
+                columns[:, : n * BLOCK] = np.arange(n * BLOCK)
+            kept = np.take_along_axis(held, columns, 1).astype(np.int32)
+            before, shared = pool.blocks_in_use, cache.n_shared
+            if pool.blocks_free < shared:
+                continue
+            cache.compact(layer, kept)
+            assert before - complete <= pool.blocks_in_use <= before + min(shared, n)
+            if n < complete:
+                model.compacted = model.length
+                for head, positions in enumerate(kept.tolist()):
+                    rows_of = model.layers[layer][head]
+                    for p in held[head, : complete * BLOCK].tolist():
+                        if p not in positions:
+                            del rows_of[p]
         elif action == "fork":
             n = int(rng.integers(0, model.length + 1))
             if not model.forkable(n):
-                with pytest.raises(ValueError, match="has evicted the block of positions"):
+                with pytest.raises(ValueError, match=r"has evicted the|forgotten after"):
                     cache.fork(n)
             elif n % BLOCK == 0 or pool.blocks_free >= LAYERS:
                 pairs.append((cache.fork(n), model.fork(n)))
@@ -235,11 +277,112 @@ def test_evicted_blocks_are_reused():
     check(cache, model)
     for layer in range(LAYERS):
         cache.evict(layer, [1])
-        for p in range(16, 32):
-            del model.layers[layer][p]
+        model.drop_slots(layer, list(range(16, 32)))
     extend(cache, model, 16, 2)
     check(cache, model)
     assert set(cache.tables[:, :4].ravel().tolist()) == before
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+def test_compacting_copies_what_is_stored(kv: str):
+    """Codes, scales and all: keys read back are bit for bit those of before."""
+    pool, rng = pool_of(kv, 60), np.random.default_rng(1)
+    cache = SequenceCache(pool, LAYERS)
+    extend(cache, Model(), 75, 1)
+    used = pool.blocks_in_use
+    for layer in range(LAYERS):
+        before = cache.gather(layer, torch.float32)
+        kept = np.sort([rng.permutation(64)[:32] for _ in range(HEADS)], axis=1).astype(np.int32)
+        cache.summaries(layer, "bounds")
+        cache.compact(layer, kept)
+        index = np.concatenate([kept, np.tile(np.arange(64, 75), (HEADS, 1))], axis=1)
+        for old, new in zip(before, cache.gather(layer, torch.float32), strict=True):
+            expected = torch.stack([old[g, index[g]] for g in range(HEADS)])
+            assert torch.equal(new, expected)
+        assert pool.blocks_in_use == used - 2 * (layer + 1)
+        whole = cache.gather(layer, torch.float64)[0]
+        made = cache.summaries(layer, "bounds")
+        exact = summarise(whole, "bounds")
+        assert made.shape == exact.shape
+        assert (made.double() - exact).abs().max() < {"bf16": 2e-2}.get(kv, 1e-2)
+
+
+def test_compacting_shared_blocks_leaves_the_other_alone():
+    pool = pool_of("fp64", 60)
+    cache, model = SequenceCache(pool, LAYERS), Model()
+    extend(cache, model, 70, 1)
+    fork, other = cache.fork(70), model.fork(70)
+    used = pool.blocks_in_use
+    kept = np.stack([np.arange(0, 32), np.arange(10, 42)]).astype(np.int32)
+    for layer in range(LAYERS):
+        fork.compact(layer, kept)
+        for head in range(HEADS):
+            for p in set(range(64)) - set(kept[head].tolist()):
+                del other.layers[layer][head][p]
+    other.compacted = 70
+    check(cache, model)
+    check(fork, other)
+    assert pool.blocks_in_use == used + 2 * LAYERS  # the copies: the source holds its own still
+    cache.free()
+    check(fork, other)
+    extend(fork, other, 20, 3)
+    check(fork, other)
+    assert pool.blocks_in_use == 4 * LAYERS
+    with pytest.raises(ValueError, match="69 tokens are to be shared, but entries were forgotten"):
+        fork.fork(69)
+
+
+def test_blocks_that_stay_whole_are_not_copied():
+    """The first block, shared, and the two last: only what lies between is gathered."""
+    pool = pool_of("fp64", 60)
+    cache, model = SequenceCache(pool, LAYERS), Model()
+    extend(cache, model, 100, 1)
+    fork = cache.fork(100)
+    before = fork.tables[0].copy()
+    kept = np.concatenate([np.arange(16), np.arange(20, 36), np.arange(64, 96)]).astype(np.int32)
+    used = pool.blocks_in_use
+    fork.compact(0, np.stack([kept, kept]))
+    assert fork.tables[0, [0, 2, 3, 4]].tolist() == before[[0, 4, 5, 6]].tolist()
+    assert pool.blocks_in_use == used + 1
+
+
+def test_compacting_a_full_pool_takes_no_room():
+    pool = pool_of("fp64", 12)
+    cache, model = SequenceCache(pool, LAYERS), Model()
+    extend(cache, model, 64, 1)
+    assert pool.blocks_free == 0
+    for layer in range(LAYERS):
+        cache.compact(layer, np.tile(np.arange(5, 53, dtype=np.int32), (HEADS, 1)))
+    assert pool.blocks_free == LAYERS
+
+
+def test_a_full_pool_refuses_to_copy_shared_blocks():
+    pool = pool_of("fp64", 12)
+    cache, model = SequenceCache(pool, LAYERS), Model()
+    extend(cache, model, 64, 1)
+    fork = cache.fork(64)
+    assert fork.n_shared == 12
+    with pytest.raises(CacheFullError, match="3 blocks needed, 0 of 12 free"):
+        fork.compact(0, np.tile(np.arange(5, 53, dtype=np.int32), (HEADS, 1)))
+    check(fork, model)
+    check(cache, model)
+
+
+def test_what_may_not_be_kept():
+    cache = SequenceCache(pool_of(), LAYERS)
+    extend(cache, Model(), 40, 0)
+    good = np.tile(np.arange(3, 19, dtype=np.int32), (HEADS, 1))
+    for bad in (good[:1], good[:, :15]):
+        with pytest.raises(ValueError, match="positions of shape"):
+            cache.compact(0, bad)
+    outside, falling, twice = good.copy(), good[:, ::-1], good.copy()
+    outside[1, 15], twice[0, 1] = 32, 3
+    for bad in (outside, falling, twice):
+        with pytest.raises(ValueError, match="does not hold in complete blocks"):
+            cache.compact(0, bad)
+    cache.compact(0, good)
+    with pytest.raises(ValueError, match="does not hold in complete blocks"):
+        cache.compact(0, good + 1)
 
 
 def test_what_may_not_be_evicted():

@@ -400,7 +400,7 @@ def test_a_pass_that_fails_takes_its_requests_and_no_others(
 class Broken:
     """An author that cannot decide."""
 
-    rests = False
+    rests, retained = False, None
 
     def attention(self, layer: int, positions: Any) -> Any:
         raise VesicleError("undecided")

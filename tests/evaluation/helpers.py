@@ -16,6 +16,9 @@ class Bytes:
     def encode(self, text: str) -> list[int]:
         return [1 + byte % (VOCABULARY - 1) for byte in text.encode("utf-8")]
 
+    def chat(self, prompt: str, system: str | None = None) -> list[int]:
+        return self.encode(f"<{prompt}>")
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(32 + i) for i in ids)
 

@@ -17,6 +17,7 @@ from vesicle.gpu import GpuEngine, GpuSequence
 from vesicle.modulator import ModulatorMethod
 from vesicle.plan import FULL_BITS, Dense, Method, Plan, Replay
 from vesicle.predictors import CONTROLS
+from vesicle.retention import Retention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 TOLERANCE = 1e-3
@@ -259,6 +260,13 @@ def test_refusals(engine: GpuEngine, llama: Any, device: torch.device):
     low = Replay(replace(plan, bits=np.full_like(plan.bits, 4)))
     with pytest.raises(VesicleError, match="asks for 4 weight bits"):
         engine.start(low)
+    forgetful = Retention([[[]] * 2] * 2, 16)
+    with pytest.raises(VesicleError, match="the GPU engine forgets no entries"):
+        engine.start(forgetful)
+    with pytest.raises(VesicleError, match="the GPU engine forgets no entries"):
+        engine.start(
+            Replay(replace(Plan.rest(engine.shape, 16), retained=forgetful.retained(engine.shape)))
+        )
     sequence = engine.start(Replay(plan))
     with pytest.raises(VesicleError, match="3 tokens exceed this sequence's limit of 2"):
         engine.forward([(sequence, [1, 2, 3])])

@@ -124,10 +124,16 @@ def without_native(disabled: bool) -> Iterator[None]:
 
 
 def evict(sequence: Sequence, rng: np.random.Generator) -> None:
-    """Drop some complete blocks of some layers."""
+    """Drop some complete blocks of some layers, and some entries of each KV head of others."""
     cache = sequence.cache
     for layer in range(cache.n_layers):
-        complete = len(cache.positions(layer)) // 16
+        held = cache.held(layer)
+        complete = held.shape[1] // 16
+        if rng.random() < 0.2:
+            n = 16 * int(rng.integers(complete + 1))
+            chosen = [np.sort(row[rng.permutation(16 * complete)[:n]]) for row in held]
+            cache.compact(layer, np.array(chosen, np.int32))
+            continue
         dropped = np.nonzero(rng.random(complete) < 0.3)[0]
         if rng.integers(2):
             cache.evict(layer, dropped)

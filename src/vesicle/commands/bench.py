@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vesicle.commands.inputs import check_budget, check_writable, notice
-from vesicle.commands.shipped import is_default_model, shipped_modulator
 from vesicle.errors import VesicleError
+from vesicle.shipped import is_default_model, shipped_modulator
 
 if TYPE_CHECKING:
     from vesicle.bench import Report

@@ -1,123 +1,279 @@
-"""`vesicle eval`: a modulator beside its controls, at equal executed cost."""
+"""`vesicle eval`: tasks under methods, with cost beside quality."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vesicle.commands import recipe
 from vesicle.commands.inputs import notice
-from vesicle.commands.shipped import shipped_modulator
 from vesicle.errors import VesicleError
+from vesicle.shipped import is_default_model, shipped_modulator
 
-WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
-
-app = typer.Typer(help="Measure a modulator beside its controls, at equal executed cost.")
-
-
-@app.callback()
-def _only_commands() -> None:
-    pass
+if TYPE_CHECKING:
+    from vesicle.evaluation.task_run import Subject
 
 
-@app.command()
-def wikitext(
-    modulator: Annotated[
-        str | None,
-        typer.Argument(
-            help="A modulator's folder or hub id; the default is the shipped one.",
+class Through(StrEnum):
+    """Who executes."""
+
+    engine = "engine"
+    reference = "reference"
+    transformers = "transformers"
+
+
+def evaluate(
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help="Task names; --list tells them.", metavar="TASK...")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="learnt (the modulator), dense, a control, or kvpress:NAME; repeat, or put "
+            "commas between. \\[default: learnt]",
             show_default=False,
         ),
     ] = None,
+    budget: Annotated[
+        str, typer.Option(help="Shares of the dense FLOPs, with commas between.")
+    ] = "1.0,0.8",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder in the local format, or 'sample' for the few rows that are shipped; "
+            "the Hugging Face hub if none.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Which part; each task's own if none.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(help="Items of a task, drawn at random; 0 for all.", min=0)
+    ] = 50,
+    seed: Annotated[int, typer.Option(help="Of draws, controls and intervals.", min=0)] = 0,
     out: Annotated[
-        Path, typer.Option(help="Folder to write to; finished rows in it are kept.")
-    ] = Path("runs/wikitext"),
+        Path, typer.Option(help="Folder to write to; finished items in it are kept.")
+    ] = Path("runs/eval"),
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON instead of tables.")
+    ] = False,
+    table: Annotated[bool, typer.Option("--table", help="Also write table.md.")] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Also plot quality against cost, as PNG files.")
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(help="A model folder, a .gguf file or a hub id; the default model if none."),
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget finished rows.")] = False,
-    data: Annotated[
+    modulator: Annotated[
+        str | None,
+        typer.Option(
+            help="A modulator's folder or hub id; the shipped one for the default model.",
+            show_default=False,
+        ),
+    ] = None,
+    through: Annotated[
+        Through,
+        typer.Option(help="Who executes. Only the engine skips work and measures it."),
+    ] = Through.engine,
+    weights: Annotated[
+        str, typer.Option(help="The engine's weights: auto, int4, int8, bf16, fp32 or fp64.")
+    ] = "auto",
+    kv: Annotated[
+        str, typer.Option(help="The engine's cache: auto, int8, fp16, bf16, fp32 or fp64.")
+    ] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; PyTorch's choice if none.", show_default=False)
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of prompt and answer; longer contexts lose their middle. "
+            "The context window if none.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a window of a text (wikitext).", show_default=False),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Prompt tokens of generated tasks, with commas between.")
+    ] = "",
+    depths: Annotated[
+        str, typer.Option(help="Depths of generated tasks, 0 to 1, with commas between.")
+    ] = "",
+    per_cell: Annotated[
+        int | None,
+        typer.Option(help="Items of each length and depth or kind.", show_default=False),
+    ] = None,
+    dial: Annotated[
         str,
         typer.Option(
-            help="A .txt, .jsonl or .jsonl.gz file, a folder of those, or a hub data set.",
-            metavar="SOURCE",
+            help="tuned: turned until the prompts execute the budget; shipped: as calibrated."
         ),
-    ] = WIKITEXT,
-    split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
-    field: Annotated[str, typer.Option(help="The field of JSON lines with the text.")] = "text",
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
-    limit: Annotated[int, typer.Option(help="Windows, evenly spread; 0 for all.")] = 16,
-    budgets: Annotated[
-        str, typer.Option(help="Shares of the dense FLOPs, with commas between.")
-    ] = "1.0,0.9,0.8,0.7,0.6",
-    methods: Annotated[
-        str, typer.Option(help="The modulator (learnt) and controls, with commas between.")
-    ] = "learnt,uniform,uniform-mix,per-layer,random,shuffled,best-of-n,oracle",
-    seed: Annotated[int, typer.Option(help="Of random controls and bootstraps.")] = 0,
-    best_of: Annotated[int, typer.Option(help="Random tables that best-of-n tries.")] = 100,
-    selection_windows: Annotated[int, typer.Option(help="Windows it selects on.")] = 2,
-    selection_length: Annotated[int, typer.Option(help="Their tokens.")] = 512,
-    oracle_windows: Annotated[int, typer.Option(help="Windows the oracle searches on.")] = 2,
-    oracle_length: Annotated[int, typer.Option(help="Their tokens.")] = 512,
-    dtype: Annotated[
-        str, typer.Option(help="Of the model: bfloat16, float32 or float64.")
-    ] = "bfloat16",
-    batch: Annotated[int, typer.Option(help="Windows in a pass.")] = 2,
+    ] = "tuned",
+    best_of: Annotated[int, typer.Option(help="Random tables that best-of-n tries.")] = 20,
+    selection: Annotated[int, typer.Option(help="Items that best-of-n selects on.")] = 4,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget finished items.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List tasks and methods.")] = False,
 ) -> None:
-    """Score text under a modulator and every control, at equal executed cost.
+    """Score tasks under a modulator, controls and baselines, with executed cost beside quality.
 
-    Rows are written as they finish; the same command goes on where it was cut off.
+    Items are written as they finish; the same command goes on where it was cut off.
 
     [bold]Examples[/bold]
 
-      vesicle eval wikitext runs/mine --out runs/mine/wikitext
+      vesicle eval squad race --limit 20
 
-      vesicle eval wikitext --limit 2 --length 256 --budgets 0.9,0.8 --methods learnt,uniform
+      vesicle eval squad --data DIR --method learnt,uniform,shuffled --budget 1,0.9,0.8 --plot
+
+      vesicle eval needle --lengths 1024 --method kvpress:SnapKV --budget 0.5 --json
     """
-    given = dict(locals())
-    source = modulator or shipped_modulator()
-    if source is None:
-        raise VesicleError("no modulator is shipped with this package: name one")
-    from dataclasses import fields
+    if list_:
+        return _list()
+    if not tasks:
+        raise VesicleError("no task is named; vesicle eval --list tells them")
+    from vesicle.evaluation.task_config import TaskConfig
+    from vesicle.evaluation.task_run import evaluate_tasks
 
-    from rich.console import Console
-
-    from vesicle.evaluation.table import SUBSETS, rich_table
-    from vesicle.evaluation.wikitext import EvalConfig, evaluate
-    from vesicle.modulator import Modulator
-
-    given["budgets"] = _numbers(budgets)
-    given["methods"] = tuple(name.strip() for name in methods.split(","))
-    given["limit"] = limit or None
-    names = [f.name for f in fields(EvalConfig) if f.name != "oracle"]
-    config = EvalConfig(**{name: given[name] for name in names})
-    loaded = Modulator.from_pretrained(source)
-    subject = recipe.load_subject(model)
-    result = evaluate(
-        subject.model,
-        subject.text,
-        loaded,
-        config,
-        out,
-        model_name=subject.name,
-        modulator_name=Path(source).name,
-        restart=restart,
-        say=notice,
+    config = TaskConfig(
+        tasks=tuple(tasks),
+        methods=tuple(
+            name.strip() for part in method or ["learnt"] for name in part.split(",") if name
+        ),
+        budgets=_numbers(budget, "--budget"),
+        data=data,
+        split=split,
+        limit=limit or None,
+        seed=seed,
+        max_length=max_length,
+        window=window,
+        lengths=tuple(int(n) for n in _numbers(lengths, "--lengths")),
+        depths=_numbers(depths, "--depths"),
+        per_cell=per_cell,
+        dial=dial,
+        best_of=best_of,
+        selection=selection,
     )
-    console = Console()
-    for subset in SUBSETS:
-        if any(row.subset == subset for row in result.rows):
-            console.print(rich_table(result, subset))
+    subject = _subject(model, modulator, through, weights, kv, threads)
+    result = evaluate_tasks(subject, config, out, restart=restart, say=notice)
+    from vesicle.evaluation.task_table import markdown, rich_tables
+
+    if table:
+        from vesicle.files import atomic_path
+
+        with atomic_path(out / "table.md") as part:
+            part.write_text(markdown(result), encoding="utf-8")
+    if plot:
+        from vesicle.evaluation.task_plots import save_plots
+
+        save_plots(result, out)
+    if json:
+        import json as library
+
+        print(library.dumps(result.to_dict()))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        for found in rich_tables(result):
+            console.print(found)
     notice(f"wrote {out}")
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def _list() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vesicle.evaluation.methods import NAMES
+    from vesicle.tasks.registry import find_task, task_names
+
+    table = Table()
+    for name in ("task", "what", "metrics", "splits", "hub"):
+        table.add_column(name)
+    for name in task_names():
+        task = find_task(name)
+        metrics = ", ".join(m.title for m in task.metrics)
+        hub = "generated" if task.hub is None else task.hub.path
+        table.add_row(name, task.title, metrics, ", ".join(task.splits), hub)
+    Console().print(table)
+    Console().print(f"methods: {', '.join(NAMES)}, kvpress:NAME", highlight=False)
+
+
+def _subject(
+    model: str | None,
+    modulator: str | None,
+    through: Through,
+    weights: str,
+    kv: str,
+    threads: int | None,
+) -> Subject:
+    """Load what is evaluated."""
+    from vesicle.engine import Engine
+    from vesicle.evaluation.executors import EngineExecutor, Executor, TransformersExecutor
+    from vesicle.evaluation.provenance import folder_fingerprint
+    from vesicle.evaluation.task_run import Subject
+    from vesicle.models import Text, resolve_model
+    from vesicle.models.default import DEFAULT_MODEL
+    from vesicle.modulator import Modulator
+
+    folder = resolve_model(model)
+    source: str | Path | None = modulator
+    if source is None and is_default_model(folder):
+        source = shipped_modulator()
+    loaded = None if source is None else Modulator.from_pretrained(source)
+
+    def hugging_face() -> Any:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+
+    name = DEFAULT_MODEL if model is None else Path(model).name
+    facts: dict[str, Any] = {
+        "name": name,
+        "fingerprint": folder_fingerprint(folder),
+        "through": str(through),
+    }
+    executor: Executor
+    if through is Through.engine:
+        engine = Engine.from_pretrained(
+            folder,
+            weights=None if weights == "auto" else weights,
+            kv=None if kv == "auto" else kv,
+            threads=threads,
+        )
+        executor = EngineExecutor(engine)
+        facts |= {"weights": engine.weights_format, "kv": engine.pool.kv}
+    else:
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        executor = TransformersExecutor(hugging_face(), attached=through is Through.reference)
+        facts |= {"weights": "fp32", "kv": "fp32"}
+    text = Text.from_folder(folder)
+    return Subject(
+        executor=executor,
+        codec=text,
+        ends=text.eos_ids,
+        modulator=loaded,
+        model=facts,
+        modulator_name="" if source is None else Path(source).name,
+        hugging_face=hugging_face,
+    )
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    if not text.strip():
+        return ()
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise VesicleError(
-            f"--budgets is {text!r}; allowed: numbers with commas between"
-        ) from error
+        raise VesicleError(f"{option} is {text!r}; allowed: numbers with commas between") from error

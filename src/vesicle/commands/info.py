@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from vesicle.commands.machine import machine_rows
-from vesicle.commands.shipped import shipped_modulator
 from vesicle.errors import VesicleError
+from vesicle.shipped import shipped_modulator
 
 
 def info(

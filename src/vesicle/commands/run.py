@@ -16,9 +16,9 @@ import typer
 
 from vesicle.commands.inputs import check_budget, check_writable, notice, read_prompt
 from vesicle.commands.machine import announce_core
-from vesicle.commands.shipped import is_default_model, shipped_modulator
 from vesicle.errors import DataError, VesicleError
 from vesicle.models.default import DEFAULT_MODEL
+from vesicle.shipped import is_default_model, shipped_modulator
 
 if TYPE_CHECKING:
     from vesicle.engine import Engine, Sampling, Sequence

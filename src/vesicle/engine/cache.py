@@ -7,6 +7,10 @@ block; the keys that stay keep the rotary phases of their own positions, so noth
 A block's place in the list is its *index*; index * 16 + offset is a *slot*. Where nothing was
 evicted a slot is a position. Slots keep the order of positions, so causality can be judged by
 either, and what reads a cache may think in slots throughout.
+
+Compacting keeps chosen positions instead of whole blocks, other ones for each KV head: they are
+copied, as they are stored, into as few blocks. From then on a slot means another position in each
+head.
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ class SequenceCache:
     Attributes:
         pool: Where the blocks lie.
         length: Positions that the sequence has passed; the next token's position.
-        evictions: Times that blocks were evicted, for those who keep what they looked up.
+        evictions: Times that something was evicted, for those who keep what they looked up.
     """
 
     def __init__(self, pool: BlockPool, n_layers: int) -> None:
@@ -71,6 +75,8 @@ class SequenceCache:
         self._room_end = 0  # a multiple of 16: positions below it have, or had, a block
         self._ends = np.zeros(n_layers, np.int64)  # positions written; ahead of `length` in a pass
         self._evicted = np.zeros(n_layers, np.int64)  # blocks
+        self._chosen: list[IntArray | None] = [None] * n_layers  # (G, 16 n) of the first n blocks
+        self._compacted = 0  # length at which positions were last chosen
         self._summaries: list[_Summaries | None] = [None] * n_layers
         self.evictions = 0
         self._open = True
@@ -92,7 +98,10 @@ class SequenceCache:
 
     @property
     def starts(self) -> IntArray:
-        """(L, room) first position of each block, a multiple of 16, rising."""
+        """(L, room) first position of each block, a multiple of 16, rising.
+
+        Of blocks that hold chosen positions, any such numbers below those of the others.
+        """
         return self._lists.starts
 
     @property
@@ -187,14 +196,17 @@ class SequenceCache:
         self.length = end
         self._ends[:] = end
 
-    def positions(self, layer: int) -> IntArray:
-        """(n,) the positions that a layer holds, rising."""
-        n = -(-self._held(layer) // BLOCK)
-        within = np.arange(BLOCK, dtype=np.int32)
-        return (self.starts[layer, :n, None] + within).ravel()[: self._held(layer)]
+    def held(self, layer: int) -> IntArray:
+        """(G, n) the positions that each KV head of a layer holds, rising."""
+        n, chosen = self._held(layer), self._chosen[layer]
+        first = 0 if chosen is None else chosen.shape[1] // BLOCK
+        starts = self.starts[layer, first : _blocks(n), None]
+        whole = (starts + np.arange(BLOCK, dtype=np.int32)).ravel()[: n - first * BLOCK]
+        every: IntArray = np.broadcast_to(whole, (self.pool.keys.shape[1], len(whole)))
+        return every if chosen is None else np.concatenate([chosen, every], axis=1)
 
     def slots(self, layer: int, positions: IntArray) -> IntArray:
-        """Slots of positions (T,) whose blocks the layer holds."""
+        """Slots of positions (T,) in blocks of 16 positions that the layer holds."""
         if not self._evicted[layer]:
             return positions
         starts = self.starts[layer, : self.n_blocks[layer]]
@@ -257,8 +269,7 @@ class SequenceCache:
             ValueError: If an index is out of range, or its block is not complete.
         """
         chosen = np.asarray(blocks, np.int64)
-        # Not what a pass under way has written: it may be broken off.
-        complete = min(self._complete(layer), self.length // BLOCK - int(self._evicted[layer]))
+        complete = self._evictable(layer)
         if not len(chosen):
             return
         if chosen.min() < 0 or chosen.max() >= complete:
@@ -275,6 +286,10 @@ class SequenceCache:
         lists.starts[layer, :left] = lists.starts[layer, :n][stays]
         lists.n_blocks[layer] = left
         self._evicted[layer] += len(dropped)
+        positions = self._chosen[layer]
+        if positions is not None:
+            column = np.repeat(stays, BLOCK)[: positions.shape[1]]
+            self._chosen[layer] = positions[:, column]
         made = self._summaries[layer]
         if made is not None:
             rows = torch.from_numpy(np.nonzero(stays[: made.count])[0])
@@ -282,6 +297,74 @@ class SequenceCache:
             made.count = len(rows)
         self.evictions += 1
         self.pool.release(dropped)
+
+    def compact(self, layer: int, kept: IntArray) -> None:
+        """Keep chosen positions of a layer's complete blocks and let go of the others for good.
+
+        Blocks that stay as they are stay where they are; the others' entries are copied as they are
+        stored, into blocks that were this sequence's own, and into new ones where too many are
+        shared. The incomplete last block stays.
+
+        Args:
+            layer: Whose list.
+            kept: (G, n) positions that each KV head keeps, rising; n a multiple of 16.
+
+        Raises:
+            CacheFullError: If the pool has no room for the copies of shared blocks, of which at
+                most `n_shared` are needed; nothing has changed then.
+            ValueError: If n is no multiple of 16, or a position is not held in a complete block.
+        """
+        lists, complete = self._lists, self._evictable(layer)
+        held, n = self.held(layer)[:, : complete * BLOCK], kept.shape[1] // BLOCK
+        if kept.shape != (len(held), n * BLOCK):
+            raise ValueError(
+                f"positions of shape {kept.shape} are to be kept; allowed: ({len(held)}, n), n a "
+                f"multiple of {BLOCK}"
+            )
+        here = np.zeros((len(held), self.length), bool)
+        wanted = here.copy()
+        heads = np.arange(len(held))[:, None]
+        here[heads, held], wanted[heads, kept] = True, True
+        if (wanted & ~here).any() or (np.diff(kept) <= 0).any():
+            raise ValueError(
+                f"positions that layer {layer} does not hold in complete blocks are to be kept, or "
+                "they do not rise"
+            )
+        if n == complete:
+            return
+        slots = np.nonzero(np.take_along_axis(wanted, held, axis=1))[1].reshape(kept.shape)
+        old = lists.tables[layer, :complete].copy()
+        own, within = slots // BLOCK, slots % BLOCK
+        # A block all of whose entries stay together is not touched, and may be shared.
+        pages = slots.reshape(len(slots), n, BLOCK)
+        first = pages[:1, :, :1]
+        same = (first[0, :, 0] % BLOCK == 0) & (pages == first + np.arange(BLOCK)).all((0, 2))
+        new = old[first[0, :, 0] // BLOCK]
+        mine = np.setdiff1d(old[self.pool.holders(old) == 1], new[same])
+        moved = np.nonzero(~same)[0]
+        more = max(0, len(moved) - len(mine))
+        new[moved] = np.concatenate([mine[: len(moved)], self.pool.allocate(more)])
+        if len(moved):
+            columns = (moved[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+            self.pool.regroup(old[own[:, columns]], within[:, columns], new[moved])
+        total = int(lists.n_blocks[layer])
+        left = total - complete + n
+        lists.tables[layer, n:left] = lists.tables[layer, complete:total].copy()
+        lists.starts[layer, n:left] = lists.starts[layer, complete:total].copy()
+        lists.tables[layer, :n], lists.starts[layer, :n] = new, BLOCK * np.arange(n)
+        lists.n_blocks[layer] = left
+        self._evicted[layer] += complete - n
+        self._chosen[layer], self._compacted = kept.copy(), self.length
+        self._summaries[layer] = None
+        self.evictions += 1
+        self.pool.release(np.setdiff1d(old, new))
+
+    @property
+    def n_shared(self) -> int:
+        """Blocks that other sequences hold as well."""
+        lists = self._lists
+        listed = np.arange(lists.tables.shape[1]) < lists.n_blocks[:, None]
+        return int((self.pool.holders(lists.tables[listed]) > 1).sum())
 
     def fork(self, n_tokens: int) -> SequenceCache:
         """A cache of the first `n_tokens` positions, as far as they are held.
@@ -291,11 +374,17 @@ class SequenceCache:
 
         Raises:
             CacheFullError: If the pool has no room for the copy.
-            ValueError: If this cache is shorter, or a part of an evicted block would be needed.
+            ValueError: If this cache is shorter, or compacted later on, or a part of an evicted
+                block would be needed.
         """
         self.check_open()
         if not 0 <= n_tokens <= self.length:
             raise ValueError(f"{n_tokens} tokens are to be shared; allowed: 0 to {self.length}")
+        if n_tokens < self._compacted:
+            raise ValueError(
+                f"{n_tokens} tokens are to be shared, but entries were forgotten after "
+                f"{self._compacted}"
+            )
         lists, edge, rows = self._lists, n_tokens // BLOCK * BLOCK, np.arange(self.n_layers)
         held = np.arange(lists.starts.shape[1]) < lists.n_blocks[:, None]
         shared = (held & (lists.starts < edge)).sum(1)  # (L,) leading entries
@@ -319,6 +408,7 @@ class SequenceCache:
         fork.length, fork._room_end = n_tokens, _blocks(n_tokens) * BLOCK
         fork._ends[:] = n_tokens
         fork._evicted[:] = edge // BLOCK - shared
+        fork._chosen, fork._compacted = list(self._chosen), self._compacted
         return fork
 
     def free(self) -> None:
@@ -355,6 +445,10 @@ class SequenceCache:
     def _complete(self, layer: int) -> int:
         """Complete blocks in a layer's list."""
         return self._held(layer) // BLOCK
+
+    def _evictable(self, layer: int) -> int:
+        """Complete blocks but for those that a pass under way has written: it may be broken off."""
+        return min(self._complete(layer), self.length // BLOCK - int(self._evicted[layer]))
 
     def _grow(self, n: int) -> None:
         """Make room for `n` entries in each list."""

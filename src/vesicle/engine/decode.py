@@ -187,7 +187,7 @@ class Slot:
             self.token.summaries = None
             return
         room = self._room
-        if room is None or block >= room.shape[2] * BLOCK:
+        if room is None or int(cache.n_blocks.max()) > room.shape[2] * BLOCK:
             self._summarised = None
         if self._summarised != (block, cache.evictions):
             self._make_summaries(sequence, summarise)

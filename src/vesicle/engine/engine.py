@@ -37,8 +37,10 @@ from vesicle.errors import VesicleError
 from vesicle.families.base import ACTIVATIONS
 from vesicle.modulator import Modulator, ModulatorAuthor
 from vesicle.plan import (
+    BLOCK,
     FFN_BIG,
     FFN_SMALL,
+    FOREVER,
     AttentionDecision,
     Dense,
     FfnDecision,
@@ -47,7 +49,9 @@ from vesicle.plan import (
     Method,
     Plan,
     PlanBuilder,
+    opening,
 )
+from vesicle.retention import eviction_lengths, held_entries
 from vesicle.shapes import ModelShape
 
 CHUNK = 2048
@@ -63,6 +67,9 @@ class Sequence:
 
     Its method's author, its cache, its Plan and its counted cost so far. Its cache is freed by
     `close`, or when the sequence is dropped.
+
+    Attributes:
+        evicts_at: The next length at which entries of the cache are forgotten; `FOREVER` for none.
     """
 
     def __init__(self, engine: Engine, method: Method) -> None:
@@ -73,8 +80,12 @@ class Sequence:
         self.equipment = method.equipment
         self.overhead = method.overhead(shape)
         self.author = method.author(shape)
-        self.builder = PlanBuilder(shape)
+        self.builder = PlanBuilder(shape, self.author.retained)
         self.cache = SequenceCache(engine.pool, shape.n_layers)
+        self.evicts_at = FOREVER
+        self._evictions = eviction_lengths(self.author.retained)
+        self._most_bytes = 0
+        self.await_eviction()
         self.token_ids: list[int] = []
         self.counted: list[dict[str, NDArray[np.int64]]] = []
         self._slot: Slot | None = None
@@ -89,6 +100,27 @@ class Sequence:
         """Bring Plan, levels and counts up to date with what the native decoder has run."""
         if self._slot is not None:
             self._slot.settle(self)
+
+    def await_eviction(self) -> None:
+        """Find the next length at which entries are forgotten."""
+        later = (n for n in self._evictions if n > self.cache.length)
+        self.evicts_at = next(later, FOREVER)
+
+    def evict(self) -> None:
+        """Forget the entries that no query from here on may read, and free their memory."""
+        retained, length = self.author.retained, self.cache.length
+        assert retained is not None
+        self._most_bytes = self.kv_bytes_peak
+        for layer in range(self.cache.n_layers):
+            held = held_entries(retained, layer, length)
+            complete = held[0] < length // BLOCK * BLOCK  # as many in each head
+            self.cache.compact(layer, held[:, complete])
+        self.await_eviction()
+
+    @property
+    def kv_bytes_peak(self) -> int:
+        """The most bytes of keys and values that it ever held."""
+        return max(self._most_bytes, self.cache.bytes_held)
 
     @property
     def length(self) -> int:
@@ -129,6 +161,11 @@ class Sequence:
         """Counted work of all tokens, and the cache held now."""
         totals = {name: int(values.sum()) for name, values in self.token_costs.items()}
         return Cost(kv_bytes_held=self.cache.bytes_held, **totals)
+
+
+Part = tuple[Sequence, list[int]]
+"""A sequence and its next tokens."""
+Wanted = Literal["last", "all", "none", "likeliest"]
 
 
 class Engine:
@@ -240,6 +277,51 @@ class Engine:
             raise VesicleError("a budget applies to a modulator; this method has its own")
         return Sequence(self, method or Dense())
 
+    def fork(self, sequence: Sequence, n_tokens: int | None = None) -> Sequence:
+        """A new sequence that stands where another stood after `n_tokens`; both go on alone.
+
+        So several continuations of one prompt are scored, and the prompt is read once. Complete
+        blocks of keys and values, Plan rows and levels are shared; an incomplete last block is
+        copied. The work on the tokens taken over is not counted as the fork's own, and its Plan has
+        the whole head there.
+
+        Args:
+            sequence: Of this engine. What its author carries from token to token beside levels is
+                not copied.
+            n_tokens: Where to fork; by default where it stands.
+
+        Raises:
+            CacheFullError: If the pool has no room for the copy of the last block.
+            VesicleError: If the sequence is closed, shorter, of another engine, or its predictor
+                carries state, which is known at its end alone and is not copied; or if entries that
+                the fork would need were forgotten.
+        """
+        n = sequence.length if n_tokens is None else n_tokens
+        author = sequence.author
+        if sequence.engine is not self:
+            raise VesicleError("a sequence of another engine is to be forked; use that engine")
+        if isinstance(author, ModulatorAuthor) and author._state:
+            raise VesicleError(
+                f"a {author.modulator.predictor.kind!r} predictor carries state from token to "
+                "token; such a sequence cannot be forked"
+            )
+        sequence.settle()
+        try:
+            cache = sequence.cache.fork(n)
+        except ValueError as error:
+            raise VesicleError(str(error)) from error
+        fork = self.start(sequence.method)
+        fork.cache = cache
+        fork.await_eviction()
+        fork.token_ids = sequence.token_ids[:n]
+        fork.builder = sequence.builder.opening(n)
+        if isinstance(author, ModulatorAuthor) and isinstance(fork.author, ModulatorAuthor):
+            for levels in opening(author._levels, n):
+                fork.author.adopt(levels)
+        if sequence.counted:
+            fork.counted = [dict.fromkeys(sequence.counted[0], np.zeros(n, np.int64))]
+        return fork
+
     @torch.inference_mode()
     def forward(
         self,
@@ -263,10 +345,12 @@ class Engine:
         Where a call is refused for one of these, nothing has changed.
         """
         self._check(batch)
-        found = self._native(batch, NOTHING if logits == "none" else LOGITS)
-        left = [i for i in range(len(batch)) if i not in found]
-        found |= zip(left, self._general([batch[i] for i in left], logits), strict=True)
-        return [found[i] for i in range(len(batch))]
+        batch, before = self._to_evictions(batch, "all" if logits == "all" else "none")
+        results = self._run(batch, logits)
+        if logits == "all":
+            for i, pieces in before.items():
+                results[i] = torch.cat([*pieces, results[i]])
+        return results
 
     @torch.inference_mode()
     def likeliest(self, batch: list[tuple[Sequence, list[int]]]) -> list[int]:
@@ -279,12 +363,44 @@ class Engine:
             VesicleError: As `forward`.
         """
         self._check(batch)
-        found = self._native(batch, LIKELIEST)
-        left = [i for i in range(len(batch)) if i not in found]
-        found |= zip(left, self._general([batch[i] for i in left], "likeliest"), strict=True)
-        return [int(found[i]) for i in range(len(batch))]
+        batch, _ = self._to_evictions(batch, "none")
+        return [int(token) for token in self._run(batch, "likeliest")]
 
-    def _native(self, batch: list[tuple[Sequence, list[int]]], wants: int) -> dict[int, Tensor]:
+    def _to_evictions(
+        self, batch: list[Part], wants: Wanted
+    ) -> tuple[list[Part], dict[int, list[Tensor]]]:
+        """Run as much of each chunk as lies before the last eviction inside of it.
+
+        Returns:
+            The tokens that are left, at least one of each sequence; and the results, by place in
+            the batch, of those that were cut.
+        """
+        before = dict[int, list[Tensor]]()
+        while True:
+            cut = [i for i, (s, ids) in enumerate(batch) if s.evicts_at < s.length + len(ids)]
+            if not cut:
+                return batch, before
+            batch = batch.copy()
+            early = list[Part]()
+            for i in cut:
+                sequence, ids = batch[i]
+                n = sequence.evicts_at - sequence.length
+                early.append((sequence, ids[:n]))
+                batch[i] = sequence, ids[n:]
+            for i, result in zip(cut, self._run(early, wants), strict=True):
+                before.setdefault(i, []).append(result)
+
+    def _run(self, batch: list[Part], wants: Wanted) -> list[Tensor]:
+        """One pass; sequences that have come to an eviction then forget."""
+        found = self._native(batch, {"none": NOTHING, "likeliest": LIKELIEST}.get(wants, LOGITS))
+        left = [i for i in range(len(batch)) if i not in found]
+        found |= zip(left, self._general([batch[i] for i in left], wants), strict=True)
+        for sequence, _ in batch:
+            if sequence.length == sequence.evicts_at:
+                sequence.evict()
+        return [found[i] for i in range(len(batch))]
+
+    def _native(self, batch: list[Part], wants: int) -> dict[int, Tensor]:
         """Run what the native decoder takes; results by place in the batch."""
         decoder, found = self._decoder, dict[int, Tensor]()
         if decoder is None:
@@ -303,11 +419,7 @@ class Engine:
                 found[i] = result
         return found
 
-    def _general(
-        self,
-        batch: list[tuple[Sequence, list[int]]],
-        wants: Literal["last", "all", "none", "likeliest"],
-    ) -> list[Tensor]:
+    def _general(self, batch: list[Part], wants: Wanted) -> list[Tensor]:
         """Run any batch: for each sequence the logits (T, V) wanted, or the likeliest id ()."""
         if not batch:
             return []
@@ -356,7 +468,11 @@ class Engine:
                     f"{end} tokens exceed the model's context window of "
                     f"{self.config.context_window}"
                 )
-        self.pool.require(sum(sequence.cache.blocks_needed(len(ids)) for sequence, ids in batch))
+        needed = sum(sequence.cache.blocks_needed(len(ids)) for sequence, ids in batch)
+        for sequence, ids in batch:
+            if sequence.evicts_at <= sequence.length + len(ids):  # others need what it lets go of
+                needed += sequence.cache.n_shared
+        self.pool.require(needed)
 
     def _final_norm(self, hidden: Tensor) -> Tensor:
         norm, config = self._weights.final_norm, self.config

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vesicle.engine.pages import give_back, make_large
@@ -303,6 +304,30 @@ class BlockPool:
         for tensor in (self.keys, self.values, self.key_scales, self.value_scales):
             if tensor is not None:
                 tensor[torch.from_numpy(target).long()] = tensor[torch.from_numpy(source).long()]
+
+    def regroup(
+        self, blocks: NDArray[np.integer], places: NDArray[np.integer], target: IntArray
+    ) -> None:
+        """Fill whole blocks with stored entries from anywhere, those of each KV head its own.
+
+        Nothing is converted. All entries are read before any is written.
+
+        Args:
+            blocks: (G, 16 N) where each head's entries lie now.
+            places: (G, 16 N) their places in these blocks.
+            target: (N,) blocks to fill.
+        """
+        block, place = (torch.from_numpy(x).long() for x in (blocks, places))
+        head, index = torch.arange(len(block))[:, None], torch.from_numpy(target).long()
+        found: list[tuple[Tensor, Tensor, tuple[int, ...]]] = [
+            (self.keys, self.keys[block, head, :, place], (1, 0, 3, 2)),
+            (self.values, self.values[block, head, place], (1, 0, 2, 3)),
+        ]
+        for scales in (self.key_scales, self.value_scales):
+            if scales is not None:
+                found.append((scales, scales[block, head, place], (1, 0, 2)))
+        for store, entries, order in found:
+            store[index] = entries.unflatten(1, (len(target), BLOCK)).permute(order)
 
     def _stores(
         self, keys: Tensor, values: Tensor

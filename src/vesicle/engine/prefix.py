@@ -10,8 +10,8 @@ least recently used snapshot goes first.
 Reused are sequences of `Dense` and of modulators (trained or controls) at one position of the dial.
 A modulator is known by identity, so one that is trained further in place needs a `clear`. Not
 reused are methods that carry state from token to token (a recurrent predictor), whose state at an
-earlier block is gone; sequences that have evicted blocks; and methods of other kinds, of which it
-is not known when two are the same.
+earlier block is gone; sequences that have forgotten entries; and methods of other kinds (retention
+among them), of which it is not known when two are the same.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from vesicle.engine.engine import Engine, Sequence
 from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorAuthor, ModulatorMethod
-from vesicle.plan import BLOCK, FIELDS, TOKEN_FIELDS, Dense, IntArray, Method
-
-_T = TypeVar("_T", np.int32, np.float64)
+from vesicle.plan import BLOCK, Dense, IntArray, Method
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +89,7 @@ class PrefixIndex:
         if found is None:
             return None
         self._touch(found)
-        return _fork(self.engine, found.sequence, n)
+        return self.engine.fork(found.sequence, n)
 
     def add(self, sequence: Sequence) -> None:
         """Keep what a sequence has read, in whole blocks, as far as the limit allows.
@@ -112,7 +109,7 @@ class PrefixIndex:
                 return self._touch(snapshot)
             if common == len(snapshot.ids):
                 self._drop(snapshot)
-        snapshot = _Snapshot(key, ids, _fork(self.engine, sequence, len(ids)))
+        snapshot = _Snapshot(key, ids, self.engine.fork(sequence, len(ids)))
         self._snapshots.append(snapshot)
         self._holders.update(_blocks(snapshot.sequence))
         while self.limit_bytes is not None and self.bytes_held > self.limit_bytes:
@@ -156,44 +153,11 @@ def _identity(method: Method) -> Hashable | None:
 def _whole(sequence: Sequence) -> bool:
     """Whether all that a sequence was at its earlier tokens is still there.
 
-    Neither blocks evicted nor a predictor's state carried on.
+    Neither entries forgotten nor a predictor's state carried on.
     """
     author, cache = sequence.author, sequence.cache
     carried = isinstance(author, ModulatorAuthor) and bool(author._state)
     return not carried and bool((cache.n_blocks == -(-sequence.length // BLOCK)).all())
-
-
-def _fork(engine: Engine, source: Sequence, n_tokens: int) -> Sequence:
-    """A sequence that stands where another stood after `n_tokens`, a multiple of 16.
-
-    Blocks, Plan rows and levels are shared, none is copied. None of its work is counted as its own.
-    """
-    source.settle()
-    fork = engine.start(source.method)
-    fork.cache = source.cache.fork(n_tokens)
-    fork.token_ids = source.token_ids[:n_tokens]
-    chunks = source.builder._chunks
-    columns = {name: _opening([chunk[name] for chunk in chunks], n_tokens) for name in FIELDS}
-    for rows in zip(*columns.values(), strict=True):
-        # A token that is taken over is not asked for logits, so the head's field is at rest.
-        heads = {name: np.zeros(len(rows[0]), np.int32) for name in TOKEN_FIELDS}
-        fork.builder._chunks.append({**dict(zip(columns, rows, strict=True)), **heads})
-    if isinstance(fork.author, ModulatorAuthor) and isinstance(source.author, ModulatorAuthor):
-        for levels in _opening(source.author._levels, n_tokens):
-            fork.author.adopt(levels)
-    fork.counted = [dict.fromkeys(source.counted[0], np.zeros(n_tokens, np.int64))]
-    return fork
-
-
-def _opening(pieces: list[NDArray[_T]], n_rows: int) -> list[NDArray[_T]]:
-    """Views of the first rows of arrays that follow one another."""
-    views = []
-    for piece in pieces:
-        if n_rows <= 0:
-            break
-        views.append(piece[:n_rows])
-        n_rows -= len(piece)
-    return views
 
 
 def _common(first: IntArray, second: IntArray) -> int:

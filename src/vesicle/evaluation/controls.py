@@ -132,12 +132,10 @@ class Ledger:
 
     def control_share(self, levels: Levels) -> float:
         """Executed FLOPs under a control as a share of the dense model's."""
-        plan = plan_from_levels(
-            self.modulator,
-            self.shape,
-            released(self.modulator.with_levels(levels), self.n_tokens),
+        return (
+            self._executed(released(self.modulator.with_levels(levels), self.n_tokens))
+            / self._dense
         )
-        return price(plan, self.shape, self._overhead).flops_total / self._dense
 
     def share(self, deficits: FloatArray) -> float:
         """The same for deficits (L, A), (T, L, A) or, on average, (N, T, L, A)."""
@@ -145,8 +143,12 @@ class Ledger:
             return float(np.mean([self.share(d) for d in deficits]))
         levels = np.ones((self.n_tokens, self.config.n_layers, len(NAMES)))
         levels[..., self.columns] = 1.0 - np.clip(deficits, 0.0, 1.0)
+        return self._executed(levels) / self._dense
+
+    def _executed(self, levels: FloatArray) -> int:
+        """FLOPs of levels (T, L, 5)."""
         plan = plan_from_levels(self.modulator, self.shape, levels)
-        return price(plan, self.shape, self._overhead).flops_total / self._dense
+        return price(plan, self.shape, self._overhead).flops_total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +282,7 @@ def uniform_mix(
         learnt: Released levels, one (T, L, 5) a window.
         seed: Of a dither.
     """
-    mean = _deficits(ledger, learnt).mean((0, 1, 2))
+    mean = _rows(ledger, learnt).mean((0, 1))
     n_layers = ledger.config.n_layers
     found = match(ledger, lambda x: np.tile(x * mean, (n_layers, 1)), target, seed=seed)
     return control("uniform-mix", ledger, found, mean_deficits=mean.tolist())
@@ -290,7 +292,7 @@ def per_layer(
     ledger: Ledger, target: float, learnt: Sequence[FloatArray], seed: int = 0
 ) -> Control:
     """The learnt mean deficit per layer and transmitter; arguments as `uniform_mix`."""
-    mean = _deficits(ledger, learnt).mean((0, 1))
+    mean = _rows(ledger, learnt).mean(0)
     found = match(ledger, lambda x: x * mean, target, seed=seed)
     return control("per-layer", ledger, found, mean_deficits=mean.tolist())
 
@@ -343,6 +345,13 @@ def shuffled(ledger: Ledger, target: float, learnt: Sequence[FloatArray], seed: 
     return control("shuffled", ledger, found)
 
 
+def random_table(shape: tuple[int, int], seed: int, i: int) -> FloatArray:
+    """Deficits (L, A) of the i-th of N random tables, before they are scaled to a cost."""
+    rng = np.random.default_rng([seed, i])
+    table = rng.random(shape)
+    return table * rng.random(shape[1]) if i % 2 else table
+
+
 def best_of_n(
     ledger: Ledger,
     target: float,
@@ -368,7 +377,7 @@ def best_of_n(
     found: list[Matched] = []
     losses: list[float] = []
     for i in range(n):
-        table = _random_table(shape, seed, i)
+        table = random_table(shape, seed, i)
         found.append(match(ledger, lambda x, table=table: x * table, target, seed=seed + i))  # type: ignore[misc]  # mypy cannot type a default in a lambda
         method = ledger.method(ledger.table(found[-1].deficits))
         scores = score(model, selection, method, batch=len(selection), on_tokens=on_tokens)
@@ -387,15 +396,9 @@ def best_of_n(
     )
 
 
-def _random_table(shape: tuple[int, int], seed: int, i: int) -> FloatArray:
-    rng = np.random.default_rng([seed, i])
-    table = rng.random(shape)
-    return table * rng.random(shape[1]) if i % 2 else table
-
-
-def _deficits(ledger: Ledger, learnt: Sequence[FloatArray]) -> FloatArray:
-    """(N, T, L, A) from released levels (T, L, 5) of N windows."""
-    return 1.0 - np.stack([levels[..., ledger.columns] for levels in learnt])
+def _rows(ledger: Ledger, learnt: Sequence[FloatArray]) -> FloatArray:
+    """Deficits (tokens, L, A) of all windows together, which may differ in length."""
+    return 1.0 - np.concatenate([levels[..., ledger.columns] for levels in learnt])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,33 +449,34 @@ def tune_learnt(
 
         def share(x: float) -> float:
             return executed_share(
-                model, few, ModulatorMethod(modulator, _dial(x)), batch=batch, on_tokens=on_tokens
+                model, few, ModulatorMethod(modulator, dial_at(x)), batch=batch, on_tokens=on_tokens
             )
 
-        x, slope = _solve(share, target, x, slope, TOLERANCE / 4)
+        x, slope = solve(share, target, x, slope, TOLERANCE / 4)
     done: list[Tuned] = []
 
     def scored(x: float) -> float:
         scores = score(
             model,
             ids,
-            ModulatorMethod(modulator, _dial(x)),
+            ModulatorMethod(modulator, dial_at(x)),
             batch=batch,
             keep_levels=True,
             on_tokens=on_tokens,
         )
-        done[:] = [Tuned(dial=_dial(x), scores=scores)]
+        done[:] = [Tuned(dial=dial_at(x), scores=scores)]
         return scores.cost_share
 
-    _solve(scored, target, x, slope, TOLERANCE)
+    solve(scored, target, x, slope, TOLERANCE)
     return done[0]
 
 
-def _dial(x: float) -> float:
+def dial_at(x: float) -> float:
+    """The dial whose log-odds of being off rest, log((1 - dial) / dial), are x."""
     return 1.0 / (1.0 + math.exp(x))
 
 
-def _solve(
+def solve(
     measure: Callable[[float], float], target: float, x: float, slope: float, tolerance: float
 ) -> tuple[float, float]:
     """The x at which a falling function is `target`, and the slope there."""

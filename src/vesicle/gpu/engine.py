@@ -302,7 +302,7 @@ class GpuEngine:
         Raises:
             ModelError: If a modulator does not fit.
             VesicleError: If the budget is out of range or given without a modulator, or if the
-                method asks for fewer weight bits than are stored.
+                method asks for fewer weight bits than are stored, or forgets entries of the cache.
         """
         if isinstance(method, Modulator):
             method = method.at(method.info.default_budget if budget is None else budget)
@@ -310,6 +310,8 @@ class GpuEngine:
             raise VesicleError("a budget applies to a modulator; this method has its own")
         sequence = GpuSequence(self, method or Dense())
         author = sequence.author
+        if author.retained is not None:
+            raise VesicleError("the GPU engine forgets no entries of its cache; use the engine")
         if isinstance(method, Replay):
             _check_bits(method.plan.bits)
         elif isinstance(author, ModulatorAuthor) and not author.rests:

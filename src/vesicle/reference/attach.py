@@ -203,6 +203,7 @@ class _Pass:
         self.numpy_positions: list[IntArray] = []  # per sequence, padding left out
         self.starts: list[int] = []
         self.offsets: tuple[int, ...] = ()
+        self.forgetting: list[IntArray | None] = []  # `Author.retained` of those that forgot
         self.levels: Tensor | None = None  # (B, T, 5), soft mode, released by the previous layer
         self.state: State = {}
         self.dial = torch.ones(1)
@@ -231,6 +232,8 @@ class _Pass:
         if past == 0:
             run._authors = [] if run._soft else [run.method.author(run.shape) for _ in range(b)]
             run._builders = [PlanBuilder(run.shape) for _ in range(b)]
+            if not run._soft:
+                run._builders = [PlanBuilder(run.shape, a.retained) for a in run._authors]
             self.state = {}
         elif len(run._builders) != b:
             raise VesicleError(
@@ -239,6 +242,10 @@ class _Pass:
             )
         rows = self.positions.cpu().numpy().astype(np.int32)
         self.numpy_positions = [rows[i, s:] for i, s in enumerate(self.starts)]
+        self.forgetting = [
+            a.retained if a.retained is not None and len(p) and a.retained.min() < p[-1] else None
+            for a, p in zip(run._authors, self.numpy_positions, strict=run._soft is None)
+        ]
         for builder, p in zip(run._builders, self.numpy_positions, strict=True):
             if run._soft is None:
                 builder.chunk(len(p))
@@ -278,6 +285,12 @@ class _Pass:
             builder.ffn(layer, decision)
             decisions.append(decision)
         return decisions
+
+    def retained(self, layer: int) -> list[IntArray | None] | None:
+        """Each sequence's (S, G) for a layer; None where this pass would see no difference."""
+        if all(table is None for table in self.forgetting):
+            return None
+        return [None if table is None else table[:, layer] for table in self.forgetting]
 
     def column(self, parts: list[IntArray], fill: int, device: torch.device) -> Tensor:
         """Per-sequence columns (T_i,) as one (B, T) tensor, `fill` on padding."""
@@ -342,19 +355,26 @@ class _LayerHooks:
                 rule = self.rule(None, level[..., _GABA])
         else:
             decisions = self.attention_decision = state.attention(self.number)
-            if all(d.rest for d in decisions):
+            retained = state.retained(self.number)
+            if all(d.rest for d in decisions) and retained is None:
                 return None
             masked = self.keep_channels(0, hidden, [d.channels[:, 0] for d in decisions])
             blocks = state.column([d.kv_blocks for d in decisions], 1 << 30, hidden.device)
             whole = blocks >= state.positions // 16 + 1
-            rule = None if bool(whole.all()) else self.rule(blocks, None)
+            seen = retained is None and bool(whole.all())
+            rule = None if seen else self.rule(blocks, None, retained)
         if rule is not None:
             kwargs = {**kwargs, RULE: rule}
         if args:
             return (masked, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": masked}
 
-    def rule(self, blocks: Tensor | None, level: Tensor | None) -> BlockRule:
+    def rule(
+        self,
+        blocks: Tensor | None,
+        level: Tensor | None,
+        retained: list[IntArray | None] | None = None,
+    ) -> BlockRule:
         state, soft = self.run._pass, self.run._soft
         return BlockRule(
             positions=state.positions,
@@ -362,6 +382,7 @@ class _LayerHooks:
             kv_blocks=blocks,
             level=level,
             temperature=soft.temperature if soft else 0.0,
+            retained=retained,
             effector=self.run._modulator.gaba
             if soft
             else GabaSparsity(summary=self.run.method.equipment.summary),

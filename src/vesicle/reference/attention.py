@@ -9,7 +9,8 @@ between calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks, selected_blocks, summarise
 from vesicle.effectors import GabaSparsity
-from vesicle.plan import BLOCK
+from vesicle.plan import BLOCK, IntArray
+from vesicle.retention import eviction_lengths, held_entries
 
 PREFIX = "vesicle_"
 BASES = ("sdpa", "eager")
@@ -38,6 +40,8 @@ class BlockRule:
         level: (B, T) GABA level, for the soft rule.
         temperature: Of the soft mask.
         effector: Names the summary, and makes the soft mask.
+        retained: For each sequence, (S, G) the last position whose query may read each of the first
+            S entries, or None if nothing is forgotten; None if no sequence forgets.
     """
 
     positions: Tensor
@@ -46,6 +50,7 @@ class BlockRule:
     level: Tensor | None
     temperature: float
     effector: GabaSparsity
+    retained: list[IntArray | None] | None = None
 
 
 def register() -> None:
@@ -94,15 +99,54 @@ def _blockwise(query: Tensor, key: Tensor, value: Tensor, rule: BlockRule, scale
 
     Query (B, H, T, K), keys and values (B, G, S, K) to (B, T, H, K).
     """
-    if len(set(rule.offsets)) == 1:
+    if rule.retained is None and len(set(rule.offsets)) == 1:
         return _one_offset(query, key, value, rule, scale, rule.offsets[0], slice(None))
-    rows = [
-        _one_offset(
-            query[b : b + 1], key[b : b + 1], value[b : b + 1], rule, scale, offset, slice(b, b + 1)
+    outs = []
+    for b, offset in enumerate(rule.offsets):
+        rows = slice(b, b + 1)
+        retained = None if rule.retained is None else rule.retained[b]
+        attend = _one_offset if retained is None else partial(_forgetful, retained=retained)
+        outs.append(attend(query[rows], key[rows], value[rows], rule, scale, offset, rows))
+    return torch.cat(outs)
+
+
+def _forgetful(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: BlockRule,
+    scale: float,
+    offset: int,
+    rows: slice,
+    *,
+    retained: IntArray,
+) -> Tensor:
+    """`_one_offset` of one sequence that forgets entries.
+
+    Queries between two lengths at which something is forgotten see the same entries; what is left
+    of these takes the place of the sequence.
+    """
+    assert rule.kv_blocks is not None
+    positions = rule.positions[rows][0]  # (T,), 0 and above but for padding
+    key, value = key[:, :, offset:], value[:, :, offset:]
+    ends = torch.tensor([0, *eviction_lengths(retained[:, None])], device=positions.device)
+    period = torch.searchsorted(ends, positions.clamp(min=0), right=True)
+    out = torch.empty_like(query.transpose(1, 2))  # (1, T, H, K)
+    for number in period.unique().tolist():
+        chosen = period == number
+        first, last = int(ends[number - 1]), int(positions[chosen].max())
+        held = torch.from_numpy(held_entries(retained[:, None], 0, first)).to(positions.device)
+        later = torch.arange(first, last + 1, device=positions.device).expand(len(held), -1)
+        entries = torch.cat([held, later], dim=1)[None, :, :, None].expand(-1, -1, -1, key.shape[3])
+        slots = positions[chosen] - first + held.shape[1]
+        part = replace(
+            rule,
+            positions=torch.where(positions[chosen] < 0, positions[chosen], slots)[None],
+            kv_blocks=rule.kv_blocks[rows][:, chosen],
         )
-        for b, offset in enumerate(rule.offsets)
-    ]
-    return torch.cat(rows)
+        left = key.gather(2, entries.long()), value.gather(2, entries.long())
+        out[:, chosen] = _one_offset(query[:, :, chosen], *left, part, scale, 0, slice(None))
+    return out
 
 
 def _one_offset(

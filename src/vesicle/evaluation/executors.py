@@ -1,0 +1,473 @@
+"""Who runs items: our engine, the reference inside transformers, or transformers as it is.
+
+All three take the same prompts and give the same records, so that they can be held against each
+other. Only the engine skips work: times, bytes and peaks of the others say nothing about a Plan.
+
+A multiple-choice item reads its prompt once; each choice goes on from there (`Engine.fork`). A
+generated answer is greedy. The LM head runs where logits are needed: for the prompt's last token
+and each token fed back; for every token of a window whose loss is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vesicle.cost import Cost, price, price_dense
+from vesicle.engine import Engine
+from vesicle.engine.engine import CHUNK
+from vesicle.errors import VesicleError
+from vesicle.evaluation.language_modelling import model_shape
+from vesicle.evaluation.memory import peak_bytes, reset_peak
+from vesicle.evaluation.prompts import Codec, Prompt
+from vesicle.plan import FloatArray, Method
+from vesicle.reference.attach import attach
+from vesicle.shapes import ModelShape
+from vesicle.tasks.items import Output
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `start` to `stop` of a sequence, with logits from `head` on.
+
+    An item's work is a few of these: a prompt with its answer, or a prompt and its choices.
+    """
+
+    start: int
+    stop: int
+    head: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What running one item gave.
+
+    Attributes:
+        output: For the metrics.
+        spans: The tokens that were run; the first ends the prefill.
+        prefill: Executed for the prompt, the first answer token's logits included.
+        decode: Executed for the tokens fed back; choices count as prefill.
+        seconds: Wall-clock time of `prefill` and `decode`.
+        peak_bytes: Most resident memory of the process while the item ran.
+        levels: (T, L, 5) released, if they were asked for.
+    """
+
+    output: Output
+    spans: tuple[Span, ...]
+    prefill: Cost
+    decode: Cost
+    seconds: dict[str, float]
+    peak_bytes: int
+    levels: FloatArray | None = field(default=None, repr=False)
+
+
+class Executor(ABC):
+    """Runs one item at a time.
+
+    Attributes:
+        shape: The sizes by which costs are counted.
+        context_window: Most tokens of a sequence.
+    """
+
+    shape: ModelShape
+    context_window: int
+
+    @abstractmethod
+    def generate(
+        self,
+        prompt: Prompt,
+        method: Method | None,
+        codec: Codec,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        ends: frozenset[int] = frozenset(),
+        keep_levels: bool = False,
+    ) -> Execution:
+        """A greedy answer.
+
+        Args:
+            prompt: To read.
+            method: Who decides; None for dense.
+            codec: To tell stop strings.
+            max_new_tokens: Most tokens.
+            stop: Strings that end the answer.
+            ends: Tokens that end it.
+            keep_levels: Whether to keep released levels.
+        """
+
+    @abstractmethod
+    def choose(
+        self,
+        prompt: Prompt,
+        choices: Sequence[list[int]],
+        method: Method | None,
+        *,
+        keep_levels: bool = False,
+    ) -> Execution:
+        """Log-likelihoods of several continuations of one prompt, each of at least one token."""
+
+    @abstractmethod
+    def loss(
+        self, ids: list[int], method: Method | None, *, keep_levels: bool = False
+    ) -> Execution:
+        """The summed loss of a window; its first token is not scored."""
+
+    def dense(self, spans: Sequence[Span]) -> Cost:
+        """What the dense model costs for the same tokens."""
+        total = Cost()
+        for span in spans:
+            total += _dense_span(self.shape, span)
+        return total
+
+
+@lru_cache(maxsize=4096)
+def _dense_span(shape: ModelShape, span: Span) -> Cost:
+    n = span.stop - span.start
+    if not n:
+        return Cost()
+    heads = np.arange(span.start, span.stop) >= span.head
+    return price_dense(shape, n, first_position=span.start, with_logits=heads)
+
+
+class EngineExecutor(Executor):
+    """Runs items on our engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Use `engine`."""
+        self.engine = engine
+        self.shape = engine.shape
+        self.context_window = engine.config.context_window
+
+    def generate(
+        self,
+        prompt: Prompt,
+        method: Method | None,
+        codec: Codec,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        ends: frozenset[int] = frozenset(),
+        keep_levels: bool = False,
+    ) -> Execution:
+        """As `Executor.generate`."""
+        engine, n = self.engine, len(prompt.ids)
+        sequence = engine.start(method)
+        clock = _Clock()
+        last = (n - 1) // CHUNK * CHUNK
+        for start in range(0, last, CHUNK):
+            engine.forward([(sequence, prompt.ids[start : start + CHUNK])], "none")
+        token = engine.likeliest([(sequence, prompt.ids[last:])])[0]
+        clock.prefill()
+        held = sequence.cache.bytes_held
+        most = min(max_new_tokens, self.context_window - n)
+        text = _answer(
+            token, lambda id_: engine.likeliest([(sequence, [id_])])[0], codec, most, stop, ends
+        )
+        clock.decode()
+        levels = sequence.levels if keep_levels else None
+        costs = sequence.token_costs
+        prefill, decode = (
+            Cost(**{name: int(values[part].sum()) for name, values in costs.items()})
+            for part in (slice(0, n), slice(n, None))
+        )
+        spans = (Span(0, n, n - 1), Span(n, sequence.length, n))
+        end = sequence.cache.bytes_held
+        sequence.close()
+        return Execution(
+            output=Output(text=text),
+            spans=spans,
+            prefill=_holding(prefill, held),
+            decode=_holding(decode, end),
+            seconds=clock.seconds,
+            peak_bytes=peak_bytes(),
+            levels=levels,
+        )
+
+    def choose(
+        self,
+        prompt: Prompt,
+        choices: Sequence[list[int]],
+        method: Method | None,
+        *,
+        keep_levels: bool = False,
+    ) -> Execution:
+        """As `Executor.choose`."""
+        engine, n = self.engine, len(prompt.ids)
+        sequence = engine.start(method)
+        clock = _Clock()
+        last = (n - 1) // CHUNK * CHUNK
+        for start in range(0, last, CHUNK):
+            engine.forward([(sequence, prompt.ids[start : start + CHUNK])], "none")
+        first = engine.forward([(sequence, prompt.ids[last:])], "last")[0]
+        cost, levels = sequence.cost, [sequence.levels]
+        held = sequence.cache.bytes_held
+        spans, nats = [Span(0, n, n - 1)], []
+        for choice in choices:
+            rows = first
+            if len(choice) > 1:
+                fork = engine.fork(sequence)
+                rows = torch.cat([first, engine.forward([(fork, choice[:-1])], "all")[0]])
+                cost += fork.cost
+                held = max(held, fork.cache.bytes_held)
+                if keep_levels:
+                    levels.append(fork.levels[n:])
+                fork.close()
+            nats.append(-_nats(rows, choice))
+            spans.append(Span(n, n + len(choice) - 1, n))
+        clock.prefill()
+        sequence.close()
+        return Execution(
+            output=Output(choice_nats=tuple(nats)),
+            spans=tuple(spans),
+            prefill=_holding(cost, held),
+            decode=Cost(),
+            seconds=clock.seconds,
+            peak_bytes=peak_bytes(),
+            levels=np.concatenate(levels) if keep_levels else None,
+        )
+
+    def loss(
+        self, ids: list[int], method: Method | None, *, keep_levels: bool = False
+    ) -> Execution:
+        """As `Executor.loss`."""
+        engine = self.engine
+        sequence = engine.start(method)
+        clock = _Clock()
+        total = 0.0
+        for start in range(0, len(ids), CHUNK):
+            rows = engine.forward([(sequence, ids[start : start + CHUNK])], "all")[0]
+            labels = ids[start + 1 : start + 1 + CHUNK]
+            total += _nats(rows[: len(labels)], labels)
+        clock.prefill()
+        held, cost = sequence.cache.bytes_held, sequence.cost
+        levels = sequence.levels if keep_levels else None
+        sequence.close()
+        return Execution(
+            output=Output(nats=total, n_tokens=len(ids) - 1),
+            spans=(Span(0, len(ids), 0),),
+            prefill=_holding(cost, held),
+            decode=Cost(),
+            seconds=clock.seconds,
+            peak_bytes=peak_bytes(),
+            levels=levels,
+        )
+
+
+class TransformersExecutor(Executor):
+    """Runs items in Hugging Face transformers: dense as it is, other methods by the reference."""
+
+    def __init__(self, model: nn.Module, *, attached: bool) -> None:
+        """Use a causal LM.
+
+        Args:
+            model: Of a supported family.
+            attached: Whether the reference is attached, also where nothing need be decided.
+        """
+        self.model, self.attached = model, attached
+        self.shape = model_shape(model)
+        config: Any = model.config
+        self.context_window = int(getattr(config, "max_position_embeddings", 1 << 30))
+
+    def generate(
+        self,
+        prompt: Prompt,
+        method: Method | None,
+        codec: Codec,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        ends: frozenset[int] = frozenset(),
+        keep_levels: bool = False,
+    ) -> Execution:
+        """As `Executor.generate`."""
+        n = len(prompt.ids)
+        clock = _Clock()
+        with self._running(method) as run, torch.inference_mode():
+            token, cache = self._step(prompt.ids, None, 1)
+            clock.prefill()
+            fed = 0
+
+            def following(last: int) -> int:
+                nonlocal cache, fed
+                logits, cache = self._step([last], cache, 1)
+                fed += 1
+                return int(logits[-1].argmax())
+
+            most = min(max_new_tokens, self.context_window - n)
+            text = _answer(int(token[-1].argmax()), following, codec, most, stop, ends)
+        clock.decode()
+        spans = (Span(0, n, n - 1), Span(n, n + fed, n))
+        prefill, decode = (self._cost(run, method, span) for span in spans)
+        return Execution(
+            output=Output(text=text),
+            spans=spans,
+            prefill=prefill,
+            decode=decode,
+            seconds=clock.seconds,
+            peak_bytes=peak_bytes(),
+            levels=run.levels[0] if keep_levels and run is not None else None,
+        )
+
+    def choose(
+        self,
+        prompt: Prompt,
+        choices: Sequence[list[int]],
+        method: Method | None,
+        *,
+        keep_levels: bool = False,
+    ) -> Execution:
+        """As `Executor.choose`; the prompt is read again for each choice, but priced once."""
+        n = len(prompt.ids)
+        clock = _Clock()
+        spans, nats, levels = [Span(0, n, n - 1)], [], []
+        cost = Cost()
+        for i, choice in enumerate(choices):
+            with self._running(method) as run, torch.inference_mode():
+                logits, _ = self._step(prompt.ids + choice[:-1], None, len(choice))
+            nats.append(-_nats(logits, choice))
+            spans.append(Span(n, n + len(choice) - 1, n))
+            cost += self._cost(run, method, spans[0]) if i == 0 else Cost()
+            cost += self._cost(run, method, spans[-1])
+            if keep_levels and run is not None:
+                levels.append(run.levels[0][0 if i == 0 else n :])
+        clock.prefill()
+        return Execution(
+            output=Output(choice_nats=tuple(nats)),
+            spans=tuple(spans),
+            prefill=cost,
+            decode=Cost(),
+            seconds=clock.seconds,
+            peak_bytes=peak_bytes(),
+            levels=np.concatenate(levels) if levels else None,
+        )
+
+    def loss(
+        self, ids: list[int], method: Method | None, *, keep_levels: bool = False
+    ) -> Execution:
+        """As `Executor.loss`."""
+        clock = _Clock()
+        with self._running(method) as run, torch.inference_mode():
+            logits, _ = self._step(ids, None, len(ids))
+        nats = _nats(logits[:-1], ids[1:])
+        clock.prefill()
+        span = Span(0, len(ids), 0)
+        return Execution(
+            output=Output(nats=nats, n_tokens=len(ids) - 1),
+            spans=(span,),
+            prefill=self._cost(run, method, span),
+            decode=Cost(),
+            seconds=clock.seconds,
+            peak_bytes=peak_bytes(),
+            levels=run.levels[0] if keep_levels and run is not None else None,
+        )
+
+    def _running(self, method: Method | None) -> Any:
+        """The reference's run in a `with` statement, or None for the bare model."""
+        if method is None and not self.attached:
+            return nullcontext()
+        if method is None:
+            from vesicle.plan import Dense
+
+            method = Dense()
+        return attach(self.model, method)
+
+    def _step(self, ids: list[int], cache: Any, n_logits: int) -> tuple[Tensor, Any]:
+        """Logits (n, V) of the last n tokens, and the cache that was filled."""
+        out = self.model(
+            input_ids=torch.tensor([ids], device=next(self.model.parameters()).device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=n_logits,
+        )
+        return out.logits[0], out.past_key_values
+
+    def _cost(self, run: Any, method: Method | None, span: Span) -> Cost:
+        """The price of what the reference decided; of the dense model where nothing was."""
+        if span.start == span.stop:
+            return Cost()
+        if run is None:
+            return _dense_span(self.shape, span)
+        heads = np.arange(span.start, span.stop) >= span.head
+        return price(
+            run.plans[0].tokens(span.start, span.stop),
+            run.shape,
+            run.method.overhead(run.shape),
+            first_position=span.start,
+            with_logits=heads,
+        )
+
+
+class _Clock:
+    """Seconds by phase, and a fresh peak of memory."""
+
+    def __init__(self) -> None:
+        reset_peak()
+        self.seconds = {"prefill": 0.0, "decode": 0.0}
+        self._last = time.perf_counter()
+
+    def prefill(self) -> None:
+        self._take("prefill")
+
+    def decode(self) -> None:
+        self._take("decode")
+
+    def _take(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+
+def _holding(cost: Cost, held: int) -> Cost:
+    return replace(cost, kv_bytes_held=held)
+
+
+def _nats(logits: Tensor, labels: Sequence[int]) -> float:
+    """Summed loss of labels (n) under logits (n, V); float32 at least, a few rows at a time."""
+    total = 0.0
+    wanted = torch.tensor(labels, device=logits.device)
+    for rows, part in zip(logits.split(256), wanted.split(256), strict=True):
+        exact = rows if rows.dtype == torch.float64 else rows.float()
+        total += float(nn.functional.cross_entropy(exact, part, reduction="none").double().sum())
+    if not math.isfinite(total):
+        raise VesicleError(f"the loss of {len(labels)} tokens is {total}; it must be finite")
+    return total
+
+
+def _answer(
+    first: int,
+    following: Callable[[int], int],
+    codec: Codec,
+    most: int,
+    stop: Sequence[str],
+    ends: frozenset[int],
+) -> str:
+    """The text of a greedy answer, cut before the first stop string."""
+
+    def tokens() -> Iterator[int]:
+        token, count = first, 1
+        while token not in ends:
+            yield token
+            if count >= most:
+                return
+            token, count = following(token), count + 1
+
+    ids: list[int] = []
+    text = ""
+    for token in tokens():
+        ids.append(token)
+        text = codec.decode(ids)
+        if any(s in text for s in stop):
+            break
+    cuts = [text.index(s) for s in stop if s in text]
+    return text[: min(cuts)] if cuts else text

@@ -1,0 +1,112 @@
+"""Items as token ids: chat templates, where the context ends, and how a long one is shortened.
+
+The prompt is encoded in one piece, so that its tokens are those that a user's own prompt would
+have. A method that compresses memory before the question is known does so after `n_context` tokens:
+the longest opening that the prompt shares, token by token, with the prompt cut off after its
+context.
+
+A prompt that is too long loses the middle of its context, as LongBench does it: the beginning and
+the end of a document say most about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from vesicle.errors import DataError
+from vesicle.tasks.items import Item
+
+
+class Codec(Protocol):
+    """A model's text side, such as `vesicle.models.text.Text`."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+
+    def chat(self, prompt: str, system: str | None = None) -> list[int]:
+        """Token ids of one user turn, up to where the answer begins."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt to run.
+
+    Attributes:
+        ids: Token ids.
+        n_context: Leading tokens that hold nothing but template and context.
+        shortened: Tokens of context that were left out.
+    """
+
+    ids: list[int]
+    n_context: int
+    shortened: int = 0
+
+
+def make_prompt(
+    item: Item, codec: Codec, style: Literal["chat", "plain"], most_tokens: int
+) -> Prompt:
+    """Encode an item, shortening its context where the prompt would exceed `most_tokens`.
+
+    Raises:
+        DataError: What cannot be shortened is too long already.
+    """
+    encode = _encoder(item, codec, style)
+    ids, shortened, context = encode(item.context), 0, item.context
+    if len(ids) > most_tokens:
+        words = codec.encode(item.context)
+        room = most_tokens - (len(ids) - len(words))
+        while len(ids) > most_tokens:
+            if room < 0:
+                raise DataError(
+                    f"item {item.id!r} needs more than {most_tokens} tokens without any of its "
+                    "context; raise --max-length"
+                )
+            context = _without_middle(words, room, codec)
+            ids, shortened = encode(context), len(words) - room
+            # Token boundaries may move where the halves meet.
+            room -= max(1, len(ids) - most_tokens)
+    n_context = _n_context(codec, style, context, ids)
+    return Prompt(ids=ids, n_context=n_context, shortened=shortened)
+
+
+def continuation(prompt: str, choice: str, codec: Codec) -> tuple[list[int], list[int]]:
+    """Token ids of a plain prompt and of a choice behind it.
+
+    Blanks at the prompt's end go to the choice, where tokenizers put them.
+    """
+    bare = prompt.rstrip()
+    whole = codec.encode(prompt + choice)
+    opening = codec.encode(bare)
+    return whole[: len(opening)], whole[len(opening) :]
+
+
+def _encoder(
+    item: Item, codec: Codec, style: Literal["chat", "plain"]
+) -> Callable[[str], list[int]]:
+    """Context to the ids of the whole prompt."""
+    if style == "plain":
+        return lambda context: codec.encode(context + item.question + item.opening)
+    opening = codec.encode(item.opening) if item.opening else []
+    return lambda context: codec.chat(context + item.question) + opening
+
+
+def _without_middle(words: list[int], room: int, codec: Codec) -> str:
+    if room <= 0:
+        return ""
+    head = room - room // 2
+    return codec.decode(words[:head]) + (codec.decode(words[-(room // 2) :]) if room > 1 else "")
+
+
+def _n_context(codec: Codec, style: Literal["chat", "plain"], context: str, ids: list[int]) -> int:
+    alone = codec.encode(context) if style == "plain" else codec.chat(context)
+    n = 0
+    for a, b in zip(alone, ids[:-1], strict=False):
+        if a != b:
+            break
+        n += 1
+    return n

@@ -1,0 +1,72 @@
+"""What decides an evaluation's numbers beside its settings: versions, hardware, weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of what decides its numbers."""
+    import transformers
+
+    from vesicle import __version__
+
+    return {
+        "vesicle": __version__,
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, cores that this process may use, and torch's threads."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def fingerprint(module: nn.Module, samples: int = 4096) -> str:
+    """SHA-256 over each tensor's name, shape and about `samples` values, evenly spread."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, len(flat) // samples)].to("cpu", torch.float64).numpy()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def folder_fingerprint(folder: Path, samples: int = 64, size: int = 4096) -> str:
+    """SHA-256 over the files of a model folder: names, sizes, and evenly spread parts of each."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+        length = path.stat().st_size
+        digest.update(f"{path.name} {length}".encode())
+        with path.open("rb") as file:
+            for i in range(samples):
+                file.seek(max(0, length - size) * i // max(1, samples - 1))
+                digest.update(file.read(size))
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""ItemStore: what a run has finished, on disk as it comes, so that it may be killed at any moment.
+
+Lines of `items.jsonl` are appended and flushed to the disk; a torn last line is dropped and its
+item run again. A line belongs to a hash (of task, data, model and settings), a row and an item;
+later lines replace earlier ones. Lines of other hashes stay, for other settings in one folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vesicle.errors import VesicleError
+from vesicle.evaluation.task_results import Key
+from vesicle.files import atomic_path
+from vesicle.plan import FloatArray
+
+ITEMS, LEVELS = "items.jsonl", "levels"
+
+
+class ItemStore:
+    """Finished items, settings of rows, and released levels of one output folder."""
+
+    def __init__(self, folder: Path, restart: bool = False) -> None:
+        """Read what is there.
+
+        Raises:
+            VesicleError: The folder cannot be read or made.
+        """
+        self._path, self._levels = folder / ITEMS, folder / LEVELS
+        self._rows: dict[tuple[str, Key], dict[str, dict[str, Any]]] = {}
+        self._settings: dict[tuple[str, Key], dict[str, Any]] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if restart:
+                self._path.unlink(missing_ok=True)
+                shutil.rmtree(self._levels, ignore_errors=True)
+            text = self._path.read_text("utf-8", errors="replace") if self._path.exists() else ""
+        except OSError as error:
+            raise VesicleError(f"cannot use {folder}: {error.strerror or error}") from error
+        # A line cut short by a killed process must not swallow the next one.
+        self._torn = bool(text) and not text.endswith("\n")
+        for line in text.split("\n"):
+            try:
+                self._keep(json.loads(line))
+            except (ValueError, LookupError, TypeError):
+                continue  # not a whole line: its item is run again
+
+    def has(self, hash_: str, key: Key, item: str) -> bool:
+        """Whether an item is done."""
+        return item in self._rows.get((hash_, key), {})
+
+    def count(self, hash_: str, key: Key) -> int:
+        """Items of a row that are done."""
+        return len(self._rows.get((hash_, key), {}))
+
+    def get(self, hash_: str, key: Key, item: str) -> dict[str, Any]:
+        """A finished item's record.
+
+        Raises:
+            KeyError: If it is not done.
+        """
+        return self._rows[(hash_, key)][item]
+
+    def settings(self, hash_: str, key: Key) -> dict[str, Any] | None:
+        """What a row's method was set to; None if it never got so far."""
+        return self._settings.get((hash_, key))
+
+    def add(self, hash_: str, key: Key, item: str, record: dict[str, Any]) -> None:
+        """Store a finished item."""
+        self._write({"hash": hash_, "key": list(key), "item": item, "record": record})
+
+    def add_settings(self, hash_: str, key: Key, settings: dict[str, Any]) -> None:
+        """Store what a row's method was set to."""
+        self._write({"hash": hash_, "key": list(key), "settings": settings})
+
+    def forget(self, hash_: str, key: Key) -> None:
+        """Drop a row's items and settings."""
+        self._write({"hash": hash_, "key": list(key), "forget": True})
+
+    def has_levels(self, name: str) -> bool:
+        """Whether levels of that name are stored."""
+        return (self._levels / f"{name}.safetensors").is_file()
+
+    def save_levels(self, name: str, levels: FloatArray) -> None:
+        """Store released levels (T, L, 5); they are rounded to six decimals already."""
+        from safetensors.numpy import save_file
+
+        self._levels.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self._levels / f"{name}.safetensors") as part:
+            save_file({"levels": levels.astype(np.float32)}, part)
+
+    def levels(self, name: str) -> FloatArray:
+        """Stored levels (T, L, 5).
+
+        Raises:
+            VesicleError: They cannot be read.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = self._levels / f"{name}.safetensors"
+        try:
+            return load_file(path)["levels"].astype(np.float64).round(6)
+        except (OSError, KeyError, SafetensorError) as error:
+            raise VesicleError(
+                f"cannot read {path}: {error}; delete it and run the same command again"
+            ) from error
+
+    def _keep(self, values: dict[str, Any]) -> None:
+        task, method, budget = values["key"]
+        place = (values["hash"], (task, method, float(budget)))
+        if "forget" in values:
+            self._rows.pop(place, None)
+            self._settings.pop(place, None)
+        elif "settings" in values:
+            self._settings[place] = values["settings"]
+        else:
+            self._rows.setdefault(place, {})[values["item"]] = values["record"]
+
+    def _write(self, values: dict[str, Any]) -> None:
+        line = json.dumps(values, allow_nan=False) + "\n"
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("\n" + line if self._torn else line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise VesicleError(f"cannot write {self._path}: {error.strerror or error}") from error
+        self._torn = False
+        self._keep(json.loads(line))

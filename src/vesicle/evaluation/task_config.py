@@ -1,0 +1,106 @@
+"""TaskConfig: what `vesicle eval` is asked for, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vesicle.errors import VesicleError
+from vesicle.evaluation.methods import check_methods
+from vesicle.evaluation.task_results import Key
+from vesicle.modulator import check_budget
+from vesicle.tasks.registry import find_task
+
+DIALS = ("tuned", "shipped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What to evaluate.
+
+    Attributes:
+        tasks: Names, see `vesicle.tasks.registry`.
+        methods: See `vesicle.evaluation.methods`.
+        budgets: Shares of the dense FLOPs, each in (0, 1].
+        data: A folder in the local format, `sample`, or None for the hub.
+        split: Which part of the data; None for each task's own.
+        limit: Items of a task, drawn at random; windows of a text, evenly spread; None for all.
+        seed: Of draws, generated items, random controls and bootstraps.
+        max_length: Most tokens of prompt and answer together; None for the context window.
+        window: Tokens in a window of a text; None for the task's own.
+        lengths: Prompt lengths of generated tasks; () for their own.
+        depths: Depths of generated tasks; () for their own.
+        per_cell: Items of each length and depth of generated tasks; None for their own.
+        dial: `tuned` on the task's prompts, or `shipped`: as the modulator was calibrated.
+        best_of: Random tables that `best-of-n` tries.
+        selection: Items on which it selects: the first ones.
+    """
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...] = ("learnt",)
+    budgets: tuple[float, ...] = (1.0,)
+    data: str | None = None
+    split: str | None = None
+    limit: int | None = 50
+    seed: int = 0
+    max_length: int | None = None
+    window: int | None = None
+    lengths: tuple[int, ...] = ()
+    depths: tuple[float, ...] = ()
+    per_cell: int | None = None
+    dial: str = "tuned"
+    best_of: int = 20
+    selection: int = 4
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            VesicleError: Naming the setting, its value and what is allowed.
+        """
+        least = {
+            "limit": 1,
+            "seed": 0,
+            "max_length": 16,
+            "window": 2,
+            "per_cell": 1,
+            "best_of": 1,
+            "selection": 1,
+        }
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise VesicleError(f"{name} is {value}; allowed: whole numbers from {low}")
+        if any(n < 16 for n in self.lengths):
+            raise VesicleError(f"lengths is {min(self.lengths)}; allowed: 16 tokens and more")
+        if any(not 0 <= d <= 1 for d in self.depths):
+            raise VesicleError(f"depths is {self.depths}; allowed: from 0 to 1")
+        if self.dial not in DIALS:
+            raise VesicleError(f"dial is {self.dial!r}; allowed: {', '.join(DIALS)}")
+        if not self.tasks:
+            raise VesicleError("no task is named")
+        if not self.budgets:
+            raise VesicleError("budgets is empty; give at least one, above 0 and up to 1")
+        for name in self.tasks:
+            find_task(name)
+        set_ = object.__setattr__
+        set_(self, "tasks", tuple(dict.fromkeys(self.tasks)))
+        set_(self, "methods", check_methods(self.methods))
+        budgets = sorted({check_budget(b) for b in self.budgets}, reverse=True)
+        set_(self, "budgets", tuple(budgets))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON writes it; of a local folder the name alone, as machines differ in folders."""
+        values = asdict(self)
+        if self.data is not None and Path(self.data).expanduser().exists():
+            values["data"] = Path(self.data).expanduser().name
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def keys(self, task: str) -> list[Key]:
+        """The rows of a task, in the order they are run in; at a budget of 1 all are dense."""
+        keys: list[Key] = [(task, "dense", 1.0)]
+        for budget in self.budgets:
+            if budget < 1:
+                keys += [(task, m, budget) for m in self.methods if m != "dense"]
+        return keys

@@ -1,0 +1,100 @@
+"""A task's items as token ids, ready to be run.
+
+Documents of a text are cut into windows, prompts that are too long are shortened, and choices are
+told from the prompt they follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vesicle.errors import DataError, VesicleError
+from vesicle.evaluation.prompts import Codec, Prompt, continuation, make_prompt
+from vesicle.evaluation.task_config import TaskConfig
+from vesicle.tasks.base import Task
+from vesicle.tasks.items import Item
+from vesicle.training.data import token_windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """An item as token ids.
+
+    Attributes:
+        item: What is asked.
+        prompt: To be read; of kind `loss` the whole window.
+        choices: Token ids of each choice.
+        n_bytes: UTF-8 bytes of the text that is scored, of kind `loss`.
+    """
+
+    item: Item
+    prompt: Prompt
+    choices: tuple[list[int], ...] = ()
+    n_bytes: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to run, but for an answer's."""
+        return len(self.prompt.ids) + sum(map(len, self.choices))
+
+    @property
+    def n_most(self) -> int:
+        """Tokens to run if the answer is as long as it may be."""
+        return self.n_tokens + self.item.max_new_tokens
+
+
+def prepare(
+    task: Task, items: Sequence[Item], config: TaskConfig, codec: Codec, context_window: int
+) -> list[Prepared]:
+    """Encode the items of a task.
+
+    Raises:
+        DataError: An item cannot be made short enough, or there is too little text for a window.
+        VesicleError: A window is longer than the model's context.
+    """
+    most = min(config.max_length or context_window, context_window)
+    if task.kind == "loss":
+        return _windows(items, config, codec, config.window or task.window, most)
+    if task.kind == "choose":
+        return [_choices(item, codec, most) for item in items]
+    return [
+        Prepared(
+            item=item,
+            prompt=make_prompt(item, codec, item.style or task.style, most - item.max_new_tokens),
+        )
+        for item in items
+    ]
+
+
+def _choices(item: Item, codec: Codec, most: int) -> Prepared:
+    longest = max(len(codec.encode(choice)) for choice in item.choices)
+    prompt = make_prompt(item, codec, "plain", most - longest)
+    text = codec.decode(prompt.ids) if prompt.shortened else item.prompt
+    pairs = [continuation(text, choice, codec) for choice in item.choices]
+    ids = pairs[0][0]
+    if any(opening != ids for opening, _ in pairs) or any(not own for _, own in pairs):
+        raise DataError(f"item {item.id!r}: a choice cannot be told from its prompt in tokens")
+    prompt = replace(prompt, ids=ids, n_context=min(prompt.n_context, len(ids)))
+    return Prepared(item=item, prompt=prompt, choices=tuple(own for _, own in pairs))
+
+
+def _windows(
+    documents: Sequence[Item], config: TaskConfig, codec: Codec, length: int, most: int
+) -> list[Prepared]:
+    if length > most:
+        raise VesicleError(f"window is {length}; allowed: at most {most} tokens")
+    windows = token_windows([item.context for item in documents], codec.encode, length)
+    n = len(windows)
+    kept = n if config.limit is None else min(config.limit, n)
+    prepared = []
+    for number in (i * n // kept for i in range(kept)):
+        ids = windows[number].tolist()
+        prepared.append(
+            Prepared(
+                item=Item(id=f"window {number}", context=""),
+                prompt=Prompt(ids=ids, n_context=len(ids)),
+                n_bytes=len(codec.decode(ids[1:]).encode("utf-8")),
+            )
+        )
+    return prepared

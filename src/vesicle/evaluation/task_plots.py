@@ -1,0 +1,77 @@
+"""Plots of a TaskResult: each task's main metric against the executed cost, one line a method.
+
+Bands are 95 % bootstrap intervals over items. Colours are those of Okabe and Ito, told apart by
+people with the common kinds of colour blindness; markers differ too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vesicle.evaluation.methods import PRESS
+from vesicle.evaluation.regret_plots import STYLES, MissingPlots
+from vesicle.evaluation.task_results import TaskResult, TaskRow
+from vesicle.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LOG_BEYOND = 3.0
+
+
+def save_plots(result: TaskResult, folder: Path) -> Path:
+    """Draw all tasks side by side into `quality_against_cost.png`; returns its path.
+
+    Raises:
+        MissingPlots: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPlots("plots need matplotlib: pip install 'vesicle[plot]'") from error
+    n = len(result.tasks)
+    columns = min(n, 3)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels[n:]:
+        panel.set_axis_off()
+    for panel, task in zip(panels, result.tasks, strict=False):
+        _draw(panel, task, result.of_task(task["name"]))
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    target = folder / "quality_against_cost.png"
+    with atomic_path(target) as part:
+        figure.savefig(part, format="png", dpi=120)
+    return target
+
+
+def _draw(axes: Axes, task: dict[str, Any], rows: list[TaskRow]) -> None:
+    metric, dense = task["metrics"][0], next(row for row in rows if row.method == "dense")
+    others = [row for row in rows if row.method != "dense"]
+    # A press saves memory and no FLOPs.
+    memory = bool(others) and all(row.method.startswith(PRESS) for row in others)
+    cost = "kv_bytes_held" if memory else "flops"
+    spare = iter([("#7F7F7F", "*"), ("#0072B2", "h"), ("#E69F00", "<"), ("#009E73", ">")] * 9)
+    for method in dict.fromkeys(row.method for row in others) or ["dense"]:
+        own = [dense, *(row for row in others if row.method == method)]
+        colour, marker = STYLES.get(method) or next(spare)
+        scores = [row.scores[metric["name"]] for row in own]
+        x = [row.ratio[cost] for row in own]
+        axes.plot(x, [s.value for s in scores], color=colour, marker=marker, label=method)
+        bounds = [(s.low, s.high) for s in scores if s.low is not None and s.high is not None]
+        if len(bounds) == len(x):
+            low, high = zip(*bounds, strict=True)
+            axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+    values = [row.scores[metric["name"]].value for row in rows]
+    if not metric["percent"] and max(values) > _LOG_BEYOND * min(values) > 0:
+        axes.set_yscale("log")
+    axes.invert_xaxis()
+    axes.set_title(f"{task['title']}, {task['n_items']} items", fontsize=10)
+    share = "KV memory held" if memory else "executed FLOPs"
+    axes.set_xlabel(f"{share}, share of dense")
+    axes.set_ylabel(metric["title"] + (", %" if metric["percent"] else ""))
+    axes.grid(visible=True, color="#E5E5E5", linewidth=0.7)
+    axes.set_axisbelow(True)

@@ -1,0 +1,189 @@
+"""TaskResult: the record of `vesicle eval`, with units and provenance; one JSON file a run.
+
+Everything but what lies under `measured` (seconds, peak memory) follows from settings, data, model
+and seed: a run that was killed and went on writes the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from vesicle.errors import DataError
+from vesicle.files import read_json, write_json
+
+SCHEMA = "vesicle-tasks-1"
+
+Key = tuple[str, str, float]
+"""Task, method, budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A metric of a row.
+
+    Intervals are 95 % bootstrap intervals over items, None for few items. Differences are paired.
+
+    Attributes:
+        value: In the metric's unit: percent, but for perplexity and bits per byte.
+        low: Lower end of its interval.
+        high: Upper end.
+        delta: Less the dense model's value on the same items.
+        delta_low: Lower end of that difference's interval.
+        delta_high: Upper end.
+        learnt: The learnt modulator's value at this budget less this one; None where there is none.
+        learnt_low: Lower end.
+        learnt_high: Upper end.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    delta: float
+    delta_low: float | None
+    delta_high: float | None
+    learnt: float | None = None
+    learnt_low: float | None = None
+    learnt_high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRow:
+    """One method at one budget on one task.
+
+    Attributes:
+        task: Its name.
+        method: As in `methods.NAMES`, or a press.
+        budget: Asked share of the dense FLOPs; of a press, the share of entries kept.
+        n_items: Items scored.
+        scores: By metric.
+        executed: `prefill`, `decode` and `total`, each a `Cost` as JSON summed over items;
+            `kv_bytes_held` is the mean over items of what was held at the end of the phase.
+        dense: The same for the dense model on the same tokens.
+        ratio: Executed over dense, of the total: `flops`, `weight_bytes`, `kv_bytes_read`,
+            `kv_bytes_held`, `bytes_read`.
+        measured: `seconds` by phase over all items, and the largest `peak_bytes` of the process.
+        items: (n_items,) each: `ids`, `statistics` by metric, executed `flops` and `dense_flops`,
+            `prompt_tokens`, `answer_tokens`.
+        details: What the method was set to.
+    """
+
+    task: str
+    method: str
+    budget: float
+    n_items: int
+    scores: dict[str, Score]
+    executed: dict[str, dict[str, float]]
+    dense: dict[str, dict[str, float]]
+    ratio: dict[str, float]
+    measured: dict[str, Any]
+    items: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        """What identifies a row within a run."""
+        return (self.task, self.method, self.budget)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` wrote.
+
+        Raises:
+            DataError: A field is missing or unknown.
+        """
+        known = _checked(cls, values)
+        scores = {name: Score(**_checked(Score, s)) for name, s in known["scores"].items()}
+        return cls(**{**known, "scores": scores})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """A run.
+
+    Attributes:
+        config: The `TaskConfig`, as JSON.
+        config_hash: Identifies settings, data, model, modulator and versions together.
+        seed: Of everything random.
+        versions: Of this package and of what decides its numbers.
+        hardware: CPU model, cores and threads.
+        model: Name, sizes, fingerprint and number formats.
+        modulator: Name, kind and fingerprint; empty without one.
+        tasks: For each task: `name`, `title`, `kind`, `style`, `split`, `data`, `sha256`,
+            `n_items`, `shortened` (prompts that lost a part of their context) and `metrics`, each
+            with `name`, `title`, `percent`, `higher_is_better` and `signature`.
+        rows: By task, budget (falling) and method.
+        missing: Rows that could not be had, each with `task`, `method`, `budget` and `reason`.
+        schema: Version of this record.
+    """
+
+    config: dict[str, Any]
+    config_hash: str
+    seed: int
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    model: dict[str, Any]
+    modulator: dict[str, Any]
+    tasks: list[dict[str, Any]]
+    rows: list[TaskRow]
+    missing: list[dict[str, Any]] = field(default_factory=list)
+    schema: str = SCHEMA
+
+    def find(self, task: str, method: str, budget: float) -> TaskRow:
+        """A row.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        for row in self.rows:
+            if row.key == (task, method, budget):
+                return row
+        raise KeyError(f"no row for {method} at {budget} on {task}")
+
+    def of_task(self, task: str) -> list[TaskRow]:
+        """The rows of a task."""
+        return [row for row in self.rows if row.task == task]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON writes it, `schema` first."""
+        values = asdict(self)
+        return {"schema": values.pop("schema"), **values}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            DataError: It is of another schema, or a field is missing or unknown.
+        """
+        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+            found = values.get("schema") if isinstance(values, dict) else type(values).__name__
+            raise DataError(f"this is not a {SCHEMA} record: its schema is {found!r}")
+        checked = _checked(cls, values)
+        return cls(**{**checked, "rows": [TaskRow.from_dict(row) for row in checked["rows"]]})
+
+    def save(self, path: Path | str) -> None:
+        """Write JSON, all or nothing.
+
+        Raises:
+            VesicleError: The file cannot be written.
+        """
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: The file is missing, malformed or of another schema.
+        """
+        return cls.from_dict(read_json(path))
+
+
+def _checked(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in fields(cls)}
+    for name in sorted(known ^ set(values)):
+        fault = "lacks the field" if name in known else "has the unknown field"
+        raise DataError(f"an evaluation's {cls.__name__} {fault} {name!r}")
+    return values

@@ -1,0 +1,445 @@
+"""`vesicle eval`: tasks under methods, at equal executed cost, one item at a time.
+
+    result = evaluate_tasks(subject, TaskConfig(tasks=("squad",), budgets=(1.0, 0.8)), "out")
+
+For each task the dense model comes first, then for each budget the learnt modulator, whose dial is
+turned until the task's own prompts execute that share of the dense FLOPs, then the controls, scaled
+to the share that the learnt modulator executed. The output folder holds
+
+    items.jsonl   one line a finished item, written as it finishes; those that fit are kept
+    result.json   the whole `TaskResult`
+    levels/       released levels of learnt items, where a control needs them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vesicle.errors import BudgetError, VesicleError
+from vesicle.evaluation.executors import Execution, Executor
+from vesicle.evaluation.item_ledger import ItemLedger
+from vesicle.evaluation.methods import FROM_LEARNT, NAMES, PRESS, Chosen, control, tune_dial
+from vesicle.evaluation.progress import progress_bar
+from vesicle.evaluation.prompts import Codec
+from vesicle.evaluation.provenance import fingerprint, hardware, versions
+from vesicle.evaluation.store import ItemStore
+from vesicle.evaluation.task_config import TaskConfig
+from vesicle.evaluation.task_items import Prepared, prepare
+from vesicle.evaluation.task_results import Key, TaskResult, TaskRow
+from vesicle.evaluation.task_rows import Record, executed_share, make_record, make_row, spans_of
+from vesicle.modulator import Modulator, ModulatorMethod
+from vesicle.plan import Dense, FloatArray, Method
+from vesicle.predictors import Predictor
+from vesicle.tasks.base import Settings, Task
+from vesicle.tasks.registry import find_task
+from vesicle.tasks.sources import Loaded, load_items
+
+_PREVIEW_ITEMS, _PREVIEW_TOKENS = 4, 6000
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        executor: Who runs items.
+        codec: The model's text side.
+        ends: Tokens that end an answer.
+        modulator: Under whose effectors controls act; None for dense and presses alone.
+        model: Name and number formats, for the record.
+        modulator_name: For the record.
+        hugging_face: Loads the model in transformers, which presses read.
+    """
+
+    executor: Executor
+    codec: Codec
+    ends: frozenset[int]
+    modulator: Modulator | None
+    model: dict[str, Any]
+    modulator_name: str = ""
+    hugging_face: Callable[[], Any] | None = None
+
+
+def evaluate_tasks(
+    subject: Subject,
+    config: TaskConfig,
+    out: Path | str,
+    *,
+    restart: bool = False,
+    show_progress: bool = True,
+    say: Callable[[str], None] | None = None,
+) -> TaskResult:
+    """Run tasks under methods, or go on with a run that was cut off.
+
+    Args:
+        subject: What is evaluated.
+        config: On what, under which methods.
+        out: Folder to write to.
+        restart: Forget what `out` holds.
+        show_progress: Show a progress bar on the terminal.
+        say: Takes one-line notices; by default they go to standard error.
+
+    Returns:
+        The result, as written to `out`.
+
+    Raises:
+        DataError: Data are missing, empty or malformed.
+        ModelError: The modulator was made for another model.
+        VesicleError: The folder cannot be written, or a method needs a modulator.
+        KeyboardInterrupt: After Ctrl-C; finished items are on disk.
+    """
+    speak = say or (lambda line: print(line, file=sys.stderr))
+    folder = Path(out)
+    _check_subject(subject, config)
+    runs = [_TaskRun(find_task(name), subject, config) for name in config.tasks]
+    store = ItemStore(folder, restart)
+    keys = [(run, key) for run in runs for key in config.keys(run.task.name)]
+    kept = sum(store.count(run.hash, key) for run, key in keys)
+    if kept:
+        speak(f"{kept} items were done before and are kept")
+    try:
+        with progress_bar([run.n_tokens for run, _ in keys], show_progress) as bar:
+            for run, key in keys:
+                with bar(f"{key[0]}: {key[1]} at {key[2]:g}") as tick:
+                    run.finish(key, store, tick)
+    except KeyboardInterrupt:
+        speak("interrupted; finished items are kept: run the same command again to go on")
+        raise
+    rows: list[TaskRow] = []
+    missing: list[dict[str, Any]] = []
+    for run in runs:
+        found, absent = run.rows(store)
+        rows += found
+        missing += absent
+    result = TaskResult(
+        config=config.to_dict(),
+        config_hash=_digest([run.hash for run in runs]),
+        seed=config.seed,
+        versions=versions(),
+        hardware=hardware(),
+        model={**subject.model, "shape": subject.executor.shape.fingerprint()},
+        modulator=_modulator_facts(subject),
+        tasks=[run.facts() for run in runs],
+        rows=rows,
+        missing=missing,
+    )
+    result.save(folder / "result.json")
+    return result
+
+
+class _TaskRun:
+    """One task: its items, and its rows as they are run."""
+
+    def __init__(self, task: Task, subject: Subject, config: TaskConfig) -> None:
+        self.task, self._subject, self._config = task, subject, config
+        self.loaded = _load(task, subject, config)
+        window = subject.executor.context_window
+        self.items = prepare(task, self.loaded.items, config, subject.codec, window)
+        self.hash = _digest(
+            {
+                "task": task.name,
+                "sha256": self.loaded.sha256,
+                "prompts": _digest([p.prompt.ids for p in self.items]),
+                "settings": {
+                    k: getattr(config, k) for k in ("seed", "dial", "best_of", "selection")
+                },
+                "model": subject.model,
+                "modulator": _modulator_facts(subject),
+                "versions": versions(),
+            }
+        )
+        self._pressed: Any = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of one row, answers as long as they may be."""
+        return sum(p.n_most for p in self.items)
+
+    def facts(self) -> dict[str, Any]:
+        """For the record."""
+        task = self.task
+        return {
+            "name": task.name,
+            "title": task.title,
+            "kind": task.kind,
+            "style": task.style,
+            "split": self.loaded.split,
+            "data": self.loaded.description,
+            "sha256": self.loaded.sha256,
+            "n_items": len(self.items),
+            "prompt_tokens": sum(len(p.prompt.ids) for p in self.items),
+            "shortened": sum(p.prompt.shortened > 0 for p in self.items),
+            "metrics": [
+                {
+                    "name": m.name,
+                    "title": m.title,
+                    "percent": m.percent,
+                    "higher_is_better": m.higher_is_better,
+                    "signature": m.signature,
+                }
+                for m in task.metrics
+            ],
+        }
+
+    def finish(self, key: Key, store: ItemStore, tick: Callable[[int], None]) -> None:
+        """Run the items of a row that are not stored."""
+        _, method, _ = key
+        left = [i for i, p in enumerate(self.items) if not store.has(self.hash, key, p.item.id)]
+        keeps = method == "learnt" and any(m in FROM_LEARNT for m in self._config.methods)
+        if keeps:  # an item whose levels are gone is run again
+            names = [self._levels_name(key, p.item.id) for p in self.items]
+            gone = [i for i, name in enumerate(names) if not store.has_levels(name)]
+            left = sorted({*left, *gone})
+        target = self._target(key, store)
+        settings = store.settings(self.hash, key)
+        if settings is not None and settings.get("target") != target:
+            store.forget(self.hash, key)  # made for another share
+            left, settings = list(range(len(self.items))), None
+        tick(sum(p.n_most for i, p in enumerate(self.items) if i not in set(left)))
+        if (settings is not None and not left) or (settings is not None and "missing" in settings):
+            return
+        try:
+            chosen = self._choose(key, store, target, settings)
+        except BudgetError as error:
+            store.add_settings(self.hash, key, {"target": target, "missing": str(error)})
+            return
+        if settings is None:
+            store.add_settings(self.hash, key, {"target": target, **chosen.details})
+        for i in left:
+            prepared = self.items[i]
+            execution = self._run(prepared, chosen.of(i), keep_levels=keeps)
+            if keeps and execution.levels is not None:
+                store.save_levels(self._levels_name(key, prepared.item.id), execution.levels)
+            store.add(self.hash, key, prepared.item.id, make_record(self.task, prepared, execution))
+            tick(prepared.n_most)
+
+    def rows(self, store: ItemStore) -> tuple[list[TaskRow], list[dict[str, Any]]]:
+        """The rows, and what could not be had."""
+        rows, missing = [], []
+        for key in self._config.keys(self.task.name):
+            settings = dict(store.settings(self.hash, key) or {})
+            if "missing" in settings:
+                task, method, budget = key
+                reason = {"task": task, "method": method, "budget": budget}
+                missing.append({**reason, "reason": settings["missing"]})
+                continue
+            rows.append(self._row(key, store, settings))
+        return rows, missing
+
+    def _row(self, key: Key, store: ItemStore, settings: dict[str, Any]) -> TaskRow:
+        task, method, budget = key
+        learnt: Key = (task, "learnt", budget)
+        beside = method not in ("dense", "learnt") and "learnt" in self._config.methods
+        return make_row(
+            key,
+            self.task,
+            self.items,
+            self._records(key, store),
+            self._subject.executor,
+            dense=self._records((task, "dense", 1.0), store),
+            learnt=self._records(learnt, store)
+            if beside and store.count(self.hash, learnt)
+            else None,
+            seed=self._config.seed,
+            details=settings,
+        )
+
+    def _records(self, key: Key, store: ItemStore) -> list[Record]:
+        return [store.get(self.hash, key, p.item.id) for p in self.items]
+
+    def _run(
+        self, prepared: Prepared, method: Method | None, *, keep_levels: bool = False
+    ) -> Execution:
+        subject, item = self._subject, prepared.item
+        executor = subject.executor
+        if self.task.kind == "loss":
+            found = executor.loss(prepared.prompt.ids, method, keep_levels=keep_levels)
+            output = replace(found.output, n_bytes=prepared.n_bytes)
+        elif self.task.kind == "choose":
+            found = executor.choose(
+                prepared.prompt, prepared.choices, method, keep_levels=keep_levels
+            )
+            sizes = tuple(len(c.strip().encode("utf-8")) for c in item.choices)
+            output = replace(found.output, choice_bytes=sizes)
+        else:
+            found = executor.generate(
+                prepared.prompt,
+                method,
+                subject.codec,
+                max_new_tokens=item.max_new_tokens,
+                stop=item.stop,
+                ends=subject.ends,
+                keep_levels=keep_levels,
+            )
+            output = found.output
+        return replace(found, output=output)
+
+    def _levels_name(self, key: Key, item: str) -> str:
+        return _digest([self.hash, key, item])[:24]
+
+    def _target(self, key: Key, store: ItemStore) -> float:
+        """The share that a row is to execute."""
+        task, method, budget = key
+        if method in ("dense", "learnt") or method.startswith(PRESS):
+            return budget
+        learnt = (task, "learnt", budget)
+        if "learnt" not in self._config.methods:
+            return budget
+        if "missing" in (store.settings(self.hash, learnt) or {}):
+            return budget
+        return executed_share(self._records(learnt, store), self._subject.executor)
+
+    def _choose(
+        self, key: Key, store: ItemStore, target: float, settings: dict[str, Any] | None
+    ) -> Chosen:
+        _, method, budget = key
+        if method == "dense":
+            return Chosen(of=lambda i: None)
+        if method.startswith(PRESS):
+            return self._press(method, budget)
+        modulator = self._subject.modulator
+        assert modulator is not None
+        if method == "learnt":
+            dial = self._dial(modulator, budget) if settings is None else settings["dial"]
+            tuned = ModulatorMethod(modulator, dial)
+            return Chosen(of=lambda i: tuned, details={"dial": dial})
+        learnt: list[FloatArray] = []
+        if method in FROM_LEARNT:
+            source = (key[0], "learnt", budget)
+            learnt = [store.levels(self._levels_name(source, p.item.id)) for p in self.items]
+        return control(
+            method,
+            self._item_ledger(modulator, key, store),
+            target,
+            seed=self._config.seed,
+            learnt=learnt,
+            best_of=self._config.best_of,
+            score=self._selection_nats,
+        )
+
+    def _item_ledger(self, modulator: Modulator, key: Key, store: ItemStore) -> ItemLedger:
+        """Prices on the tokens of the learnt run, else of the dense one."""
+        task, _, budget = key
+        source: Key = (task, "learnt", budget)
+        if "learnt" not in self._config.methods or not store.count(self.hash, source):
+            source = (task, "dense", 1.0)
+        spans = [spans_of(record) for record in self._records(source, store)]
+        shape, screens = self._subject.executor.shape, self.task.kind == "generate"
+        return ItemLedger(modulator, shape, spans, screens=screens)
+
+    def _dial(self, modulator: Modulator, budget: float) -> float:
+        if self._config.dial == "shipped":
+            return modulator.dial(budget)
+        preview: list[Prepared] = []
+        order = np.argsort([p.n_tokens for p in self.items], kind="stable")
+        spread = order[np.linspace(0, len(order) - 1, min(_PREVIEW_ITEMS, len(order))).astype(int)]
+        for i in dict.fromkeys(spread[::-1].tolist()):
+            size = sum(p.n_tokens for p in preview) + self.items[i].n_tokens
+            if not preview or size <= _PREVIEW_TOKENS:
+                preview.append(self.items[i])
+
+        def share(method: ModulatorMethod) -> float:
+            executed = dense = 0
+            for prepared in preview:
+                item = replace(prepared.item, max_new_tokens=min(8, prepared.item.max_new_tokens))
+                found = self._run(replace(prepared, item=item), method)
+                executed += found.prefill.flops_total + found.decode.flops_total
+                dense += self._subject.executor.dense(found.spans).flops_total
+            return executed / dense
+
+        return tune_dial(modulator, budget, share)
+
+    def _selection_nats(self, method: Method) -> float:
+        """Loss of the right answers of the first items, in nats per token."""
+        nats, tokens = 0.0, 0
+        codec, executor = self._subject.codec, self._subject.executor
+        for prepared in self.items[: self._config.selection]:
+            item = prepared.item
+            if self.task.kind == "loss":
+                output = executor.loss(prepared.prompt.ids, method).output
+                nats, tokens = nats + output.nats, tokens + output.n_tokens
+                continue
+            if self.task.kind == "choose":
+                assert item.answer is not None
+                right = prepared.choices[item.answer]
+            else:
+                right = codec.encode(" " + item.references[0])[:64] if item.references else []
+            if right:
+                output = executor.choose(prepared.prompt, [right], method).output
+                nats, tokens = nats - output.choice_nats[0], tokens + len(right)
+        if not tokens:
+            raise BudgetError(
+                f"{self.task.name} has no right answers by which best-of-n could select"
+            )
+        return nats / tokens
+
+    def _press(self, name: str, budget: float) -> Chosen:
+        from vesicle.presses import make_press, press_method
+
+        if self.task.kind == "loss":
+            raise BudgetError("a press compresses a context before a question; a text has none")
+        if self._subject.hugging_face is None:
+            raise VesicleError(f"{name} needs the model in transformers")
+        if self._pressed is None:
+            self._pressed = self._subject.hugging_face()
+        model, press = self._pressed, make_press(name.removeprefix(PRESS), 1 - budget)
+
+        def of(i: int) -> Method:
+            prompt = self.items[i].prompt
+            ids = prompt.ids[: prompt.n_context]
+            return press_method(press, model, ids) if ids else Dense()
+
+        return Chosen(of=of, details={"compression_ratio": 1 - budget})
+
+
+def _load(task: Task, subject: Subject, config: TaskConfig) -> Loaded:
+    settings = Settings(
+        seed=config.seed,
+        encode=subject.codec.encode,
+        lengths=config.lengths,
+        depths=config.depths,
+        per_cell=config.per_cell,
+    )
+    return load_items(
+        task, data=config.data, split=config.split, settings=settings, limit=config.limit
+    )
+
+
+def _check_subject(subject: Subject, config: TaskConfig) -> None:
+    ours = [m for m in config.methods if m in NAMES and m != "dense"]
+    modulator = subject.modulator
+    if ours and min(config.budgets) < 1:
+        if modulator is None:
+            raise VesicleError(f"{ours[0]} needs a modulator; name one with --modulator")
+        if not isinstance(modulator.predictor, Predictor):
+            raise VesicleError(
+                f"a {modulator.predictor.kind!r} control is no trained modulator; "
+                "controls are built here"
+            )
+        modulator.check_fits(subject.executor.shape)
+
+
+def _modulator_facts(subject: Subject) -> dict[str, Any]:
+    modulator = subject.modulator
+    if modulator is None:
+        return {}
+    effectors = {name: e.to_dict() for name, e in modulator.effectors.items()}
+    return {
+        "name": subject.modulator_name,
+        "kind": modulator.predictor.kind,
+        "transmitters": list(modulator.predictor.config.transmitters),
+        "sha256": _digest([fingerprint(modulator), effectors, modulator.info.dial]),
+    }
+
+
+def _digest(values: Any) -> str:
+    text = json.dumps(values, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()

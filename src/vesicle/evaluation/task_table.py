@@ -1,0 +1,140 @@
+"""Tables of a TaskResult, for the terminal and for Markdown, from one list of cells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vesicle.evaluation.task_results import Score, TaskResult, TaskRow
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+_RATIOS = ("flops", "weight_bytes", "kv_bytes_read", "kv_bytes_held")
+_LEFT_OUT = ("weights read", "KV read", "KV held", "prefill s", "decode s")
+
+
+def columns(task: dict[str, Any]) -> list[str]:
+    """Headings of a task's table."""
+    main, *others = (m["title"] for m in task["metrics"])
+    return [
+        "method",
+        "budget",
+        "FLOPs",
+        "weights read",
+        "KV read",
+        "KV held",
+        f"{main} [95 %]",
+        "less dense [95 %]",
+        "learnt less this [95 %]",
+        *others,
+        "prefill s",
+        "decode s",
+    ]
+
+
+def cells(task: dict[str, Any], row: TaskRow) -> list[str]:
+    """One row as text, in the order of `columns`."""
+    main, *others = task["metrics"]
+    score = row.scores[main["name"]]
+    digits = 1 if main["percent"] else 3
+    dense = row.method == "dense"
+    seconds = row.measured["seconds"]
+    return [
+        row.method,
+        f"{row.budget:g}",
+        *(f"{row.ratio[name]:.3f}" for name in _RATIOS),
+        _interval(score.value, score.low, score.high, digits),
+        "" if dense else _signed(score.delta, score.delta_low, score.delta_high, digits),
+        _gain(score, digits),
+        *(f"{row.scores[m['name']].value:.{1 if m['percent'] else 3}f}" for m in others),
+        f"{seconds['prefill']:.0f}",
+        f"{seconds['decode']:.0f}",
+    ]
+
+
+def rich_tables(result: TaskResult) -> list[Table]:
+    """One table a task, for the terminal: the columns that fit; `markdown` has them all."""
+    from rich.table import Table
+
+    tables = []
+    for task in result.tasks:
+        table = Table(title=_title(task), title_justify="left")
+        names = columns(task)
+        shown = [i for i, name in enumerate(names) if name not in _LEFT_OUT]
+        for i in shown:
+            table.add_column(names[i], justify="left" if i == 0 else "right")
+        before: TaskRow | None = None
+        for row in result.of_task(task["name"]):
+            if before is not None and before.budget != row.budget:
+                table.add_section()
+            found = cells(task, row)
+            table.add_row(*(found[i] for i in shown))
+            before = row
+        tables.append(table)
+    return tables
+
+
+def markdown(result: TaskResult) -> str:
+    """A page with what was measured on what, one table a task, and what is missing."""
+    versions = ", ".join(f"{name} {value}" for name, value in result.versions.items())
+    model, under = result.model, result.modulator.get("name", "none")
+    lines = [
+        f"# {model['name']} on {len(result.tasks)} task{'s' if len(result.tasks) > 1 else ''}",
+        "",
+        f"Executed by {model['through']}, weights {model['weights']}, cache {model['kv']}; "
+        f"modulator: {under}. "
+        f"Seed {result.seed}; {versions}; {result.hardware['cpu']}, "
+        f"{result.hardware['cores']} cores.",
+        "",
+        "FLOPs, weights read, KV read and KV held are executed shares of the dense model's on the "
+        "same tokens. Intervals are 95 % bootstrap intervals over items; differences are paired.",
+    ]
+    for task in result.tasks:
+        shortened = f"; {task['shortened']} shortened" if task["shortened"] else ""
+        lines += [
+            "",
+            f"## {_title(task)}",
+            "",
+            f"{task['data']}; {task['n_items']} items, {task['prompt_tokens']:,} prompt "
+            f"tokens{shortened}; SHA-256 {task['sha256'][:12]}.",
+        ]
+        for metric in task["metrics"]:
+            if metric["signature"]:
+                lines.append(f"{metric['title']}: `{metric['signature']}`.")
+        names = columns(task)
+        lines += ["", _line(names), "|" + " --- |" * len(names)]
+        lines += [_line(cells(task, row)) for row in result.of_task(task["name"])]
+    if result.missing:
+        lines += ["", "## Missing", ""]
+        lines += [
+            f"- {m['task']}, {m['method']} at {m['budget']:g}: {m['reason']}"
+            for m in result.missing
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _title(task: dict[str, Any]) -> str:
+    better = "higher" if task["metrics"][0]["higher_is_better"] else "lower"
+    return f"{task['title']} ({better} is better)"
+
+
+def _gain(score: Score, digits: int) -> str:
+    if score.learnt is None:
+        return ""
+    return _signed(score.learnt, score.learnt_low, score.learnt_high, digits)
+
+
+def _interval(value: float, low: float | None, high: float | None, digits: int) -> str:
+    text = f"{value:.{digits}f}"
+    return text if low is None or high is None else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _signed(value: float, low: float | None, high: float | None, digits: int) -> str:
+    if low is None or high is None:
+        return f"{value:+.{digits}f}"
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _line(values: list[str]) -> str:
+    return "| " + " | ".join(values) + " |"

@@ -1,0 +1,157 @@
+"""Retention: which entries of the key-value cache are kept once a prompt was read.
+
+An *entry* is the key and the value of one token in one layer and KV head. `Retention` keeps chosen
+entries of the first `at` tokens and forgets the others for good when `at` tokens were read; all
+else is at rest, or as another method decides. Whoever chooses (a compression method, a control, an
+oracle) need only say which: the engine frees the memory, the reference hides the keys, and the
+ledger prices what is left.
+
+The cache lies in pages of 16 positions of one layer for all its KV heads, and a page is freed as a
+whole. So what is kept is rounded up to what pages can hold:
+
+- the incomplete last block of the first `at` tokens stays;
+- in the complete blocks all KV heads of a layer keep as many entries, the most that any of them
+  was to keep, rounded up to a multiple of 16; the most recent entries not chosen fill a head up.
+
+Which entries they are may differ from head to head, and how many from layer to layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vesicle.errors import VesicleError
+from vesicle.plan import BLOCK, FOREVER, Author, Dense, Equipment, IntArray, Method
+from vesicle.shapes import ModelShape, Overhead
+
+
+class Retention(Method):
+    """Keeps chosen entries of the first `at` tokens once these were read."""
+
+    def __init__(
+        self,
+        kept: Sequence[Sequence[ArrayLike]] | Sequence[IntArray],
+        at: int,
+        inner: Method | None = None,
+    ) -> None:
+        """Keep `kept`, rounded up as the module docstring says.
+
+        Args:
+            kept: For each layer, for each KV head, the positions to keep, in any order: (G, n), or
+                G rows of different lengths.
+            at: Tokens to be read before the others are forgotten.
+            inner: Decides everything else; `Dense` by default.
+
+        Raises:
+            VesicleError: If `at` is below 1, or a position is given twice or is not below `at`.
+        """
+        if at < 1:
+            raise VesicleError(f"entries are to be forgotten after {at} tokens; allowed: from 1")
+        self.at = at
+        self.inner = inner or Dense()
+        self.kept = [[_positions(head, at) for head in layer] for layer in kept]
+        self._retained: IntArray | None = None
+
+    @property
+    def equipment(self) -> Equipment:
+        """The inner method's."""
+        return self.inner.equipment
+
+    def overhead(self, shape: ModelShape) -> Overhead:
+        """The inner method's: what choosing the entries took is not counted."""
+        return self.inner.overhead(shape)
+
+    def author(self, shape: ModelShape) -> Author:
+        """The inner method's author, which forgets.
+
+        Raises:
+            VesicleError: If layers or KV heads are not the model's, or the inner method forgets
+                already.
+        """
+        author = self.inner.author(shape)
+        if author.retained is not None:
+            raise VesicleError("the inner method forgets entries already; one of the two may")
+        retained = self.retained(shape)
+        if (retained != FOREVER).any():
+            author.retained = retained
+        return author
+
+    def retained(self, shape: ModelShape) -> IntArray:
+        """(at, L, G) the Plan's field for the first `at` tokens, rounded up to pages.
+
+        Raises:
+            VesicleError: If layers or KV heads are not the model's.
+        """
+        n_layers, n_heads = shape.n_layers, shape.n_kv_heads
+        if len(self.kept) != n_layers:
+            raise VesicleError(
+                f"entries of {len(self.kept)} layers are to be kept; this model has {n_layers}"
+            )
+        for layer, heads in enumerate(self.kept):
+            if len(heads) != n_heads:
+                raise VesicleError(
+                    f"entries of {len(heads)} KV heads are to be kept in layer {layer}; "
+                    f"this model has {n_heads}"
+                )
+        if self._retained is None:
+            complete = self.at // BLOCK * BLOCK
+            stays = np.ones((self.at, n_layers, n_heads), bool)
+            for layer, heads in enumerate(self.kept):
+                stays[:complete, layer] = _rounded(heads, complete)
+            self._retained = np.where(stays, FOREVER, self.at - 1).astype(np.int32)
+        return self._retained
+
+
+def eviction_lengths(retained: IntArray | None) -> list[int]:
+    """After how many tokens entries are forgotten, rising; `retained` as an author has it."""
+    if retained is None:
+        return []
+    return [int(last) + 1 for last in np.unique(retained) if last != FOREVER]
+
+
+def held_entries(retained: IntArray, layer: int, length: int) -> IntArray:
+    """(G, n) positions below `length`, rising, whose entries the query at `length` may read.
+
+    Args:
+        retained: (S, L, G) as an author has it.
+        layer: Of the entries.
+        length: Tokens before the query.
+    """
+    n_heads = retained.shape[2]
+    stays = np.ones((length, n_heads), bool)
+    stays[: len(retained)] = retained[:length, layer] >= length
+    return np.nonzero(stays.T)[1].reshape(n_heads, -1).astype(np.int32)
+
+
+def _positions(head: ArrayLike, at: int) -> IntArray:
+    """The positions, rising."""
+    given = np.asarray(head)
+    if given.size and not (given.ndim == 1 and np.issubdtype(given.dtype, np.integer)):
+        raise VesicleError(
+            f"positions of a KV head are {given.dtype} of shape {given.shape}; "
+            "allowed: integers in a row"
+        )
+    positions = np.sort(given.ravel())
+    outside = positions[(positions < 0) | (positions >= at)]
+    if len(outside):
+        raise VesicleError(f"entry {outside[0]} is to be kept; allowed: 0 to {at - 1}")
+    twice = positions[1:][positions[1:] == positions[:-1]]
+    if len(twice):
+        raise VesicleError(f"entry {twice[0]} is to be kept twice in one KV head")
+    return positions.astype(np.int32)
+
+
+def _rounded(heads: Sequence[IntArray], complete: int) -> NDArray[np.bool_]:
+    """(complete, G) which entries stay, as many for each head, a multiple of 16."""
+    stays = np.zeros((complete, len(heads)), bool)
+    for head, positions in enumerate(heads):
+        stays[positions[positions < complete], head] = True
+    counts = stays.sum(0)
+    target = -(-int(counts.max(initial=0)) // BLOCK) * BLOCK
+    for head, count in enumerate(counts.tolist()):
+        spare = np.nonzero(~stays[:, head])[0]
+        stays[spare[len(spare) - (target - count) :], head] = True
+    return stays

@@ -1,0 +1,1 @@
+"""Metrics: numbers made from outputs, with sums that can be drawn again for intervals."""

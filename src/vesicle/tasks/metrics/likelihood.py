@@ -1,0 +1,73 @@
+"""What is read off log-likelihoods: accuracy of a choice, perplexity, bits per byte."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from vesicle.plan import FloatArray
+from vesicle.tasks.items import Item, Output
+from vesicle.tasks.metrics.base import MeanMetric, Metric
+
+
+class Accuracy(MeanMetric):
+    """Items whose right choice is the likeliest, in percent; the first wins a tie."""
+
+    name = "accuracy"
+    title = "Accuracy"
+
+    def score(self, item: Item, output: Output) -> float:
+        """1 or 0."""
+        return float(int(np.argmax(output.choice_nats)) == item.answer)
+
+
+class NormalisedAccuracy(MeanMetric):
+    """Items whose right choice has the highest log-likelihood per byte, in percent.
+
+    A sum over tokens favours short choices; dividing by length takes that away. `acc_bytes` of
+    lm-evaluation-harness does the same; its `acc_norm` divides by characters instead, which is the
+    same in ASCII. Both leave the blank between prompt and choice out of the length.
+    """
+
+    name = "accuracy_norm"
+    title = "Accuracy, length-normalised"
+
+    def score(self, item: Item, output: Output) -> float:
+        """1 or 0."""
+        per_byte = np.array(output.choice_nats) / np.array(output.choice_bytes)
+        return float(int(np.argmax(per_byte)) == item.answer)
+
+
+class Perplexity(Metric):
+    """exp of the mean loss of all scored tokens together; depends on the tokenizer."""
+
+    name = "perplexity"
+    title = "Perplexity"
+    percent = False
+    higher_is_better = False
+
+    def statistics(self, item: Item, output: Output) -> tuple[float, ...]:
+        """Nats and tokens."""
+        return (output.nats, float(output.n_tokens))
+
+    def value(self, sums: FloatArray) -> float:
+        """Per token."""
+        return math.exp(sums[0] / sums[1])
+
+
+class BitsPerByte(Metric):
+    """Loss in bits per UTF-8 byte of the scored text; comparable between tokenizers."""
+
+    name = "bits_per_byte"
+    title = "Bits per byte"
+    percent = False
+    higher_is_better = False
+
+    def statistics(self, item: Item, output: Output) -> tuple[float, ...]:
+        """Nats and bytes."""
+        return (output.nats, float(output.n_bytes))
+
+    def value(self, sums: FloatArray) -> float:
+        """Per byte."""
+        return float(sums[0] / math.log(2) / sums[1])

@@ -1,0 +1,408 @@
+"""Where a task's rows come from: the hub, a local folder, or the sample that is shipped.
+
+Rows are checked against the fields that the task names, the task makes items of them, and a limit
+draws some items at random. Which ones depends on the seed, on nothing else, and a smaller limit
+draws a part of what a larger one draws. The items' SHA-256 tells whether two runs had the same
+questions.
+
+The local format is JSON Lines, one file a split: `DIR/FOLDER/SPLIT.jsonl.gz` or `.jsonl`
+(`docs/tasks/local_data.md`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import heapq
+import json
+import random
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from importlib import resources
+from io import TextIOWrapper
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from vesicle.errors import DataError
+from vesicle.files import read_text
+from vesicle.tasks.base import HubSet, Row, Settings, Task
+from vesicle.tasks.items import Item
+
+SAMPLE = "sample"
+SUFFIXES = (".jsonl.gz", ".jsonl")
+_HELP = "docs/tasks/local_data.md"
+_JSON_NAMES = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list of texts",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubArchive(HubSet):
+    """A data set that lies on the hub as a zip of JSON Lines, which no loader of rows reads.
+
+    Attributes:
+        file: The zip's path in the repository.
+        members: Paths inside the zip, in the order they are read.
+    """
+
+    file: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """The items of one run of a task.
+
+    Attributes:
+        items: In the order of their source.
+        available: How many there were to draw from.
+        split: The split they are from.
+        origin: What kind of source it was.
+        description: The source in a few words, without the names of this machine's folders.
+        sha256: Of the items' content, as canonical JSON, one line an item.
+    """
+
+    items: tuple[Item, ...]
+    available: int
+    split: str
+    origin: Literal["hub", "local", "sample"]
+    description: str
+    sha256: str
+
+
+def load_items(
+    task: Task,
+    *,
+    data: str | None,
+    split: str | None,
+    settings: Settings,
+    limit: int | None,
+) -> Loaded:
+    """Read a task's rows, make items of them and draw some.
+
+    Args:
+        task: The task.
+        data: None for the hub (or the filler that is shipped, if the task needs nothing from
+            there), `sample` for the rows that are shipped, else a local folder.
+        split: None for the task's own choice.
+        settings: Seed of the draw, and what generated tasks need.
+        limit: Most items to draw, None for all. Documents of tasks of kind `loss` are not limited.
+
+    Returns:
+        At least one item.
+
+    Raises:
+        DataError: The source is missing, unreachable, empty or malformed.
+        ValueError: If `limit` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; allowed: 1 and above")
+    split = split or task.default_split
+    source = _source(task, data, split)
+    items = _with_unique_ids(task.items(_checked(source.rows, task, source.name), settings))
+    chosen, available = _draw(items, None if task.kind == "loss" else limit, settings.seed)
+    if not chosen:
+        raise DataError(f"{source.name} holds nothing to ask: it gave no items for {task.name}")
+    return Loaded(
+        items=chosen,
+        available=available,
+        split=split,
+        origin=source.origin,
+        description=source.description,
+        sha256=_digest(chosen),
+    )
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read a `.jsonl` or `.jsonl.gz` file; blank lines are passed over.
+
+    Args:
+        path: The file.
+
+    Yields:
+        A name for each line, to be used in messages, and its decoded value.
+
+    Raises:
+        DataError: The file cannot be read, or a line is not JSON.
+    """
+    return _decoded(_lines(path), str(path))
+
+
+# Sources ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Rows with a name for each, and names for where they come from."""
+
+    rows: Iterable[tuple[str, Any]]
+    name: str  # in messages
+    origin: Literal["hub", "local", "sample"]
+    description: str  # in results
+
+
+def _source(task: Task, data: str | None, split: str) -> _Source:
+    if data is not None and data != SAMPLE:
+        return _local(task, Path(data).expanduser(), split)
+    if split not in task.splits:
+        raise DataError(f"{task.name} has no split {split!r}; allowed: {', '.join(task.splits)}")
+    if data == SAMPLE or task.hub is None:
+        return _shipped(task)
+    return _hub(task, task.hub, split)
+
+
+def _shipped(task: Task) -> _Source:
+    """The sample of the task's own, or filler for a task that has none. One for all splits."""
+    folder = resources.files("vesicle.tasks") / "samples"
+    own = folder / f"{task.folder}.jsonl"
+    file = own if own.is_file() else folder / "filler.jsonl"
+    kind = "the sample" if own.is_file() else "the filler text"
+    lines = file.read_text(encoding="utf-8").split("\n")
+    description = f"{kind} that comes with Vesicle, {file.name}"
+    return _Source(_decoded(lines, file.name), description, "sample", description)
+
+
+def _local(task: Task, root: Path, split: str) -> _Source:
+    folder = _local_folder(task, root)
+    there = {suffix: folder / f"{split}{suffix}" for suffix in SUFFIXES}
+    file = next((path for path in there.values() if path.is_file()), None)
+    if file is None:
+        raise DataError(
+            f"no split {split!r} of {task.name} in {folder}: looked for "
+            f"{' and '.join(path.name for path in there.values())}; "
+            f"splits there: {_listed(_splits(folder))}"
+        )
+    description = f"{task.folder}/{file.name} of a local folder"
+    return _Source(read_json_lines(file), str(file), "local", description)
+
+
+def _local_folder(task: Task, root: Path) -> Path:
+    """The folder with the task's splits: `root/FOLDER`, `root/NAME`, or `root` itself."""
+    if not root.is_dir():
+        fault = "is a file, and a folder is needed" if root.exists() else "does not exist"
+        raise DataError(
+            f"the data folder {root} {fault}; inside, {task.name} would be {task.folder}/, "
+            f"see {_HELP}; --data {SAMPLE} takes the rows that come with Vesicle"
+        )
+    # The name first: WikiText-103 may have a folder, and shares WikiText-2's otherwise.
+    names = list(dict.fromkeys((task.name, task.folder)))
+    for folder in (*(root / name for name in names), root):
+        if _splits(folder):
+            return folder
+    others = sorted(path.name for path in root.iterdir() if path.is_dir() and _splits(path))
+    raise DataError(
+        f"no data for {task.name} in {root}: looked for {'/ and '.join(names)}/ with "
+        f"SPLIT{' or SPLIT'.join(SUFFIXES)} files; folders there: {_listed(others)}; see {_HELP}"
+    )
+
+
+def _splits(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    try:
+        files = [path.name for path in folder.iterdir() if path.is_file()]
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {error.strerror or error}") from error
+    return sorted({n.removesuffix(s) for n in files for s in SUFFIXES if n.endswith(s)})
+
+
+def _listed(names: list[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "none"
+
+
+def _hub(task: Task, hub: HubSet, split: str) -> _Source:
+    there = hub.splits.get(split, split)
+    name = " ".join(filter(None, (hub.path, hub.configuration, there)))
+    rows = _converted(_explained(_hub_rows(hub, there), name, task), name, task)
+    return _Source(rows, name, "hub", f"{name} of the Hugging Face hub")
+
+
+def _hub_rows(hub: HubSet, split: str) -> Iterator[Row]:
+    if isinstance(hub, HubArchive):
+        yield from _archive_rows(hub)
+        return
+    import datasets
+
+    _reach(hub)
+    # Streaming fetches the wanted split; without it, all splits would be fetched first.
+    yield from datasets.load_dataset(hub.path, hub.configuration, split=split, streaming=True)
+
+
+def _archive_rows(hub: HubArchive) -> Iterator[Row]:
+    import zipfile
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(hub.path, hub.file, repo_type="dataset", local_files_only=True)
+    except LocalEntryNotFoundError:
+        _reach(hub)
+        file = hf_hub_download(hub.path, hub.file, repo_type="dataset")
+    with zipfile.ZipFile(file) as archive:
+        for member in hub.members:
+            with archive.open(member) as stream:
+                lines = TextIOWrapper(stream, encoding="utf-8", newline="\n")
+                for _, row in _decoded(lines, f"{hub.path} {member}"):
+                    yield row
+
+
+def _reach(hub: HubSet) -> None:
+    """Fail at once if there is no such data set or no network.
+
+    The libraries would try again for half a minute, and report each time on standard error.
+    """
+    from huggingface_hub import HfApi
+
+    HfApi().dataset_info(hub.path, timeout=30)
+
+
+def _explained(rows: Iterator[Row], name: str, task: Task) -> Iterator[Row]:
+    """The rows, with whatever goes wrong on the way to the hub told in one line."""
+    use = f"--data DIR with {task.folder}/SPLIT.jsonl.gz in it ({_HELP}), or --data {SAMPLE}"
+    try:
+        yield from rows
+    except DataError:
+        raise
+    except ImportError as error:
+        raise DataError(
+            f"reading {name} from the Hugging Face hub needs the package datasets: "
+            f"pip install 'vesicle[eval]', or use a local folder: {use}"
+        ) from error
+    # The libraries raise a great many kinds of error, their own and those of the network below.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(
+            f"cannot read {name} from the Hugging Face hub: {reason}; use a local folder: {use}"
+        ) from error
+
+
+def _converted(rows: Iterable[Row], name: str, task: Task) -> Iterator[tuple[str, Row]]:
+    """Rows of the hub's format in the local one."""
+    for number, row in enumerate(rows, 1):
+        where = f"{name} row {number}"
+        try:
+            local = list(task.from_hub(row))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise DataError(
+                f"{where} has another form than {task.name} knows "
+                f"({type(error).__name__}: {error}); fields there: {_listed(sorted(row))}"
+            ) from error
+        yield from ((where, one) for one in local)
+
+
+# Rows -------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if not path.name.endswith(".gz"):
+        # Not splitlines: text may hold other line separators, which JSON does not escape.
+        yield from read_text(path).split("\n")
+        return
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file: {error}") from error
+
+
+def _decoded(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{name} line {number}", json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{name} line {number} is not JSON: {error}") from error
+
+
+def _checked(rows: Iterable[tuple[str, Any]], task: Task, name: str) -> Iterator[Row]:
+    """Rows that have the task's fields, and an id each."""
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{name} holds no rows")
+    for number, (where, row) in enumerate(chain([first], rows)):
+        if not isinstance(row, dict):
+            raise DataError(f"{where} is not a JSON object but {_told(row)}")
+        for field, kind in task.fields.items():
+            if field not in row:
+                raise DataError(
+                    f"{where} has no field {field!r}; fields there: {_listed(sorted(row))}; "
+                    f"{task.name} needs: {', '.join(task.fields)}"
+                )
+            if not _is(row[field], kind):
+                raise DataError(
+                    f"{where}: field {field!r} is {_told(row[field])}; allowed: {_JSON_NAMES[kind]}"
+                )
+        yield {"id": str(number), **row}
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    # True is an int to Python.
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _told(value: object) -> str:
+    """A value's type in JSON's words."""
+    if isinstance(value, list) and not _is(value, list):
+        return "a list with other things than text"
+    return _JSON_NAMES.get(type(value), type(value).__name__)
+
+
+# Items ------------------------------------------------------------------------------------------
+
+
+def _draw(items: Iterable[Item], limit: int | None, seed: int) -> tuple[tuple[Item, ...], int]:
+    """Draw `limit` items without replacement, kept in order; and how many there were.
+
+    Every item gets a random number, and those with the smallest are kept: one pass, no more than
+    `limit` items in memory. `random.Random.random` promises the same numbers in every version.
+    """
+    if limit is None:
+        everything = tuple(items)
+        return everything, len(everything)
+    draw, count = random.Random(seed), 0
+    kept: list[tuple[float, int, Item]] = []
+    for item in items:
+        # Negative, because the heap's first is its smallest. The position settles ties.
+        entry = (-draw.random(), count, item)
+        count += 1
+        if len(kept) < limit:
+            heapq.heappush(kept, entry)
+        elif entry > kept[0]:
+            heapq.heapreplace(kept, entry)
+    return tuple(item for _, _, item in sorted(kept, key=lambda entry: entry[1])), count
+
+
+def _with_unique_ids(items: Iterable[Item]) -> Iterator[Item]:
+    """Items with `#2`, `#3` and so on behind ids that came before (RACE repeats its passages')."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        seen[item.id] += 1
+        times = seen[item.id]
+        yield item if times == 1 else replace(item, id=f"{item.id}#{times}")
+
+
+def _digest(items: tuple[Item, ...]) -> str:
+    digest = sha256()
+    for item in items:
+        line = json.dumps(asdict(item), sort_keys=True, separators=(",", ":"))
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
