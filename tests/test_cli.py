@@ -20,8 +20,10 @@ from vesicle import shipped
 from vesicle.cli import main
 from vesicle.cost import Cost
 from vesicle.engine import Engine, core
+from vesicle.evaluation.methods import NAMES as METHODS
 from vesicle.modulator import Modulator
 from vesicle.plan import Plan
+from vesicle.tasks.registry import TASKS
 from vesicle.transmitters import NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -379,14 +381,65 @@ def test_regret(vesicle: Run, model: Path, modulator: Path, text_file: Path, tmp
     assert (tmp_path / "result.json").is_file()
 
 
+def test_eval(vesicle: Run, model: Path, modulator: Path, tmp_path: Path):
+    words = ("eval", "wikitext2", "--data", "sample", "--model", model, "--modulator", modulator)
+    words += ("--window", 32, "--limit", 5, "--weights", "fp32", "--budget", "1,0.8")
+    words += ("-m", "learnt,uniform", "-m", "shuffled", "--out", tmp_path)
+    status, out, err = vesicle(*words, "--json", "--table", "--plot")
+    assert status == 0, err
+    result = json.loads(out)
+    assert [(row["method"], row["budget"]) for row in result["rows"]] == [
+        ("dense", 1.0),
+        ("learnt", 0.8),
+        ("uniform", 0.8),
+        ("shuffled", 0.8),
+    ]
+    assert result == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert "| shuffled | 0.8 |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert (tmp_path / "quality_against_cost.png").read_bytes().startswith(b"\x89PNG")
+    status, out, err = vesicle(*words)
+    assert "20 items were done before" in err
+    assert "shuffled" in out
+
+
+def test_eval_list(vesicle: Run):
+    status, out, _ = vesicle("eval", "--list")
+    assert status == 0
+    for name in (*TASKS, *METHODS):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("squad", "--data", "missing"), "missing"),
+        (("squad", "--data", "src"), "squad"),
+        (("squad", "--data", "sample", "--split", "tset"), "tset"),
+        (("wikitext2", "--data", "sample", "--window", "65"), "at most 64"),
+        (("squad", "--data", "sample"), "--max-length"),
+        (
+            ("wikitext2", "--data", "sample", "--window", "32", "--out", "pyproject.toml"),
+            "pyproject",
+        ),
+    ],
+)
+def test_eval_mistakes(
+    vesicle: Run, model: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], part: str
+):
+    monkeypatch.chdir(ROOT)
+    assert part in error_line(*vesicle("eval", *words, "--model", model, "-m", "dense"))
+
+
 def test_option_defaults_are_those_of_the_library():
     from dataclasses import fields
 
+    from vesicle.commands.eval import evaluate
     from vesicle.commands.regret import regret
     from vesicle.commands.run import KvFormat, WeightFormat
     from vesicle.commands.train import train
     from vesicle.engine import pool, weights
     from vesicle.evaluation.regret import EvalConfig
+    from vesicle.evaluation.task_config import TaskConfig
     from vesicle.training.trainer import TrainConfig
 
     def defaults(config: type, command: Callable[..., None], left_out: set[str]) -> None:
@@ -401,6 +454,8 @@ def test_option_defaults_are_those_of_the_library():
 
     defaults(TrainConfig, train, set())
     defaults(EvalConfig, regret, {"data", "oracle"})
+    named = {"tasks", "methods", "budgets", "lengths", "depths"}
+    defaults(TaskConfig, evaluate, named)
     assert {*WeightFormat} == {"auto", *weights.FORMATS}
     assert {*KvFormat} == {"auto", *pool.FORMATS}
 
@@ -440,7 +495,15 @@ def test_option_defaults_are_those_of_the_library():
         (["run", "hi", "--bugdet", "1"], "--bugdet"),
         (["sing"], "sing"),
         (["info", "pyproject.toml"], "pyproject.toml"),
-        (["eval"], "command"),
+        (["eval"], "no task is named"),
+        (["eval", "sqad"], "did you mean squad"),
+        (["eval", "squad", "-m", "lernt"], "did you mean learnt"),
+        (["eval", "squad", "--budget", "1.5"], "above 0, up to 1"),
+        (["eval", "squad", "--budget", "1,x"], "--budget"),
+        (["eval", "squad", "--through", "air"], "--through"),
+        (["eval", "squad", "--limit", "-1"], "--limit"),
+        (["eval", "needle", "--depths", "2"], "from 0 to 1"),
+        (["eval", "squad", "--dial", "loud"], "tuned, shipped"),
         (["regret", "pyproject.toml", "--budgets", "1,x"], "--budgets"),
         (["regret", "pyproject.toml", "--budgets", "1.5"], "1.5"),
         (["regret", "pyproject.toml", "--methods", "lernt"], "learnt"),

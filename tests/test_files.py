@@ -1,4 +1,5 @@
 import errno
+import gzip
 import json
 import math
 import os
@@ -157,6 +158,41 @@ def test_text(tmp_path: Path):
         files.read_text(tmp_path / "none")
     with pytest.raises(DataError, match="directory"):
         files.read_text(tmp_path)
+
+
+def test_json_lines_are_named_and_kept_whole(tmp_path: Path):
+    content = '{"a": "b\u2028c\x85d"}\r\n \r\n[3]\n'.encode()
+    for name, pack in (("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress)):
+        path = tmp_path / name
+        path.write_bytes(pack(content))
+        assert list(files.read_json_lines(path)) == [
+            (f"{path} line 1", {"a": "b\u2028c\x85d"}),
+            (f"{path} line 3", [3]),
+        ]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + content)
+    assert len(list(files.read_json_lines(str(tmp_path / "a.jsonl")))) == 2
+
+
+def test_json_lines_that_cannot_be_read(tmp_path: Path):
+    whole = gzip.compress(b"[1]\n[2]\n")
+    for name, content, message in (
+        ("a.jsonl", b"[1]\n\n{oops", "a.jsonl line 3 is not JSON: Expecting property name"),
+        ("a.jsonl", b"[" * 200_000, "line 1 is not JSON"),
+        ("a.jsonl", b"\xff", "not UTF-8 text: byte 0xff at offset 0"),
+        ("a.jsonl.gz", gzip.compress(b"[1]\n{oops"), "a.jsonl.gz line 2 is not JSON"),
+        ("a.jsonl.gz", gzip.compress(b"\xff"), "not UTF-8 text: invalid start byte"),
+        ("a.jsonl.gz", b"[1]\n", "is not a whole gzip file: Not a gzipped file"),
+        ("a.jsonl.gz", whole[:-6], "is not a whole gzip file: Compressed file ended"),
+        ("a.jsonl.gz", whole[:10] + b"\xff" + whole[11:], "is not a whole gzip file: Error -3"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError) as raised:
+            list(files.read_json_lines(tmp_path / name))
+        assert message in str(raised.value)
+        assert "\n" not in str(raised.value)
+    for name in ("none.jsonl", "none.jsonl.gz"):
+        with pytest.raises(DataError, match=rf"cannot read .*{name}: No such file"):
+            list(files.read_json_lines(tmp_path / name))
 
 
 def test_cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

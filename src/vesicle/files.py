@@ -5,12 +5,14 @@ whole body has succeeded. A reader of the target sees the old content or the new
 """
 
 import errno
+import gzip
 import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,45 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ) from error
 
 
+def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Read a file of JSON Lines, compressed by gzip if its name ends in `.gz`.
+
+    Args:
+        path: The file to read.
+
+    Yields:
+        As `decode_json_lines`; lines are named by the path.
+
+    Raises:
+        DataError: The file is missing, unreadable, not UTF-8 or not whole, or a line is not JSON.
+    """
+    return decode_json_lines(_lines(Path(path)), str(path))
+
+
+def decode_json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
+    """Decode lines of JSON; blank ones are passed over.
+
+    Args:
+        lines: The lines, cut at line feeds alone: JSON text may hold other line separators.
+        name: What they are called in messages.
+
+    Yields:
+        A name for each line, such as `a.jsonl line 3`, to be used in messages; and its value.
+
+    Raises:
+        DataError: A line is not JSON.
+    """
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{name} line {number}"
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{where} is not JSON: {error}") from error
+        yield where, value
+
+
 def cache_root() -> Path:
     """Tell where downloaded and converted models are kept; the folder may not exist yet.
 
@@ -219,6 +260,21 @@ def disk_is_full(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return "No space left on device" in str(error)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.suffix != ".gz":
+        yield from read_text(path).split("\n")
+        return
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 @contextmanager

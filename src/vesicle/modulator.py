@@ -43,6 +43,11 @@ from vesicle.standins import StandIns
 from vesicle.transmitters import NAMES, index
 
 FORMAT = "vesicle-modulator-1"
+DECIMALS = 6
+"""Released levels are rounded to this many.
+
+One token and many are computed by other routes: rounding makes 0.25 the same level in both.
+"""
 _WEIGHTS, _CONFIG = "modulator.safetensors", "modulator.json"
 
 
@@ -391,7 +396,11 @@ class ModulatorMethod(Method):
 
 
 class ModulatorAuthor(Author):
-    """Writes one sequence's Plan from released levels; keeps the levels for reports."""
+    """Writes one sequence's Plan from released levels; keeps the levels for reports.
+
+    Attributes:
+        state: What the predictor carries from token to token, by layer.
+    """
 
     def __init__(self, method: ModulatorMethod, shape: ModelShape) -> None:
         """Start a sequence."""
@@ -400,7 +409,7 @@ class ModulatorAuthor(Author):
         self._rests = method.at_rest
         self._shape = shape
         self._columns = [index(name) for name in self.modulator.predictor.config.transmitters]
-        self._state: State = {}
+        self.state: State = {}
         self._next: AttentionDecision | None = None
         self._levels: list[FloatArray] = []
 
@@ -414,9 +423,29 @@ class ModulatorAuthor(Author):
         """Words of the model that the sequence is of."""
         return self._shape.vocabulary
 
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether levels depend on hidden states: not at rest, and not those of controls."""
+        return not self._rests and isinstance(self.modulator.predictor, Predictor)
+
     def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
-        """At rest, everything."""
-        return resting_rows(self._shape, positions) if self._rests else None
+        """At rest and for controls, everything."""
+        if self._rests:
+            return resting_rows(self._shape, positions)
+        if self.reads_hidden:
+            return None
+        return plan_rows(self.modulator, self._shape, self.foreseen(positions), positions)
+
+    def foreseen(self, positions: IntArray) -> FloatArray:
+        """Levels (T, L, 5) of coming tokens, where they depend on no hidden state."""
+        levels = np.ones((len(positions), self._shape.n_layers, len(NAMES)))
+        if not self._rests:
+            nothing = torch.zeros(1, len(positions), 0)
+            places, dial = torch.from_numpy(positions)[None], torch.tensor([self.dial])
+            for layer in range(self._shape.n_layers):
+                released = self.modulator.predictor.release(layer, nothing, places, dial, {})
+                levels[:, layer, self._columns] = released[0].double().numpy()
+        return levels.round(DECIMALS)
 
     def adopt(self, levels: FloatArray) -> None:
         """Keep the levels (T, L, 5) of tokens for which an executor released them itself."""
@@ -439,7 +468,7 @@ class ModulatorAuthor(Author):
         table = np.ones((n, len(NAMES)))
         if n == 1 and hidden.device.type == "cpu":
             table[0, self._columns] = predictor.release_row(
-                layer, hidden[0], int(positions[0]), self.dial, self._state
+                layer, hidden[0], int(positions[0]), self.dial, self.state
             )
         else:
             with torch.no_grad():
@@ -448,12 +477,10 @@ class ModulatorAuthor(Author):
                     hidden[None],
                     torch.from_numpy(positions)[None].to(hidden.device),
                     torch.tensor([self.dial], device=hidden.device),
-                    self._state,
+                    self.state,
                 )
             table[:, self._columns] = released[0].double().cpu().numpy()
-        # One token and many are computed by other routes: rounding makes 0.25 the same level in
-        # both.
-        table = table.round(6)
+        table = table.round(DECIMALS)
         self._levels[-1][:, layer] = table
         self._next = decide_attention(self.modulator, self._shape, table, positions)
         return decide_ffn(self.modulator, self._shape, table)
@@ -503,3 +530,42 @@ def decide_ffn(modulator: Modulator, shape: ModelShape, levels: FloatArray) -> F
         module=modulator.serotonin.module(levels[:, _SEROTONIN]),
         rest=False,
     )
+
+
+def plan_rows(
+    modulator: Modulator, shape: ModelShape, levels: FloatArray, positions: IntArray
+) -> dict[str, IntArray]:
+    """Rows of every field of a Plan from levels (T, L, 5) of tokens at `positions` (T,).
+
+    Levels released by layer l govern FFN l and attention l + 1; the first attention layer rests.
+    The LM head is screened where dopamine allows it; executors do so only if nothing but the
+    likeliest token is asked for.
+    """
+    t, n_layers, _ = levels.shape
+    ffn = decide_ffn(modulator, shape, levels.reshape(-1, len(NAMES)))
+    first = resting_attention(shape, positions)
+    later = decide_attention(
+        modulator,
+        shape,
+        levels[:, :-1].reshape(-1, len(NAMES)),
+        np.repeat(positions, n_layers - 1),
+    )
+
+    def layers(rest: IntArray, decided: IntArray) -> IntArray:
+        return np.concatenate([rest[:, None], decided.reshape(t, n_layers - 1, *rest.shape[1:])], 1)
+
+    dopamine, head = modulator.dopamine, np.zeros(t, np.int32)
+    if dopamine.head_survivors and shape.screens_head:
+        head = dopamine.head(levels[:, -1, _DOPAMINE], shape.vocabulary)
+    return {
+        "channels": np.concatenate(
+            [layers(first.channels, later.channels), ffn.channels.reshape(t, n_layers, 2)], axis=2
+        ),
+        "bits": np.concatenate(
+            [layers(first.bits, later.bits), ffn.bits.reshape(t, n_layers, 2)], axis=2
+        ),
+        "ffn": ffn.module.reshape(t, n_layers),
+        "attention": layers(first.run, later.run),
+        "kv_blocks": layers(first.kv_blocks, later.kv_blocks),
+        "head": head,
+    }

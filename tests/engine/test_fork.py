@@ -109,11 +109,25 @@ def test_the_source_may_end_first(engine: Engine):
         assert torch.equal(read(engine, fork, FIRST), expected)
 
 
+def test_carried_state_goes_with_the_fork(engine: Engine):
+    """A recurrent predictor's, which is known where the sequence stands."""
+    method = method_of(engine, "recurrent")
+    source, alone = engine.start(method), engine.start(method)
+    read(engine, source, PROMPT)
+    fork = engine.fork(source)
+    expected = read(engine, alone, PROMPT, FIRST)[len(PROMPT) :]
+    assert torch.equal(read(engine, fork, FIRST), expected)
+    assert torch.equal(read(engine, source, FIRST), expected)
+    assert np.array_equal(fork.levels, alone.levels)
+    for sequence in (source, fork, alone):
+        sequence.close()
+
+
 def test_what_cannot_be_forked(engine: Engine):
     recurrent = engine.start(method_of(engine, "recurrent"))
     read(engine, recurrent, PROMPT)
-    with pytest.raises(VesicleError, match="a 'recurrent' predictor carries state from token"):
-        engine.fork(recurrent)
+    with pytest.raises(VesicleError, match="fork after all 41 tokens, not after 40"):
+        engine.fork(recurrent, 40)
     with pytest.raises(VesicleError, match="42 tokens are to be shared; allowed: 0 to 41"):
         engine.fork(plain := read_all(engine), 42)
     with pytest.raises(VesicleError, match="of another engine"):

@@ -165,8 +165,10 @@ def test_shared_beginnings_change_no_score_and_are_read_once(folder: Path, modul
 def test_predictors_with_state_share_no_beginnings(folder: Path, tmp_path: Path):
     tiny_modulator(SHAPE, "recurrent", dtype=torch.float32).save_pretrained(tmp_path)
     lm = make(folder, modulator=str(tmp_path), budget=0.5)
-    together = lm.loglikelihood(requests(*PAIRS), disable_tqdm=True)
-    apart = [lm.loglikelihood(requests(pair), disable_tqdm=True)[0] for pair in PAIRS]
+    # Groups that begin like the one before, beside texts of one group.
+    pairs = [*PAIRS, *((f"{LONG * 4}{n} {LONG * 2}", "yes") for n in "123")]
+    together = lm.loglikelihood(requests(*pairs), disable_tqdm=True)
+    apart = [lm.loglikelihood(requests(pair), disable_tqdm=True)[0] for pair in pairs]
     assert [nats for nats, _ in together] == pytest.approx([n for n, _ in apart], abs=1e-6)
     assert lm.engine.pool.blocks_in_use == 0
 

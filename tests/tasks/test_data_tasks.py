@@ -10,8 +10,8 @@ from vesicle.tasks.longbench import FORMS
 from vesicle.tasks.metrics.longbench import DATA_SETS, FIRST_LINE
 from vesicle.tasks.race import asked
 from vesicle.tasks.registry import find_task
-from vesicle.tasks.wikitext import joined
 from vesicle.tasks.wmt14 import PAIRS
+from vesicle.training.data import joined
 
 DOCS = Path(__file__).parents[2] / "docs" / "tasks"
 PAGES = {"wikitext2": "wikitext", "wikitext103": "wikitext"}

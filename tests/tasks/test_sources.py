@@ -10,10 +10,11 @@ import pytest
 from tests.tasks.rows import HUB, LOCAL, SETTINGS, write_rows
 from vesicle.errors import DataError
 from vesicle.tasks.base import HubSet, Task
+from vesicle.tasks.hub import HubArchive
 from vesicle.tasks.items import Item
 from vesicle.tasks.longbench import LongBench
 from vesicle.tasks.registry import find_task
-from vesicle.tasks.sources import HubArchive, load_items, read_json_lines
+from vesicle.tasks.sources import load_items
 
 
 def load(task, data, split=None, limit=None, seed=0):
@@ -133,7 +134,7 @@ def test_longbench_is_read_from_the_archive_on_the_hub(tmp_path, monkeypatch):
     assert calls == [(*there, True), (*there, False)]
     message = failure("longbench", None)
     assert "There is no item named 'data/narrativeqa.jsonl'" in message
-    assert "--data DIR with longbench/SPLIT.jsonl.gz" in message
+    assert "--data DIR with longbench/test.jsonl.gz" in message
 
 
 class Filler(Task):
@@ -340,10 +341,15 @@ def test_a_hub_that_cannot_be_read(monkeypatch, hub):
         raise ConnectionError("no route to host.\nsecond line")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
-    for name, where in (("squad", "rajpurkar/squad validation"), ("longbench", "LongBench test")):
-        message = failure(name, None)
-        assert f"{where} from the Hugging Face hub: no route to host; use a local" in message
-        assert f"--data DIR with {name}/SPLIT.jsonl.gz in it (docs/tasks/local_data.md)" in message
+    for name, where, file in (
+        ("squad", "rajpurkar/squad validation", "squad/validation"),
+        ("longbench", "LongBench test", "longbench/test"),
+        ("needle", "baber/paul_graham_essays train", "paul_graham_essays/train"),
+    ):
+        assert failure(name, None).endswith(
+            f"{where} from the Hugging Face hub: no route to host; use --data sample (comes with "
+            f"Vesicle), or --data DIR with {file}.jsonl.gz in it (docs/tasks/local_data.md)"
+        )
     assert hub == []
 
 
@@ -367,14 +373,7 @@ def test_a_hub_that_fails_halfway_or_changed_its_form(monkeypatch, hub):
 def test_the_library_that_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     message = failure("squad", None)
-    assert "needs the package datasets: pip install 'vesicle[eval]', or use a local" in message
-
-
-def test_lines_are_named_and_kept_whole(tmp_path):
-    file = write_rows(tmp_path / "a.jsonl", [{"text": "a\u2028b\x85c"}, {"text": "d"}])
-    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n\r\n"))
-    rows = [({"text": "a\u2028b\x85c"}, 1), ({"text": "d"}, 3)]
-    assert list(read_json_lines(file)) == [(f"{file} line {n}", row) for row, n in rows]
+    assert "the package datasets: pip install 'vesicle[eval]', or use --data sample" in message
 
 
 def test_splits_may_have_other_names_on_the_hub(hub):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -144,9 +145,7 @@ def evaluate(
 
     config = TaskConfig(
         tasks=tuple(tasks),
-        methods=tuple(
-            name.strip() for part in method or ["learnt"] for name in part.split(",") if name
-        ),
+        methods=_names(method or ["learnt"]),
         budgets=_numbers(budget, "--budget"),
         data=data,
         split=split,
@@ -268,6 +267,12 @@ def _subject(
         modulator_name="" if source is None else Path(source).name,
         hugging_face=hugging_face,
     )
+
+
+def _names(parts: list[str]) -> tuple[str, ...]:
+    """Names with commas between; those in brackets belong to a press's arguments."""
+    split = (name.strip() for part in parts for name in re.split(r",(?![^()]*\))", part))
+    return tuple(name for name in split if name)
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:

@@ -104,7 +104,7 @@ class Slot:
         author = sequence.author
         self._modulator: core.ModulatorParts | None = None
         self._least = 0
-        if isinstance(author, ModulatorAuthor) and not author.rests:
+        if isinstance(author, ModulatorAuthor) and author.reads_hidden:
             self._modulator = _modulator_parts(author)
             self._least = author.modulator.gaba.least
             self.token.modulator = ctypes.addressof(self._modulator)
@@ -162,6 +162,8 @@ class Slot:
             n = self._planned = len(known["head"])
             for name, values in known.items():
                 plan[name][:n] = values
+            if isinstance(sequence.author, ModulatorAuthor):
+                self.levels[:n] = sequence.author.foreseen(positions[:n])
             packed = self._shape.stored_bits is not None
             return packed or bool((plan["bits"][:n] == FULL_BITS).all())
         for name, rows in resting_rows(self._shape, positions).items():
@@ -375,7 +377,7 @@ class Decoder:
     def covers(self, sequence: Sequence) -> bool:
         """Whether the core can decide for the sequence's next token, or be told beforehand."""
         author = sequence.author
-        if not isinstance(author, ModulatorAuthor) or author.rests:
+        if not isinstance(author, ModulatorAuthor) or not author.reads_hidden:
             return sequence.slot().knows(sequence)
         modulator = author.modulator
         ladder = modulator.dopamine.bits_ladder

@@ -286,24 +286,23 @@ class Engine:
         the whole head there.
 
         Args:
-            sequence: Of this engine. What its author carries from token to token beside levels is
-                not copied.
+            sequence: Of this engine.
             n_tokens: Where to fork; by default where it stands.
 
         Raises:
             CacheFullError: If the pool has no room for the copy of the last block.
             VesicleError: If the sequence is closed, shorter, of another engine, or its predictor
-                carries state, which is known at its end alone and is not copied; or if entries that
-                the fork would need were forgotten.
+                carries state, which is known at its end alone, and it is to be forked earlier; or
+                if entries that the fork would need were forgotten.
         """
         n = sequence.length if n_tokens is None else n_tokens
         author = sequence.author
         if sequence.engine is not self:
             raise VesicleError("a sequence of another engine is to be forked; use that engine")
-        if isinstance(author, ModulatorAuthor) and author._state:
+        if isinstance(author, ModulatorAuthor) and author.state and n != sequence.length:
             raise VesicleError(
                 f"a {author.modulator.predictor.kind!r} predictor carries state from token to "
-                "token; such a sequence cannot be forked"
+                f"token; fork after all {sequence.length} tokens, not after {n}"
             )
         sequence.settle()
         try:
@@ -318,6 +317,7 @@ class Engine:
         if isinstance(author, ModulatorAuthor) and isinstance(fork.author, ModulatorAuthor):
             for levels in opening(author._levels, n):
                 fork.author.adopt(levels)
+            fork.author.state.update({k: carried.clone() for k, carried in author.state.items()})
         if sequence.counted:
             fork.counted = [dict.fromkeys(sequence.counted[0], np.zeros(n, np.int64))]
         return fork

@@ -156,7 +156,7 @@ def _whole(sequence: Sequence) -> bool:
     Neither entries forgotten nor a predictor's state carried on.
     """
     author, cache = sequence.author, sequence.cache
-    carried = isinstance(author, ModulatorAuthor) and bool(author._state)
+    carried = isinstance(author, ModulatorAuthor) and bool(author.state)
     return not carried and bool((cache.n_blocks == -(-sequence.length // BLOCK)).all())
 
 

@@ -41,8 +41,8 @@ from torch import Tensor, nn
 from vesicle.cost import price, price_dense
 from vesicle.errors import BudgetError
 from vesicle.evaluation.language_modelling import Scores, executed_share, score
-from vesicle.modulator import Modulator, ModulatorMethod, decide_attention, decide_ffn
-from vesicle.plan import FloatArray, IntArray, Method, Plan, resting_attention
+from vesicle.modulator import DECIMALS, Modulator, ModulatorMethod, plan_rows
+from vesicle.plan import FloatArray, Method, Plan
 from vesicle.predictors import (
     ConstantLevels,
     Levels,
@@ -57,9 +57,6 @@ from vesicle.transmitters import NAMES, index
 TOLERANCE = 2e-3
 """Equal cost: executed and asked share differ by at most this part of the asked share."""
 
-DECIMALS = 6
-"""Authors round released levels to this many, so that all routes decide alike; so must a price."""
-
 _FINE = 2e-4
 _LARGEST_SCALE = 2.0**20
 _PRESSURE = 14.0
@@ -68,34 +65,11 @@ _PRESSURE = 14.0
 def plan_from_levels(modulator: Modulator, shape: ModelShape, levels: FloatArray) -> Plan:
     """The Plan that an executor would fill for levels (T, L, 5) of a sequence from position 0.
 
-    Levels released by layer l govern FFN l and attention l + 1; the first attention layer rests.
+    The whole LM head runs, as where all logits are needed.
     """
-    t, n_layers, _ = levels.shape
-    levels = levels.round(DECIMALS)
-    positions = np.arange(t, dtype=np.int32)
-    ffn = decide_ffn(modulator, shape, levels.reshape(-1, len(NAMES)))
-    first = resting_attention(shape, positions)
-    later = decide_attention(
-        modulator,
-        shape,
-        levels[:, :-1].reshape(-1, len(NAMES)),
-        np.repeat(positions, n_layers - 1),
-    )
-
-    def layers(rest: IntArray, decided: IntArray) -> IntArray:
-        return np.concatenate([rest[:, None], decided.reshape(t, n_layers - 1, *rest.shape[1:])], 1)
-
-    return Plan(
-        channels=np.concatenate(
-            [layers(first.channels, later.channels), ffn.channels.reshape(t, n_layers, 2)], axis=2
-        ),
-        bits=np.concatenate(
-            [layers(first.bits, later.bits), ffn.bits.reshape(t, n_layers, 2)], axis=2
-        ),
-        ffn=ffn.module.reshape(t, n_layers),
-        attention=layers(first.run, later.run),
-        kv_blocks=layers(first.kv_blocks, later.kv_blocks),
-    )
+    positions = np.arange(len(levels), dtype=np.int32)
+    rows = plan_rows(modulator, shape, levels.round(DECIMALS), positions)
+    return Plan(**{**rows, "head": np.zeros(len(levels), np.int32)})
 
 
 def released(modulator: Modulator, n_tokens: int) -> FloatArray:

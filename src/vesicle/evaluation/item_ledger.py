@@ -7,20 +7,17 @@ them follows from cumulated prices of one long sequence: the work of a span is a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vesicle.cost import price_tokens
-from vesicle.evaluation.controls import Ledger, plan_from_levels
+from vesicle.evaluation.controls import Ledger
 from vesicle.evaluation.executors import Span
-from vesicle.modulator import Modulator
+from vesicle.modulator import DECIMALS, Modulator, plan_rows
 from vesicle.plan import FloatArray, Plan
 from vesicle.shapes import ModelShape, Overhead
-from vesicle.transmitters import NAMES, index
-
-_DOPAMINE = index("dopamine")
+from vesicle.transmitters import NAMES
 
 
 class ItemLedger(Ledger):
@@ -44,7 +41,7 @@ class ItemLedger(Ledger):
                 screen it.
         """
         self.items = [tuple(spans) for spans in items]
-        self._screens = screens and shape.screens_head
+        self._screens = screens
         longest = max(span.stop for spans in self.items for span in spans)
         super().__init__(modulator, shape, longest)
         rest = Plan.rest(shape, longest)
@@ -53,12 +50,11 @@ class ItemLedger(Ledger):
 
     def plan(self, levels: FloatArray) -> Plan:
         """The Plan for levels (T, L, 5), the screened LM head included."""
-        plan = plan_from_levels(self.modulator, self.shape, levels)
-        dopamine = self.modulator.dopamine
-        if not self._screens or not dopamine.head_survivors:
-            return plan
-        last = levels[:, -1, _DOPAMINE].round(6)
-        return replace(plan, head=dopamine.head(last, self.shape.vocabulary))
+        positions = np.arange(len(levels), dtype=np.int32)
+        rows = plan_rows(self.modulator, self.shape, levels.round(DECIMALS), positions)
+        if not self._screens:
+            rows["head"][:] = 0
+        return Plan(**rows)
 
     def _executed(self, levels: FloatArray) -> int:
         return int(self._totals(self.plan(levels), self._overhead, self.items).sum())

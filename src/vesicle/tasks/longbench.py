@@ -14,9 +14,9 @@ from typing import ClassVar
 
 from vesicle.errors import DataError
 from vesicle.tasks.base import Row, Settings, Task
+from vesicle.tasks.hub import HubArchive
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.longbench import LongBenchScore
-from vesicle.tasks.sources import HubArchive
 
 
 @dataclass(frozen=True, kw_only=True)

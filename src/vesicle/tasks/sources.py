@@ -11,24 +11,22 @@ The local format is JSON Lines, one file a split: `DIR/FOLDER/SPLIT.jsonl.gz` or
 
 from __future__ import annotations
 
-import gzip
 import heapq
 import json
 import random
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib import resources
-from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from vesicle.errors import DataError
-from vesicle.files import read_text
+from vesicle.files import decode_json_lines, read_json_lines
 from vesicle.tasks.base import HubSet, Row, Settings, Task
+from vesicle.tasks.hub import hub_rows
 from vesicle.tasks.items import Item
 
 SAMPLE = "sample"
@@ -43,19 +41,6 @@ _JSON_NAMES = {
     dict: "an object",
     type(None): "null",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubArchive(HubSet):
-    """A data set that lies on the hub as a zip of JSON Lines, which no loader of rows reads.
-
-    Attributes:
-        file: The zip's path in the repository.
-        members: Paths inside the zip, in the order they are read.
-    """
-
-    file: str
-    members: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,21 +107,6 @@ def load_items(
     )
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read a `.jsonl` or `.jsonl.gz` file; blank lines are passed over.
-
-    Args:
-        path: The file.
-
-    Yields:
-        A name for each line, to be used in messages, and its decoded value.
-
-    Raises:
-        DataError: The file cannot be read, or a line is not JSON.
-    """
-    return _decoded(_lines(path), str(path))
-
-
 # Sources ----------------------------------------------------------------------------------------
 
 
@@ -168,7 +138,7 @@ def _shipped(task: Task) -> _Source:
     kind = "the sample" if own.is_file() else "the filler text"
     lines = file.read_text(encoding="utf-8").split("\n")
     description = f"{kind} that comes with Vesicle, {file.name}"
-    return _Source(_decoded(lines, file.name), description, "sample", description)
+    return _Source(decode_json_lines(lines, file.name), description, "sample", description)
 
 
 def _local(task: Task, root: Path, split: str) -> _Source:
@@ -223,68 +193,12 @@ def _listed(names: list[str], most: int = 12) -> str:
 def _hub(task: Task, hub: HubSet, split: str) -> _Source:
     there = hub.splits.get(split, split)
     name = " ".join(filter(None, (hub.path, hub.configuration, there)))
-    rows = _converted(_explained(_hub_rows(hub, there), name, task), name, task)
+    instead = (
+        f"use --data {SAMPLE} (comes with Vesicle), or "
+        f"--data DIR with {task.folder}/{split}{SUFFIXES[0]} in it ({_HELP})"
+    )
+    rows = _converted(hub_rows(hub, there, name, instead), name, task)
     return _Source(rows, name, "hub", f"{name} of the Hugging Face hub")
-
-
-def _hub_rows(hub: HubSet, split: str) -> Iterator[Row]:
-    if isinstance(hub, HubArchive):
-        yield from _archive_rows(hub)
-        return
-    import datasets
-
-    _reach(hub)
-    # Streaming fetches the wanted split; without it, all splits would be fetched first.
-    yield from datasets.load_dataset(hub.path, hub.configuration, split=split, streaming=True)
-
-
-def _archive_rows(hub: HubArchive) -> Iterator[Row]:
-    import zipfile
-
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        file = hf_hub_download(hub.path, hub.file, repo_type="dataset", local_files_only=True)
-    except LocalEntryNotFoundError:
-        _reach(hub)
-        file = hf_hub_download(hub.path, hub.file, repo_type="dataset")
-    with zipfile.ZipFile(file) as archive:
-        for member in hub.members:
-            with archive.open(member) as stream:
-                lines = TextIOWrapper(stream, encoding="utf-8", newline="\n")
-                for _, row in _decoded(lines, f"{hub.path} {member}"):
-                    yield row
-
-
-def _reach(hub: HubSet) -> None:
-    """Fail at once if there is no such data set or no network.
-
-    The libraries would try again for half a minute, and report each time on standard error.
-    """
-    from huggingface_hub import HfApi
-
-    HfApi().dataset_info(hub.path, timeout=30)
-
-
-def _explained(rows: Iterator[Row], name: str, task: Task) -> Iterator[Row]:
-    """The rows, with whatever goes wrong on the way to the hub told in one line."""
-    use = f"--data DIR with {task.folder}/SPLIT.jsonl.gz in it ({_HELP}), or --data {SAMPLE}"
-    try:
-        yield from rows
-    except DataError:
-        raise
-    except ImportError as error:
-        raise DataError(
-            f"reading {name} from the Hugging Face hub needs the package datasets: "
-            f"pip install 'vesicle[eval]', or use a local folder: {use}"
-        ) from error
-    # The libraries raise a great many kinds of error, their own and those of the network below.
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise DataError(
-            f"cannot read {name} from the Hugging Face hub: {reason}; use a local folder: {use}"
-        ) from error
 
 
 def _converted(rows: Iterable[Row], name: str, task: Task) -> Iterator[tuple[str, Row]]:
@@ -302,30 +216,6 @@ def _converted(rows: Iterable[Row], name: str, task: Task) -> Iterator[tuple[str
 
 
 # Rows -------------------------------------------------------------------------------------------
-
-
-def _lines(path: Path) -> Iterator[str]:
-    if not path.name.endswith(".gz"):
-        # Not splitlines: text may hold other line separators, which JSON does not escape.
-        yield from read_text(path).split("\n")
-        return
-    try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file: {error}") from error
-
-
-def _decoded(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{name} line {number}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{name} line {number} is not JSON: {error}") from error
 
 
 def _checked(rows: Iterable[tuple[str, Any]], task: Task, name: str) -> Iterator[Row]:

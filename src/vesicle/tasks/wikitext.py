@@ -16,6 +16,7 @@ from typing import ClassVar
 from vesicle.tasks.base import HubSet, Row, Settings, Task
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.likelihood import BitsPerByte, Perplexity
+from vesicle.training.data import joined
 
 
 class WikiText2(Task):
@@ -49,14 +50,3 @@ class WikiText103(WikiText2):
     hub = HubSet(path="Salesforce/wikitext", configuration="wikitext-103-raw-v1")
     # Its own training text is half a gigabyte, and is not in WikiText-2's folder.
     splits = ("test", "validation")
-
-
-def joined(texts: list[str]) -> list[str]:
-    """Texts as documents: one, if each that is not blank ends its line, else one a text.
-
-    Pieces of one document are joined with nothing between them; blank documents are left out.
-    """
-    filled = [text for text in texts if text.strip()]
-    if len(filled) > 1 and all(text.endswith("\n") for text in filled):
-        return ["".join(texts)]
-    return filled

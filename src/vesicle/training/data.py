@@ -16,20 +16,17 @@ between; else each row is a document, and `token_windows` puts a separator after
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vesicle.errors import DataError
-from vesicle.files import read_text
+from vesicle.files import read_json_lines, read_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -69,10 +66,25 @@ def load_documents(
             f"no data at {source}: give a .txt, .jsonl or .jsonl.gz file, a folder of those, "
             "or a Hugging Face data set such as owner/name:configuration"
         )
-    documents = _documents(_first(rows, max_characters))
+    documents = joined(_first(rows, max_characters))
     if not documents:
         raise DataError(f"{source} holds no text")
     return documents
+
+
+def joined(rows: Sequence[str]) -> list[str]:
+    """Rows as documents: one, if each that is not blank ends its line, else one a row.
+
+    Args:
+        rows: Texts. Lines are joined as they are, blank ones included.
+
+    Returns:
+        The documents; none is blank.
+    """
+    filled = [row for row in rows if row.strip()]
+    if len(filled) > 1 and all(row.endswith("\n") for row in filled):
+        return ["".join(rows)]
+    return filled
 
 
 def token_windows(
@@ -99,6 +111,8 @@ def token_windows(
         DataError: There are too few tokens for one window.
         ValueError: If `length` is below 2.
     """
+    import torch
+
     if length < 2:
         raise ValueError(f"length is {length}; allowed: 2 and above")
     last = len(documents) - 1
@@ -127,14 +141,6 @@ def _first(rows: Iterable[str], max_characters: int) -> list[str]:
     return taken
 
 
-def _documents(rows: list[str]) -> list[str]:
-    """Rows as documents: one if the rows are lines, else one a row."""
-    filled = [row for row in rows if row.strip()]
-    if len(filled) > 1 and all(row.endswith("\n") for row in filled):
-        return ["".join(rows)]
-    return filled
-
-
 def _files(path: Path, split: str) -> list[Path]:
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
@@ -151,28 +157,8 @@ def _read_file(path: Path, field: str) -> Iterator[str]:
         # A text file is one document whatever its line ends are.
         yield read_text(path).rstrip("\n")
         return
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{path} line {number} is not JSON: {error}") from error
-        yield _text(row, field, f"{path} line {number}")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    if not path.name.endswith(".gz"):
-        # Not splitlines: text may hold other line separators, which JSON does not escape.
-        yield from read_text(path).split("\n")
-        return
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    for where, row in read_json_lines(path):
+        yield _text(row, field, where)
 
 
 def _text(row: Any, field: str, where: str) -> str:

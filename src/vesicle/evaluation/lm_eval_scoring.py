@@ -1,0 +1,240 @@
+"""Log-likelihoods for lm_eval: what texts begin with in common is read once.
+
+Texts are sorted, so that those that begin alike follow one another, and a few of them make a group.
+What all of a group begin with is read into one sequence, which goes on from the last group's as far
+as that begins alike too (`Engine.fork`). The rest of each is read side by side, from forks.
+
+The LM head runs for the positions that are scored, and for up to `MANY` - 1 before them: the engine
+computes passes of fewer tokens by another route, which rounds activations (see `docs/engine.md`),
+so each text has `MANY` tokens in a pass if it has that many. Where passes are cut changes rounding
+and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vesicle.cost import Cost
+from vesicle.engine import Engine
+from vesicle.engine.engine import CHUNK
+from vesicle.engine.engine import Sequence as EngineSequence
+from vesicle.engine.linear import MANY
+from vesicle.errors import VesicleError
+from vesicle.evaluation.lm_eval_tally import Tally
+from vesicle.plan import Method
+
+_SIDE_BY_SIDE = 512
+"""Tokens of a pass with logits, which take 100 MB in fp32 at a vocabulary of 49152."""
+_PASS = 64
+"""About as many tokens as a pass takes time for what does not depend on its tokens."""
+
+
+@dataclass
+class Continuation:
+    """The end of a text, to be scored.
+
+    Attributes:
+        place: Of its request.
+        ids: Token ids, at least one.
+        nats: Log-likelihood, of the tokens seen so far.
+        greedy: Whether greedy decoding would write them.
+    """
+
+    place: int
+    ids: list[int]
+    nats: float = 0.0
+    greedy: bool = True
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text to score.
+
+    Attributes:
+        ids: Token ids that are read; the last of a continuation is not.
+        continuations: All that end there.
+        head: Position from where on logits are needed; below 0 where the text is short.
+    """
+
+    ids: list[int]
+    continuations: list[Continuation]
+    head: int
+
+    def add(self, start: int, logits: Tensor) -> None:
+        """Score what logits (T, V) of the tokens from `start` on say about each continuation."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        chances, best = logits.log_softmax(-1), logits.argmax(-1)
+        for one in self.continuations:
+            first = len(self.ids) - len(one.ids)  # the position that predicts its first token
+            begin, end = max(start, first), start + len(logits)
+            if begin >= end:
+                continue
+            labels = torch.tensor(one.ids[begin - first : end - first])
+            rows = slice(begin - start, end - start)
+            one.nats += float(chances[rows].gather(1, labels[:, None]).double().sum())
+            one.greedy = one.greedy and bool((best[rows] == labels).all())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Texts that are read side by side.
+
+    Attributes:
+        texts: In the order of their token ids.
+        shared: Tokens that all begin with, and that are read once; 0 where that is too few.
+    """
+
+    texts: list[_Text]
+    shared: int
+
+
+class Scorer:
+    """Scores continuations on an engine, and counts the work."""
+
+    def __init__(self, engine: Engine, method: Method | None, tally: Tally) -> None:
+        """Score under a method.
+
+        Args:
+            engine: Who computes.
+            method: Who decides; None for dense.
+            tally: Where work is counted.
+
+        Raises:
+            VesicleError: The method does not fit the model.
+        """
+        self._engine, self._method, self._tally = engine, method, tally
+        self._forks = self._can_fork()
+
+    def score(self, wanted: Mapping[tuple[int, ...], list[Continuation]]) -> Iterator[Continuation]:
+        """Score continuations, in an order of our own.
+
+        Args:
+            wanted: Token ids to read, and what is asked of their end.
+
+        Yields:
+            Each continuation, scored.
+        """
+        before: EngineSequence | None = None
+        for group in self._groups(wanted):
+            base = self._read_shared(group, before)
+            if before is not None:
+                before.close()
+            for text, start, logits in self._read_rest(group, base):
+                text.add(start, logits)
+            for text in group.texts:
+                yield from text.continuations
+            before = base
+        if before is not None:
+            before.close()
+
+    def _groups(self, wanted: Mapping[tuple[int, ...], list[Continuation]]) -> Iterator[_Group]:
+        """Texts that begin alike, or are short, in groups that are read side by side."""
+        group = _Group([], 0)
+        for inputs in sorted(wanted):  # so that shared beginnings follow one another
+            ids, ends = list(inputs), wanted[inputs]
+            text = _Text(ids, ends, len(ids) - max(MANY, *(len(end.ids) for end in ends)))
+            if not group.texts:
+                group = _Group([text], text.head)
+                continue
+            shared = min(group.shared, text.head, _common(group.texts[0].ids, ids))
+            if shared < MANY or not self._forks:
+                shared = 0
+            texts = [*group.texts, text]
+            tokens = sum(len(t.ids) - shared for t in texts)
+            again = (group.shared - shared) * (len(group.texts) - 1)  # read by each, not by one
+            if tokens <= _SIDE_BY_SIDE and again <= _PASS:
+                group = _Group(texts, shared)
+            else:
+                yield group
+                group = _Group([text], text.head)
+        if group.texts:
+            yield group
+
+    def _read_shared(self, group: _Group, before: EngineSequence | None) -> EngineSequence | None:
+        """A sequence that has read what a group's texts share, None for nothing.
+
+        It goes on from `before` where that begins alike.
+        """
+        shared, ids = group.shared, group.texts[0].ids
+        if shared < MANY:
+            return None
+        start = 0 if before is None else _common(before.token_ids, ids[:shared])
+        if start < shared:
+            start = min(start, shared - MANY)
+        if before is not None and start >= MANY and self._forks:
+            base = self._engine.fork(before, start)
+        else:
+            base, start = self._engine.start(self._method), 0
+        for n in _parts(shared - start, CHUNK):
+            at = base.length
+            self._engine.forward([(base, ids[at : at + n])], "none")
+        self._count(base, start, shared, head=shared)
+        return base
+
+    def _read_rest(
+        self, group: _Group, base: EngineSequence | None
+    ) -> Iterator[tuple[_Text, int, Tensor]]:
+        """Texts beyond what `base` has read of them all: text, position, logits (T, V) from there.
+
+        A long text comes in parts.
+        """
+        engine, start = self._engine, 0 if base is None else base.length
+        if base is None:
+            sequences = [engine.start(self._method) for _ in group.texts]
+        elif len(group.texts) == 1:
+            sequences = [base]
+        else:
+            sequences = [engine.fork(base) for _ in group.texts]
+        heads = [t.head if t.head - start >= MANY else start for t in group.texts]
+        triples = list(zip(sequences, group.texts, heads, strict=True))
+        middles = [(s, t.ids[start:head]) for s, t, head in triples if head > start]
+        if middles:
+            engine.forward(middles, "none")
+        if len(triples) > 1:
+            ends = [(s, t.ids[head:]) for s, t, head in triples]
+            yield from zip(group.texts, heads, engine.forward(ends, "all"), strict=True)
+        else:
+            sequence, text, head = triples[0]
+            for n in _parts(len(text.ids) - head, _SIDE_BY_SIDE):
+                at = sequence.length
+                yield text, at, engine.forward([(sequence, text.ids[at : at + n])], "all")[0]
+        for sequence, text, head in triples:
+            self._count(sequence, start, len(text.ids), head)
+            if sequence is not base:
+                sequence.close()
+
+    def _count(self, sequence: EngineSequence, start: int, stop: int, head: int) -> None:
+        """Count the work on a sequence's tokens from `start` to `stop`, logits from `head` on."""
+        costs = {name: int(v[start:stop].sum()) for name, v in sequence.token_costs.items()}
+        executed = Cost(kv_bytes_held=sequence.cache.bytes_held, **costs)
+        self._tally.add(executed, start, stop, head)
+
+    def _can_fork(self) -> bool:
+        """Whether a sequence can go on from within another; not where a predictor carries state."""
+        sequence = self._engine.start(self._method)
+        self._engine.forward([(sequence, [0, 0])], "none")
+        try:
+            self._engine.fork(sequence, 1).close()
+        except VesicleError:
+            return False
+        finally:
+            sequence.close()
+        return True
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    n = min(len(first), len(second))
+    differ = np.asarray(first[:n]) != np.asarray(second[:n])
+    return int(differ.argmax()) if differ.any() else n
+
+
+def _parts(n: int, most: int) -> list[int]:
+    """As few parts of at most `most` as n can be cut into, as even as can be."""
+    count = -(-n // most)
+    return [n // count + (i < n % count) for i in range(count)]
