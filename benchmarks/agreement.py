@@ -21,6 +21,8 @@ from vesicle.evaluation.task_results import TaskResult, TaskRow
 from vesicle.files import write_json
 
 POINTS = 0.5
+RELATIVE = 0.005
+"""Of perplexity and bits per byte, which are not in percent."""
 
 
 def compare(results: list[TaskResult]) -> dict[str, Any]:
@@ -31,6 +33,9 @@ def compare(results: list[TaskResult]) -> dict[str, Any]:
     """
     first = results[0]
     names = [_name(r) for r in results]
+    for name, result in zip(names, results, strict=True):
+        if [t["name"] for t in result.tasks] != [t["name"] for t in first.tasks]:
+            raise DataError(f"{name} has other tasks than {names[0]}")
     tasks = []
     for task in first.tasks:
         rows = [_dense(r, task["name"]) for r in results]
@@ -44,7 +49,8 @@ def compare(results: list[TaskResult]) -> dict[str, Any]:
             differing = [sum(a != b for a, b in zip(own[0], other, strict=True)) for other in own]
             exact = task["kind"] == "choose"
             largest = max(abs(v - values[0]) for v in values)
-            agrees = not any(differing) if exact else largest <= POINTS
+            allowed = POINTS if metric["percent"] else RELATIVE * values[0]
+            agrees = not any(differing) if exact else largest <= allowed
             metrics[metric["name"]] = {
                 "title": metric["title"],
                 "values": values,

@@ -293,3 +293,11 @@ def test_the_default_model_continues(text: vesicle.Text, prompt: str, choice: st
     before, own = continuation(prompt, choice, text)
     assert before == text.encode(prompt.rstrip())
     assert text.decode(before) + text.decode(own) == prompt + choice
+
+
+@pytest.mark.model
+def test_no_context_at_all_is_tried_last():
+    text = vesicle.Text.from_folder(vesicle.resolve_model(None))
+    item = Item(id="a", context="\n\n\n", question="er🙂th")
+    least = len(text.encode(item.question))
+    assert make_prompt(item, text, "plain", least).ids == text.encode(item.question)

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from vesicle.errors import DataError
+from vesicle.evaluation.provenance import hardware, versions
 from vesicle.evaluation.regret_results import (
     FEWEST,
     SCHEMA,
     Result,
     Row,
-    hardware,
     paired_difference,
-    versions,
 )
 
 

@@ -250,3 +250,10 @@ def test_levels_that_are_damaged(tmp_path: Path, content: bytes):
     (tmp_path / LEVELS / "x.safetensors").write_bytes(content)
     with pytest.raises(VesicleError, match=r"^cannot read .*x\.safetensors: .*; delete it and run"):
         store.levels("x")
+
+
+def test_levels_that_cannot_be_written(tmp_path: Path):
+    store = ItemStore(tmp_path)
+    (tmp_path / LEVELS).write_text("", encoding="utf-8")
+    with pytest.raises(VesicleError, match="cannot write"):
+        store.save_levels("x", np.ones((2, 3, 5)))

@@ -539,3 +539,50 @@ def test_a_data_folder_is_called_dir(tmp_path: Path):
     line = results_page.command(replace(make_result(), config=config.to_dict()))
     assert "--data DIR " in line
     assert tmp_path.name not in line
+
+
+def test_the_legend_fits_every_panel(monkeypatch, tmp_path: Path):
+    a, b, c = (f"kvpress:{name}" for name in "ABC")
+    race = {**SQUAD, "name": "race"}
+    made = make_result(
+        make_row(SQUAD, a, 0.5, 40),
+        make_row(SQUAD, b, 0.5, 40),
+        make_row(race, b, 0.5, 40),
+        make_row(race, c, 0.5, 40),
+        tasks=(WIKITEXT, SQUAD, race),
+    )
+    with drawn(made, monkeypatch, tmp_path) as figure:
+        (legend,) = figure.legends
+        named = dict(
+            zip(
+                (t.get_text() for t in legend.get_texts()),
+                (h.get_color() for h in legend.legend_handles),
+                strict=True,
+            )
+        )
+        for panel in figure.axes:
+            for line in panel.get_lines():
+                assert named[line.get_label()] == line.get_color()
+        assert len(set(named.values())) == len(named)
+
+
+def test_a_budget_that_no_method_reached_is_on_the_page():
+    made = make_result(make_row(WIKITEXT, "learnt", 0.8, 53), tasks=(SQUAD, WIKITEXT))
+    gone = {"task": "squad", "method": "learnt", "budget": 0.8, "reason": "no dial"}
+    page = page_of(replace(made, missing=[gone]))
+    assert "SQuAD v1.1, F1 | 40 | 50.0" in page
+    assert "out of reach" in page
+
+
+def test_the_command_names_best_of_and_selection():
+    config = TaskConfig(tasks=("squad",), best_of=5, selection=2)
+    line = results_page.command(replace(make_result(), config=config.to_dict()))
+    assert "--best-of 5" in line
+    assert "--selection 2" in line
+
+
+def test_the_command_is_quoted_for_a_shell():
+    config = {**make_result().config, "methods": ["kvpress:SnapKV(window_size=32)"]}
+    line = results_page.command(replace(make_result(), config=config))
+    assert "kvpress:SnapKV(window_size=32)" in shlex.split(line)
+    assert "--method kvpress:SnapKV(" not in line  # a shell would stumble over the bracket

@@ -59,7 +59,7 @@ def make_prompt(
     ids, shortened, context = encode(item.context), 0, item.context
     if len(ids) > most_tokens:
         words = codec.encode(item.context)
-        room = most_tokens - (len(ids) - len(words))
+        room = max(0, most_tokens - (len(ids) - len(words)))
         while len(ids) > most_tokens:
             if room < 0:
                 raise DataError(
@@ -69,7 +69,8 @@ def make_prompt(
             context = _without_middle(words, room, codec)
             ids, shortened = encode(context), len(words) - room
             # Token boundaries may move where the halves meet.
-            room -= max(1, len(ids) - most_tokens)
+            # No context at all is tried before giving up.
+            room = max(room - max(1, len(ids) - most_tokens), 0 if room else -1)
     n_context = _n_context(codec, style, context, ids)
     return Prompt(ids=ids, n_context=n_context, shortened=shortened)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from vesicle.evaluation.task_results import Score, TaskResult, TaskRow
+from vesicle.models.default import DEFAULT_MODEL
 
 HEAD = """# Results
 
@@ -66,7 +68,7 @@ def _run(name: str, result: TaskResult) -> list[str]:
 def command(result: TaskResult) -> str:
     """The command that makes a run, with what is not at its default; DIR is the data folder."""
     c = result.config
-    words = ["vesicle eval", *c["tasks"]]
+    words = ["vesicle", "eval", *c["tasks"]]
     words += ["--method", ",".join(c["methods"])]
     words += ["--budget", ",".join(f"{b:g}" for b in c["budgets"])]
     if c["data"] is not None:
@@ -82,7 +84,17 @@ def command(result: TaskResult) -> str:
         words += ["--seed", str(c["seed"])]
     if c["dial"] != "tuned":
         words += ["--dial", c["dial"]]
-    return " ".join(words)
+    for name, default in (("best_of", 20), ("selection", 4)):
+        if c[name] != default:
+            words += [f"--{name.replace('_', '-')}", str(c[name])]
+    model = result.model
+    if model["name"] != DEFAULT_MODEL:
+        words += ["--model", model["name"]]
+    if model["through"] != "engine":
+        words += ["--through", model["through"]]
+    elif model["name"] == DEFAULT_MODEL and model["weights"] != "int4":  # its own format
+        words += ["--weights", model["weights"]]
+    return " ".join(shlex.quote(word) for word in words)
 
 
 def _dense_table(result: TaskResult) -> list[str]:
@@ -113,13 +125,14 @@ def _cost_table(result: TaskResult) -> list[str]:
         rows = result.of_task(task["name"])
         dense = rows[0].scores[main["name"]].value
         sign = "" if main["higher_is_better"] else ", lower is better"
-        for budget in dict.fromkeys(row.budget for row in rows[1:]):
+        gone = [m["budget"] for m in result.missing if m["task"] == task["name"]]
+        for budget in sorted({*(row.budget for row in rows[1:]), *gone}, reverse=True):
             own = {row.method: row for row in rows[1:] if row.budget == budget}
-            first = next(iter(own.values()))
+            cost = f"{next(iter(own.values())).ratio['flops']:.3f}" if own else "-"
             cells = [_cell(main, own.get(method)) for method in methods]
             lines.append(
                 f"| {task['title']}, {main['title']}{sign} | {task['n_items']} | "
-                f"{_number(main, dense)} | {first.ratio['flops']:.3f} | " + " | ".join(cells) + " |"
+                f"{_number(main, dense)} | {cost} | " + " | ".join(cells) + " |"
             )
     return lines
 

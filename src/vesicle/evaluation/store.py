@@ -91,7 +91,6 @@ class ItemStore:
         """Store released levels (T, L, 5); they are rounded to six decimals already."""
         from safetensors.numpy import save_file
 
-        self._levels.mkdir(parents=True, exist_ok=True)
         with atomic_path(self._levels / f"{name}.safetensors") as part:
             save_file({"levels": levels.astype(np.float32)}, part)
 

@@ -37,27 +37,44 @@ def save_plots(result: TaskResult, folder: Path) -> Path:
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in panels[n:]:
         panel.set_axis_off()
+    styles = _styles(result)
+    seen: dict[str, Any] = {}
     for panel, task in zip(panels, result.tasks, strict=False):
-        _draw(panel, task, result.of_task(task["name"]))
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+        _draw(panel, task, result.of_task(task["name"]), styles)
+        handles, labels = panel.get_legend_handles_labels()
+        seen |= dict(zip(labels, handles, strict=True))
+    if seen:
+        figure.legend(
+            list(seen.values()), list(seen), loc="outside lower center", ncols=6, frameon=False
+        )
     target = folder / "quality_against_cost.png"
     with atomic_path(target) as part:
         figure.savefig(part, format="png", dpi=120)
     return target
 
 
-def _draw(axes: Axes, task: dict[str, Any], rows: list[TaskRow]) -> None:
+def _styles(result: TaskResult) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each method, the same in all panels."""
+    spare = iter([("#0072B2", "h"), ("#E69F00", "<"), ("#009E73", ">"), ("#D55E00", "p")] * 9)
+    methods = dict.fromkeys(row.method for row in result.rows if row.method != "dense")
+    styles = {m: STYLES.get(m) or next(spare) for m in methods}
+    return {**styles, "dense": ("#7F7F7F", "*")}
+
+
+def _draw(
+    axes: Axes,
+    task: dict[str, Any],
+    rows: list[TaskRow],
+    styles: dict[str, tuple[str, str]],
+) -> None:
     metric, dense = task["metrics"][0], next(row for row in rows if row.method == "dense")
     others = [row for row in rows if row.method != "dense"]
     # A press saves memory and no FLOPs.
     memory = bool(others) and all(row.method.startswith(PRESS) for row in others)
     cost = "kv_bytes_held" if memory else "flops"
-    spare = iter([("#7F7F7F", "*"), ("#0072B2", "h"), ("#E69F00", "<"), ("#009E73", ">")] * 9)
     for method in dict.fromkeys(row.method for row in others) or ["dense"]:
         own = [dense, *(row for row in others if row.method == method)]
-        colour, marker = STYLES.get(method) or next(spare)
+        colour, marker = styles[method]
         scores = [row.scores[metric["name"]] for row in own]
         x = [row.ratio[cost] for row in own]
         axes.plot(x, [s.value for s in scores], color=colour, marker=marker, label=method)

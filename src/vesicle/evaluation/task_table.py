@@ -55,21 +55,22 @@ def cells(task: dict[str, Any], row: TaskRow) -> list[str]:
 
 def rich_tables(result: TaskResult) -> list[Table]:
     """One table a task, for the terminal: the columns that fit; `markdown` has them all."""
+    from rich.markup import escape
     from rich.table import Table
 
     tables = []
     for task in result.tasks:
-        table = Table(title=_title(task), title_justify="left")
+        table = Table(title=escape(_title(task)), title_justify="left")
         names = columns(task)
         shown = [i for i, name in enumerate(names) if name not in _LEFT_OUT]
         for i in shown:
-            table.add_column(names[i], justify="left" if i == 0 else "right")
+            table.add_column(escape(names[i]), justify="left" if i == 0 else "right")
         before: TaskRow | None = None
         for row in result.of_task(task["name"]):
             if before is not None and before.budget != row.budget:
                 table.add_section()
             found = cells(task, row)
-            table.add_row(*(found[i] for i in shown))
+            table.add_row(*(escape(found[i]) for i in shown))
             before = row
         tables.append(table)
     return tables
