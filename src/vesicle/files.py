@@ -101,19 +101,20 @@ def scratch_folder(parent: str | os.PathLike[str], needs_bytes: int = 0) -> Iter
         yield part
 
 
-def write_json(path: str | os.PathLike[str], obj: object) -> None:
-    """Write `obj` as indented, strict JSON, all or nothing.
+def write_json(path: str | os.PathLike[str], obj: object, *, indent: int | None = 2) -> None:
+    """Write `obj` as strict JSON, all or nothing.
 
     Args:
         path: The file to create or replace.
         obj: Anything `json` can hold.
+        indent: Blanks a level; None for one line.
 
     Raises:
         VesicleError: The file cannot be written, or a number is NaN or infinite.
         TypeError: `obj` holds something that JSON has no form for.
     """
     try:
-        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise VesicleError(
             f"cannot write {path}: it would hold NaN or infinity, and JSON numbers are finite"

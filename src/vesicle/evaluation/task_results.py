@@ -164,12 +164,12 @@ class TaskResult:
         return cls(**{**checked, "rows": [TaskRow.from_dict(row) for row in checked["rows"]]})
 
     def save(self, path: Path | str) -> None:
-        """Write JSON, all or nothing.
+        """Write JSON on one line, all or nothing: the numbers of each item would fill thousands.
 
         Raises:
             VesicleError: The file cannot be written.
         """
-        write_json(path, self.to_dict())
+        write_json(path, self.to_dict(), indent=None)
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
