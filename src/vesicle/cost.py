@@ -27,6 +27,7 @@ layer costs 2 k (HK + 2 GK) + 2 k' D + 4 HK S for attention over S positions, an
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -230,6 +231,15 @@ def price_dense(
     """The cost of the dense model on the same tokens."""
     rest = Plan.rest(shape, first_position + n_tokens).tokens(first_position)
     return price(rest, shape, first_position=first_position, with_logits=with_logits)
+
+
+@lru_cache(maxsize=4096)
+def price_dense_span(shape: ModelShape, start: int, stop: int, head: int) -> Cost:
+    """The cost of the dense model on tokens `start` to `stop`, with logits from `head` on."""
+    if start == stop:
+        return Cost()
+    heads = np.arange(start, stop) >= head
+    return price_dense(shape, stop - start, first_position=start, with_logits=heads)
 
 
 def flops_per_token(shape: ModelShape, context: int) -> int:

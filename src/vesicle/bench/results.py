@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from vesicle.bench.contenders import REST
-from vesicle.errors import DataError
-from vesicle.files import read_json, write_json
+from vesicle.records import Record, checked
 
 SCHEMA = "vesicle-bench-1"
 
@@ -148,7 +146,7 @@ class Row:
 
 
 @dataclass(kw_only=True)
-class Report:
+class Report(Record):
     """A benchmark, finished or not.
 
     Attributes:
@@ -166,8 +164,10 @@ class Report:
         valid: Whether every row is.
         reasons: What is wrong with the run as a whole.
         finished: Whether it got to its end.
-        schema: Version of this record.
     """
+
+    what = "a benchmark"
+    version = SCHEMA
 
     config: dict[str, Any]
     contenders: dict[str, dict[str, Any]]
@@ -182,7 +182,6 @@ class Report:
     missing: list[dict[str, Any]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     finished: bool = False
-    schema: str = SCHEMA
 
     @property
     def valid(self) -> bool:
@@ -209,41 +208,24 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON writes it, `schema` and `valid` first."""
-        values = asdict(self)
+        values = super().to_dict()
         return {"schema": values.pop("schema"), "valid": self.valid, **values}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: Any) -> Self:
         """Read what `to_dict` wrote.
 
         Raises:
             DataError: It is of another schema, or a field is missing or unknown.
         """
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-            found = values.get("schema") if isinstance(values, dict) else type(values).__name__
-            raise DataError(f"this is not a {SCHEMA} record: its schema is {found!r}")
-        known = {f.name for f in fields(cls)}
-        given = {name: value for name, value in values.items() if name != "valid"}
-        if known != set(given):
-            raise DataError(f"a benchmark's fields differ: {sorted(known ^ set(given))}")
-        return cls(**{**given, "rows": [_row(row) for row in given["rows"]]})
-
-    def save(self, path: Path | str) -> None:
-        """Write JSON, all or nothing.
-
-        Raises:
-            VesicleError: The file cannot be written.
-        """
-        write_json(path, self.to_dict())
+        if isinstance(values, dict):
+            values = {name: value for name, value in values.items() if name != "valid"}
+        return super().from_dict(values)
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            DataError: The file is missing, malformed or of another schema.
-        """
-        return cls.from_dict(read_json(path))
+    def parts(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Rows are records of their own."""
+        return {**values, "rows": [_row(row) for row in values["rows"]]}
 
 
 def make_rows(
@@ -360,9 +342,7 @@ def _hits(turns: list[Turn], texts: list[list[list[int]]]) -> float:
 
 def _row(values: dict[str, Any]) -> Row:
     """Read a row that `asdict` wrote."""
-    known = {f.name for f in fields(Row)}
-    if known != set(values):
-        raise DataError(f"a benchmark row's fields differ: {sorted(known ^ set(values))}")
+    values = checked(Row, values, "a benchmark")
     spreads = {f.name: Spread(**values[f.name]) for f in fields(Row) if f.type == "Spread"}
     speeds = {
         other: {phase: Spread(**spread) for phase, spread in by_phase.items()}

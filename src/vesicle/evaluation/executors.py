@@ -16,14 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vesicle.cost import Cost, price, price_dense
+from vesicle.cost import Cost, price, price_dense_span
 from vesicle.engine import Engine
 from vesicle.engine.engine import CHUNK
 from vesicle.errors import VesicleError
@@ -127,17 +126,8 @@ class Executor(ABC):
         """What the dense model costs for the same tokens."""
         total = Cost()
         for span in spans:
-            total += _dense_span(self.shape, span)
+            total += price_dense_span(self.shape, span.start, span.stop, span.head)
         return total
-
-
-@lru_cache(maxsize=4096)
-def _dense_span(shape: ModelShape, span: Span) -> Cost:
-    n = span.stop - span.start
-    if not n:
-        return Cost()
-    heads = np.arange(span.start, span.stop) >= span.head
-    return price_dense(shape, n, first_position=span.start, with_logits=heads)
 
 
 class EngineExecutor(Executor):
@@ -397,7 +387,7 @@ class TransformersExecutor(Executor):
         if span.start == span.stop:
             return Cost()
         if run is None:
-            return _dense_span(self.shape, span)
+            return price_dense_span(self.shape, span.start, span.stop, span.head)
         heads = np.arange(span.start, span.stop) >= span.head
         return price(
             run.plans[0].tokens(span.start, span.stop),

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
-from vesicle.cost import Cost, price_dense
+from vesicle.cost import Cost, price_dense_span
 from vesicle.shapes import ModelShape
 
 
@@ -25,7 +22,7 @@ class Tally:
         """Add the work on a sequence's tokens `start` to `stop`, with logits from `head` on."""
         self.tokens += stop - start
         self.executed += executed
-        self.dense += _dense(self.shape, start, stop, head)
+        self.dense += price_dense_span(self.shape, start, stop, head)
 
     @property
     def share(self) -> dict[str, float]:
@@ -40,10 +37,3 @@ class Tally:
             "dense": self.dense.summary(),
             "share": self.share,
         }
-
-
-@lru_cache(maxsize=4096)
-def _dense(shape: ModelShape, start: int, stop: int, head: int) -> Cost:
-    return price_dense(
-        shape, stop - start, first_position=start, with_logits=np.arange(start, stop) >= head
-    )

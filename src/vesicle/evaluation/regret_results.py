@@ -10,15 +10,13 @@ choice of text alone, not about training seeds or random controls' seeds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 
-from vesicle.errors import DataError
-from vesicle.files import read_json, write_json
 from vesicle.plan import FloatArray
+from vesicle.records import Record, checked
 
 SCHEMA = "vesicle-evaluation-1"
 DRAWS = 10_000
@@ -128,11 +126,11 @@ class Row:
         Raises:
             DataError: A field is missing or unknown.
         """
-        return cls(**_checked(cls, values))
+        return cls(**checked(cls, values, "an evaluation"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(Record):
     """An evaluation.
 
     Attributes:
@@ -146,8 +144,10 @@ class Result:
         data: Description, SHA-256 of the tokens, and counts.
         rows: By subset, budget (falling) and method.
         missing: Rows that could not be had, each with `method`, `subset`, `budget` and `reason`.
-        schema: Version of this record.
     """
+
+    what = "an evaluation"
+    version = SCHEMA
 
     config: dict[str, Any]
     config_hash: str
@@ -159,7 +159,6 @@ class Result:
     data: dict[str, Any]
     rows: list[Row]
     missing: list[dict[str, Any]] = field(default_factory=list)
-    schema: str = SCHEMA
 
     def find(self, method: str, budget: float, subset: str = "all") -> Row:
         """The row of a method.
@@ -185,45 +184,7 @@ class Result:
             return None
         return paired_difference(row.window_nats, learnt.window_nats, self.seed)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON writes it, `schema` first."""
-        values = asdict(self)
-        return {"schema": values.pop("schema"), **values}
-
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            DataError: It is of another schema, or a field is missing or unknown.
-        """
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-            found = values.get("schema") if isinstance(values, dict) else type(values).__name__
-            raise DataError(f"this is not a {SCHEMA} record: its schema is {found!r}")
-        checked = _checked(cls, values)
-        return cls(**{**checked, "rows": [Row.from_dict(row) for row in checked["rows"]]})
-
-    def save(self, path: Path | str) -> None:
-        """Write JSON, all or nothing.
-
-        Raises:
-            VesicleError: The file cannot be written.
-        """
-        write_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            DataError: The file is missing, malformed or of another schema.
-        """
-        return cls.from_dict(read_json(path))
-
-
-def _checked(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in fields(cls)}
-    for name in sorted(known ^ set(values)):
-        fault = "lacks the field" if name in known else "has the unknown field"
-        raise DataError(f"an evaluation's {cls.__name__.lower()} {fault} {name!r}")
-    return values
+    def parts(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Rows are records of their own."""
+        return {**values, "rows": [Row.from_dict(row) for row in values["rows"]]}

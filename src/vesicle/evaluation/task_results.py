@@ -6,12 +6,10 @@ and seed: a run that was killed and went on writes the same.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Self
 
-from vesicle.errors import DataError
-from vesicle.files import read_json, write_json
+from vesicle.records import Record, checked
 
 SCHEMA = "vesicle-tasks-1"
 
@@ -93,13 +91,15 @@ class TaskRow:
         Raises:
             DataError: A field is missing or unknown.
         """
-        known = _checked(cls, values)
-        scores = {name: Score(**_checked(Score, s)) for name, s in known["scores"].items()}
+        known = checked(cls, values, "an evaluation")
+        scores = {
+            name: Score(**checked(Score, s, "an evaluation")) for name, s in known["scores"].items()
+        }
         return cls(**{**known, "scores": scores})
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskResult:
+class TaskResult(Record):
     """A run.
 
     Attributes:
@@ -115,8 +115,11 @@ class TaskResult:
             with `name`, `title`, `percent`, `higher_is_better` and `signature`.
         rows: By task, budget (falling) and method.
         missing: Rows that could not be had, each with `task`, `method`, `budget` and `reason`.
-        schema: Version of this record.
     """
+
+    what = "an evaluation"
+    version = SCHEMA
+    indent = None  # the numbers of each item would fill thousands of lines
 
     config: dict[str, Any]
     config_hash: str
@@ -128,7 +131,6 @@ class TaskResult:
     tasks: list[dict[str, Any]]
     rows: list[TaskRow]
     missing: list[dict[str, Any]] = field(default_factory=list)
-    schema: str = SCHEMA
 
     def find(self, task: str, method: str, budget: float) -> TaskRow:
         """A row.
@@ -145,45 +147,7 @@ class TaskResult:
         """The rows of a task."""
         return [row for row in self.rows if row.task == task]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON writes it, `schema` first."""
-        values = asdict(self)
-        return {"schema": values.pop("schema"), **values}
-
     @classmethod
-    def from_dict(cls, values: Any) -> Self:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            DataError: It is of another schema, or a field is missing or unknown.
-        """
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-            found = values.get("schema") if isinstance(values, dict) else type(values).__name__
-            raise DataError(f"this is not a {SCHEMA} record: its schema is {found!r}")
-        checked = _checked(cls, values)
-        return cls(**{**checked, "rows": [TaskRow.from_dict(row) for row in checked["rows"]]})
-
-    def save(self, path: Path | str) -> None:
-        """Write JSON on one line, all or nothing: the numbers of each item would fill thousands.
-
-        Raises:
-            VesicleError: The file cannot be written.
-        """
-        write_json(path, self.to_dict(), indent=None)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            DataError: The file is missing, malformed or of another schema.
-        """
-        return cls.from_dict(read_json(path))
-
-
-def _checked(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in fields(cls)}
-    for name in sorted(known ^ set(values)):
-        fault = "lacks the field" if name in known else "has the unknown field"
-        raise DataError(f"an evaluation's {cls.__name__} {fault} {name!r}")
-    return values
+    def parts(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Rows are records of their own."""
+        return {**values, "rows": [TaskRow.from_dict(row) for row in values["rows"]]}

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from vesicle.errors import DataError
-from vesicle.tasks.base import Row
+from vesicle.tasks.base import HubSet, Row, Task
 
 # How much shorter than asked a prompt may be: one word's tokens and what its cut changes.
 MOST_SPARE_TOKENS = 40
@@ -31,6 +32,17 @@ _BOUNDARY = re.compile(
     r"|(?<=[.!?][\"')”])\s+(?=[A-Z0-9])"
     r"|(?<=[a-z]{2}[.!?])(?=[A-Z])"
 )
+
+
+class GeneratedTask(Task):
+    """A task that makes its items from a seed, and takes only filler text from its rows."""
+
+    kind = "generate"
+    folder = "paul_graham_essays"
+    hub = HubSet(path="baber/paul_graham_essays", splits={"haystack": "train"})
+    splits = ("train", "haystack")
+    default_split = "train"
+    fields: ClassVar[Mapping[str, type]] = {"text": str}
 
 
 def generator(*parts: int | float | str) -> np.random.Generator:

@@ -21,11 +21,10 @@ task is its `question`. With length 0 there is no document, and the task names a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from collections.abc import Iterable
 
-from vesicle.tasks.base import Row, Settings, Task
-from vesicle.tasks.haystack import Haystack, generator
+from vesicle.tasks.base import Row, Settings
+from vesicle.tasks.haystack import GeneratedTask, Haystack, generator
 from vesicle.tasks.instruction_checks import draw, in_words
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.instructions import (
@@ -34,7 +33,6 @@ from vesicle.tasks.metrics.instructions import (
     InstructionShare,
     InstructionShareLoose,
 )
-from vesicle.tasks.needle import ESSAYS
 
 LENGTHS = (0, 1024)
 PER_CELL = 12
@@ -53,12 +51,11 @@ _TOPICS = (
 _AGAIN = " Keep to all of the rules given at the beginning."
 
 
-class Instructions(Task):
+class Instructions(GeneratedTask):
     """Three instructions, a document, a task."""
 
     name = "instructions"
     title = "Instruction keeping"
-    kind = "generate"
     style = "chat"
     metrics = (
         InstructionShare(),
@@ -66,11 +63,6 @@ class Instructions(Task):
         InstructionShareLoose(),
         AllInstructionsLoose(),
     )
-    folder = "paul_graham_essays"
-    hub = ESSAYS
-    splits = ("train", "haystack")
-    default_split = "train"
-    fields: ClassVar[Mapping[str, type]] = {"text": str}
 
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:
         """One item of each length, then another of each, `per_cell` times.

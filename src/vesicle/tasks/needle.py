@@ -16,11 +16,10 @@ what will be asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from collections.abc import Iterable
 
-from vesicle.tasks.base import HubSet, Row, Settings, Task
-from vesicle.tasks.haystack import Haystack, generator
+from vesicle.tasks.base import Row, Settings
+from vesicle.tasks.haystack import GeneratedTask, Haystack, generator
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.retrieval import Retrieval
 
@@ -28,7 +27,6 @@ LENGTHS = (512, 1024, 2048)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PER_CELL = 2
 # The set that lm-evaluation-harness fills its RULER tasks with; it has one split.
-ESSAYS = HubSet(path="baber/paul_graham_essays", splits={"haystack": "train"})
 
 _COLOURS = ("blue", "green", "red", "yellow", "white", "black", "grey", "brown")
 _PLACES = (
@@ -37,19 +35,13 @@ _PLACES = (
 )
 
 
-class Needle(Task):
+class Needle(GeneratedTask):
     """A five-digit pass key in essays, at each length and depth."""
 
     name = "needle"
     title = "Needle in a haystack"
-    kind = "generate"
     style = "plain"
     metrics = (Retrieval(),)
-    folder = "paul_graham_essays"
-    hub = ESSAYS
-    splits = ("train", "haystack")
-    default_split = "train"
-    fields: ClassVar[Mapping[str, type]] = {"text": str}
 
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:
         """Items of all lengths and depths, then all of them again, `per_cell` times.

@@ -18,18 +18,16 @@ Not here: the needles with uuids or in text that is all needles, and question an
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import numpy as np
 
-from vesicle.tasks.base import Row, Settings, Task
-from vesicle.tasks.haystack import Haystack, fit, generator
+from vesicle.tasks.base import Row, Settings
+from vesicle.tasks.haystack import GeneratedTask, Haystack, fit, generator
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.retrieval import RULER_SUBTASKS, RulerRecall
-from vesicle.tasks.needle import ESSAYS
 
 LENGTHS = (1024, 2048)
 PER_CELL = 3
@@ -332,19 +330,13 @@ SUBTASKS: dict[str, Callable[[Room], Ask]] = dict(
 )
 
 
-class Ruler(Task):
+class Ruler(GeneratedTask):
     """Seven sub-tasks of RULER at each length."""
 
     name = "ruler"
     title = "RULER-style"
-    kind = "generate"
     style = "plain"
     metrics = (RulerRecall(),)
-    folder = "paul_graham_essays"
-    hub = ESSAYS
-    splits = ("train", "haystack")
-    default_split = "train"
-    fields: ClassVar[Mapping[str, type]] = {"text": str}
 
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:
         """Items of all lengths and sub-tasks, then all of them again, `per_cell` times.
