@@ -360,7 +360,7 @@ def test_page_has_one_line_a_task_and_budget(result: TaskResult):
     assert "## Budget sweep\n" in page
     assert "(../results/tasks/budget_sweep/table.md)" in page
     names, *rows = table_of(page, "## Budget sweep")
-    assert names == ["task, metric", "items", "dense", "cost", "learnt", "uniform"]
+    assert names == ["task, metric", "items", "dense", "executed FLOPs", "learnt", "uniform"]
     assert rows == [
         ["SQuAD v1.1, F1", "40", "50.0", "0.801", "47.3 (-3.7 to -1.2)", "41.0 (-10.0 to -7.5)"],
         ["SQuAD v1.1, F1", "40", "50.0", "0.701", "40.0 (-11.0 to -8.5)", "39.0 (-12.0 to -9.5)"],
@@ -451,8 +451,8 @@ def test_no_verdict_where_nothing_is_compared():
     page = page_of(made)
     assert "comparisons" not in page
     names, row = table_of(page, "## Budget sweep")
-    assert names[4:] == ["kvpress:SnapKV"]
-    assert row[2:] == ["50.0", "1.000", "44.0 (-7.0 to -4.5)"]
+    assert names[3:] == ["KV held", "kvpress:SnapKV"]
+    assert row[2:] == ["50.0", "0.501", "44.0 (-7.0 to -4.5)"]
 
 
 def test_the_dense_model_has_a_table_of_its_own():
@@ -586,3 +586,11 @@ def test_the_command_is_quoted_for_a_shell():
     line = results_page.command(replace(make_result(), config=config))
     assert "kvpress:SnapKV(window_size=32)" in shlex.split(line)
     assert "--method kvpress:SnapKV(" not in line  # a shell would stumble over the bracket
+
+
+def test_costs_that_differ_are_a_range():
+    uniform = make_row(SQUAD, "uniform", 0.8, 41)
+    dearer = replace(uniform, ratio={**uniform.ratio, "flops": 0.805})
+    made = make_result(make_row(SQUAD, "learnt", 0.8, 44), dearer)
+    _, row = table_of(page_of(made), "## Budget sweep")
+    assert row[3] == "0.801 to 0.805"

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from vesicle.evaluation.methods import PRESS
 from vesicle.evaluation.task_results import Score, TaskResult, TaskRow
 from vesicle.models.default import DEFAULT_MODEL
 
@@ -22,6 +23,9 @@ TAIL = """
 - To compare with a leaderboard: few items, a small model, and prompts that differ from others'.
 - To tell two methods apart whose interval of the difference holds 0.
 """
+
+
+_COSTS = {"flops": "executed FLOPs", "kv_bytes_held": "KV held"}
 
 
 def results_page(runs: Mapping[str, TaskResult], agreement: Mapping[str, Any] | None) -> str:
@@ -114,10 +118,14 @@ def _dense_table(result: TaskResult) -> list[str]:
 
 
 def _cost_table(result: TaskResult) -> list[str]:
-    """One line a task and budget; the methods side by side."""
+    """One line a task and budget; the methods side by side.
+
+    A press saves memory and no FLOPs, so that its cost is the memory held.
+    """
     methods = list(dict.fromkeys(row.method for row in result.rows if row.method != "dense"))
+    cost = "kv_bytes_held" if all(m.startswith(PRESS) for m in methods) else "flops"
     lines = [
-        "| task, metric | items | dense | cost | " + " | ".join(methods) + " |",
+        f"| task, metric | items | dense | {_COSTS[cost]} | " + " | ".join(methods) + " |",
         "|" + " --- |" * (4 + len(methods)),
     ]
     for task in result.tasks:
@@ -128,11 +136,12 @@ def _cost_table(result: TaskResult) -> list[str]:
         gone = [m["budget"] for m in result.missing if m["task"] == task["name"]]
         for budget in sorted({*(row.budget for row in rows[1:]), *gone}, reverse=True):
             own = {row.method: row for row in rows[1:] if row.budget == budget}
-            cost = f"{next(iter(own.values())).ratio['flops']:.3f}" if own else "-"
+            shares = [f"{row.ratio[cost]:.3f}" for row in own.values()]
+            span = " to ".join(sorted({min(shares), max(shares)})) if shares else "-"
             cells = [_cell(main, own.get(method)) for method in methods]
             lines.append(
                 f"| {task['title']}, {main['title']}{sign} | {task['n_items']} | "
-                f"{_number(main, dense)} | {cost} | " + " | ".join(cells) + " |"
+                f"{_number(main, dense)} | {span} | " + " | ".join(cells) + " |"
             )
     return lines
 
