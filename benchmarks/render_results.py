@@ -31,10 +31,12 @@ def pages() -> Iterator[tuple[Path, str]]:
     for path in sorted(RESULTS.glob("tasks/*/result.json")):
         runs[path.parent.name] = TaskResult.load(path)
         yield path.with_name("table.md"), task_markdown(runs[path.parent.name])
-    agreement = RESULTS / "tasks" / "agreement.json"
+    agreements = [
+        json.loads(path.read_text("utf-8"))
+        for path in sorted(RESULTS.glob("tasks/agreement*.json"))
+    ]
     if runs:
-        found = json.loads(agreement.read_text("utf-8")) if agreement.exists() else None
-        yield ROOT / "docs" / "results.md", results_page(runs, found)
+        yield ROOT / "docs" / "results.md", results_page(runs, agreements)
 
 
 def figures() -> None:

@@ -352,7 +352,7 @@ def test_the_dense_model_alone_is_a_point(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def page_of(result: TaskResult, agreement: dict[str, Any] | None = None) -> str:
-    return results_page.results_page({"budget_sweep": result}, agreement)
+    return results_page.results_page({"budget_sweep": result}, [agreement] if agreement else [])
 
 
 def test_page_has_one_line_a_task_and_budget(result: TaskResult):
@@ -479,7 +479,7 @@ def test_runs_and_agreement_follow_one_another(result: TaskResult):
     other = {**metric, "title": "EM", "values": [50.0, 57.0], "agrees": False}
     tasks = [{"name": "squad", "n_items": 40, "metrics": {"f1": metric, "exact": other}}]
     found = {"executors": ["engine, fp32", "reference, fp32"], "tasks": tasks}
-    page = results_page.results_page({"dense": make_result(), "sweep": result}, found)
+    page = results_page.results_page({"dense": make_result(), "sweep": result}, [found])
     order = ("# Results", "## Dense", "## Sweep", "## Agreement of executors", "## When not")
     places = [page.index(part) for part in order]
     assert places == sorted(places)
@@ -487,7 +487,7 @@ def test_runs_and_agreement_follow_one_another(result: TaskResult):
     assert names[2:5] == ["engine, fp32", "reference, fp32", "items that differ"]
     assert first == ["squad, F1", "40", "50.000", "50.125", "2", "agree"]
     assert second[3:] == ["57.000", "2", "**differ**"]
-    assert "Agreement" not in results_page.results_page({"dense": make_result()}, None)
+    assert "Agreement" not in results_page.results_page({"dense": make_result()})
 
 
 COMMANDS: dict[str, dict[str, Any]] = {

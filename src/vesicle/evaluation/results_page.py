@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vesicle.evaluation.methods import PRESS
@@ -28,18 +28,20 @@ TAIL = """
 _COSTS = {"flops": "executed FLOPs", "kv_bytes_held": "KV held"}
 
 
-def results_page(runs: Mapping[str, TaskResult], agreement: Mapping[str, Any] | None) -> str:
+def results_page(
+    runs: Mapping[str, TaskResult], agreements: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """The page.
 
     Args:
         runs: By the name of their folder.
-        agreement: What `benchmarks/agreement.py` wrote; None for none.
+        agreements: What `benchmarks/agreement.py` wrote, of the same executors.
     """
     parts = [HEAD]
     for name, result in runs.items():
         parts += _run(name, result)
-    if agreement is not None:
-        parts += _agreement(agreement)
+    if agreements:
+        parts += _agreement(agreements)
     return "\n".join(parts) + TAIL
 
 
@@ -177,8 +179,8 @@ def _verdicts(result: TaskResult) -> list[str]:
     ]
 
 
-def _agreement(found: Mapping[str, Any]) -> list[str]:
-    names = found["executors"]
+def _agreement(agreements: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = agreements[0]["executors"]
     lines = [
         "## Agreement of executors",
         "",
@@ -189,7 +191,7 @@ def _agreement(found: Mapping[str, Any]) -> list[str]:
         "| task, metric | items | " + " | ".join(names) + " | items that differ | |",
         "|" + " --- |" * (4 + len(names)),
     ]
-    for task in found["tasks"]:
+    for task in (task for found in agreements for task in found["tasks"]):
         for metric in task["metrics"].values():
             values = " | ".join(f"{v:.3f}" for v in metric["values"])
             differ = ", ".join(map(str, metric["items_that_differ"][1:]))
