@@ -15,7 +15,10 @@ HEAD = """# Results
 Made by `make results` from the records in `results/tasks`; a test fails when this page is stale.
 Numbers come from the command above each table, which [evaluation](evaluation.md) explains. Cost is
 the executed share of the dense model's FLOPs on the same tokens. Intervals are 95 % bootstrap
-intervals over items; in brackets behind a method is that of its difference to dense, paired.
+intervals over items; in brackets behind a method is that of its difference to dense, paired. About
+one comparison in twenty leaves its interval by chance alone: a single win or loss means little.
+
+Runs went side by side with others, one thread each: their seconds are no measure of speed.
 """
 
 TAIL = """
@@ -42,7 +45,7 @@ def results_page(
         parts += _run(name, result)
     if agreements:
         parts += _agreement(agreements)
-    return "\n".join(parts) + TAIL
+    return "\n".join(parts).rstrip() + "\n" + TAIL
 
 
 def _run(name: str, result: TaskResult) -> list[str]:
