@@ -84,27 +84,6 @@ def resident_bytes() -> int | None:
     return _kilobytes(Path("/proc/self/status"), "VmRSS")
 
 
-def peak_resident_bytes() -> int | None:
-    """Most memory in RAM at once, since `forget_peak` where that works, else since the start."""
-    found = _kilobytes(Path("/proc/self/status"), "VmHWM")
-    if found is not None:
-        return found
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * _KB
-
-
-def forget_peak() -> None:
-    """Start the peak anew, where the kernel offers that."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
 def last_cache_bytes() -> int | None:
     """The size of the largest cache that the first core reads through; None if unknown."""
     sizes = []

@@ -6,8 +6,8 @@ import gc
 import time
 from typing import Any
 
-from vesicle.bench.machine import forget_peak, peak_resident_bytes
 from vesicle.bench.runners import Runner
+from vesicle.evaluation.memory import peak_bytes, reset_peak
 
 
 def measure(runner: Runner, rows: list[list[int]], prompt_tokens: int) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def measure(runner: Runner, rows: list[list[int]], prompt_tokens: int) -> dict[s
     fed = [[row[prompt_tokens + i] for row in rows] for i in range(steps)]
     prompts = [row[:prompt_tokens] for row in rows]
     gc.collect()
-    forget_peak()
+    reset_peak()
     cpu_begun = time.process_time()
     runner.begin(len(rows), len(rows[0]))
     begun = time.perf_counter()
@@ -45,6 +45,6 @@ def measure(runner: Runner, rows: list[list[int]], prompt_tokens: int) -> dict[s
         "steps_s": steps_s,
         "greedy": [list(row) for row in zip(*greedy, strict=True)],
         "cpu_s": cpu_s,
-        "peak_bytes": peak_resident_bytes(),
+        "peak_bytes": peak_bytes() or None,
         **runner.work(steps),
     }

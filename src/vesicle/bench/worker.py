@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vesicle.bench.contenders import Contender
-from vesicle.bench.machine import peak_resident_bytes, resident_bytes
+from vesicle.bench.machine import resident_bytes
 from vesicle.errors import VesicleError
+from vesicle.evaluation.memory import peak_bytes
 
 
 class Server:
@@ -71,7 +72,7 @@ class Server:
             "facts": facts,
             "start_bytes": before,
             "loaded_bytes": resident_bytes(),
-            "load_peak_bytes": peak_resident_bytes(),
+            "load_peak_bytes": peak_bytes() or None,
         }
 
     def _measure(self, rows: list[list[int]], prompt_tokens: int) -> dict[str, Any]:

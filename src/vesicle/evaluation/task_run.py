@@ -203,8 +203,8 @@ class _TaskRun:
         if settings is not None and settings.get("target") != target:
             store.forget(self.hash, key)  # made for another share
             left, settings = list(range(len(self.items))), None
-        tick(sum(p.n_most for i, p in enumerate(self.items) if i not in set(left)))
-        if (settings is not None and not left) or (settings is not None and "missing" in settings):
+        tick(self.n_tokens - sum(self.items[i].n_most for i in left))
+        if settings is not None and (not left or "missing" in settings):
             return
         try:
             chosen = self._choose(key, store, target, settings)
