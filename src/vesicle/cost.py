@@ -131,6 +131,7 @@ def price_tokens(
     *,
     first_position: int = 0,
     with_logits: NDArray[np.bool_] | None = None,
+    released: NDArray[np.bool_] | None = None,
 ) -> dict[str, NDArray[np.int64]]:
     """The cost of each token of a Plan.
 
@@ -140,6 +141,7 @@ def price_tokens(
         overhead: What the method adds; nothing by default.
         first_position: Position of the Plan's first token in its sequence.
         with_logits: (T,) which positions the LM head runs for; all by default.
+        released: (T,) at which tokens the method's predictor runs; all by default.
 
     Returns:
         For each field of `Cost` but `kv_bytes_held`, an array (T,).
@@ -175,18 +177,18 @@ def price_tokens(
         (1 - runs) * overhead.attention_standin_rank
     ).sum(1)
     vectors = overhead.selection_vectors
-    per_layer = plan.n_layers
+    releases = plan.n_layers * (np.ones(t, np.int64) if released is None else released)
     weight_bytes = (
         bits_read // 8
         + standin * 2 * shape.width * shape.weight_bytes
-        + overhead.modulator_bytes * per_layer
+        + overhead.modulator_bytes * releases
     )
     return {
         "flops_linear": 2 * weights.sum((1, 2)),
         "flops_attention": 4 * shape.query_width * visited.sum(1),
         "flops_selection": 2 * vectors * shape.query_width * complete.sum(1),
         "flops_standin": 4 * shape.width * standin,
-        "flops_modulator": np.full(t, overhead.modulator_flops * per_layer, np.int64),
+        "flops_modulator": overhead.modulator_flops * releases,
         "flops_head": head_flops,
         "weight_bytes": weight_bytes,
         "kv_bytes_read": shape.position_bytes * visited.sum(1)
@@ -201,10 +203,16 @@ def price(
     *,
     first_position: int = 0,
     with_logits: NDArray[np.bool_] | None = None,
+    released: NDArray[np.bool_] | None = None,
 ) -> Cost:
     """The total cost of a Plan; arguments as in `price_tokens`."""
     tokens = price_tokens(
-        plan, shape, overhead, first_position=first_position, with_logits=with_logits
+        plan,
+        shape,
+        overhead,
+        first_position=first_position,
+        with_logits=with_logits,
+        released=released,
     )
     held = (first_position + plan.n_tokens) * shape.n_layers
     if plan.forgets:

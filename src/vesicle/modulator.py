@@ -1,9 +1,11 @@
 """Modulator: a predictor, its effectors and the stand-ins that skipped modules land on.
 
 `modulator.at(budget)` is the Method: it releases levels layer by layer and turns them into a Plan.
-One checkpoint serves every budget. A budget is a share of the dense FLOPs; the *dial* is the
-predictor's own scale, and a table measured on calibration text maps one to the other, so that the
-executed share is the budget on such text.
+One checkpoint serves every budget. A budget is a share of the dense FLOPs of the tokens that it
+governs: the generated ones by default (see `phases`), or all. The *dial* is the predictor's own
+scale, and a table measured on calibration text maps one to the other, so that the executed share is
+the budget on such text. There are two tables, since a generated token costs what it does after a
+prompt that was read at rest.
 
 A modulator is saved as `modulator.safetensors` (predictor and stand-ins) and `modulator.json`
 (everything else); no pickle.
@@ -19,12 +21,15 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vesicle.effectors import EFFECTORS, DopaminePrecision, Effector, GabaSparsity, SerotoninDepth
 from vesicle.errors import ModelError, VesicleError
 from vesicle.files import atomic_path, read_json, write_json
+from vesicle.phases import EVERYWHERE, Phases, Spans
 from vesicle.plan import (
+    FOREVER,
     AttentionDecision,
     Author,
     Equipment,
@@ -77,6 +82,23 @@ def _effector(effectors: Mapping[str, Effector], kind: type[_E]) -> _E:
     return effector
 
 
+Dial = list[tuple[float, float]]
+"""(budget, dial) pairs, rising, ending at (1, 1)."""
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """What was measured of tokens that are generated after a prompt at rest.
+
+    Attributes:
+        dial: As `ModulatorInfo.dial`, of the work on generated tokens.
+        default_budget: As `ModulatorInfo.default_budget`, of the loss of generated tokens.
+    """
+
+    dial: Dial
+    default_budget: float = 1.0
+
+
 @dataclass(kw_only=True)
 class ModulatorInfo:
     """What a modulator knows about itself.
@@ -84,15 +106,18 @@ class ModulatorInfo:
     Attributes:
         model_name: The model that it was trained on.
         model: `ModelShape.fingerprint()` of that model.
-        dial: (budget, dial) pairs, rising, ending at (1, 1).
-        default_budget: Lowest budget whose measured loss is within 1 % of dense; 1 until measured.
+        dial: (budget, dial) pairs, rising, ending at (1, 1), where every token is governed.
+        default_budget: Lowest budget whose measured loss is within 1 % of dense, where every token
+            is governed; 1 until measured.
+        generated: The same two where prompts rest; None until measured, and then the others serve.
         training: Free-form record of how it was trained and measured.
     """
 
     model_name: str
     model: dict[str, Any]
-    dial: list[tuple[float, float]] = field(default_factory=lambda: [(0.05, 0.05), (1.0, 1.0)])
+    dial: Dial = field(default_factory=lambda: [(0.05, 0.05), (1.0, 1.0)])
     default_budget: float = 1.0
+    generated: Measured | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -196,7 +221,18 @@ class Modulator(nn.Module):
             summary=self.gaba.summary,
         )
 
-    def dial(self, budget: float) -> float:
+    def _measured(self, phases: Phases) -> Measured:
+        """What was measured of the tokens that a budget counts."""
+        info = self.info
+        if info.generated is None or phases.ignores_phase(self.predictor.config.transmitters):
+            return Measured(dial=info.dial, default_budget=info.default_budget)
+        return info.generated
+
+    def default_budget(self, phases: Phases | None = None) -> float:
+        """The budget that is served when none is asked for."""
+        return self._measured(phases or Phases()).default_budget
+
+    def dial(self, budget: float, phases: Phases | None = None) -> float:
         """The predictor's dial for a budget, from the measured table.
 
         Raises:
@@ -205,12 +241,22 @@ class Modulator(nn.Module):
         check_budget(budget)
         if budget == 1:
             return 1.0
-        budgets, dials = zip(*self.info.dial, strict=True)
+        budgets, dials = zip(*self._measured(phases or Phases()).dial, strict=True)
         return float(np.interp(budget, budgets, dials))
 
-    def at(self, budget: float) -> ModulatorMethod:
-        """The Method that serves `budget`, a share of the dense FLOPs in (0, 1]."""
-        return ModulatorMethod(self, self.dial(budget))
+    def at(self, budget: float | None = None, phases: Phases | None = None) -> ModulatorMethod:
+        """The Method that serves a budget.
+
+        Args:
+            budget: Share in (0, 1] of the dense FLOPs of generated tokens, or of all tokens where
+                `phases` has every transmitter act on all of them; `default_budget` for None.
+            phases: On which tokens each transmitter acts; on generated ones by default.
+
+        Raises:
+            VesicleError: If the budget is outside (0, 1].
+        """
+        budget = self.default_budget(phases) if budget is None else budget
+        return ModulatorMethod(self, self.dial(budget, phases), phases)
 
     def release(
         self, layer: int, hidden: Tensor, positions: Tensor, dial: Tensor, state: State
@@ -318,11 +364,17 @@ class Modulator(nn.Module):
             if name not in EFFECTORS:
                 raise ValueError(f"no effector for {name!r}; known: {', '.join(EFFECTORS)}")
             effectors[name] = EFFECTORS[name].from_dict(settings)
+        generated = values.get("generated")
         info = ModulatorInfo(
             model_name=values["model_name"],
             model=values["model"],
-            dial=[(float(a), float(b)) for a, b in values["dial"]],
+            dial=_dial(values["dial"]),
             default_budget=float(values["default_budget"]),
+            generated=None
+            if generated is None
+            else Measured(
+                dial=_dial(generated["dial"]), default_budget=float(generated["default_budget"])
+            ),
             training=values["training"],
         )
         return cls(
@@ -360,13 +412,24 @@ class Modulator(nn.Module):
         return json.dumps(asdict(self.info), indent=2)
 
 
-class ModulatorMethod(Method):
-    """A modulator at one position of its dial."""
+def _dial(rows: list[Any]) -> Dial:
+    return [(float(budget), float(dial)) for budget, dial in rows]
 
-    def __init__(self, modulator: Modulator, dial: float) -> None:
-        """Serve `dial` in (0, 1]."""
+
+class ModulatorMethod(Method):
+    """A modulator at one position of its dial.
+
+    Attributes:
+        modulator: The modulator.
+        dial_position: In (0, 1]; 1 is rest.
+        phases: On which tokens each transmitter acts.
+    """
+
+    def __init__(self, modulator: Modulator, dial: float, phases: Phases | None = None) -> None:
+        """Serve `dial` in (0, 1] on the tokens that `phases` tells."""
         self.modulator = modulator
         self.dial_position = dial
+        self.phases = phases or Phases()
 
     @property
     def at_rest(self) -> bool:
@@ -385,6 +448,11 @@ class ModulatorMethod(Method):
         )
 
     @property
+    def counts_prompt(self) -> bool:
+        """Whether a budget is a share of the work on all tokens, not on generated ones alone."""
+        return self.phases.ignores_phase(self.modulator.predictor.config.transmitters)
+
+    @property
     def equipment(self) -> Equipment:
         """The modulator's stand-ins and block summary."""
         return self.modulator.equipment
@@ -393,6 +461,23 @@ class ModulatorMethod(Method):
         """A fresh author."""
         self.modulator.check_fits(shape)
         return ModulatorAuthor(self, shape)
+
+
+def served(
+    method: Method | Modulator | None, budget: float | None, phases: Phases | None
+) -> Method | None:
+    """What a caller asked for: a method as it is, or a modulator at a budget and in its phases.
+
+    Raises:
+        VesicleError: If the budget is out of range, or it or phases are given to a method.
+    """
+    if isinstance(method, Modulator):
+        return method.at(budget, phases)
+    if budget is not None:
+        raise VesicleError("a budget applies to a modulator; this method has its own")
+    if phases is not None:
+        raise VesicleError("phases apply to a modulator; this method has its own")
+    return method
 
 
 class ModulatorAuthor(Author):
@@ -409,6 +494,8 @@ class ModulatorAuthor(Author):
         self._rests = method.at_rest
         self._shape = shape
         self._columns = [index(name) for name in self.modulator.predictor.config.transmitters]
+        self._phases = EVERYWHERE if method.counts_prompt else method.phases
+        self._prompts = Spans()
         self.state: State = {}
         self._next: AttentionDecision | None = None
         self._levels: list[FloatArray] = []
@@ -428,24 +515,48 @@ class ModulatorAuthor(Author):
         """Whether levels depend on hidden states: not at rest, and not those of controls."""
         return not self._rests and isinstance(self.modulator.predictor, Predictor)
 
+    def prompt(self, start: int, stop: int) -> None:
+        """Transmitters rest on the tokens `start` to `stop` as far as `phases` says so."""
+        self._prompts.add(start, stop)
+
+    def acting(self, positions: IntArray) -> NDArray[np.bool_]:
+        """(T, 5) which transmitters are released, and act, at `positions` (T,)."""
+        acting = self._phases.acting(self._prompts.contains(positions))
+        released = np.zeros(len(NAMES), bool)
+        if not self._rests:
+            released[self._columns] = True
+        return acting & released
+
+    def releases(self, positions: IntArray) -> NDArray[np.bool_]:
+        """Where any transmitter acts."""
+        return self.acting(positions).any(1)
+
+    def changes_after(self, position: int) -> int:
+        """Where a prompt begins or ends, if some transmitter minds."""
+        if self._rests or self._phases == EVERYWHERE:
+            return FOREVER
+        edge = self._prompts.changes_after(position)
+        return FOREVER if edge is None else edge
+
     def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
-        """At rest and for controls, everything."""
-        if self._rests:
-            return resting_rows(self._shape, positions)
-        if self.reads_hidden:
-            return None
-        return plan_rows(self.modulator, self._shape, self.foreseen(positions), positions)
+        """At rest and for controls everything; else the leading tokens on which nothing acts."""
+        if not self.reads_hidden and not self._rests:
+            return plan_rows(self.modulator, self._shape, self.foreseen(positions), positions)
+        resting = ~self.releases(positions)
+        n = len(resting) if resting.all() else int(resting.argmin())
+        return resting_rows(self._shape, positions[:n]) if n or self._rests else None
 
     def foreseen(self, positions: IntArray) -> FloatArray:
-        """Levels (T, L, 5) of coming tokens, where they depend on no hidden state."""
+        """Levels (T, L, 5) of coming tokens that depend on no hidden state."""
         levels = np.ones((len(positions), self._shape.n_layers, len(NAMES)))
-        if not self._rests:
+        acting = self.acting(positions)
+        if acting.any():
             nothing = torch.zeros(1, len(positions), 0)
             places, dial = torch.from_numpy(positions)[None], torch.tensor([self.dial])
             for layer in range(self._shape.n_layers):
                 released = self.modulator.predictor.release(layer, nothing, places, dial, {})
                 levels[:, layer, self._columns] = released[0].double().numpy()
-        return levels.round(DECIMALS)
+        return np.where(acting[:, None], levels.round(DECIMALS), 1.0)
 
     def adopt(self, levels: FloatArray) -> None:
         """Keep the levels (T, L, 5) of tokens for which an executor released them itself."""
@@ -462,28 +573,38 @@ class ModulatorAuthor(Author):
         n = len(positions)
         if layer == 0:
             self._levels.append(np.ones((n, self._shape.n_layers, len(NAMES))))
-        if self._rests:
+            self._acting = self.acting(positions)
+        acting = self._acting
+        rows = np.nonzero(acting.any(1))[0]
+        if not len(rows):
+            self._next = None
             return resting_ffn(self._shape, n)
-        predictor = self.modulator.predictor
         table = np.ones((n, len(NAMES)))
-        if n == 1 and hidden.device.type == "cpu":
-            table[0, self._columns] = predictor.release_row(
-                layer, hidden[0], int(positions[0]), self.dial, self.state
-            )
-        else:
-            with torch.no_grad():
-                released = predictor.release(
-                    layer,
-                    hidden[None],
-                    torch.from_numpy(positions)[None].to(hidden.device),
-                    torch.tensor([self.dial], device=hidden.device),
-                    self.state,
-                )
-            table[:, self._columns] = released[0].double().cpu().numpy()
-        table = table.round(DECIMALS)
+        table[np.ix_(rows, self._columns)] = self._predict(
+            layer, hidden if len(rows) == n else hidden[torch.from_numpy(rows)], positions[rows]
+        )
+        table = np.where(acting, table.round(DECIMALS), 1.0)
         self._levels[-1][:, layer] = table
         self._next = decide_attention(self.modulator, self._shape, table, positions)
         return decide_ffn(self.modulator, self._shape, table)
+
+    def _predict(self, layer: int, hidden: Tensor, positions: IntArray) -> FloatArray:
+        """The predictor's levels (T, A) for hidden states (T, D)."""
+        predictor = self.modulator.predictor
+        if len(positions) == 1 and hidden.device.type == "cpu":
+            row = predictor.release_row(
+                layer, hidden[0], int(positions[0]), self.dial, self.state
+            )
+            return np.asarray(row)[None]
+        with torch.no_grad():
+            released = predictor.release(
+                layer,
+                hidden[None],
+                torch.from_numpy(positions)[None].to(hidden.device),
+                torch.tensor([self.dial], device=hidden.device),
+                self.state,
+            )
+        return released[0].double().cpu().numpy()
 
     def head(self, hidden: Tensor, positions: IntArray) -> IntArray:
         """Decided by the last layer's release for the same tokens."""

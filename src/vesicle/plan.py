@@ -426,6 +426,25 @@ class Author(ABC):
         """Whether every decision is at rest by construction, so that none need be asked for."""
         return False
 
+    def prompt(self, start: int, stop: int) -> None:
+        """Be told that the coming tokens `start` to `stop` are prompt (see `vesicle.phases`).
+
+        Authors that treat all tokens alike have no use for it.
+        """
+        return None
+
+    def changes_after(self, position: int) -> int:
+        """The next position from which on tokens are decided in another way; `FOREVER` if none.
+
+        Executors cut their passes there, so that tokens at rest do not take the route of those
+        that are not.
+        """
+        return FOREVER
+
+    def releases(self, positions: IntArray) -> NDArray[np.bool_]:
+        """(T,) at which of `positions` (T,) the method's predictor runs, which costs something."""
+        return np.ones(len(positions), bool)
+
     def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
         """What is decided for coming tokens whatever their hidden states will be.
 

@@ -80,10 +80,10 @@ class Counters:
         """A stand-in of `rank` run for tokens."""
         self._standin[tokens] += rank
 
-    def modulator(self, rows: slice, overhead: Overhead) -> None:
-        """One layer's release."""
-        self._modulator_flops[rows] += overhead.modulator_flops
-        self._modulator_bytes[rows] += overhead.modulator_bytes
+    def modulator(self, rows: slice, released: NDArray[np.bool_], overhead: Overhead) -> None:
+        """One layer's release, at those of the tokens `rows` where it took place."""
+        self._modulator_flops[rows] += released * overhead.modulator_flops
+        self._modulator_bytes[rows] += released * overhead.modulator_bytes
 
     def head(self, rows: slice, survivors: IntArray | int = 0) -> None:
         """The LM head run for rows: whole, or screened with that many rows read again."""

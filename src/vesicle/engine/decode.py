@@ -107,14 +107,23 @@ class Slot:
         if isinstance(author, ModulatorAuthor) and author.reads_hidden:
             self._modulator = _modulator_parts(author)
             self._least = author.modulator.gaba.least
-            self.token.modulator = ctypes.addressof(self._modulator)
+        self._releases = False
         self.token.vectors = sequence.overhead.selection_vectors
 
     def knows(self, sequence: Sequence) -> bool:
         """Whether the author says what the next token does without seeing hidden states."""
+        self.turn(sequence, releases=False)
         if self.used == self._planned:
             self.settle(sequence)
         return self.used > 0 or self._plan_ahead(sequence)
+
+    def turn(self, sequence: Sequence, *, releases: bool) -> None:
+        """Have the core release levels for the next token, or execute what is planned."""
+        if releases == self._releases:
+            return
+        self.settle(sequence)
+        self._releases = releases
+        self.token.modulator = _where(self._modulator) if releases else None
 
     def prepare(
         self,
@@ -154,7 +163,7 @@ class Slot:
         position = sequence.length
         positions = np.arange(position, position + _ROWS, dtype=np.int32)
         plan, self._planned = self.plan, _ROWS
-        if self._modulator is None:
+        if not self._releases:
             known = sequence.author.planned(positions)
             if known is None:
                 self._planned = 0
@@ -177,7 +186,7 @@ class Slot:
         """
         position, cache = sequence.length, sequence.cache
         block = position // BLOCK
-        if self._modulator is not None:
+        if self._releases:
             needed = block + 1 > self._least
         elif self.token.summaries:
             needed = True
@@ -248,7 +257,7 @@ class Slot:
             compared=self.compared[:n],
             standin=self.standin[:n],
         )
-        if self._modulator is not None:
+        if self._releases:
             counters.released(sequence.overhead, self._shape.n_layers)
         for row in np.nonzero(self.heads[:n])[0]:
             counters.head(slice(row, row + 1), self.plan["head"][row : row + 1])
@@ -381,12 +390,20 @@ class Decoder:
             return sequence.slot().knows(sequence)
         modulator = author.modulator
         ladder = modulator.dopamine.bits_ladder
-        return (
+        if not (
             isinstance(modulator.predictor, LinearPredictor)
             and all(p.dtype == torch.float32 for p in modulator.parameters())
             and len(ladder) <= _MOST_STEPS
             and (self._weights.packed or all(bits == FULL_BITS for _, bits in ladder))
-        )
+        ):
+            return False
+        acting = author.acting(np.array([sequence.length], np.int32))[0]
+        if not acting.any():
+            return sequence.slot().knows(sequence)
+        if acting.sum() < len(modulator.predictor.config.transmitters):
+            return False  # the core releases all of them or none
+        sequence.slot().turn(sequence, releases=True)
+        return True
 
     def step(self, batch: list[tuple[Sequence, int]], wants: int) -> list[Tensor]:
         """One token of each sequence; room for it has been reserved.

@@ -35,7 +35,8 @@ from vesicle.engine.sampling import Sampling
 from vesicle.engine.weights import Weights, from_folder, from_model
 from vesicle.errors import VesicleError
 from vesicle.families.base import ACTIVATIONS
-from vesicle.modulator import Modulator, ModulatorAuthor
+from vesicle.modulator import Modulator, ModulatorAuthor, served
+from vesicle.phases import ALL, GENERATED, PROMPT, Phases, Spans
 from vesicle.plan import (
     BLOCK,
     FFN_BIG,
@@ -69,6 +70,7 @@ class Sequence:
     `close`, or when the sequence is dropped.
 
     Attributes:
+        prompts: Which of its tokens are prompt (see `vesicle.phases`).
         evicts_at: The next length at which entries of the cache are forgotten; `FOREVER` for none.
     """
 
@@ -82,6 +84,7 @@ class Sequence:
         self.author = method.author(shape)
         self.builder = PlanBuilder(shape, self.author.retained)
         self.cache = SequenceCache(engine.pool, shape.n_layers)
+        self.prompts = Spans()
         self.evicts_at = FOREVER
         self._evictions = eviction_lengths(self.author.retained)
         self._most_bytes = 0
@@ -100,6 +103,34 @@ class Sequence:
         """Bring Plan, levels and counts up to date with what the native decoder has run."""
         if self._slot is not None:
             self._slot.settle(self)
+
+    def begin_prompt(self, n_tokens: int, *, scored: bool = True) -> None:
+        """Say that the next `n_tokens` tokens are a prompt; the method decides what that changes.
+
+        Args:
+            n_tokens: Of the prompt.
+            scored: Whether anybody asks what follows the prompt. Its last token is then the first
+                of the generated ones.
+        """
+        self.settle()  # what was decided ahead may not hold any more
+        stop = self.length + n_tokens - scored
+        self.prompts.add(self.length, stop)
+        self.author.prompt(self.length, stop)
+
+    def phase(self, name: str) -> NDArray[np.bool_]:
+        """(T,) which of its tokens are of a phase: `prompt`, `generated` or `all`."""
+        prompt = self.prompts.contains(np.arange(self.length, dtype=np.int32))
+        return {PROMPT: prompt, GENERATED: ~prompt, ALL: np.ones(self.length, bool)}[name]
+
+    @property
+    def released(self) -> NDArray[np.bool_]:
+        """(T,) at which of its tokens the method's predictor ran."""
+        return self.author.releases(np.arange(self.length, dtype=np.int32))
+
+    @property
+    def cuts_at(self) -> int:
+        """The next length at which a pass must end; `FOREVER` for none."""
+        return min(self.evicts_at, self.author.changes_after(self.length))
 
     def await_eviction(self) -> None:
         """Find the next length at which entries are forgotten."""
@@ -263,19 +294,24 @@ class Engine:
         return cls(from_model(model, dtype, weights), kv=kv, kv_capacity=kv_capacity)
 
     def start(
-        self, method: Method | Modulator | None = None, budget: float | None = None
+        self,
+        method: Method | Modulator | None = None,
+        budget: float | None = None,
+        phases: Phases | None = None,
     ) -> Sequence:
         """A new sequence under a method, or a modulator at a budget; dense for None.
 
+        Args:
+            method: Who decides.
+            budget: As `Modulator.at` has it.
+            phases: On which tokens each transmitter of a modulator acts; generated ones by default.
+
         Raises:
             ModelError: If a modulator does not fit.
-            VesicleError: If the budget is out of range, or is given without a modulator.
+            VesicleError: If the budget is out of range, or it or phases are given without a
+                modulator.
         """
-        if isinstance(method, Modulator):
-            method = method.at(method.info.default_budget if budget is None else budget)
-        elif budget is not None:
-            raise VesicleError("a budget applies to a modulator; this method has its own")
-        return Sequence(self, method or Dense())
+        return Sequence(self, served(method, budget, phases) or Dense())
 
     def fork(self, sequence: Sequence, n_tokens: int | None = None) -> Sequence:
         """A new sequence that stands where another stood after `n_tokens`; both go on alone.
@@ -312,6 +348,9 @@ class Engine:
         fork = self.start(sequence.method)
         fork.cache = cache
         fork.await_eviction()
+        fork.prompts = sequence.prompts.opening(n)
+        for span in fork.prompts:
+            fork.author.prompt(*span)
         fork.token_ids = sequence.token_ids[:n]
         fork.builder = sequence.builder.opening(n)
         if isinstance(author, ModulatorAuthor) and isinstance(fork.author, ModulatorAuthor):
@@ -345,7 +384,7 @@ class Engine:
         Where a call is refused for one of these, nothing has changed.
         """
         self._check(batch)
-        batch, before = self._to_evictions(batch, "all" if logits == "all" else "none")
+        batch, before = self._to_cuts(batch, "all" if logits == "all" else "none")
         results = self._run(batch, logits)
         if logits == "all":
             for i, pieces in before.items():
@@ -363,13 +402,13 @@ class Engine:
             VesicleError: As `forward`.
         """
         self._check(batch)
-        batch, _ = self._to_evictions(batch, "none")
+        batch, _ = self._to_cuts(batch, "none")
         return [int(token) for token in self._run(batch, "likeliest")]
 
-    def _to_evictions(
+    def _to_cuts(
         self, batch: list[Part], wants: Wanted
     ) -> tuple[list[Part], dict[int, list[Tensor]]]:
-        """Run as much of each chunk as lies before the last eviction inside of it.
+        """Run as much of each chunk as lies before the last eviction or change of phase in it.
 
         Returns:
             The tokens that are left, at least one of each sequence; and the results, by place in
@@ -377,14 +416,14 @@ class Engine:
         """
         before = dict[int, list[Tensor]]()
         while True:
-            cut = [i for i, (s, ids) in enumerate(batch) if s.evicts_at < s.length + len(ids)]
+            cut = [i for i, (s, ids) in enumerate(batch) if s.cuts_at < s.length + len(ids)]
             if not cut:
                 return batch, before
             batch = batch.copy()
             early = list[Part]()
             for i in cut:
                 sequence, ids = batch[i]
-                n = sequence.evicts_at - sequence.length
+                n = sequence.cuts_at - sequence.length
                 early.append((sequence, ids[:n]))
                 batch[i] = sequence, ids[n:]
             for i, result in zip(cut, self._run(early, wants), strict=True):
@@ -508,6 +547,7 @@ class Engine:
             raise VesicleError("the prompt has no tokens; give at least one")
         sampling = sampling or Sampling()
         generator = sampling.generator()
+        sequence.begin_prompt(len(prompt), scored=max_new_tokens > 0)
         for start in range(0, len(prompt), chunk):
             part = prompt[start : start + chunk]
             last = start + chunk >= len(prompt)
@@ -532,12 +572,13 @@ class Engine:
         method: Method | Modulator | None = None,
         budget: float | None = None,
         *,
+        phases: Phases | None = None,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         stop: frozenset[int] = frozenset(),
     ) -> tuple[list[int], Sequence]:
         """The new token ids after `prompt`, and the sequence with its Plan, levels and cost."""
-        sequence = self.start(method, budget)
+        sequence = self.start(method, budget, phases)
         tokens = self.stream(
             sequence, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
         )
@@ -742,7 +783,7 @@ class _Pass:
         ):
             part = sequence.author.release(number, hidden[rows], positions)
             sequence.builder.ffn(number, part)
-            self.counters.modulator(rows, sequence.overhead)
+            self.counters.modulator(rows, sequence.author.releases(positions), sequence.overhead)
             parts.append(part)
         if len(parts) == 1:
             return parts[0]

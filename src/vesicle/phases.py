@@ -1,0 +1,165 @@
+"""Phases: on which tokens each transmitter acts.
+
+A sequence has tokens of two phases. *Prompt* tokens are read for what they leave in the cache, and
+nobody asks what follows them; *generated* tokens are those at whose position the next token is
+written or scored: the last token of a prompt, every token fed back, and in a log-likelihood every
+position that predicts a scored token. A text that is scored whole has no prompt.
+
+A transmitter that does not act on a token rests there: its level is 1, which is an exact no-op.
+Where none acts nothing is predicted either, so a prompt is read as the dense model reads it.
+
+By default prompts rest. Many tokens share one read of the weights there, so leaving out other
+channels for each of them saves no time, and a prompt read in full leaves better keys and values
+behind for the tokens that do save.
+
+The phase of a token depends on its position and on what was asked for, never on how a text was cut
+into passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesicle.errors import VesicleError
+from vesicle.transmitters import NAMES
+
+PROMPT, GENERATED, ALL = "prompt", "generated", "all"
+PLACES = (GENERATED, ALL, PROMPT)
+"""Where a transmitter may act."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phases:
+    """Where each transmitter acts, each one of `PLACES`."""
+
+    dopamine: str = GENERATED
+    serotonin: str = GENERATED
+    gaba: str = GENERATED
+    acetylcholine: str = GENERATED
+    noradrenaline: str = GENERATED
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            VesicleError: Naming the transmitter, the value and what is allowed.
+        """
+        for name, place in asdict(self).items():
+            if place not in PLACES:
+                raise VesicleError(f"phase of {name} is {place!r}; allowed: {', '.join(PLACES)}")
+
+    @classmethod
+    def everywhere(cls) -> Self:
+        """Every transmitter acts on every token."""
+        return cls(**dict.fromkeys(NAMES, ALL))
+
+    @classmethod
+    def parse(cls, words: Iterable[str]) -> Self:
+        """Read `PLACE` for all transmitters or `TRANSMITTER=PLACE` for one; later words win.
+
+        Raises:
+            VesicleError: Naming the word and what is allowed.
+        """
+        chosen: dict[str, str] = {}
+        for word in words:
+            name, separator, place = word.partition("=")
+            names = NAMES if not separator else (name,)
+            place = place if separator else name
+            if place not in PLACES or names[0] not in NAMES:
+                raise VesicleError(
+                    f"phase is {word!r}; allowed: {', '.join(PLACES)}, or TRANSMITTER=PLACE with "
+                    f"one of {', '.join(NAMES)}"
+                )
+            chosen.update(dict.fromkeys(names, place))
+        return cls(**chosen)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, str]) -> Self:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            VesicleError: For an unknown transmitter or place.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise VesicleError(f"unknown transmitter {name!r}; known: {', '.join(NAMES)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, str]:
+        """Transmitter to place, as JSON writes it."""
+        return asdict(self)
+
+    def describe(self, transmitters: Iterable[str] = NAMES) -> str:
+        """One word if all of these transmitters act on the same tokens, else one for each."""
+        places = {name: getattr(self, name) for name in transmitters}
+        if len(set(places.values())) == 1:
+            return next(iter(places.values()))
+        return ", ".join(f"{name} {place}" for name, place in places.items())
+
+    def acting(self, prompt: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """(T, 5) whether each transmitter acts on tokens that are prompt (T,)."""
+        places = [getattr(self, name) for name in NAMES]
+        on_prompt = np.array([place in (PROMPT, ALL) for place in places])
+        on_generated = np.array([place in (GENERATED, ALL) for place in places])
+        return np.where(prompt[:, None], on_prompt, on_generated)
+
+    def ignores_phase(self, transmitters: Iterable[str] = NAMES) -> bool:
+        """Whether all of these transmitters act on every token.
+
+        A budget then counts all tokens; otherwise it is a share of the work on generated ones.
+        """
+        return all(getattr(self, name) == ALL for name in transmitters)
+
+
+EVERYWHERE = Phases.everywhere()
+
+
+class Spans:
+    """Which positions of a sequence are prompt: disjoint spans, in order.
+
+    Spans are added as a sequence grows, so that phases of positions already computed never change.
+    """
+
+    def __init__(self) -> None:
+        """No prompt at all."""
+        self._spans: list[tuple[int, int]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """The spans, (first, one past the last)."""
+        return iter(self._spans)
+
+    def add(self, start: int, stop: int) -> None:
+        """Positions `start` to `stop` are prompt; nothing if there are none."""
+        if start >= stop:
+            return
+        if self._spans and self._spans[-1][1] >= start:
+            start = self._spans.pop()[0]
+        self._spans.append((start, stop))
+
+    def contains(self, positions: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """(T,) which of `positions` (T,) are prompt."""
+        found = np.zeros(len(positions), bool)
+        for start, stop in self._spans:
+            found |= (positions >= start) & (positions < stop)
+        return found
+
+    def changes_after(self, position: int) -> int | None:
+        """The first position behind `position` that is of the other phase; None if there is none.
+
+        As far as is known: what follows the last span is generated.
+        """
+        edges = (edge for span in self._spans for edge in span)
+        return next((edge for edge in edges if edge > position), None)
+
+    def opening(self, n_tokens: int) -> Spans:
+        """A copy of what lies in the first `n_tokens` positions."""
+        other = Spans()
+        for start, stop in self._spans:
+            other.add(start, min(stop, n_tokens))
+        return other
