@@ -525,11 +525,11 @@ class ModulatorAuthor(Author):
         released = np.zeros(len(NAMES), bool)
         if not self._rests:
             released[self._columns] = True
-        return acting & released
+        return np.where(released, acting, False).astype(bool)
 
     def releases(self, positions: IntArray) -> NDArray[np.bool_]:
         """Where any transmitter acts."""
-        return self.acting(positions).any(1)
+        return np.logical_or.reduce(self.acting(positions), axis=1)
 
     def changes_after(self, position: int) -> int:
         """Where a prompt begins or ends, if some transmitter minds."""
@@ -580,7 +580,7 @@ class ModulatorAuthor(Author):
             self._next = None
             return resting_ffn(self._shape, n)
         table = np.ones((n, len(NAMES)))
-        table[np.ix_(rows, self._columns)] = self._predict(
+        table[rows[:, None], self._columns] = self._predict(
             layer, hidden if len(rows) == n else hidden[torch.from_numpy(rows)], positions[rows]
         )
         table = np.where(acting, table.round(DECIMALS), 1.0)
@@ -592,9 +592,7 @@ class ModulatorAuthor(Author):
         """The predictor's levels (T, A) for hidden states (T, D)."""
         predictor = self.modulator.predictor
         if len(positions) == 1 and hidden.device.type == "cpu":
-            row = predictor.release_row(
-                layer, hidden[0], int(positions[0]), self.dial, self.state
-            )
+            row = predictor.release_row(layer, hidden[0], int(positions[0]), self.dial, self.state)
             return np.asarray(row)[None]
         with torch.no_grad():
             released = predictor.release(

@@ -139,8 +139,14 @@ class Spans:
         if start >= stop:
             return
         if self._spans and self._spans[-1][1] >= start:
-            start = self._spans.pop()[0]
+            first, last = self._spans.pop()
+            start, stop = first, max(stop, last)
         self._spans.append((start, stop))
+
+    @property
+    def opening_prompt(self) -> int:
+        """How many tokens the prompt has that a sequence begins with; 0 for none."""
+        return self._spans[0][1] if self._spans and self._spans[0][0] == 0 else 0
 
     def contains(self, positions: NDArray[np.int32]) -> NDArray[np.bool_]:
         """(T,) which of `positions` (T,) are prompt."""

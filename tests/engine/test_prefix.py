@@ -12,6 +12,7 @@ from tests.tiny import random_plan, tiny_control, tiny_model, tiny_modulator, to
 from vesicle.engine import Engine, Sequence
 from vesicle.engine.prefix import PrefixIndex
 from vesicle.errors import VesicleError
+from vesicle.phases import EVERYWHERE
 from vesicle.plan import BLOCK, Dense, Method, Replay
 from vesicle.predictors import CONTROLS
 
@@ -42,7 +43,7 @@ def method_of(engine: Engine, kind: str) -> Method:
     modulator = tiny_modulator(engine.shape, form, dtype=engine.dtype)
     if kind in CONTROLS:
         modulator = modulator.with_levels(tiny_control(kind, modulator.predictor.config))
-    return modulator.at(1.0 if kind == "rest" else 0.6)
+    return modulator.at(1.0 if kind == "rest" else 0.6, EVERYWHERE)
 
 
 def read(engine: Engine, method: Method, ids: list[int]) -> Sequence:
@@ -128,10 +129,24 @@ def test_the_longest_match_is_taken(index: PrefixIndex, wide: list[int]):
 
 def test_only_the_same_method_matches(engine: Engine, index: PrefixIndex, wide: list[int]):
     modulator, other = tiny_modulator(engine.shape), tiny_modulator(engine.shape)
-    keep(index, modulator.at(0.6), wide)
-    assert known(index, modulator.at(0.6), wide) == 80
-    for method in (modulator.at(0.5), modulator.at(1.0), other.at(0.6), Dense()):
+    keep(index, modulator.at(0.6, EVERYWHERE), wide)
+    assert known(index, modulator.at(0.6, EVERYWHERE), wide) == 80
+    others = (modulator.at(0.5, EVERYWHERE), modulator.at(1.0), other.at(0.6), modulator.at(0.6))
+    for method in (*others, Dense()):
         assert known(index, method, wide) == 0
+
+
+def test_what_was_generated_is_not_a_prompt(engine: Engine, index: PrefixIndex, wide: list[int]):
+    """Tokens that were governed when they were generated rest when they are read again."""
+    method = tiny_modulator(engine.shape).at(0.6)
+    sequence = engine.start(method)
+    with closing(sequence):
+        sequence.begin_prompt(50)
+        engine.forward([(sequence, wide[:50])])
+        for token in wide[50:]:
+            engine.forward([(sequence, [token])])
+        index.add(sequence)
+    assert known(index, method, wide) == 48
 
 
 def test_what_is_not_kept(

@@ -13,6 +13,7 @@ from tests.tiny import random_plan, tiny_model, tiny_modulator, tokens
 from vesicle.engine import Engine, Sampling
 from vesicle.engine.scheduler import Event, Failed, Finished, Request, Scheduler, Token
 from vesicle.errors import CacheFullError, VesicleError
+from vesicle.phases import EVERYWHERE, Phases
 from vesicle.plan import BLOCK, Dense, Replay
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -227,17 +228,19 @@ def test_a_reader_keeps_what_it_reuses_when_room_is_made():
     scheduler.close()
 
 
-def test_a_dialogue_reuses_its_turns(engine: Engine):
-    """The first answer's blocks too."""
+@pytest.mark.parametrize(("phases", "reused"), [(EVERYWHERE, 64), (None, 16)])
+def test_a_dialogue_reuses_its_turns(engine: Engine, phases: Phases | None, reused: int):
+    """The first answer's blocks too, unless an answer is decided in another way than a prompt."""
     scheduler = Scheduler(engine)
     modulator = tiny_modulator(engine.shape)
-    request = Request(prompt=text(30), method=modulator, budget=0.6, max_new_tokens=40)
+    how: dict[str, Any] = {"method": modulator, "budget": 0.6, "phases": phases}
+    request = Request(prompt=text(30), max_new_tokens=40, **how)
     number = scheduler.add(request)
     answer = ends(list(scheduler.run()))[number].tokens
-    again = Request(prompt=[*text(30), *answer, *text(8, 2)], method=modulator, budget=0.6)
+    again = Request(prompt=[*text(30), *answer, *text(8, 2)], **how)
     number = scheduler.add(again)
     end = ends(list(scheduler.run()))[number]
-    assert end.reused_tokens == 64
+    assert end.reused_tokens == reused
     scheduler.close()
     is_what_it_is_alone(engine, again, end)
 

@@ -18,6 +18,7 @@ from vesicle.evaluation.executors import EngineExecutor, Execution, Span
 from vesicle.evaluation.item_ledger import ItemLedger
 from vesicle.evaluation.prompts import Prompt
 from vesicle.modulator import Modulator
+from vesicle.phases import EVERYWHERE, Phases
 from vesicle.plan import FloatArray
 from vesicle.transmitters import index
 
@@ -35,10 +36,14 @@ def ids_of(i: int, length: int) -> list[int]:
 
 
 def run(
-    kind: str, executor: EngineExecutor, modulator: Modulator, deficits: Sequence[FloatArray]
+    kind: str,
+    executor: EngineExecutor,
+    modulator: Modulator,
+    deficits: Sequence[FloatArray],
+    phases: Phases,
 ) -> list[Execution]:
     """Items of three lengths, each under deficits of its own."""
-    ledger = Ledger(modulator, executor.shape, 1)
+    ledger = Ledger(modulator, executor.shape, 1, phases)
     found = []
     for i, (length, own) in enumerate(zip(LENGTHS, deficits, strict=True)):
         method = ledger.method(ledger.table(own))
@@ -52,46 +57,65 @@ def run(
     return found
 
 
-def executed(found: Sequence[Execution], executor: EngineExecutor) -> float:
+def counted_spans(found: Sequence[Execution], phases: Phases) -> list[tuple[Span, ...]]:
+    """The tokens that a budget counts: the generated ones, unless all are treated alike."""
+    if phases == EVERYWHERE:
+        return [e.spans for e in found]
+    return [tuple(span.behind(e.prompt) for span in e.spans) for e in found]
+
+
+def executed(found: Sequence[Execution], executor: EngineExecutor, phases: Phases) -> float:
     """Counted FLOPs over those of the dense model on the same tokens."""
     counted = sum(e.prefill.flops_total + e.decode.flops_total for e in found)
-    return counted / sum(executor.dense(e.spans).flops_total for e in found)
+    if phases != EVERYWHERE:
+        counted = sum(e.generated.flops_total for e in found)
+    spans = counted_spans(found, phases)
+    return counted / sum(executor.dense(part).flops_total for part in spans)
 
 
 def of_one(deficits: FloatArray) -> list[FloatArray]:
     return [deficits] * len(LENGTHS)
 
 
+PHASES = pytest.mark.parametrize(
+    "phases",
+    [Phases(), EVERYWHERE, Phases.parse(["gaba=all"]), Phases.parse(["dopamine=prompt"])],
+    ids=["generated", "all", "gaba on all", "dopamine on prompts"],
+)
 KINDS = pytest.mark.parametrize("kind", ["generate", "choose", "loss"])
 
 
 @KINDS
+@PHASES
 @pytest.mark.parametrize("timed", [False, True])
-def test_the_price_is_what_the_engine_counts(kind: str, timed: bool, llama: Any):
+def test_the_price_is_what_the_engine_counts(kind: str, timed: bool, llama: Any, phases: Phases):
     """Answers, branches of one prompt, and windows; deficits of layers alone and of tokens too."""
     executor = executor_of(llama)
     modulator = tiny_modulator(executor.shape, bypass_below=0.3)
     rng = np.random.default_rng(4)
     deficits = rng.uniform(0, 0.9, (80, 3, 3) if timed else (3, 3))
-    found = run(kind, executor, modulator, of_one(deficits))
-    ledger = ItemLedger(modulator, executor.shape, [e.spans for e in found], screens=True)
+    found = run(kind, executor, modulator, of_one(deficits), phases)
+    spans = counted_spans(found, phases)
+    ledger = ItemLedger(modulator, executor.shape, spans, screens=True, phases=phases)
     longest = max(span.stop for e in found for span in e.spans)
     share = ledger.share(deficits[:longest] if timed else deficits)
-    assert share == executed(found, executor)
-    assert share < 0.95
+    assert share == executed(found, executor, phases)
+    assert share < (1 if phases.dopamine == "prompt" else 0.95)
     assert ledger.n_tokens == longest
 
 
 @KINDS
-def test_each_item_has_deficits_of_its_own(kind: str, llama: Any):
+@PHASES
+def test_each_item_has_deficits_of_its_own(kind: str, llama: Any, phases: Phases):
     """Those of the first two start over before their item ends, as replayed levels do."""
     executor = executor_of(llama)
     modulator = tiny_modulator(executor.shape)
     rng = np.random.default_rng(5)
     own = [rng.uniform(0, 1, (n, 3, 3)) for n in (17, 5, 80)]
-    found = run(kind, executor, modulator, own)
-    ledger = ItemLedger(modulator, executor.shape, [e.spans for e in found], screens=False)
-    assert ledger.each(own) == executed(found, executor)
+    found = run(kind, executor, modulator, own, phases)
+    spans = counted_spans(found, phases)
+    ledger = ItemLedger(modulator, executor.shape, spans, screens=False, phases=phases)
+    assert ledger.each(own) == executed(found, executor, phases)
     assert ledger.each(own) != ledger.each(own[1:] + own[:1])
     same = [np.tile(own[0][:1], (80, 1, 1))] * 3
     assert ledger.each(same) == ledger.share(own[0][0])
@@ -117,9 +141,12 @@ def test_a_screened_head_is_priced(weights: str, screens: bool):
     modulator = modulator_for(shape, "plain", head_survivors=11, head_below=0.6)
     n_transmitters = len(modulator.predictor.config.transmitters)
     deficits = np.random.default_rng(6).uniform(0, 0.8, (80, 4, n_transmitters))
-    found = run("generate", executor, modulator, of_one(deficits))
-    ledger = ItemLedger(modulator, shape, [e.spans for e in found], screens=screens)
-    share, counted = ledger.share(deficits[: ledger.n_tokens]), executed(found, executor)
+    found = run("generate", executor, modulator, of_one(deficits), EVERYWHERE)
+    ledger = ItemLedger(
+        modulator, shape, [e.spans for e in found], screens=screens, phases=EVERYWHERE
+    )
+    share = ledger.share(deficits[: ledger.n_tokens])
+    counted = executed(found, executor, EVERYWHERE)
     heads = sum(s.stop - max(s.head, s.start) for e in found for s in e.spans)
     ran = sum(e.prefill.flops_head + e.decode.flops_head for e in found)
     again = ran - 2 * shape.width * shape.vocabulary * heads

@@ -187,11 +187,14 @@ class Sequence:
             return {}
         return {k: np.concatenate([c[k] for c in self.counted]) for k in self.counted[0]}
 
+    def cost_of(self, tokens: slice | NDArray[np.bool_]) -> Cost:
+        """Counted work of some of the tokens, without the cache held."""
+        return Cost(**{name: int(v[tokens].sum()) for name, v in self.token_costs.items()})
+
     @property
     def cost(self) -> Cost:
         """Counted work of all tokens, and the cache held now."""
-        totals = {name: int(values.sum()) for name, values in self.token_costs.items()}
-        return Cost(kv_bytes_held=self.cache.bytes_held, **totals)
+        return replace(self.cost_of(slice(None)), kv_bytes_held=self.cache.bytes_held)
 
 
 Part = tuple[Sequence, list[int]]

@@ -1,7 +1,8 @@
 """Prefix reuse: a request starts from blocks that an earlier one with the same opening computed.
 
-Keys, values, levels and Plan rows of a token depend on the tokens up to it and on the method, and
-on nothing else. So two requests under one method whose texts begin alike have the same cache there.
+Keys, values, levels and Plan rows of a token depend on the tokens up to it, on the method and,
+where that minds, on which of them were prompt. They depend on nothing else, so two requests under
+one method whose texts begin alike have the same cache there.
 The index keeps *snapshots*: sequences forked at whole blocks of 16 tokens, which share their blocks
 with whoever computed them by reference count. A snapshot that a longer one continues is dropped,
 for the longer one serves the same readers. Under a byte limit, or when the pool runs short, the
@@ -96,7 +97,7 @@ class PrefixIndex:
 
         Nothing is copied, and the sequence may go on or be closed.
         """
-        key, n = _identity(sequence.method), sequence.length // BLOCK
+        key, n = _identity(sequence.method), _alike(sequence) // BLOCK
         if self.limit_bytes is not None:
             column = self.engine.shape.n_layers * self.engine.pool.bytes_per_block
             n = min(n, self.limit_bytes // column)
@@ -144,10 +145,20 @@ def _identity(method: Method) -> Hashable | None:
     """Equal for methods that decide alike; None where that is not known."""
     match method:
         case ModulatorMethod():
-            return method.modulator, method.dial_position
+            return method.modulator, method.dial_position, method.phases
         case Dense():
             return Dense
     return None
+
+
+def _alike(sequence: Sequence) -> int:
+    """Tokens from the beginning that the prompt of another request would have treated alike.
+
+    Where a prompt is decided in another way than what is generated after it, its own tokens only.
+    """
+    method = sequence.method
+    minds = isinstance(method, ModulatorMethod) and not (method.at_rest or method.counts_prompt)
+    return min(sequence.length, sequence.prompts.opening_prompt) if minds else sequence.length
 
 
 def _whole(sequence: Sequence) -> bool:

@@ -37,6 +37,7 @@ from vesicle.engine.prefix import PrefixIndex
 from vesicle.engine.sampling import Sampling
 from vesicle.errors import CacheFullError, VesicleError
 from vesicle.modulator import Modulator
+from vesicle.phases import Phases
 from vesicle.plan import Method, Replay
 
 Reason = Literal["stop", "length", "cancelled"]
@@ -51,6 +52,7 @@ class Request:
         prompt: Token ids, at least one.
         method: A method, or a modulator; dense for None.
         budget: Of the modulator; its own default for None.
+        phases: Of the modulator: on which tokens each transmitter acts.
         max_new_tokens: Most tokens to write.
         sampling: Greedy by default.
         stop: Tokens that end the text; they are not part of it.
@@ -59,6 +61,7 @@ class Request:
     prompt: list[int]
     method: Method | Modulator | None = None
     budget: float | None = None
+    phases: Phases | None = None
     max_new_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
     stop: frozenset[int] = frozenset()
@@ -208,7 +211,9 @@ class Scheduler:
             raise VesicleError(
                 f"{len(self._waiting)} requests wait already; allowed: {self._max_waiting}"
             )
-        job = _Job(self._added, request, self.engine.start(request.method, request.budget))
+        sequence = self.engine.start(request.method, request.budget, request.phases)
+        sequence.begin_prompt(n)
+        job = _Job(self._added, request, sequence)
         self.engine.check_tokens(request.prompt)
         window, pool = self.engine.config.context_window, self.engine.pool
         if job.most_tokens > window:
@@ -339,6 +344,7 @@ class Scheduler:
         known = self.prefixes.start(job.sequence.method, job.prompt, job.sequence.length)
         if known is not None:
             job.sequence.close()
+            known.begin_prompt(len(job.prompt) - known.length)
             job.sequence, job.reused = known, known.length
 
     def _take(self, job: _Job, token: int) -> None:

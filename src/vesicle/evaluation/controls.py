@@ -42,6 +42,7 @@ from vesicle.cost import price, price_dense
 from vesicle.errors import BudgetError
 from vesicle.evaluation.language_modelling import Scores, executed_share, score
 from vesicle.modulator import DECIMALS, Modulator, ModulatorMethod, plan_rows
+from vesicle.phases import Phases
 from vesicle.plan import FloatArray, Method, Plan
 from vesicle.predictors import (
     ConstantLevels,
@@ -86,9 +87,19 @@ def released(modulator: Modulator, n_tokens: int) -> FloatArray:
 class Ledger:
     """Prices levels on sequences of one length without running the model."""
 
-    def __init__(self, modulator: Modulator, shape: ModelShape, n_tokens: int) -> None:
-        """For sequences of `n_tokens` under the effectors and stand-ins of `modulator`."""
+    def __init__(
+        self,
+        modulator: Modulator,
+        shape: ModelShape,
+        n_tokens: int,
+        phases: Phases | None = None,
+    ) -> None:
+        """For sequences of `n_tokens` under the effectors and stand-ins of `modulator`.
+
+        All of their tokens are scored; `phases` are those that methods of controls have.
+        """
         self.modulator, self.shape, self.n_tokens = modulator, shape, n_tokens
+        self.phases = phases or Phases()
         self.config: PredictorConfig = modulator.predictor.config
         self.columns = [index(name) for name in self.config.transmitters]
         self._overhead = self.method(ConstantLevels(self.config, 1.0)).overhead(shape)
@@ -96,7 +107,7 @@ class Ledger:
 
     def method(self, levels: Levels) -> ModulatorMethod:
         """The Method of a control."""
-        return self.modulator.with_levels(levels).at(1.0)
+        return self.modulator.with_levels(levels).at(1.0, self.phases)
 
     def table(self, deficits: FloatArray) -> Levels:
         """Deficits (L, A) or (T, L, A) as a control."""

@@ -5,7 +5,8 @@ other. Only the engine skips work: times, bytes and peaks of the others say noth
 
 A multiple-choice item reads its prompt once; each choice goes on from there (`Engine.fork`). A
 generated answer is greedy. The LM head runs where logits are needed: for the prompt's last token
-and each token fed back; for every token of a window whose loss is asked for.
+and each token fed back; for every token of a window whose loss is asked for. Those tokens are the
+generated ones (see `vesicle.phases`), the others are prompt.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ class Span:
     stop: int
     head: int
 
+    def behind(self, prompt: int) -> Span:
+        """What of it lies behind the first `prompt` tokens of the sequence."""
+        start = min(max(self.start, prompt), self.stop)
+        return Span(start, self.stop, max(self.head, start))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
@@ -56,6 +62,8 @@ class Execution:
         spans: The tokens that were run; the first ends the prefill.
         prefill: Executed for the prompt, the first answer token's logits included.
         decode: Executed for the tokens fed back; choices count as prefill.
+        prompt: Positions below this one are prompt, the others generated.
+        generated: Executed for the generated tokens, whichever of the two passes they are in.
         seconds: Wall-clock time of `prefill` and `decode`.
         peak_bytes: Most resident memory of the process while the item ran.
         levels: (T, L, 5) released, if they were asked for.
@@ -65,6 +73,8 @@ class Execution:
     spans: tuple[Span, ...]
     prefill: Cost
     decode: Cost
+    prompt: int
+    generated: Cost
     seconds: dict[str, float]
     peak_bytes: int
     levels: FloatArray | None = field(default=None, repr=False)
@@ -153,6 +163,7 @@ class EngineExecutor(Executor):
         """As `Executor.generate`."""
         engine, n = self.engine, len(prompt.ids)
         sequence = engine.start(method)
+        sequence.begin_prompt(n)
         clock = _Clock()
         last = (n - 1) // CHUNK * CHUNK
         for start in range(0, last, CHUNK):
@@ -166,10 +177,8 @@ class EngineExecutor(Executor):
         )
         clock.decode()
         levels = sequence.levels if keep_levels else None
-        costs = sequence.token_costs
-        prefill, decode = (
-            Cost(**{name: int(values[part].sum()) for name, values in costs.items()})
-            for part in (slice(0, n), slice(n, None))
+        prefill, decode, generated = (
+            sequence.cost_of(part) for part in (slice(0, n), slice(n, None), slice(n - 1, None))
         )
         spans = (Span(0, n, n - 1), Span(n, sequence.length, n))
         end = sequence.cache.bytes_held
@@ -179,6 +188,8 @@ class EngineExecutor(Executor):
             spans=spans,
             prefill=_holding(prefill, held),
             decode=_holding(decode, end),
+            prompt=n - 1,
+            generated=generated,
             seconds=clock.seconds,
             peak_bytes=peak_bytes(),
             levels=levels,
@@ -195,12 +206,14 @@ class EngineExecutor(Executor):
         """As `Executor.choose`."""
         engine, n = self.engine, len(prompt.ids)
         sequence = engine.start(method)
+        sequence.begin_prompt(n)
         clock = _Clock()
         last = (n - 1) // CHUNK * CHUNK
         for start in range(0, last, CHUNK):
             engine.forward([(sequence, prompt.ids[start : start + CHUNK])], "none")
         first = engine.forward([(sequence, prompt.ids[last:])], "last")[0]
         cost, levels = sequence.cost, [sequence.levels]
+        generated = sequence.cost_of(slice(n - 1, None))
         held = sequence.cache.bytes_held
         spans, nats = [Span(0, n, n - 1)], []
         for choice in choices:
@@ -209,6 +222,7 @@ class EngineExecutor(Executor):
                 fork = engine.fork(sequence)
                 rows = torch.cat([first, engine.forward([(fork, choice[:-1])], "all")[0]])
                 cost += fork.cost
+                generated += fork.cost_of(slice(n, None))
                 held = max(held, fork.cache.bytes_held)
                 if keep_levels:
                     levels.append(fork.levels[n:])
@@ -222,6 +236,8 @@ class EngineExecutor(Executor):
             spans=tuple(spans),
             prefill=_holding(cost, held),
             decode=Cost(),
+            prompt=n - 1,
+            generated=generated,
             seconds=clock.seconds,
             peak_bytes=peak_bytes(),
             levels=np.concatenate(levels) if keep_levels else None,
@@ -248,6 +264,8 @@ class EngineExecutor(Executor):
             spans=(Span(0, len(ids), 0),),
             prefill=_holding(cost, held),
             decode=Cost(),
+            prompt=0,
+            generated=cost,
             seconds=clock.seconds,
             peak_bytes=peak_bytes(),
             levels=levels,
@@ -283,7 +301,7 @@ class TransformersExecutor(Executor):
         """As `Executor.generate`."""
         n = len(prompt.ids)
         clock = _Clock()
-        with self._running(method) as run, torch.inference_mode():
+        with self._running(method, n) as run, torch.inference_mode():
             token, cache = self._step(prompt.ids, None, 1)
             clock.prefill()
             fed = 0
@@ -298,12 +316,14 @@ class TransformersExecutor(Executor):
             text = _answer(int(token[-1].argmax()), following, codec, most, stop, ends)
         clock.decode()
         spans = (Span(0, n, n - 1), Span(n, n + fed, n))
-        prefill, decode = (self._cost(run, method, span) for span in spans)
+        prefill, decode = (self._cost(run, span) for span in spans)
         return Execution(
             output=Output(text=text),
             spans=spans,
             prefill=prefill,
             decode=decode,
+            prompt=n - 1,
+            generated=self._cost(run, spans[0].behind(n - 1)) + decode,
             seconds=clock.seconds,
             peak_bytes=peak_bytes(),
             levels=run.levels[0] if keep_levels and run is not None else None,
@@ -321,14 +341,15 @@ class TransformersExecutor(Executor):
         n = len(prompt.ids)
         clock = _Clock()
         spans, nats, levels = [Span(0, n, n - 1)], [], []
-        cost = Cost()
+        cost, generated = Cost(), Cost()
         for i, choice in enumerate(choices):
-            with self._running(method) as run, torch.inference_mode():
+            with self._running(method, n) as run, torch.inference_mode():
                 logits, _ = self._step(prompt.ids + choice[:-1], None, len(choice))
             nats.append(-_nats(logits, choice))
             spans.append(Span(n, n + len(choice) - 1, n))
-            cost += self._cost(run, method, spans[0]) if i == 0 else Cost()
-            cost += self._cost(run, method, spans[-1])
+            for span in (spans[0], spans[-1]) if i == 0 else spans[-1:]:
+                cost += self._cost(run, span)
+                generated += self._cost(run, span.behind(n - 1))
             if keep_levels and run is not None:
                 levels.append(run.levels[0][0 if i == 0 else n :])
         clock.prefill()
@@ -337,6 +358,8 @@ class TransformersExecutor(Executor):
             spans=tuple(spans),
             prefill=cost,
             decode=Cost(),
+            prompt=n - 1,
+            generated=generated,
             seconds=clock.seconds,
             peak_bytes=peak_bytes(),
             levels=np.concatenate(levels) if levels else None,
@@ -347,22 +370,25 @@ class TransformersExecutor(Executor):
     ) -> Execution:
         """As `Executor.loss`."""
         clock = _Clock()
-        with self._running(method) as run, torch.inference_mode():
+        with self._running(method, 0) as run, torch.inference_mode():
             logits, _ = self._step(ids, None, len(ids))
         nats = _nats(logits[:-1], ids[1:])
         clock.prefill()
         span = Span(0, len(ids), 0)
+        cost = self._cost(run, span)
         return Execution(
             output=Output(nats=nats, n_tokens=len(ids) - 1),
             spans=(span,),
-            prefill=self._cost(run, method, span),
+            prefill=cost,
             decode=Cost(),
+            prompt=0,
+            generated=cost,
             seconds=clock.seconds,
             peak_bytes=peak_bytes(),
             levels=run.levels[0] if keep_levels and run is not None else None,
         )
 
-    def _running(self, method: Method | None) -> Any:
+    def _running(self, method: Method | None, prompt_tokens: int) -> Any:
         """The reference's run in a `with` statement, or None for the bare model."""
         if method is None and not self.attached:
             return nullcontext()
@@ -370,7 +396,7 @@ class TransformersExecutor(Executor):
             from vesicle.plan import Dense
 
             method = Dense()
-        return attach(self.model, method)
+        return attach(self.model, method, prompt_tokens=prompt_tokens)
 
     def _step(self, ids: list[int], cache: Any, n_logits: int) -> tuple[Tensor, Any]:
         """Logits (n, V) of the last n tokens, and the cache that was filled."""
@@ -382,7 +408,7 @@ class TransformersExecutor(Executor):
         )
         return out.logits[0], out.past_key_values
 
-    def _cost(self, run: Any, method: Method | None, span: Span) -> Cost:
+    def _cost(self, run: Any, span: Span) -> Cost:
         """The price of what the reference decided; of the dense model where nothing was."""
         if span.start == span.stop:
             return Cost()
@@ -395,6 +421,7 @@ class TransformersExecutor(Executor):
             run.method.overhead(run.shape),
             first_position=span.start,
             with_logits=heads,
+            released=run.released[0][span.start : span.stop],
         )
 
 

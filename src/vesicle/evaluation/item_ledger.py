@@ -15,6 +15,7 @@ from vesicle.cost import price_tokens
 from vesicle.evaluation.controls import Ledger
 from vesicle.evaluation.executors import Span
 from vesicle.modulator import DECIMALS, Modulator, plan_rows
+from vesicle.phases import Phases
 from vesicle.plan import FloatArray, Plan
 from vesicle.shapes import ModelShape, Overhead
 from vesicle.transmitters import NAMES
@@ -30,20 +31,25 @@ class ItemLedger(Ledger):
         items: Sequence[Sequence[Span]],
         *,
         screens: bool,
+        phases: Phases | None = None,
     ) -> None:
         """For items of these spans.
 
         Args:
             modulator: Whose effectors and stand-ins act.
             shape: Of the model.
-            items: Spans of each item.
+            items: Spans of each item, of the tokens that a budget counts.
             screens: Whether the LM head only looks for the likeliest token, so that dopamine may
                 screen it.
+            phases: On which tokens controls act.
         """
         self.items = [tuple(spans) for spans in items]
         self._screens = screens
         longest = max(span.stop for spans in self.items for span in spans)
-        super().__init__(modulator, shape, longest)
+        super().__init__(modulator, shape, longest, phases)
+        # Whatever rests on a generated token rests on all that are priced here.
+        generated = self.phases.acting(np.zeros(1, bool))[0]
+        self._rests = ~generated & (not self.phases.ignores_phase(self.config.transmitters))
         rest = Plan.rest(shape, longest)
         self._dense_items = self._totals(rest, Overhead(), self.items)
         self._dense = int(self._dense_items.sum())
@@ -51,6 +57,7 @@ class ItemLedger(Ledger):
     def plan(self, levels: FloatArray) -> Plan:
         """The Plan for levels (T, L, 5), the screened LM head included."""
         positions = np.arange(len(levels), dtype=np.int32)
+        levels = np.where(self._rests, 1.0, levels)
         rows = plan_rows(self.modulator, self.shape, levels.round(DECIMALS), positions)
         if not self._screens:
             rows["head"][:] = 0

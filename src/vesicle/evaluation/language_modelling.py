@@ -281,7 +281,10 @@ def _passes(
 
 def _executed(run: Run) -> list[int]:
     overhead = run.method.overhead(run.shape)
-    return [price(plan, run.shape, overhead).flops_total for plan in run.plans]
+    return [
+        price(plan, run.shape, overhead, released=released).flops_total
+        for plan, released in zip(run.plans, run.released, strict=True)
+    ]
 
 
 @torch.no_grad()

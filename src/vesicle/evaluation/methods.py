@@ -22,6 +22,7 @@ from vesicle.evaluation import controls
 from vesicle.evaluation.controls import TOLERANCE, dial_at, random_table, solve
 from vesicle.evaluation.item_ledger import ItemLedger
 from vesicle.modulator import Modulator, ModulatorMethod
+from vesicle.phases import Phases
 from vesicle.plan import FloatArray, Method
 from vesicle.predictors import ConstantLevels, ReplayLevels, ShuffledLevels
 
@@ -73,18 +74,21 @@ class Chosen:
 
 
 def tune_dial(
-    modulator: Modulator, target: float, share: Callable[[ModulatorMethod], float]
+    modulator: Modulator,
+    target: float,
+    share: Callable[[ModulatorMethod], float],
+    phases: Phases | None = None,
 ) -> float:
     """The dial at which `share` of a modulator's method is the target.
 
     Raises:
         BudgetError: If no dial gives it.
     """
-    start = min(max(modulator.dial(target), 1e-5), 1 - 1e-5)
+    start = min(max(modulator.dial(target, phases), 1e-5), 1 - 1e-5)
     x = math.log((1 - start) / start)
 
     def measure(x: float) -> float:
-        return share(ModulatorMethod(modulator, dial_at(x)))
+        return share(ModulatorMethod(modulator, dial_at(x), phases))
 
     x, _ = solve(measure, target, x, -0.2, TOLERANCE)
     return dial_at(x)

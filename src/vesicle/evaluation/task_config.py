@@ -10,6 +10,7 @@ from vesicle.errors import VesicleError
 from vesicle.evaluation.methods import check_methods
 from vesicle.evaluation.task_results import Key
 from vesicle.modulator import check_budget
+from vesicle.phases import Phases
 from vesicle.tasks.registry import find_task
 
 DIALS = ("tuned", "shipped")
@@ -35,6 +36,7 @@ class TaskConfig:
         dial: `tuned` on the task's prompts, or `shipped`: as the modulator was calibrated.
         best_of: Random tables that `best-of-n` tries.
         selection: Items on which it selects: the first ones.
+        phases: On which tokens the modulator and the controls act, as `Phases.parse` reads it.
     """
 
     tasks: tuple[str, ...]
@@ -52,6 +54,12 @@ class TaskConfig:
     dial: str = "tuned"
     best_of: int = 20
     selection: int = 4
+    phases: tuple[str, ...] = ()
+
+    @property
+    def acts(self) -> Phases:
+        """`phases`, read."""
+        return Phases.parse(self.phases)
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -80,6 +88,7 @@ class TaskConfig:
             raise VesicleError(f"dial is {self.dial!r}; allowed: {', '.join(DIALS)}")
         if not self.tasks:
             raise VesicleError("no task is named")
+        Phases.parse(self.phases)
         if not self.budgets:
             raise VesicleError("budgets is empty; give at least one, above 0 and up to 1")
         for name in self.tasks:

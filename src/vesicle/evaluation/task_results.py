@@ -65,6 +65,8 @@ class TaskRow:
         items: (n_items,) each: `ids`, `statistics` by metric, executed `flops` and `dense_flops`,
             `prompt_tokens`, `answer_tokens`.
         details: What the method was set to.
+        shares: Executed share of the dense FLOPs of each phase, `prompt` and `generated`; empty in
+            records of before there were phases, when every token was governed.
     """
 
     task: str
@@ -78,6 +80,7 @@ class TaskRow:
     measured: dict[str, Any]
     items: dict[str, Any]
     details: dict[str, Any] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:

@@ -1,7 +1,8 @@
 """Rows of a TaskResult from the records of finished items.
 
-A record is what `items.jsonl` holds of an item: `output`, `statistics` by metric, `spans`, and the
-executed cost of `prefill` and `decode`, beside what was `measured`.
+A record is what `items.jsonl` holds of an item: `output`, `statistics` by metric, `spans`, how many
+tokens are `prompt`, and the executed cost of `prefill`, of `decode` and of `generated` tokens,
+beside what was `measured`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from vesicle.cost import Cost
 from vesicle.evaluation.executors import Execution, Executor, Span
 from vesicle.evaluation.task_items import Prepared
 from vesicle.evaluation.task_results import Key, Score, TaskRow
+from vesicle.phases import ALL, GENERATED, PROMPT
 from vesicle.plan import FloatArray
 from vesicle.tasks.base import Task
 from vesicle.tasks.items import Output
@@ -35,19 +37,31 @@ def make_record(task: Task, prepared: Prepared, execution: Execution) -> Record:
         "spans": [[s.start, s.stop, s.head] for s in execution.spans],
         "prefill": asdict(execution.prefill),
         "decode": asdict(execution.decode),
+        "prompt": execution.prompt,
+        "generated": asdict(execution.generated),
         "measured": {"seconds": execution.seconds, "peak_bytes": execution.peak_bytes},
     }
 
 
-def spans_of(record: Record) -> tuple[Span, ...]:
-    """The tokens that were run."""
-    return tuple(Span(*span) for span in record["spans"])
+def spans_of(record: Record, phase: str = ALL) -> tuple[Span, ...]:
+    """The tokens that were run; those of phase `generated` alone, if asked for."""
+    spans = tuple(Span(*span) for span in record["spans"])
+    return spans if phase == ALL else tuple(span.behind(record["prompt"]) for span in spans)
 
 
-def executed_share(records: Sequence[Record], executor: Executor) -> float:
-    """Executed FLOPs over those of the dense model on the same tokens."""
-    dense = sum(executor.dense(spans_of(r)).flops_total for r in records)
-    return sum(_flops(r) for r in records) / dense
+def executed_share(records: Sequence[Record], executor: Executor, phase: str = ALL) -> float:
+    """Executed FLOPs over those of the dense model on the same tokens.
+
+    Of all tokens or of one phase; 1 where it has no tokens.
+    """
+    everything = sum(executor.dense(spans_of(r)).flops_total for r in records)
+    done = sum(_flops(r) for r in records)
+    if phase != ALL:
+        dense = sum(executor.dense(spans_of(r, GENERATED)).flops_total for r in records)
+        executed = sum(Cost(**r["generated"]).flops_total for r in records)
+        everything = dense if phase == GENERATED else everything - dense
+        done = executed if phase == GENERATED else done - executed
+    return done / everything if everything else 1.0
 
 
 def make_row(
@@ -89,6 +103,7 @@ def make_row(
             name.removesuffix("_total"): executed["total"][name] / max(rest["total"][name], 1)
             for name in _RATIOS
         },
+        shares={phase: executed_share(records, executor, phase) for phase in (PROMPT, GENERATED)},
         measured={
             "seconds": {
                 phase: round(sum(r["measured"]["seconds"][phase] for r in records), 3)

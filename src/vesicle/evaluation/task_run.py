@@ -36,6 +36,7 @@ from vesicle.evaluation.task_items import Prepared, prepare
 from vesicle.evaluation.task_results import Key, TaskResult, TaskRow
 from vesicle.evaluation.task_rows import Record, executed_share, make_record, make_row, spans_of
 from vesicle.modulator import Modulator, ModulatorMethod
+from vesicle.phases import ALL, GENERATED
 from vesicle.plan import Dense, FloatArray, Method
 from vesicle.predictors import Predictor
 from vesicle.tasks.base import Settings, Task
@@ -151,6 +152,7 @@ class _TaskRun:
                 "settings": {
                     k: getattr(config, k) for k in ("seed", "dial", "best_of", "selection")
                 },
+                "phases": config.acts.to_dict(),
                 "model": subject.model,
                 "modulator": _modulator_facts(subject),
                 "versions": versions(),
@@ -295,7 +297,14 @@ class _TaskRun:
             return budget
         if "missing" in (store.settings(self.hash, learnt) or {}):
             return budget
-        return executed_share(self._records(learnt, store), self._subject.executor)
+        return executed_share(self._records(learnt, store), self._subject.executor, self._counted)
+
+    @property
+    def _counted(self) -> str:
+        """The tokens of whose work a budget is a share."""
+        modulator = self._subject.modulator
+        assert modulator is not None
+        return ALL if modulator.at(1.0, self._config.acts).counts_prompt else GENERATED
 
     def _choose(
         self, key: Key, store: ItemStore, target: float, settings: dict[str, Any] | None
@@ -309,7 +318,7 @@ class _TaskRun:
         assert modulator is not None
         if method == "learnt":
             dial = self._dial(modulator, budget) if settings is None else settings["dial"]
-            tuned = ModulatorMethod(modulator, dial)
+            tuned = ModulatorMethod(modulator, dial, self._config.acts)
             return Chosen(of=lambda i: tuned, details={"dial": dial})
         learnt: list[FloatArray] = []
         if method in FROM_LEARNT:
@@ -331,13 +340,13 @@ class _TaskRun:
         source: Key = (task, "learnt", budget)
         if "learnt" not in self._config.methods or not store.count(self.hash, source):
             source = (task, "dense", 1.0)
-        spans = [spans_of(record) for record in self._records(source, store)]
+        spans = [spans_of(record, self._counted) for record in self._records(source, store)]
         shape, screens = self._subject.executor.shape, self.task.kind == "generate"
-        return ItemLedger(modulator, shape, spans, screens=screens)
+        return ItemLedger(modulator, shape, spans, screens=screens, phases=self._config.acts)
 
     def _dial(self, modulator: Modulator, budget: float) -> float:
         if self._config.dial == "shipped":
-            return modulator.dial(budget)
+            return modulator.dial(budget, self._config.acts)
         preview: list[Prepared] = []
         order = np.argsort([p.n_tokens for p in self.items], kind="stable")
         spread = order[np.linspace(0, len(order) - 1, min(_PREVIEW_ITEMS, len(order))).astype(int)]
@@ -351,11 +360,15 @@ class _TaskRun:
             for prepared in preview:
                 item = replace(prepared.item, max_new_tokens=min(8, prepared.item.max_new_tokens))
                 found = self._run(replace(prepared, item=item), method)
-                executed += found.prefill.flops_total + found.decode.flops_total
-                dense += self._subject.executor.dense(found.spans).flops_total
+                spans, cost = found.spans, found.prefill.flops_total + found.decode.flops_total
+                if self._counted == GENERATED:
+                    spans = tuple(span.behind(found.prompt) for span in spans)
+                    cost = found.generated.flops_total
+                executed += cost
+                dense += self._subject.executor.dense(spans).flops_total
             return executed / dense
 
-        return tune_dial(modulator, budget, share)
+        return tune_dial(modulator, budget, share, self._config.acts)
 
     def _selection_nats(self, method: Method) -> float:
         """Loss of the right answers of the first items, in nats per token."""

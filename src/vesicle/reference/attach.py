@@ -16,6 +16,7 @@ backward).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -23,6 +24,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vesicle.cost import Cost, price
@@ -30,8 +32,9 @@ from vesicle.effectors import GabaSparsity
 from vesicle.effectors.dopamine_precision import largest
 from vesicle.errors import ModelError, VesicleError
 from vesicle.families import find_family
-from vesicle.modulator import Modulator, ModulatorAuthor, ModulatorMethod
+from vesicle.modulator import Modulator, ModulatorAuthor, ModulatorMethod, served
 from vesicle.nested import NestedWeight
+from vesicle.phases import Phases
 from vesicle.plan import (
     FFN_BIG,
     FFN_SMALL,
@@ -66,25 +69,29 @@ def attach(
     method: Modulator | Method,
     budget: float | None = None,
     *,
+    phases: Phases | None = None,
+    prompt_tokens: int = 0,
     soft: Soft | None = None,
 ) -> Run:
     """Attach a modulator or any method to a Hugging Face causal LM; use in a `with` statement.
 
     Args:
         model: A causal LM of a supported family.
-        method: A modulator (then `budget` applies) or a method such as `Replay(plan)`.
+        method: A modulator (then `budget` and `phases` apply) or a method such as `Replay(plan)`.
         budget: Share of dense FLOPs in (0, 1]; the modulator's default budget if not given.
+        phases: On which tokens each transmitter acts; on generated ones if not given.
+        prompt_tokens: Leading tokens of each sequence that are a prompt: what follows the last of
+            them is the first to be scored. `model.generate` says so by itself; in any other pass
+            every position is taken to be scored, unless this says otherwise.
         soft: Differentiable masks, for training; needs a modulator.
 
     Raises:
         ModelError: If the model's family or shape does not fit.
         VesicleError: If the budget is out of range, or given to a method that has none.
     """
-    if isinstance(method, Modulator):
-        method = method.at(method.info.default_budget if budget is None else budget)
-    elif budget is not None:
-        raise VesicleError("a budget applies to a modulator; this method has its own")
-    return Run(model, method, soft)
+    decides = served(method, budget, phases)
+    assert decides is not None
+    return Run(model, decides, soft, prompt_tokens=prompt_tokens)
 
 
 class Run:
@@ -94,7 +101,9 @@ class Run:
     continue them.
     """
 
-    def __init__(self, model: nn.Module, method: Method, soft: Soft | None) -> None:
+    def __init__(
+        self, model: nn.Module, method: Method, soft: Soft | None, *, prompt_tokens: int = 0
+    ) -> None:
         """Prepare; nothing is hooked before `__enter__`."""
         config: Any = model.config
         self._model, self.method, self._soft = model, method, soft
@@ -108,6 +117,7 @@ class Run:
         elif soft is not None:
             raise VesicleError("soft execution needs a modulator")
         self._handles: list[Any] = []
+        self._prompt_slots = prompt_tokens - 1  # padding included, the last token not
         self._implementation: str | None = None
         self._pass = _Pass(self)
         self._authors: list[Author] = []
@@ -125,6 +135,9 @@ class Run:
         register()
         self._implementation = base
         config._attn_implementation = PREFIX + base
+        model: Any = self._model
+        if callable(getattr(model, "generate", None)):
+            model.generate = self._generating(model.generate)
         try:
             for number, layer in enumerate(self._family.layers(self._model)):
                 self._handles += _LayerHooks(self, number, layer).install()
@@ -140,11 +153,28 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         """Remove every hook and restore the attention implementation."""
+        self._model.__dict__.pop("generate", None)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         config: Any = self._model.config
         config._attn_implementation = self._implementation
+
+    def _generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`model.generate`, which says first what the prompt is."""
+
+        @functools.wraps(generate)
+        def said(*args: Any, **kwargs: Any) -> Any:
+            names = ("inputs", "input_ids", "inputs_embeds")
+            given = [*args[:1], *(kwargs[n] for n in names if kwargs.get(n) is not None)]
+            before = self._prompt_slots
+            self._prompt_slots = given[0].shape[1] - 1 if given else 0
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._prompt_slots = before
+
+        return said
 
     @property
     def _modulator(self) -> Modulator:
@@ -189,9 +219,18 @@ class Run:
     def cost(self) -> Cost:
         """Price of all Plans, logits counted at every position."""
         total = Cost()
-        for plan in self.plans:
-            total = total + price(plan, self.shape, self.method.overhead(self.shape))
+        overhead = self.method.overhead(self.shape)
+        for plan, released in zip(self.plans, self.released, strict=True):
+            total = total + price(plan, self.shape, overhead, released=released)
         return total
+
+    @property
+    def released(self) -> list[NDArray[np.bool_]]:
+        """At which tokens the method's predictor ran, one (T,) per sequence."""
+        return [
+            author.releases(np.arange(plan.n_tokens, dtype=np.int32))
+            for author, plan in zip(self._authors, self.plans, strict=True)
+        ]
 
 
 class _Pass:
@@ -249,6 +288,8 @@ class _Pass:
         for builder, p in zip(run._builders, self.numpy_positions, strict=True):
             if run._soft is None:
                 builder.chunk(len(p))
+        for author, offset in zip(run._authors, self.offsets, strict=run._soft is None):
+            author.prompt(max(0, past - offset), run._prompt_slots - offset)
         if run._soft is not None:
             method = run.method
             assert isinstance(method, ModulatorMethod)
