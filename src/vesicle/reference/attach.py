@@ -252,6 +252,9 @@ class _Pass:
                 raise VesicleError(
                     "positions do not rise by one; pad batches on the left, or not at all"
                 )
+        if any(self.starts):  # what padding is numbered differs between releases of transformers
+            padding = torch.arange(t) < torch.tensor(self.starts)[:, None]
+            self.positions = self.positions.masked_fill(padding.to(hidden.device), 0)
         if past == 0:
             run._authors = [] if run._soft else [run.method.author(run.shape) for _ in range(b)]
             run._builders = [PlanBuilder(run.shape) for _ in range(b)]
