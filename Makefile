@@ -9,11 +9,13 @@ MEMORY = -fsanitize=address,undefined -fno-sanitize-recover=undefined
 # Fresh memory holds numbers that are none, so that whatever is read before it was written shows.
 FILLED = ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=16777216:malloc_fill_byte=255
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+# The floor that pyproject.toml names, in full.
+OLDEST = 5.0.0
 NATIVE_TESTS = tests/native/test_fuzz.py tests/engine/test_decode.py tests/engine/test_packed.py
 
 .DEFAULT_GOAL := help
 .PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow \
-	test-gpu test-kvpress examples docs results clean
+	test-gpu test-kvpress test-oldest examples docs results clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "%-18s %s\n", $$1, $$2}'
@@ -72,6 +74,11 @@ test-kvpress: ## the bridge to NVIDIA's kvpress, in .venv-kvpress (made if missi
 	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
 	.venv-kvpress/bin/pip install -q '.[kvpress]' pytest pytest-timeout hypothesis
 	.venv-kvpress/bin/python -m pytest tests/presses -m kvpress
+
+test-oldest: ## fast tests with the oldest transformers, in .venv-oldest (made if missing; needs minutes)
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q '.[test]' 'transformers==$(OLDEST)'
+	.venv-oldest/bin/python -m pytest -m "not slow and not gpu and not kvpress and not model"
 
 examples: ## run every example in order
 	@set -e; for example in examples/[0-9]*.py; do echo "== $$example"; $(PYTHON) "$$example"; done

@@ -5,6 +5,8 @@ import dataclasses
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,25 @@ def test_python_compiles_and_imports_what_exists(code: str):
                 assert [n.name for n in names if not hasattr(module, n.name)] == []
             case ast.Attribute(value=ast.Name(id="vesicle"), attr=name):
                 assert hasattr(vesicle, name), name
+
+
+READ_ME = [p for p in SNIPPETS if str(p.id).startswith("README")]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("code", READ_ME)
+def test_the_readmes_python_runs(code: str, tmp_path: Path):
+    """As a newcomer pastes it."""
+    file = tmp_path / "snippet.py"
+    file.write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(file)],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def commands(page: Path) -> Iterator[list[str]]:

@@ -72,6 +72,14 @@ def test_version_is_the_same_everywhere():
     assert vesicle.__version__ == project["version"]
 
 
+def test_the_oldest_transformers_tested_is_the_oldest_allowed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    oldest = re.findall(r"^OLDEST = (\d+\.\d+)\.0$", makefile, re.MULTILINE)
+    floors = [re.match(r"transformers>=([\d.]+),<6$", d) for d in project["dependencies"]]
+    assert oldest == [floor[1] for floor in floors if floor]
+
+
 def test_docs_links_resolve():
     broken = [
         f"{path.relative_to(ROOT)}: {target}"

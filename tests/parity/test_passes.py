@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tests.tiny import random_plan, shape_of, tiny_control, tiny_model, tiny_modulator, tokens
+from vesicle.families import cache_argument
 from vesicle.modulator import Modulator
 from vesicle.plan import FIELDS, Method, Plan, Replay
 from vesicle.predictors import CONTROLS, PREDICTORS
@@ -31,7 +32,7 @@ def in_pieces(model: Any, ids: Tensor, method: Method, cuts: tuple[int, ...]) ->
     cache = DynamicCache()
     with attach(model, method) as run:
         pieces = [
-            model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits
+            model(ids[:, start:stop], use_cache=True, **cache_argument(model, cache)).logits
             for start, stop in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True)
         ]
     return torch.cat(pieces, dim=1), run
@@ -206,12 +207,12 @@ def test_no_sequence_is_continued_with_another_batch(llama: Any, modulator: Modu
     from vesicle.errors import VesicleError
 
     cache = DynamicCache()
-    llama(tokens(9, batch=2), past_key_values=cache)
+    llama(tokens(9, batch=2), **cache_argument(llama, cache))
     with (
         attach(llama, modulator, 0.6),
         pytest.raises(VesicleError, match="had 0 sequences and now has 2"),
     ):
-        llama(tokens(1, batch=2), past_key_values=cache)
+        llama(tokens(1, batch=2), **cache_argument(llama, cache))
 
 
 def test_plans_of_pieces_join(llama: Any, modulator: Modulator, ids: Tensor):
@@ -220,7 +221,7 @@ def test_plans_of_pieces_join(llama: Any, modulator: Modulator, ids: Tensor):
     so_far: list[Plan] = []
     with attach(llama, modulator, 0.6) as run:
         for start, stop in ((0, 30), (30, 70)):
-            llama(ids[:, start:stop], past_key_values=cache)
+            llama(ids[:, start:stop], **cache_argument(llama, cache))
             so_far.append(run.plan)
     assert so_far[1].tokens(0, 30).equals(so_far[0])
     assert so_far[0].joined(so_far[1].tokens(30)).equals(so_far[1])

@@ -15,6 +15,7 @@ from tests.parity.test_engine import FP32, FP64, SAME, close, counted, executed,
 from tests.tiny import random_plan, shape_of, tiny_modulator, tokens
 from vesicle.cost import kv_bytes_peak, price
 from vesicle.engine import Engine, Sequence
+from vesicle.families import cache_argument, find_cache
 from vesicle.plan import FIELDS, FOREVER, Dense, Method, Plan, Replay
 from vesicle.reference.attach import attach
 from vesicle.retention import Retention
@@ -180,7 +181,7 @@ def test_a_batch_in_the_reference(llama: Any, rng: np.random.Generator):
             padded[:, 55:],
             attention_mask=mask,
             position_ids=places[:, 55:],
-            past_key_values=first.past_key_values,
+            **cache_argument(llama, find_cache(first)),
         )
     logits = torch.cat([first.logits, second.logits], dim=1)
     for row, (text, plan) in enumerate(zip(rows, run.plans, strict=True)):

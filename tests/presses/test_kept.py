@@ -21,6 +21,7 @@ from tests.presses.doubles import (
 from tests.tiny import tiny_model, tokens
 from vesicle.engine import Engine
 from vesicle.errors import VesicleError
+from vesicle.families import cache_argument
 from vesicle.plan import FOREVER
 from vesicle.presses import kept_by, press_method
 from vesicle.presses.kept import _look_up
@@ -173,7 +174,7 @@ def test_the_engine_goes_on_from_what_a_press_left_and_its_memory_is_free(llama:
     press, ids = HookPress(at(chosen)), tokens(54)[0].tolist()
     cache = DynamicCache()
     with torch.no_grad(), press(llama):
-        llama(torch.tensor([ids[:48]]), past_key_values=cache)
+        llama(torch.tensor([ids[:48]]), **cache_argument(llama, cache))
 
     engine = Engine.from_model(llama)
     sequence = engine.start(press_method(press, llama, ids[:48]))
@@ -184,8 +185,8 @@ def test_the_engine_goes_on_from_what_a_press_left_and_its_memory_is_free(llama:
         with torch.no_grad():
             expected = llama(
                 torch.tensor([[ids[position]]]),
-                past_key_values=cache,
                 position_ids=torch.tensor([[position]]),
+                **cache_argument(llama, cache),
             ).logits[0]
         (found,) = engine.forward([(sequence, [ids[position]])])
         assert (found - expected).abs().max() < TOLERANCE

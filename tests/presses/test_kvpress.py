@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.default_prompts import PROMPTS
 from vesicle.errors import VesicleError
+from vesicle.families import cache_argument
 from vesicle.presses import kept_by, make_press, press_method, press_names
 
 pytestmark = [pytest.mark.kvpress, pytest.mark.model, pytest.mark.filterwarnings("default")]
@@ -81,7 +82,7 @@ def prefill(model: Any, ids: list[int], press: Any) -> Any:
         model.set_attn_implementation("eager")
     torch.manual_seed(SEED)
     with torch.no_grad(), press(model):
-        model.model(input_ids=torch.tensor([ids]), past_key_values=cache)
+        model.model(input_ids=torch.tensor([ids]), **cache_argument(model, cache))
     model.set_attn_implementation(before)
     return cache
 
@@ -92,7 +93,7 @@ def dense_cache(model: Any, ids: list[int], *, eager: bool) -> Any:
     cache, before = DynamicCache(), model.config._attn_implementation
     model.set_attn_implementation("eager" if eager else before)
     with torch.no_grad():
-        model.model(input_ids=torch.tensor([ids]), past_key_values=cache)
+        model.model(input_ids=torch.tensor([ids]), **cache_argument(model, cache))
     model.set_attn_implementation(before)
     return cache
 
@@ -112,8 +113,8 @@ def hugging_face(model: Any, cache: Any, ids: list[int], new: int) -> tuple[list
         with torch.no_grad():
             out = model(
                 torch.tensor([[token]]),
-                past_key_values=cache,
                 position_ids=torch.tensor([[position]]),
+                **cache_argument(model, cache),
             ).logits[0, -1]
         position += 1
         if not queue:

@@ -30,6 +30,7 @@ from vesicle.errors import VesicleError
 from vesicle.evaluation.language_modelling import model_shape
 from vesicle.evaluation.memory import peak_bytes, reset_peak
 from vesicle.evaluation.prompts import Codec, Prompt
+from vesicle.families import cache_argument, find_cache
 from vesicle.plan import FloatArray, Method
 from vesicle.reference.attach import attach
 from vesicle.shapes import ModelShape
@@ -402,11 +403,11 @@ class TransformersExecutor(Executor):
         """Logits (n, V) of the last n tokens, and the cache that was filled."""
         out = self.model(
             input_ids=torch.tensor([ids], device=next(self.model.parameters()).device),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=n_logits,
+            **cache_argument(self.model, cache),
         )
-        return out.logits[0], out.past_key_values
+        return out.logits[0], find_cache(out)
 
     def _cost(self, run: Any, span: Span) -> Cost:
         """The price of what the reference decided; of the dense model where nothing was."""

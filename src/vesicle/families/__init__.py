@@ -6,12 +6,21 @@ from typing import Any
 
 from vesicle.errors import ModelError
 from vesicle.families.base import DecoderConfig, Family
+from vesicle.families.cached import cache_argument, find_cache
 from vesicle.families.gpt_neox import GptNeoxFamily
 from vesicle.families.llama import LlamaFamily
 
 FAMILIES: dict[str, type[Family]] = {"llama": LlamaFamily, "gpt_neox": GptNeoxFamily}
 
-__all__ = ["FAMILIES", "DecoderConfig", "Family", "find_family", "supported_model_types"]
+__all__ = [
+    "FAMILIES",
+    "DecoderConfig",
+    "Family",
+    "cache_argument",
+    "find_cache",
+    "find_family",
+    "supported_model_types",
+]
 
 
 def supported_model_types() -> tuple[str, ...]:

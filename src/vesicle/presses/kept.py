@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vesicle.errors import VesicleError
-from vesicle.families import find_family
+from vesicle.families import cache_argument, find_family
 from vesicle.plan import IntArray, Method
 from vesicle.retention import Retention
 
@@ -83,14 +83,16 @@ def kept_by(press: Any, model: nn.Module, ids: list[int], *, seed: int = 0) -> l
             f"{name} drops entries while tokens are generated; a press must choose once, after "
             "the context"
         )
+    base: Any = model.base_model
     cache, written = _recording_cache()
+    filled = cache_argument(base, cache)
     with _untouched(model, eager=_nested_any(press, _READS_ATTENTION)) as attention:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             tokens = torch.tensor([ids], device=next(model.parameters()).device)
             try:
                 with press(model):
-                    model.base_model(input_ids=tokens, past_key_values=cache)  # type: ignore[operator]  # a module
+                    base(input_ids=tokens, **filled)
             except Exception as error:  # whatever a press may raise
                 reason = f"{type(error).__name__}: {error}".removeprefix("AssertionError: ")
                 raise VesicleError(f"{name} failed on this model: {reason}") from error

@@ -17,6 +17,7 @@ backward).
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -31,7 +32,7 @@ from vesicle.cost import Cost, price
 from vesicle.effectors import GabaSparsity
 from vesicle.effectors.dopamine_precision import largest
 from vesicle.errors import ModelError, VesicleError
-from vesicle.families import find_family
+from vesicle.families import find_cache, find_family
 from vesicle.modulator import Modulator, ModulatorAuthor, ModulatorMethod, served
 from vesicle.nested import NestedWeight
 from vesicle.phases import Phases
@@ -52,6 +53,7 @@ from vesicle.plan import (
 )
 from vesicle.predictors import State
 from vesicle.reference.attention import BASES, PREFIX, RULE, BlockRule, register
+from vesicle.reference.continuity import Entries, check_mask
 from vesicle.reference.soft_cost import SoftCost
 from vesicle.shapes import ModelShape
 from vesicle.transmitters import index
@@ -139,6 +141,7 @@ class Run:
         if callable(getattr(model, "generate", None)):
             model.generate = self._generating(model.generate)
         try:
+            self._handles += self._pass.install()
             for number, layer in enumerate(self._family.layers(self._model)):
                 self._handles += _LayerHooks(self, number, layer).install()
         except BaseException:
@@ -246,12 +249,31 @@ class _Pass:
         self.levels: Tensor | None = None  # (B, T, 5), soft mode, released by the previous layer
         self.state: State = {}
         self.dial = torch.ones(1)
+        self.mask: Any = None  # attention mask as the model was given it
+        self.cache: Any = None  # filled by this pass
+        self.entries: Entries | None = None  # of the latest pass; None before it and inside one
+
+    def install(self) -> list[Any]:
+        """Hook the decoder as a whole, which is called once a pass."""
+        decoder: Any = self.run._model.base_model
+        place = list(inspect.signature(decoder.forward).parameters).index("attention_mask")
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.mask = args[place] if len(args) > place else kwargs.get("attention_mask")
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.end()
+
+        return [
+            decoder.register_forward_pre_hook(before, with_kwargs=True),
+            decoder.register_forward_hook(after),
+        ]
 
     def begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Find out where in its sequence each token is, and start sequences that are new."""
         run = self.run
         b, t = hidden.shape[:2]
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        cache = find_cache(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length(0))
         given = kwargs.get("position_ids")
         if given is None:
@@ -260,6 +282,7 @@ class _Pass:
         last = self.positions[:, -1].tolist()
         self.offsets = tuple(max(0, past + t - 1 - int(p)) for p in last)
         self.starts = [min(t, max(0, offset - past)) for offset in self.offsets]
+        check_mask(self.mask, self.offsets, past, t)
         slots = torch.arange(past, past + t)
         for row, start, offset in zip(
             self.positions.tolist(), self.starts, self.offsets, strict=True
@@ -268,6 +291,9 @@ class _Pass:
                 raise VesicleError(
                     "positions do not rise by one; pad batches on the left, or not at all"
                 )
+        if any(self.starts):  # what padding is numbered differs between releases of transformers
+            padding = torch.arange(t) < torch.tensor(self.starts)[:, None]
+            self.positions = self.positions.masked_fill(padding.to(hidden.device), 0)
         if past == 0:
             run._authors = [] if run._soft else [run.method.author(run.shape) for _ in range(b)]
             run._builders = [PlanBuilder(run.shape) for _ in range(b)]
@@ -279,6 +305,13 @@ class _Pass:
                 f"the batch had {len(run._builders)} sequences and now has {b}; "
                 "start a new sequence while attached"
             )
+        else:
+            if self.entries is None:
+                raise VesicleError(
+                    "the pass before this one failed; start a new sequence while attached"
+                )
+            self.entries.check(cache, past)
+        self.cache, self.entries = cache, None
         rows = self.positions.cpu().numpy().astype(np.int32)
         self.numpy_positions = [rows[i, s:] for i, s in enumerate(self.starts)]
         self.forgetting = [
@@ -297,6 +330,11 @@ class _Pass:
             self.levels = None
             run.soft_cost = SoftCost(run.shape, method.modulator, method.overhead(run.shape))
             run.soft_cost.head(self.positions)
+
+    def end(self) -> None:
+        """Note what the cache holds now, so that the next pass can tell whether it goes on."""
+        self.entries = Entries(self.cache)
+        self.mask = self.cache = None
 
     def attention(self, layer: int) -> list[AttentionDecision]:
         """Ask every author, record, and return the decisions."""

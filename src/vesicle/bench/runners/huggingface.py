@@ -8,6 +8,7 @@ import torch
 
 from vesicle.bench.contenders import Contender
 from vesicle.bench.runners.base import Runner
+from vesicle.families import cache_argument
 
 
 class HuggingFaceRunner(Runner):
@@ -39,6 +40,7 @@ class HuggingFaceRunner(Runner):
     def begin(self, batch: int, length: int) -> None:
         """An empty cache."""
         self._cache = self._new_cache()
+        self._filled = cache_argument(self._model, self._cache)
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:
         """All prompts in one pass, logits for the last position only."""
@@ -62,9 +64,9 @@ class HuggingFaceRunner(Runner):
     def _forward(self, rows: list[list[int]]) -> list[int]:
         out = self._model(
             input_ids=torch.tensor(rows),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **self._filled,
         )
         likeliest: list[int] = out.logits[:, -1].argmax(-1).tolist()
         return likeliest
