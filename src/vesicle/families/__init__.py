@@ -8,10 +8,20 @@ from vesicle.errors import ModelError
 from vesicle.families.base import DecoderConfig, Family
 from vesicle.families.gpt_neox import GptNeoxFamily
 from vesicle.families.llama import LlamaFamily
+from vesicle.families.settings import SETTINGS, Setting, settings_of
 
 FAMILIES: dict[str, type[Family]] = {"llama": LlamaFamily, "gpt_neox": GptNeoxFamily}
 
-__all__ = ["FAMILIES", "DecoderConfig", "Family", "find_family", "supported_model_types"]
+__all__ = [
+    "FAMILIES",
+    "SETTINGS",
+    "DecoderConfig",
+    "Family",
+    "Setting",
+    "find_family",
+    "settings_of",
+    "supported_model_types",
+]
 
 
 def supported_model_types() -> tuple[str, ...]:

@@ -58,8 +58,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> Any:
     """Read the Hugging Face config of a model folder, and check what it says.
 
-    Importing transformers takes longer than reading a small model's weights. A config that spells
-    out all that a family asks for needs no class with defaults; any other is read by transformers.
+    Its settings mean what transformers' own class says. Importing transformers takes longer than
+    reading a small model's weights, so a config that its class would leave as it is is taken as is.
 
     Args:
         folder: The model's folder.
@@ -71,32 +71,33 @@ def read_config(folder: Path) -> Any:
         ModelError: It is missing or damaged, of a family that is not supported, or absurd.
     """
     from vesicle.families import find_family
+    from vesicle.families.settings import is_spelled_out, refuse_foreign
 
     path = folder / "config.json"
     values = read_object(path)
     if not isinstance(values.get("model_type"), str):
         raise ModelError(f"{path} names no model_type")
-    plain = SimpleNamespace(**values)
+    config: Any = SimpleNamespace(**values)
     try:
         # Before transformers sees it, which offers to run code that an unknown type brings along.
-        family = find_family(plain)
-        if {"rope_parameters", "tie_word_embeddings"} <= values.keys():
-            _check_config(plain, family)
-            return plain
-    except (AttributeError, KeyError, TypeError):
-        pass
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from error
-    try:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder)
+        family = find_family(config)
+        refuse_foreign(values)
+        if not is_spelled_out(values):
+            config = _standardised(folder)
         _check_config(config, family)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    except Exception as error:  # transformers refuses a value by whatever exception it causes
-        raise ModelError(f"cannot use {path}: {error}") from error
     return config
+
+
+def _standardised(folder: Path) -> Any:
+    """What transformers' own class makes of a config, in whatever spelling and of whatever age."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers refuses a value by whatever exception it causes
+        raise ModelError(f"transformers cannot read it: {error}") from error
 
 
 def _check_config(config: Any, family: Family) -> None:
@@ -156,13 +157,6 @@ def check_weights(
     from vesicle.families import find_family
     from vesicle.families.checks import check_tensors, flag
 
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ModelError(
-            f"{folder / 'config.json'} says that the weights are quantised ({shown(method)}), "
-            "which is not supported: use the original weights, or a GGUF file"
-        )
     tensors = read_tensors(folder)
     used: dict[str, StoredTensor] = {}
 
