@@ -28,6 +28,8 @@ def values_of(model_type: str, changes: dict[str, Any]) -> dict[str, Any]:
     values.pop("layer_types", None)
     if model_type == "gpt_neox":
         values["hidden_size"] = 64  # so that a quarter of a head is even
+        # As in every checkpoint there is; the class of transformers 5.0 forgets the other spelling.
+        values["rotary_pct"] = values["rope_parameters"].pop("partial_rotary_factor")
     return {name: value for name, value in (values | changes).items() if value is not DROP}
 
 

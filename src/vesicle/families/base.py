@@ -203,13 +203,13 @@ def optional_affine(lookup: Lookup, prefix: str) -> Affine | None:
     return None if weight is None else Affine(weight=weight, bias=lookup(f"{prefix}.bias"))
 
 
-def check_activation(name: str) -> str:
+def check_activation(name: Any) -> str:
     """The activation's name, if the executors have it.
 
     Raises:
         ModelError: If they do not.
     """
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ModelError(
             f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
         )

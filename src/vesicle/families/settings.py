@@ -197,8 +197,6 @@ SETTINGS: tuple[Setting, ...] = (
     _idle("_name_or_path", _FILE),
 )
 """A setting may be here twice, for other model types."""
-_PLAIN = LLAMA_LIKE
-"""Types of which one version of transformers reads what another wrote as it was written."""
 
 
 def settings_of(model_type: str) -> dict[str, Setting]:
@@ -272,6 +270,7 @@ def is_spelled_out(values: Mapping[str, Any]) -> bool:
     """Whether a config says all that is carried over, as transformers' own class would read it.
 
     So it is with configs that a current transformers wrote, unless rotary frequencies are scaled.
+    (GPT-NeoX's class in transformers 5.0 forgets a `partial_rotary_factor` that it wrote itself.)
 
     Args:
         values: A `config.json` of a supported `model_type`.
@@ -279,16 +278,19 @@ def is_spelled_out(values: Mapping[str, Any]) -> bool:
     model_type, rope = values["model_type"], values.get("rope_parameters")
     known = settings_of(model_type)
     carried = {name for name, s in known.items() if s.role == "carried"}
-    if model_type not in _PLAIN or not isinstance(rope, dict):
+    if not isinstance(rope, dict):
         return False
     if model_type in ("llama", "qwen2", "smollm3"):  # whose classes have not both of these
         carried -= {"sliding_window"} if model_type == "llama" else {"head_dim"}
+    spelled = {"rope_type", "rope_theta"}
+    if model_type == "gpt_neox":
+        spelled.add("partial_rotary_factor")
     idle = {name for name, s in known.items() if s.role == "no effect"}
     # What classes fold is given, too, but only acts where what they fold it into is not.
     idle |= {"no_rope_layer_interval", "max_window_layers"}
     return (
         carried <= values.keys() <= carried | idle
-        and rope.keys() == {"rope_type", "rope_theta"}
+        and rope.keys() == spelled
         and rope["rope_type"] == "default"
         and all(values[name] is not None for name in carried - {"sliding_window"})
         and (model_type == "mistral" or values.get("sliding_window") is None)
