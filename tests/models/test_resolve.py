@@ -192,7 +192,9 @@ def test_folders_of_other_things(spec: str):
 @pytest.mark.usefixtures("no_hub")
 def test_a_revision_says_that_a_hub_id_is_meant(monkeypatch: pytest.MonkeyPatch):
     """Also where a folder has the owner's name."""
-    with pytest.raises(ModelError, match="to ask it, give a revision, such as main"):
+    with pytest.raises(
+        ModelError, match="the hub is not asked, because there is a folder 'runs' here"
+    ):
         resolve_model("runs/mine")
     asked: list[str] = []
 

@@ -57,8 +57,8 @@ def local_path(spec: Path | str, *, lead: str, accepted: str, revision: str | No
     first, slash, _ = text.partition("/")
     if slash and revision is None and os.path.isdir(first):
         raise ModelError(
-            f"{lead}: no such file or folder; the hub is not asked, because there is a "
-            f"folder {first!r} here (to ask it, give a revision, such as main)"
+            f"{lead}: no such file or folder; the hub is not asked, because there is a folder "
+            f"{first!r} here"
         )
     if len(text) > _MOST_LETTERS or not _HUB_ID.fullmatch(text) or "--" in text or ".." in text:
         raise ModelError(f"{lead}: it is none of: {accepted}")
