@@ -76,6 +76,7 @@ LLAMA_LIKE: dict[str, dict[str, Any]] = {
     "theta beside parameters": {"rope_parameters": {"rope_type": "default"}, "rope_theta": 500.0},
     "theta and scaling": {"rope_parameters": DROP, "rope_theta": 500.0, "rope_scaling": LINEAR},
     "whole": {"partial_rotary_factor": 1.0},
+    "settings that no one knows": {"unk_token_id": 3, "made_by": "x", "rope_interleaved": False},
 }
 QWEN: dict[str, dict[str, Any]] = {
     **LLAMA_LIKE,

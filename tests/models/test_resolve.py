@@ -3,6 +3,7 @@ import shutil
 import struct
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -14,6 +15,7 @@ from tests.models.tiny_folder import CONFIG, SHARDS, write_folder
 from tests.models.tiny_gguf import write_gguf
 from vesicle.errors import ModelError, VesicleError
 from vesicle.models import gguf, resolve
+from vesicle.models.checks import read_config
 from vesicle.models.resolve import resolve_model
 from vesicle.models.safetensors_header import read_safetensors_header
 from vesicle.models.text import Text
@@ -364,6 +366,8 @@ def test_gguf_is_converted_once(tmp_path: Path, cache: Path, monkeypatch: pytest
     folder = resolve_model(str(path))
     assert folder.parent == cache / "models"
     assert resolve.check_folder(folder) == folder
+    # Read without importing transformers, which takes seconds: so the default model is, too.
+    assert isinstance(read_config(folder), SimpleNamespace)
     monkeypatch.setattr(gguf, "convert_gguf", lambda *arguments: pytest.fail("converted again"))
     assert resolve_model(str(path)) == folder
 

@@ -285,11 +285,14 @@ def is_spelled_out(values: Mapping[str, Any]) -> bool:
     spelled = {"rope_type", "rope_theta"}
     if model_type == "gpt_neox":
         spelled.add("partial_rotary_factor")
-    idle = {name for name, s in known.items() if s.role == "no effect"}
-    # What classes fold is given, too, but only acts where what they fold it into is not.
-    idle |= {"no_rope_layer_interval", "max_window_layers"}
+    # Current versions write these two as well; they act where what they are folded into is absent.
+    folded = {name for name, s in known.items() if s.role == "folded"}
+    folded -= {"no_rope_layer_interval", "max_window_layers"}
+    if model_type == "mistral":
+        folded.add("layer_types")  # which makes transformers read it as another type
     return (
-        carried <= values.keys() <= carried | idle
+        carried <= values.keys()
+        and not folded & values.keys()
         and rope.keys() == spelled
         and rope["rope_type"] == "default"
         and all(values[name] is not None for name in carried - {"sliding_window"})
