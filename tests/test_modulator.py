@@ -176,6 +176,30 @@ def test_nothing_there_is_one_line(tmp_path: Path):
     assert "no modulator at" in refusal(str(tmp_path / "none"))
 
 
+def test_a_hub_modulator(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {}
+
+    def fetch(repo_id: str, **options: Any) -> str:
+        asked.update(options, id=repo_id)
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert Modulator.from_pretrained("owner/name", revision="v1", token="secret")
+    assert (asked["id"], asked["revision"], asked["token"]) == ("owner/name", "v1", "secret")
+    assert sorted(asked["allow_patterns"]) == ["modulator.json", "modulator.safetensors"]
+    with pytest.raises(VesicleError, match="a revision is of a hub id"):
+        Modulator.from_pretrained(saved, revision="v1")
+
+
+@pytest.mark.parametrize("name", ["modulator.json", "modulator.safetensors"])
+def test_a_file_that_is_missing_is_named(saved: Path, name: str):
+    (saved / name).unlink()
+    assert refusal(saved).endswith(f"the folder has no {name}")
+    (saved / "config.json").write_text("{}")
+    assert refusal(saved).endswith(f"the folder has no {name}; it holds a model")
+    assert "it is a file; accepted: a folder with modulator.json" in refusal(saved / "config.json")
+
+
 def test_an_unwritable_folder_is_not_half_written(shape: ModelShape, tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises((VesicleError, OSError)):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vesicle.effectors import EFFECTORS, DopaminePrecision, Effector, GabaSparsity, SerotoninDepth
 from vesicle.errors import ModelError, VesicleError
 from vesicle.files import atomic_path, read_json, write_json
+from vesicle.models.hub import fetch, local_path
 from vesicle.phases import EVERYWHERE, Phases, Spans
 from vesicle.plan import (
     FOREVER,
@@ -312,23 +313,24 @@ class Modulator(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, source: Path | str) -> Self:
+    def from_pretrained(
+        cls,
+        source: Path | str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Self:
         """Read a modulator from a folder, or from the Hugging Face hub by id.
+
+        Args:
+            source: The folder or id.
+            revision: Branch, tag or commit of an id; its main branch by default.
+            token: For private repositories; by default what the hub's client has saved.
 
         Raises:
             VesicleError: If it is missing, corrupt or of another format.
         """
-        folder = Path(source)
-        if not folder.exists():
-            from huggingface_hub import snapshot_download
-
-            try:
-                folder = Path(snapshot_download(str(source), allow_patterns=[_WEIGHTS, _CONFIG]))
-            except Exception as error:
-                raise VesicleError(
-                    f"no modulator at {str(source)!r}: not a folder, and the hub says: "
-                    f"{str(error).splitlines()[0]}"
-                ) from error
+        folder = _find(source, revision, token)
         values = read_json(folder / _CONFIG)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise VesicleError(f"{folder / _CONFIG} is not a {FORMAT} file")
@@ -414,6 +416,29 @@ class Modulator(nn.Module):
 
 def _dial(rows: list[Any]) -> Dial:
     return [(float(budget), float(dial)) for budget, dial in rows]
+
+
+def _find(source: Path | str, revision: str | None, token: str | bool | None) -> Path:
+    """The folder of a modulator, both files in it."""
+    lead, accepted = f"no modulator at {str(source)!r}", f"a folder with {_CONFIG} and {_WEIGHTS}"
+    accepted += ", or a Hugging Face id such as owner/name"
+    folder = local_path(source, lead=lead, accepted=accepted, revision=revision)
+    if folder is None:
+        folder = fetch(
+            str(source),
+            (_CONFIG, _WEIGHTS),
+            lead=lead,
+            accepted=accepted,
+            revision=revision,
+            token=token,
+        )
+    if not folder.is_dir():
+        raise VesicleError(f"{lead}: it is a file; accepted: {accepted}")
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            hint = "; it holds a model" if (folder / "config.json").is_file() else ""
+            raise VesicleError(f"{lead}: the folder has no {name}{hint}")
+    return folder
 
 
 class ModulatorMethod(Method):

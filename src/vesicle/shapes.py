@@ -1,8 +1,10 @@
-"""The sizes that costs depend on: of a decoder, and of what a method adds to it."""
+"""The sizes that costs and lengths depend on: of a decoder, and of what a method adds to it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,41 @@ _NUMBER_FORMATS = (
     "stored_bits",
     "head_bits",
 )
+MOST_POSITIONS = 2**31 - 1
+"""Far beyond any model, and what a 32-bit count of positions holds."""
+
+
+def context_window(settings: Mapping[str, Any]) -> int | None:
+    """How many positions a model was made for, by its config.
+
+    YaRN (Peng et al., 2023) stretches the positions that a model was trained on by its factor, and
+    a config may give the longer window, or only those two numbers. The other scalings are used with
+    the window that the config gives.
+
+    Args:
+        settings: Of `config.json`, in any spelling that transformers takes.
+
+    Returns:
+        The window, at most `MOST_POSITIONS`; None if the config gives none, or nonsense.
+    """
+    window = settings.get("max_position_embeddings")
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        return None
+    # In this order, as transformers does: the older spelling wins.
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters")
+    if isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type")) == "yarn":
+        trained = settings.get("original_max_position_embeddings")
+        trained = (
+            rope.get("original_max_position_embeddings", window) if trained is None else trained
+        )
+        factor = rope.get("factor")
+        if _is_positive(trained) and _is_positive(factor):
+            window = max(window, int(min(trained * factor, MOST_POSITIONS)))
+    return min(window, MOST_POSITIONS)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e100
 
 
 @dataclass(frozen=True, kw_only=True)

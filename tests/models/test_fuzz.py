@@ -290,8 +290,7 @@ def loads(folder: Path) -> None:
 def test_damaged_configs(tmp_path: Path, n: int):
     folder = write_folder(tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({**CONFIG, "rope_parameters": None}))
-    with pytest.raises(ModelError):
-        read_config(folder)  # imports transformers, which the clock must not count
+    assert read_config(folder)  # imports transformers, which the clock must not count
     rng = random.Random(6)
     for number in range(n):
         (folder / "config.json").write_text(json.dumps(damaged_config(rng)))

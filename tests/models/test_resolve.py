@@ -1,16 +1,21 @@
 import json
+import shutil
 import struct
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from tests.models.tiny_folder import SHARDS, write_folder
+from tests.models.test_text import byte_level
+from tests.models.tiny_folder import CONFIG, SHARDS, write_folder
 from tests.models.tiny_gguf import write_gguf
-from vesicle.errors import ModelError
+from vesicle.errors import ModelError, VesicleError
 from vesicle.models import gguf, resolve
+from vesicle.models.checks import read_config
 from vesicle.models.resolve import resolve_model
 from vesicle.models.safetensors_header import read_safetensors_header
 from vesicle.models.text import Text
@@ -133,10 +138,77 @@ def test_single_files(folder: Path, tmp_path: Path):
         resolve_model(str(tmp_path / "notes.txt"))
 
 
-@pytest.mark.parametrize("spec", ["./none", "/none", "none.gguf", "a/b/c", r"a\b", "~nobody/x"])
+PATHS = [
+    "./none",
+    "../none",
+    "/none",
+    ".",
+    "none.gguf",
+    "none.safetensors",
+    "none.json",
+    "a/b/c",
+    r"a\b",
+    "~nobody/x",
+    "~/none",
+    "runs/mine",  # there is a folder `runs`
+    "runs/",
+]
+
+
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder holds an empty folder `runs`, and the hub may not be asked."""
+    (tmp_path / "here" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked")
+    )
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("spec", [p for p in PATHS if p not in (".", "runs/")])
 def test_paths_that_do_not_exist(spec: str):
-    with pytest.raises(ModelError, match="no such file or folder"):
+    from vesicle.modulator import Modulator
+
+    with pytest.raises(ModelError, match=r"^--model .*: no such file or folder"):
         resolve_model(spec)
+    with pytest.raises(ModelError, match=r"^--model .*: no such file or folder"):
+        Text.from_pretrained(Path(spec))
+    with pytest.raises(VesicleError, match=r"^no modulator at .*: no such file or folder"):
+        Modulator.from_pretrained(spec)
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("spec", [".", "runs/", "runs"])
+def test_folders_of_other_things(spec: str):
+    from vesicle.modulator import Modulator
+
+    with pytest.raises(ModelError, match=r"is not a model: it has no config\.json"):
+        resolve_model(spec)
+    with pytest.raises(
+        VesicleError, match=r"no modulator at .*: the folder has no modulator\.json$"
+    ):
+        Modulator.from_pretrained(spec)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_revision_says_that_a_hub_id_is_meant(monkeypatch: pytest.MonkeyPatch):
+    """Also where a folder has the owner's name."""
+    with pytest.raises(
+        ModelError, match="the hub is not asked, because there is a folder 'runs' here"
+    ):
+        resolve_model("runs/mine")
+    asked: list[str] = []
+
+    def offline(repo_id: str, **options: Any) -> str:
+        asked.append(repo_id)
+        raise errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    for spec in ("runs/mine", "other/mine", "mine", "Qwen/Qwen2.5-0.5B"):
+        with pytest.raises(ModelError, match="the hub cannot be reached"):
+            resolve_model(spec, revision="main")
+    assert asked == ["runs/mine", "other/mine", "mine", "Qwen/Qwen2.5-0.5B"]
 
 
 @pytest.mark.parametrize("spec", ["", "a b", "owner/", "x" * 5000, "a--b", "a\0b", "é/b"])
@@ -145,18 +217,127 @@ def test_malformed_ids(spec: str):
         resolve_model(spec)
 
 
-def test_hub_models_are_fetched_and_checked(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    def fetch(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        assert repo_id == "owner/name"
-        assert "*.safetensors" in allow_patterns
-        assert not any("bin" in pattern for pattern in allow_patterns)
-        return str(folder)
+class Hub:
+    """A hub with one repository: what it is asked for, and a folder with what it gave."""
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert resolve_model("owner/name") == folder
-    (folder / "model.safetensors").unlink()
+    def __init__(self, source: Path, cache: Path) -> None:
+        self.source, self.cache = source, cache
+        self.asked: list[tuple[str | None, str | bool | None]] = []
+        self.given: list[str] = []
+
+    def snapshot_download(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None,
+        token: str | bool | None,
+        allow_patterns: list[str],
+        ignore_patterns: list[str],
+    ) -> str:
+        assert repo_id == "owner/name"
+        self.asked.append((revision, token))
+        for path in sorted(self.source.rglob("*")):
+            name = str(path.relative_to(self.source))
+            wanted = any(fnmatch(name, p) for p in allow_patterns)
+            if path.is_file() and wanted and not any(fnmatch(name, p) for p in ignore_patterns):
+                (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+                if not (self.cache / name).exists():
+                    self.given.append(name)
+                    shutil.copy(path, self.cache / name)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        return str(self.cache)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """Of the tiny model."""
+    stub = Hub(folder, tmp_path / "hub" / COMMIT)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stub.snapshot_download)
+    return stub
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_of_a_hub_model_only_what_is_read_is_fetched(hub: Hub, sharded: bool):
+    if sharded:
+        shard(hub.source)
+    whole = hub.source / (SHARDS[0] if sharded else "model.safetensors")
+    for name in ("consolidated.safetensors", "adapter.safetensors", "fp16/model.safetensors"):
+        (hub.source / name).parent.mkdir(exist_ok=True)
+        shutil.copy(whole, hub.source / name)
+    for name in ("pytorch_model.bin", "README.md", "onnx.onnx"):
+        (hub.source / name).write_text("x")
+    (hub.source / "tokenizer.json").write_text("{}")
+    assert resolve_model("owner/name") == hub.cache
+    weights = list(SHARDS) if sharded else ["model.safetensors"]
+    index = ["model.safetensors.index.json"] if sharded else []
+    assert hub.given == ["config.json", *index, "tokenizer.json", *weights]
+
+
+def test_what_is_not_supported_is_refused_before_weights_are_fetched(hub: Hub):
+    config = hub.source / "config.json"
+    for change, message in (
+        ({"model_type": "mamba"}, "model type 'mamba' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, "weights are quantised"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
+    ):
+        config.write_text(json.dumps({**CONFIG, **change}))
+        (hub.cache / "config.json").unlink(missing_ok=True)
+        with pytest.raises(ModelError, match=message):
+            resolve_model("owner/name")
+    config.unlink()
+    (hub.cache / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"it has no config\.json"):
+        resolve_model("owner/name")
+    assert set(hub.given) == {"config.json"}
+
+
+def test_hub_models_without_weights_to_load(hub: Hub):
+    (hub.source / "model.safetensors").rename(hub.source / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pickled weights such as .bin are not loaded"):
         resolve_model("owner/name")
+    assert hub.given == ["config.json"]
+
+
+def test_revisions_and_tokens_are_passed_on(hub: Hub):
+    resolve_model("owner/name", revision="v1", token="secret")
+    # The weights are of the same commit, whatever the revision has come to mean meanwhile.
+    assert hub.asked == [("v1", "secret"), (COMMIT, "secret")]
+
+
+@pytest.mark.parametrize("spec", [None, "smollm2-135m-instruct", "folder", "file"])
+def test_a_revision_is_of_a_hub_id(spec: str | None, folder: Path, tmp_path: Path):
+    given = {"folder": str(folder), "file": str(write_gguf(tmp_path / "tiny.gguf"))}.get(spec, spec)
+    with pytest.raises(ModelError, match=r"revision 'v1' is given; a revision is of a hub id"):
+        resolve_model(given, revision="v1")
+
+
+def test_a_text_of_a_hub_model_fetches_no_weights(hub: Hub):
+    tokenizer = byte_level()
+    tokenizer.save(str(hub.source / "tokenizer.json"))
+    expected = Text.from_folder(str(hub.source)).encode("a b")
+    text = Text.from_pretrained("owner/name", revision="v1", token=False)
+    assert text.encode("a b") == expected
+    assert Text.from_pretrained(hub.source).encode("a b") == expected
+    assert (hub.asked, hub.given) == ([("v1", False)], ["config.json", "tokenizer.json"])
+
+
+def test_a_text_of_a_gguf_file(tmp_path: Path):
+    path = write_gguf(tmp_path / "tiny.gguf")
+    assert Text.from_pretrained(path).encode("a b") == Text.from_folder(resolve_model(path)).encode(
+        "a b"
+    )
+
+
+def test_an_engine_of_a_hub_model(hub: Hub):
+    from vesicle.engine import Engine
+
+    engine = Engine.from_pretrained("owner/name", revision="v1", token="secret")
+    assert engine.shape.n_layers == CONFIG["num_hidden_layers"]
+    assert hub.asked == [("v1", "secret"), (COMMIT, "secret")]
 
 
 @pytest.mark.parametrize(
@@ -167,16 +348,17 @@ def test_hub_models_are_fetched_and_checked(folder: Path, monkeypatch: pytest.Mo
         (OSError("disk\nor so"), "cannot fetch it from the hub: disk or so$"),
         (errors.RepositoryNotFoundError, "no such model on the hub"),
         (errors.GatedRepoError, "grants access on request"),
+        (errors.RevisionNotFoundError, "the hub has it, but no revision 'v1'"),
     ],
 )
 def test_hub_problems(error: Any, message: str, monkeypatch: pytest.MonkeyPatch):
-    def fail(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def fail(repo_id: str, **options: Any) -> str:
         # These two want a response of the hub; what it holds is not read.
         raise error.__new__(error) if isinstance(error, type) else error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelError, match=message):
-        resolve_model("owner/name")
+        resolve_model("owner/name", revision="v1")
 
 
 def test_gguf_is_converted_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -184,6 +366,8 @@ def test_gguf_is_converted_once(tmp_path: Path, cache: Path, monkeypatch: pytest
     folder = resolve_model(str(path))
     assert folder.parent == cache / "models"
     assert resolve.check_folder(folder) == folder
+    # Read without importing transformers, which takes seconds: so the default model is, too.
+    assert isinstance(read_config(folder), SimpleNamespace)
     monkeypatch.setattr(gguf, "convert_gguf", lambda *arguments: pytest.fail("converted again"))
     assert resolve_model(str(path)) == folder
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vesicle.commands.inputs import check_budget, check_writable, notice
+from vesicle.commands.inputs import REVISION, check_budget, check_writable, notice
 from vesicle.errors import VesicleError
 from vesicle.shipped import is_default_model, shipped_modulator
 
@@ -30,6 +30,7 @@ def bench(
             rich_help_panel=_WHO,
         ),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION, rich_help_panel=_WHO)] = None,
     modulator: Annotated[
         str | None,
         typer.Option(
@@ -193,7 +194,7 @@ def bench(
     from vesicle.models import Text, resolve_model
 
     check_installed(rivals)
-    folder = resolve_model(model)
+    folder = resolve_model(model, revision=revision)
     tokenizer = Text.from_folder(folder)
     config = BenchConfig(
         prompts=_within(prompts, tokenizer.context_window, steps),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import notice
+from vesicle.commands.inputs import REVISION, notice
 
 
 def calibrate(
@@ -27,6 +27,7 @@ def calibrate(
     model: Annotated[
         str | None, typer.Option(help="A model folder, a .gguf file or a hub id.")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     split: Annotated[str, typer.Option(help="Which part of the data.")] = "train",
     field: Annotated[str, typer.Option(help="The field of JSON lines with the text.")] = "text",
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
@@ -62,7 +63,7 @@ def calibrate(
     if not 0 < gap < 1:
         raise VesicleError(f"--gap is {gap}; allowed: between 0 and 1")
     loaded = None if modulator is None else Modulator.from_pretrained(modulator)
-    subject = recipe.load_subject(model)
+    subject = recipe.load_subject(model, revision)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)[:windows]
     cache = out / recipe.CALIBRATION
     if loaded is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vesicle.commands.inputs import notice
+from vesicle.commands.inputs import REVISION, notice
 from vesicle.errors import VesicleError
 from vesicle.shipped import is_default_model, shipped_modulator
 
@@ -71,6 +71,7 @@ def evaluate(
         str | None,
         typer.Option(help="A model folder, a .gguf file or a hub id; the default model if none."),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     modulator: Annotated[
         str | None,
         typer.Option(
@@ -160,7 +161,7 @@ def evaluate(
         best_of=best_of,
         selection=selection,
     )
-    subject = _subject(model, modulator, through, weights, kv, threads)
+    subject = _subject(model, revision, modulator, through, weights, kv, threads)
     result = evaluate_tasks(subject, config, out, restart=restart, say=notice)
     from vesicle.evaluation.task_table import markdown, rich_tables
 
@@ -207,6 +208,7 @@ def _list() -> None:
 
 def _subject(
     model: str | None,
+    revision: str | None,
     modulator: str | None,
     through: Through,
     weights: str,
@@ -222,7 +224,7 @@ def _subject(
     from vesicle.models.default import DEFAULT_MODEL
     from vesicle.modulator import Modulator
 
-    folder = resolve_model(model)
+    folder = resolve_model(model, revision=revision)
     source: str | Path | None = modulator
     if source is None and is_default_model(folder):
         source = shipped_modulator()

@@ -9,6 +9,9 @@ from pathlib import Path
 from vesicle.errors import BudgetError, DataError, VesicleError
 from vesicle.files import read_text
 
+REVISION = "Branch, tag or commit, if --model is a hub id."
+"""Of the option that every command with `--model` has."""
+
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from the argument, from standard input (for `-`) or from a file.

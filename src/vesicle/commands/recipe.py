@@ -31,7 +31,7 @@ class Subject:
     name: str
 
 
-def load_subject(spec: str | None) -> Subject:
+def load_subject(spec: str | None, revision: str | None = None) -> Subject:
     """Find and load a model for the reference executor.
 
     Raises:
@@ -39,7 +39,7 @@ def load_subject(spec: str | None) -> Subject:
     """
     from vesicle.models import Text, resolve_model
 
-    folder = resolve_model(spec)
+    folder = resolve_model(spec, revision=revision)
     text = Text.from_folder(folder)
     import transformers
 

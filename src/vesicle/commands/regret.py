@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import notice
+from vesicle.commands.inputs import REVISION, notice
 from vesicle.errors import VesicleError
 from vesicle.shipped import shipped_modulator
 
@@ -30,6 +30,7 @@ def regret(
         str | None,
         typer.Option(help="A model folder, a .gguf file or a hub id; the default model if none."),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget finished rows.")] = False,
     data: Annotated[
         str,
@@ -87,7 +88,7 @@ def regret(
     names = [f.name for f in fields(EvalConfig) if f.name != "oracle"]
     config = EvalConfig(**{name: given[name] for name in names})
     loaded = Modulator.from_pretrained(source)
-    subject = recipe.load_subject(model)
+    subject = recipe.load_subject(model, revision)
     result = evaluate(
         subject.model,
         subject.text,

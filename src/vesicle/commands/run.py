@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vesicle.commands.inputs import check_budget, check_writable, notice, read_prompt
+from vesicle.commands.inputs import REVISION, check_budget, check_writable, notice, read_prompt
 from vesicle.commands.machine import announce_core
 from vesicle.errors import DataError, VesicleError
 from vesicle.models.default import DEFAULT_MODEL
@@ -81,6 +81,7 @@ def run(
             rich_help_panel=_WHAT,
         ),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION, rich_help_panel=_WHAT)] = None,
     modulator: Annotated[
         str | None,
         typer.Option(
@@ -205,7 +206,7 @@ def run(
 
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         saved = Plan.load(replay) if replay else None
-    folder = resolve_model(model)
+    folder = resolve_model(model, revision=revision)
     with _status("loading", show_progress):
         text = Text.from_folder(folder)
         ids = _encode(text, wanted, system, raw)

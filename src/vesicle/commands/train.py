@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import notice
+from vesicle.commands.inputs import REVISION, notice
 from vesicle.errors import DataError, VesicleError
 
 _TEXT, _MODULATOR, _TRAINING = "Text", "A new modulator", "Training"
@@ -28,6 +28,7 @@ def train(
         str | None,
         typer.Option(help="A model folder, a .gguf file or a hub id; the default model if none."),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     modulator: Annotated[
         str | None, typer.Option(help="Go on from this one instead of a new one.")
     ] = None,
@@ -157,7 +158,7 @@ def train(
     from vesicle.modulator import Modulator
 
     start = None if modulator is None else Modulator.from_pretrained(modulator)
-    subject = recipe.load_subject(model)
+    subject = recipe.load_subject(model, revision)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)
     held = eval_windows if eval_every else 0
     if len(ids) <= held:

@@ -248,6 +248,8 @@ class Engine:
         cls,
         model: Path | str | None = None,
         *,
+        revision: str | None = None,
+        token: str | bool | None = None,
         weights: str | None = None,
         dtype: torch.dtype | None = None,
         kv: str | None = None,
@@ -258,6 +260,8 @@ class Engine:
 
         Args:
             model: What to load.
+            revision: Branch, tag or commit of a hub id; its main branch by default.
+            token: For private and gated models on the hub; by default what its client has saved.
             weights: How weights are stored, one of `weights.FORMATS`. By default 4-bit codes if
                 they lose nothing, as with models from a 4-bit file, else as the model has them.
             dtype: A dense store in this number format, in place of `weights`.
@@ -278,7 +282,7 @@ class Engine:
             raise VesicleError(f"threads is {threads}; allowed: 1 to {MOST_THREADS}")
         if kv is not None:
             kv_dtype(kv)  # refused before the model is fetched
-        folder = resolve_model(None if model is None else str(model))
+        folder = resolve_model(model, revision=revision, token=token)
         if threads is not None:
             torch.set_num_threads(threads)
         return cls(from_folder(folder, dtype, weights), kv=kv, kv_capacity=kv_capacity)

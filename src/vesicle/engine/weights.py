@@ -368,7 +368,7 @@ def from_folder(
             return None
         # Opened anew for each tensor: what one mapping has read stays in memory with it.
         with safe_open(stored[name].file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
+            tensor: Tensor = opened.get_tensor(stored[name].key)
         return tensor
 
     def dense() -> torch.dtype:

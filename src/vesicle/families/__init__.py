@@ -9,16 +9,20 @@ from vesicle.families.base import DecoderConfig, Family
 from vesicle.families.cached import cache_argument, find_cache
 from vesicle.families.gpt_neox import GptNeoxFamily
 from vesicle.families.llama import LlamaFamily
+from vesicle.families.settings import SETTINGS, Setting, settings_of
 
 FAMILIES: dict[str, type[Family]] = {"llama": LlamaFamily, "gpt_neox": GptNeoxFamily}
 
 __all__ = [
     "FAMILIES",
+    "SETTINGS",
     "DecoderConfig",
     "Family",
+    "Setting",
     "cache_argument",
     "find_cache",
     "find_family",
+    "settings_of",
     "supported_model_types",
 ]
 

@@ -6,17 +6,14 @@ Only this folder knows Hugging Face's module and parameter names. A family answe
 
 from __future__ import annotations
 
-import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from vesicle.errors import ModelError
-from vesicle.families.checks import MOST_POSITIONS, check_rotary, whole
 from vesicle.shapes import ModelShape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,7 +24,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
     "relu": nn.functional.relu,
 }
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +135,10 @@ class Family(ABC):
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    prefix: ClassVar[str]
+    """What a causal LM's parameters are named with, and those of a base model saved alone not."""
+    heads: ClassVar[tuple[str, ...]]
+    """Names of the LM head's weight, which is not part of the base model."""
 
     @abstractmethod
     def decoder_config(self, config: Any) -> DecoderConfig:
@@ -160,6 +160,16 @@ class Family(ABC):
     @abstractmethod
     def model_tensors(self, lookup: Lookup) -> ModelTensors:
         """The parameters outside the layers."""
+
+    def canonical_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """The names that a causal LM's parameters have, and what they are stored as.
+
+        A base model saved alone has no prefix on any of them.
+        """
+        stored = tuple(stored)
+        if any(name.startswith(self.prefix) for name in stored):
+            return {name: name for name in stored}
+        return {name if name in self.heads else self.prefix + name: name for name in stored}
 
     @abstractmethod
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
@@ -193,75 +203,14 @@ def optional_affine(lookup: Lookup, prefix: str) -> Affine | None:
     return None if weight is None else Affine(weight=weight, bias=lookup(f"{prefix}.bias"))
 
 
-def rotary(config: Any, head_size: int) -> tuple[Tensor, float]:
-    """Rotary frequencies (rotary_size / 2,) and scale (Su et al., RoFormer, 2021).
-
-    Raises:
-        ModelError: For a scaling that depends on the running length (dynamic, longrope), and for
-            parameters that are missing or make no sense.
-    """
-    parameters = config.rope_parameters
-    if not isinstance(parameters, dict):
-        raise ModelError(
-            f"the model's config has rope_parameters {reprlib.repr(parameters)}; allowed: an object"
-        )
-    try:
-        frequencies, scale = _rotary(config, head_size, parameters)
-    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"the model's config has rope_parameters {reprlib.repr(parameters)} that make no sense "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    check_rotary(frequencies, scale, head_size)
-    return frequencies, scale
-
-
-def _rotary(config: Any, head_size: int, parameters: dict[str, Any]) -> tuple[Tensor, float]:
-    kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise ModelError(
-            f"rotary scaling {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-        )
-    if kind == "default":
-        size = int(head_size * parameters.get("partial_rotary_factor", 1.0))
-        if size % 2 or not 2 <= size <= head_size:
-            raise ModelError(
-                f"the model's config rotates {size} of {head_size} dimensions of a head; "
-                f"allowed: even numbers from 2 to {head_size}"
-            )
-        if "rope_theta" not in parameters:
-            # What an incomplete config is told: transformers' own classes have defaults for it.
-            raise AttributeError("rope_parameters have no rope_theta")
-        powers = torch.arange(0, size, 2, dtype=torch.float32) / size
-        return 1.0 / (parameters["rope_theta"] ** powers), 1.0
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return frequencies, float(scale)
-
-
-def check_activation(name: str) -> str:
+def check_activation(name: Any) -> str:
     """The activation's name, if the executors have it.
 
     Raises:
         ModelError: If they do not.
     """
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ModelError(
             f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
         )
     return name
-
-
-def refuse_sliding_window(config: Any, window: int | None, layer_types: Sequence[str]) -> None:
-    """Refuse a model whose attention window is shorter than its context.
-
-    Raises:
-        ModelError: Naming the window and the context.
-    """
-    context = whole(config, "max_position_embeddings", MOST_POSITIONS)
-    if window is not None and window < context and "sliding_attention" in layer_types:
-        raise ModelError(
-            f"this model attends through a sliding window of {window} of its {context} positions; "
-            "sliding-window attention is not supported"
-        )

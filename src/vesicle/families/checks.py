@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vesicle.errors import ModelError
+from vesicle.shapes import MOST_POSITIONS, context_window
 
 if TYPE_CHECKING:
     from vesicle.families.base import Affine, DecoderConfig, Family, LayerTensors, Lookup, Presence
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
 MOST_LAYERS = 4096
 MOST_HEADS = 1 << 14
 MOST_HEAD_SIZE = 1 << 14
 MOST_WIDTH = 1 << 20
 MOST_FFN_WIDTH = 1 << 22
 MOST_VOCABULARY = 1 << 24
-MOST_POSITIONS = 2**31 - 1
 """Far beyond any model, and small enough that nothing made from them exhausts memory."""
 
 
@@ -43,6 +44,51 @@ def whole(config: Any, name: str, most: int) -> int:
             f"allowed: whole numbers from 1 to {most}"
         )
     return value
+
+
+def check_layer_types(each: Any, n_layers: int) -> Sequence[str] | None:
+    """The kind of attention of each layer; None where the config does not say.
+
+    Args:
+        each: The config's `layer_types`.
+        n_layers: As many there must be.
+
+    Raises:
+        ModelError: If there are more or fewer than layers, or one of another name.
+    """
+    if each is None:
+        return None
+    if not isinstance(each, list | tuple) or len(each) != n_layers:
+        found = len(each) if isinstance(each, list | tuple) else reprlib.repr(each)
+        raise ModelError(
+            f"the model's config has {found} layer_types; allowed: one for each of its {n_layers} "
+            "layers"
+        )
+    for name in each:
+        if name not in LAYER_TYPES:
+            raise ModelError(
+                f"the model's config has {reprlib.repr(name)} among its layer_types; allowed: "
+                f"{', '.join(LAYER_TYPES)}"
+            )
+    return each
+
+
+def positions(config: Any) -> int:
+    """The context window, which YaRN makes longer than `max_position_embeddings`.
+
+    Raises:
+        ModelError: If `max_position_embeddings` is no whole number within bounds.
+    """
+    own = whole(config, "max_position_embeddings", MOST_POSITIONS)
+    # transformers moves all but the last into `rope_parameters`, and that when it is first used.
+    settings = {
+        "max_position_embeddings": own,
+        "rope_parameters": config.rope_parameters,
+        "original_max_position_embeddings": getattr(
+            config, "original_max_position_embeddings", None
+        ),
+    }
+    return context_window(settings) or own
 
 
 def flag(config: Any, name: str, default: bool = False) -> bool:
@@ -137,7 +183,8 @@ def check_tensors(family: Family, config: Any, lookup: Lookup) -> None:
     if model.head is model.embedding and not flag(config, "tie_word_embeddings"):
         raise ModelError(
             "the weights lack the head, and the config has tie_word_embeddings false, so that the "
-            "embedding cannot stand in for it; the model folder is incomplete"
+            "embedding cannot stand in for it: they are of a base model; save the causal language "
+            "model, head included"
         )
     if model.head_bias is not None:
         _check_shape("the head's bias", model.head_bias, (s.vocabulary,))

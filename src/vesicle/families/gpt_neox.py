@@ -22,20 +22,20 @@ from vesicle.families.base import (
     affine,
     check_activation,
     need,
-    rotary,
 )
 from vesicle.families.checks import (
     MOST_FFN_WIDTH,
     MOST_HEADS,
     MOST_LAYERS,
-    MOST_POSITIONS,
     MOST_VOCABULARY,
     MOST_WIDTH,
     check_divides,
     epsilon,
     flag,
+    positions,
     whole,
 )
+from vesicle.families.rotary import rotary
 from vesicle.shapes import ModelShape
 
 
@@ -44,6 +44,8 @@ class GptNeoxFamily(Family):
 
     name = "gpt_neox"
     model_types = ("gpt_neox",)
+    prefix = "gpt_neox."
+    heads = ("embed_out.weight", "lm_head.weight")
 
     def decoder_config(self, config: Any) -> DecoderConfig:
         """Read a `GPTNeoXConfig`."""
@@ -51,7 +53,7 @@ class GptNeoxFamily(Family):
         width = whole(config, "hidden_size", MOST_WIDTH)
         n_heads = whole(config, "num_attention_heads", MOST_HEADS)
         check_divides(n_heads, "num_attention_heads", width, "hidden_size")
-        frequencies, scale = rotary(config, width // n_heads)
+        frequencies, scale = rotary(config, width // n_heads, partial=True)
         return DecoderConfig(
             shape=ModelShape(
                 n_layers=n_layers,
@@ -70,7 +72,7 @@ class GptNeoxFamily(Family):
             rotary_scale=scale,
             rotary_layers=(True,) * n_layers,
             parallel_residual=flag(config, "use_parallel_residual", default=True),
-            context_window=whole(config, "max_position_embeddings", MOST_POSITIONS),
+            context_window=positions(config),
         )
 
     def presence(self, config: Any) -> Presence:
@@ -109,9 +111,7 @@ class GptNeoxFamily(Family):
     def model_tensors(self, lookup: Lookup) -> ModelTensors:
         """Embedding, final norm and head."""
         embedding = need(lookup, "gpt_neox.embed_in.weight")
-        head = lookup("embed_out.weight")
-        if head is None:
-            head = lookup("lm_head.weight")
+        head = next((h for h in map(lookup, self.heads) if h is not None), None)
         return ModelTensors(
             embedding=embedding,
             final_norm=affine(lookup, "gpt_neox.final_layer_norm"),

@@ -7,6 +7,7 @@ Llama by its config.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,23 +26,23 @@ from vesicle.families.base import (
     check_activation,
     need,
     optional_affine,
-    refuse_sliding_window,
-    rotary,
 )
 from vesicle.families.checks import (
     MOST_FFN_WIDTH,
     MOST_HEAD_SIZE,
     MOST_HEADS,
     MOST_LAYERS,
-    MOST_POSITIONS,
     MOST_VOCABULARY,
     MOST_WIDTH,
     check_divides,
+    check_layer_types,
     epsilon,
     flag,
+    positions,
     whole,
 )
-from vesicle.shapes import ModelShape
+from vesicle.families.rotary import rotary
+from vesicle.shapes import MOST_POSITIONS, ModelShape
 
 
 class LlamaFamily(Family):
@@ -49,6 +50,8 @@ class LlamaFamily(Family):
 
     name = "llama"
     model_types = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+    prefix = "model."
+    heads = ("lm_head.weight",)
 
     def decoder_config(self, config: Any) -> DecoderConfig:
         """Read a Llama-like config."""
@@ -64,17 +67,11 @@ class LlamaFamily(Family):
             head_size = width // n_heads
         else:
             head_size = whole(config, "head_dim", MOST_HEAD_SIZE)
-        window = getattr(config, "sliding_window", None)
-        default = "full_attention" if window is None else "sliding_attention"
-        layer_types = getattr(config, "layer_types", None) or [default] * n_layers
-        refuse_sliding_window(config, window, layer_types)
-        rotates = getattr(config, "no_rope_layers", None) or [1] * n_layers
-        for name, each in (("layer_types", layer_types), ("no_rope_layers", rotates)):
-            if len(each) != n_layers:
-                raise ModelError(
-                    f"the model's config has {len(each)} {name}; allowed: one for each of its "
-                    f"{n_layers} layers"
-                )
+        context = positions(config)
+        _refuse_sliding_window(config, n_layers, context)
+        rotates: Sequence[Any] = [1] * n_layers
+        if config.model_type == "smollm3":
+            rotates = _rotating_layers(config, n_layers)
         frequencies, scale = rotary(config, head_size)
         return DecoderConfig(
             shape=ModelShape(
@@ -94,7 +91,7 @@ class LlamaFamily(Family):
             rotary_scale=scale,
             rotary_layers=tuple(bool(r) for r in rotates),
             parallel_residual=False,
-            context_window=whole(config, "max_position_embeddings", MOST_POSITIONS),
+            context_window=context,
         )
 
     def presence(self, config: Any) -> Presence:
@@ -130,7 +127,7 @@ class LlamaFamily(Family):
     def model_tensors(self, lookup: Lookup) -> ModelTensors:
         """Embedding, final norm and head."""
         embedding = need(lookup, "model.embed_tokens.weight")
-        head = lookup("lm_head.weight")
+        head = lookup(self.heads[0])
         return ModelTensors(
             embedding=embedding,
             final_norm=affine(lookup, "model.norm"),
@@ -159,3 +156,47 @@ class LlamaFamily(Family):
             ffn_in=(linear("mlp.gate_proj"), linear("mlp.up_proj")),
             ffn_out=linear("mlp.down_proj"),
         )
+
+
+def _rotating_layers(config: Any, n_layers: int) -> Sequence[Any]:
+    """SmolLM3's `no_rope_layers`: 1 where a layer rotates; of a longer list, the first count.
+
+    Raises:
+        ModelError: If there are too few.
+    """
+    each = config.no_rope_layers
+    if not isinstance(each, list | tuple) or len(each) < n_layers:
+        raise ModelError(
+            f"the model's config has no_rope_layers {reprlib.repr(each)}; allowed: a list with one "
+            f"number for each of its {n_layers} layers"
+        )
+    return each[:n_layers]
+
+
+def _refuse_sliding_window(config: Any, n_layers: int, context: int) -> None:
+    """Refuse a model whose attention window is shorter than its context.
+
+    Raises:
+        ModelError: Naming the window and the context.
+    """
+    window = getattr(config, "sliding_window", None)
+    layer_types = check_layer_types(getattr(config, "layer_types", None), n_layers)
+    slides = layer_types is not None and "sliding_attention" in layer_types
+    if config.model_type == "mistral":
+        slides = window is not None  # in every layer: Mistral's own code reads no layer_types
+    elif config.model_type == "llama":
+        # Its own code reads neither of them, so that they can only stand there by mistake.
+        on = getattr(config, "use_sliding_window", None) is not False
+        slides = slides or (window is not None and layer_types is None and on)
+    elif slides and window is None:
+        raise ModelError(
+            "the model's config has 'sliding_attention' among its layer_types, and no "
+            "sliding_window for it (or use_sliding_window false)"
+        )
+    if window is not None and slides:
+        whole(config, "sliding_window", MOST_POSITIONS)
+        if window < context:
+            raise ModelError(
+                f"this model attends through a sliding window of {window} of its {context} "
+                "positions; sliding-window attention is not supported"
+            )

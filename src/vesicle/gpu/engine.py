@@ -254,6 +254,8 @@ class GpuEngine:
         cls,
         model: Path | str | None = None,
         *,
+        revision: str | None = None,
+        token: str | bool | None = None,
         weight_format: str = "bf16",
         device: torch.device | str | None = None,
         max_tokens: int = 16384,
@@ -263,6 +265,8 @@ class GpuEngine:
 
         Args:
             model: Which.
+            revision: Branch, tag or commit of a hub id; its main branch by default.
+            token: For private and gated models on the hub; by default what its client has saved.
             weight_format: `bf16`, `int8`, `int4`, or `fp32` for tests.
             device: The GPU by default.
             max_tokens: Positions that the cache holds, over all sequences.
@@ -275,7 +279,7 @@ class GpuEngine:
         from vesicle.models import resolve_model
 
         kernels, where = load_kernels(device)
-        folder = resolve_model(None if model is None else str(model))
+        folder = resolve_model(model, revision=revision, token=token)
         loaded = weights.from_folder(folder, weight_format, where)
         return cls(loaded, kernels, max_tokens=max_tokens, graphs=graphs)
 

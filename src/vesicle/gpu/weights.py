@@ -9,7 +9,6 @@ asymmetric 4-bit group-32 format (GGUF Q4_1) are given back to within the roundi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -237,22 +236,18 @@ def from_folder(folder: Path, name: str, device: torch.device) -> Weights:
     from vesicle.models.checks import check_weights, read_config
 
     config = read_config(folder)
-    check_weights(folder, config, _BYTES[name])
+    stored = check_weights(folder, config, _BYTES[name])
     tied = config.tie_word_embeddings
-    where: dict[str, Callable[[str], Tensor]] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"no safetensors file in {folder}")
     try:
         with ExitStack() as stack:
-            for path in files:
-                opened = stack.enter_context(safe_open(path, framework="pt"))
-                where.update(dict.fromkeys(opened.keys(), opened.get_tensor))
+            files = {tensor.file for tensor in stored.values()}
+            opened = {f: stack.enter_context(safe_open(f, framework="pt")) for f in files}
 
             def lookup(key: str) -> Tensor | None:
-                if key not in where or (tied and key == "lm_head.weight"):
+                if key not in stored or (tied and key == "lm_head.weight"):
                     return None
-                return where[key](key)
+                tensor: Tensor = opened[stored[key].file].get_tensor(stored[key].key)
+                return tensor
 
             return build(config, lookup, name, device)
     except (OSError, SafetensorError) as error:

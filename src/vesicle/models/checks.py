@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vesicle.errors import DataError, ModelError
 from vesicle.files import read_json
+from vesicle.models.hub import PICKLES
 from vesicle.models.memory import check_memory
 from vesicle.models.safetensors_header import StoredTensor, read_safetensors_header, shown
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NO_PICKLE = (
     "pickled weights are not loaded, because they can run any code: convert them to safetensors"
 )
@@ -58,8 +58,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> Any:
     """Read the Hugging Face config of a model folder, and check what it says.
 
-    Importing transformers takes longer than reading a small model's weights. A config that spells
-    out all that a family asks for needs no class with defaults; any other is read by transformers.
+    Its settings mean what transformers' own class says. Importing transformers takes longer than
+    reading a small model's weights, so a config that its class would leave as it is is taken as is.
 
     Args:
         folder: The model's folder.
@@ -71,32 +71,33 @@ def read_config(folder: Path) -> Any:
         ModelError: It is missing or damaged, of a family that is not supported, or absurd.
     """
     from vesicle.families import find_family
+    from vesicle.families.settings import is_spelled_out, refuse_foreign
 
     path = folder / "config.json"
     values = read_object(path)
     if not isinstance(values.get("model_type"), str):
         raise ModelError(f"{path} names no model_type")
-    plain = SimpleNamespace(**values)
+    config: Any = SimpleNamespace(**values)
     try:
         # Before transformers sees it, which offers to run code that an unknown type brings along.
-        family = find_family(plain)
-        if {"rope_parameters", "tie_word_embeddings"} <= values.keys():
-            _check_config(plain, family)
-            return plain
-    except (AttributeError, KeyError, TypeError):
-        pass
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from error
-    try:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder)
+        family = find_family(config)
+        refuse_foreign(values)
+        if not is_spelled_out(values):
+            config = _standardised(folder)
         _check_config(config, family)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    except Exception as error:  # transformers refuses a value by whatever exception it causes
-        raise ModelError(f"cannot use {path}: {error}") from error
     return config
+
+
+def _standardised(folder: Path) -> Any:
+    """What transformers' own class makes of a config, in whatever spelling and of whatever age."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers refuses a value by whatever exception it causes
+        raise ModelError(f"transformers cannot read it: {error}") from error
 
 
 def _check_config(config: Any, family: Family) -> None:
@@ -145,7 +146,8 @@ def check_weights(
         weight_bytes: Memory that one loaded weight takes; by default what the smallest store takes.
 
     Returns:
-        Every tensor in the folder by name, those that no one asks for included.
+        Every tensor in the folder by the name that a causal LM has for it, those that no one asks
+        for included. A base model saved alone has other names in its files (`StoredTensor.key`).
 
     Raises:
         ModelError: A tensor is missing, of the wrong shape, of no floating-point type, or not
@@ -156,14 +158,9 @@ def check_weights(
     from vesicle.families import find_family
     from vesicle.families.checks import check_tensors, flag
 
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ModelError(
-            f"{folder / 'config.json'} says that the weights are quantised ({shown(method)}), "
-            "which is not supported: use the original weights, or a GGUF file"
-        )
-    tensors = read_tensors(folder)
+    family, stored_tensors = find_family(config), read_tensors(folder)
+    names = family.canonical_names(stored_tensors)
+    tensors = {name: stored_tensors[key] for name, key in names.items()}
     used: dict[str, StoredTensor] = {}
 
     tied = flag(config, "tie_word_embeddings")
@@ -181,8 +178,15 @@ def check_weights(
         return torch.empty(stored.shape, dtype=dtype, device="meta")
 
     try:
-        check_tensors(find_family(config), config, lookup)
+        check_tensors(family, config, lookup)
     except ModelError as error:
+        layers = f"{family.prefix}layers."
+        known = any(n.startswith(family.prefix) for n in stored_tensors)
+        if tensors and not known and not any(n.startswith(layers) for n in tensors):
+            raise ModelError(
+                f"{folder} has no tensors named as a {config.model_type} model's, such as "
+                f"'{layers}0...', but others, such as {shown(min(stored_tensors))}"
+            ) from error
         raise ModelError(f"{folder}: {error}") from error
     n_weights = sum(prod(stored.shape) for stored in used.values())
     check_memory(int(n_weights * weight_bytes), f"loading {folder}")
@@ -197,16 +201,7 @@ def _weight_files(folder: Path) -> dict[str, set[str]]:
     if (folder / SINGLE).is_file():
         return {SINGLE: set()}
     if (folder / INDEX).is_file():
-        files: dict[str, set[str]] = {}
-        weight_map = read_object(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{folder / INDEX} has no weight_map")
-        for tensor, name in weight_map.items():
-            if not isinstance(name, str) or not name or Path(name).name != name:
-                raise ModelError(
-                    f"{folder / INDEX} places {shown(tensor)} in {shown(name)}: not a file name"
-                )
-            files.setdefault(name, set()).add(tensor)
+        files = indexed_files(folder)
         for number, name in enumerate(sorted(files), 1):
             if not _is_file(folder / name):
                 raise ModelError(
@@ -219,6 +214,25 @@ def _weight_files(folder: Path) -> dict[str, set[str]]:
     other = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     hint = f", only {other[0]}" if other else " (pickled weights such as .bin are not loaded)"
     raise ModelError(f"{folder} has no {SINGLE} and no {INDEX}{hint}")
+
+
+def indexed_files(folder: Path) -> dict[str, set[str]]:
+    """Names of the weight files in a folder's index, each with the tensors that must be in it.
+
+    Raises:
+        ModelError: The index is malformed.
+    """
+    files: dict[str, set[str]] = {}
+    weight_map = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{folder / INDEX} has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise ModelError(
+                f"{folder / INDEX} places {shown(tensor)} in {shown(name)}: not a file name"
+            )
+        files.setdefault(name, set()).add(tensor)
+    return files
 
 
 def _is_file(path: Path) -> bool:

@@ -3,52 +3,70 @@
 Every problem that can be seen without loading weights is caught here, with one line that names it.
 """
 
-import os
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from vesicle.errors import ModelError
-from vesicle.models.checks import NO_PICKLE, PICKLES, check_weights, read_config
+from vesicle.models.checks import (
+    INDEX,
+    NO_PICKLE,
+    SINGLE,
+    check_weights,
+    indexed_files,
+    read_config,
+)
 from vesicle.models.default import DEFAULT_MODEL, ensure_default_model
 from vesicle.models.gguf import convert_once
+from vesicle.models.hub import PICKLES, commit_of, fetch, local_path
 
 ACCEPTED = (
     "a model folder (config.json, tokenizer.json, *.safetensors), a .gguf file, "
     "or a Hugging Face id such as owner/name"
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model")
 
 
-def resolve_model(spec: str | None, progress: bool = True) -> Path:
+def resolve_model(
+    spec: Path | str | None,
+    progress: bool = True,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    weights: bool = True,
+) -> Path:
     """Find the model a user means, fetching or converting it if need be, and check it.
 
     Args:
         spec: None or the default model's name, a folder, a `.gguf` file, or a hub id.
         progress: Show the progress of the default model's download.
+        revision: Branch, tag or commit of a hub id; its main branch by default.
+        token: For private and gated models on the hub; by default what its client has saved.
+        weights: Whether weights are needed; without them a hub id's are not fetched, and a folder
+            is not checked.
 
     Returns:
-        A folder with `config.json` and whole safetensors weights.
+        A folder with `config.json` and, if they are needed, whole safetensors weights.
 
     Raises:
-        ModelError: There is no such model, or it is damaged or of a kind that is not supported.
+        ModelError: There is no such model, or it is damaged or of a kind that is not supported, or
+            a revision is given for what is no hub id.
         VesicleError: The cache cannot be written or the disk is full.
     """
-    if spec is None:
+    path = None
+    if spec is not None:
+        path = local_path(spec, lead=f"--model {spec}", accepted=ACCEPTED, revision=revision)
+    if path is not None and path.is_dir():
+        return check_folder(path) if weights else path
+    if path is not None:
+        return _from_file(path)
+    if spec is None or str(spec) == DEFAULT_MODEL:
+        if revision is not None:
+            raise ModelError(
+                f"the default model has no revisions, and revision {revision!r} is given; a "
+                "revision is of a hub id"
+            )
         return ensure_default_model(progress)
-    # Unlike those of Path, these take names that are too long or of no known user.
-    name = os.path.expanduser(spec)
-    if os.path.isdir(name):
-        return check_folder(Path(name))
-    if os.path.isfile(name):
-        return _from_file(Path(name))
-    if spec == DEFAULT_MODEL:
-        return ensure_default_model(progress)
-    if _looks_like_path(spec):
-        raise ModelError(f"--model {spec}: no such file or folder")
-    if len(spec) > 96 or not _HUB_ID.fullmatch(spec) or "--" in spec or ".." in spec:
-        raise ModelError(f"--model {spec!r} is none of: {ACCEPTED}")
-    return check_folder(_from_hub(spec))
+    return _from_hub(str(spec), revision, token, weights)
 
 
 def check_folder(folder: Path) -> Path:
@@ -64,12 +82,16 @@ def check_folder(folder: Path) -> Path:
         ModelError: A file is missing, malformed or truncated, the weights are pickled or not those
             that the config asks for, the family is not supported, or memory is too small.
     """
+    _need_config(folder)
+    check_weights(folder, read_config(folder))
+    return folder
+
+
+def _need_config(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         hint = "; it holds an adapter, which must be merged into its model first" if adapter else ""
         raise ModelError(f"{folder} is not a model: it has no config.json{hint}")
-    check_weights(folder, read_config(folder))
-    return folder
 
 
 def _from_file(path: Path) -> Path:
@@ -82,39 +104,24 @@ def _from_file(path: Path) -> Path:
     raise ModelError(f"--model {path} is a file, but not a .gguf file; accepted: {ACCEPTED}")
 
 
-def _from_hub(spec: str) -> Path:
-    """Fetch a repository's safetensors, JSON and tokenizer files, or find them in the cache."""
-    # Imported here because no other kind of model needs the hub's client, which loads slowly.
-    from huggingface_hub import errors, snapshot_download
+def _from_hub(spec: str, revision: str | None, token: str | bool | None, weights: bool) -> Path:
+    """Fetch what is small, refuse what is not supported, and then fetch the weights alone."""
 
-    try:
-        # Subfolders hold the same weights once more, in other formats.
-        folder = snapshot_download(spec, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
-    except errors.HFValidationError as error:
-        raise ModelError(f"--model {spec!r} is none of: {ACCEPTED}") from error
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"--model {spec}: its owner grants access on request: ask on its page, then log in"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"--model {spec}: no such folder, and no such model on the hub (or it is private)"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"--model {spec}: no such folder, not in the hub's cache, and the hub cannot be "
-            f"reached; accepted: {ACCEPTED}"
-        ) from error
-    except OSError as error:
-        raise ModelError(f"--model {spec}: cannot fetch it from the hub: {error}") from error
-    return Path(folder)
+    def fetched(files: Sequence[str], revision: str | None) -> Path:
+        return fetch(
+            spec,
+            files,
+            lead=f"--model {spec}",
+            accepted=ACCEPTED,
+            revision=revision,
+            token=token,
+        )
 
-
-def _looks_like_path(spec: str) -> bool:
-    """Tell a path that does not exist from a hub id."""
-    return (
-        spec.startswith((".", "~", os.sep))
-        or spec.count("/") > 1
-        or "\\" in spec
-        or spec.lower().endswith((".gguf", ".safetensors", *PICKLES))
-    )
+    folder = fetched(_SMALL_FILES, revision)
+    _need_config(folder)
+    read_config(folder)
+    if not weights:
+        return folder
+    indexed = (folder / INDEX).is_file()
+    files = sorted(indexed_files(folder)) if indexed else [SINGLE]
+    return check_folder(fetched(files, commit_of(folder, revision)))

@@ -39,6 +39,7 @@ class StoredTensor:
 
     Attributes:
         file: The file.
+        key: Its name there.
         dtype: Key of `BITS`.
         shape: Its sizes.
         start: First byte, from the beginning of the file.
@@ -46,6 +47,7 @@ class StoredTensor:
     """
 
     file: Path
+    key: str
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -136,7 +138,12 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> StoredTensor:
             f"{bits / 8 if bits < 2**63 else float('inf'):,.0f}",
         )
     return StoredTensor(
-        file=path, dtype=dtype, shape=tuple(shape), start=data_start + offsets[0], n_bytes=n_bytes
+        file=path,
+        key=name,
+        dtype=dtype,
+        shape=tuple(shape),
+        start=data_start + offsets[0],
+        n_bytes=n_bytes,
     )
 
 

@@ -26,7 +26,7 @@ _MAX_PENDING = 64
 
 
 class Text:
-    """What turns text into token ids and back; made by `Text.from_folder`.
+    """What turns text into token ids and back; made by `Text.from_pretrained`.
 
     Args:
         tokenizer: The tokenizer, without truncation or padding.
@@ -59,7 +59,32 @@ class Text:
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
 
     @classmethod
-    def from_folder(cls, path: Path) -> "Text":
+    def from_pretrained(
+        cls,
+        model: Path | str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "Text":
+        """Read the text side of a model: a folder, a GGUF file, a hub id, or None for the default.
+
+        Of a hub id no weights are fetched.
+
+        Args:
+            model: What to read.
+            revision: Branch, tag or commit of a hub id; its main branch by default.
+            token: For private and gated models on the hub; by default what its client has saved.
+
+        Raises:
+            ModelError: If the model cannot be found or is not supported, or a needed file of its
+                is missing or damaged.
+        """
+        from vesicle.models.resolve import resolve_model
+
+        return cls.from_folder(resolve_model(model, revision=revision, token=token, weights=False))
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> "Text":
         """Read the tokenizer, chat template and end-of-text ids of a model folder.
 
         Args:
@@ -72,6 +97,9 @@ class Text:
         Raises:
             ModelError: A needed file is missing or damaged, or no context window is named.
         """
+        from vesicle.shapes import context_window  # late: importing this file loads no numpy
+
+        path = Path(path)
         if not (path / "tokenizer.json").is_file():
             raise ModelError(
                 f"{path} has no tokenizer.json: slow tokenizers (tokenizer.model, vocab.txt) "
@@ -89,14 +117,15 @@ class Text:
         eos |= _ids(_read_object(path / "generation_config.json").get("eos_token_id"))
         eos |= _ids(tokenizer.token_to_id(special.get("eos_token", "")))
         windows = [config[key] for key in _WINDOW_KEYS if isinstance(config.get(key), int)]
-        if not windows or windows[0] < 1:
+        window = context_window(config) or next(iter(windows), 0)
+        if window < 1:
             raise ModelError(f"{path / 'config.json'} names no {_WINDOW_KEYS[0]} of 1 or more")
         return cls(
             tokenizer,
             special_tokens=special,
             template=_chat_template(path, settings),
             eos_ids=eos,
-            context_window=windows[0],
+            context_window=window,
         )
 
     @property
