@@ -20,6 +20,7 @@ from vesicle.files import (
     cache_root,
     disk_is_full,
     read_json,
+    remove_leftovers,
     scratch_folder,
     write_json,
 )
@@ -140,6 +141,7 @@ def convert_once(gguf: Path) -> Path:
     check_magic(gguf)
     sha256 = sha256_file(gguf)
     folder = cache_root() / "models" / f"gguf-{sha256[:16]}"
+    remove_leftovers(folder.parent)
     if not is_converted(folder, sha256):
         convert_gguf(gguf, folder, gguf.name, sha256)
     return folder
