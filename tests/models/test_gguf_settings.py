@@ -221,6 +221,18 @@ def test_sentence_piece(tmp_path: Path, settings: dict[str, Any], pieces: list[s
     assert text.decode(ids) == "the the<pad0>"
 
 
+def test_text_never_merges_into_a_control_token(tmp_path: Path):
+    settings = sentence_piece()
+    tokens = settings["tokenizer.ggml.tokens"]
+    # Parts of "</s>", which would join if it were a piece of text.
+    tokens[254:257] = ["</", "s>", "<"]
+    settings["tokenizer.ggml.token_type"][254:257] = [1, 1, 1]
+    text, _ = converted(write_gguf(tmp_path / "tiny.gguf", settings=settings))
+    assert text.pieces(text.encode("the</s>"))[-1] == "</s>"
+    typed = text.pieces(text.encode("the</s>", control_tokens=False))
+    assert "</s>" not in typed
+
+
 def test_sentence_piece_is_that_of_transformers(tmp_path: Path):
     from transformers import AutoTokenizer
 

@@ -31,7 +31,8 @@ ENDS = ("eos", "eot", "eom")
 """Tokens that end an answer: of a text, of a turn, of a message."""
 NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 """The header's names for special tokens, and those of transformers."""
-_CONTROL, _USER_DEFINED = 3, 4
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_NO_TEXT = (_UNKNOWN, _CONTROL, _BYTE)
 _BLANK = "▁"
 
 
@@ -163,7 +164,8 @@ def write_tokenizer(path: Path, header: GgufHeader, folder: Path) -> None:
         if settings.vocabulary == "gpt2":
             tokenizer = _byte_level(tokens, [str(m) for m in arrays["merges"]], settings)
         else:
-            tokenizer = _sentence_piece(tokens, [float(s) for s in arrays["scores"]], settings)
+            scores = [float(score) for score in arrays["scores"]]
+            tokenizer = _sentence_piece(tokens, scores, kinds, settings)
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"{path} is damaged: its vocabulary cannot be used: {error}") from error
     named = {
@@ -209,13 +211,13 @@ def _byte_level(tokens: list[str], merges: list[str], settings: TokenizerSetting
 
 
 def _sentence_piece(
-    tokens: list[str], scores: list[float], settings: TokenizerSettings
+    tokens: list[str], scores: list[float], kinds: list[int], settings: TokenizerSettings
 ) -> Tokenizer:
     unknown = settings.ids.get("unknown")
     tokenizer = Tokenizer(
         models.BPE(
             {token: i for i, token in enumerate(tokens)},
-            _merges_by_score(tokens, scores),
+            _merges_by_score(tokens, scores, kinds),
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -233,15 +235,21 @@ def _sentence_piece(
     return tokenizer
 
 
-def _merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The merges that SentencePiece's scores stand for: the best pair of neighbours joins first."""
-    ids = {token: i for i, token in enumerate(tokens)}
+def _merges_by_score(
+    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]
+) -> list[tuple[str, str]]:
+    """The merges that SentencePiece's scores stand for: the best pair of neighbours joins first.
+
+    Text never merges into a token that is no text, such as `</s>`.
+    """
+    text = [kind not in _NO_TEXT for kind in kinds] or [True] * len(tokens)
+    ids = {token: i for i, token in enumerate(tokens) if text[i]}
     found: list[tuple[float, str, str]] = []
-    for token, score in dict(zip(tokens, scores, strict=True)).items():
+    for token, i in ids.items():
         cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
         pairs = [(a, b) for a, b in cuts if a in ids and b in ids]
         pairs.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        found += [(score, a, b) for a, b in pairs]
+        found += [(scores[i], a, b) for a, b in pairs]
     found.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
     return [(a, b) for _, a, b in found]
 
