@@ -160,6 +160,7 @@ def test_every_end_is_carried_over(tmp_path: Path):
         ({"tokenizer.ggml.add_bos_token": True}, "<|im_start|>a b"),
         ({"tokenizer.ggml.add_bos_token": False}, "a b"),
         ({"tokenizer.ggml.pre": "llama-bpe"}, "<|im_start|>a b"),
+        ({"tokenizer.ggml.pre": "tekken"}, "<|im_start|>a b"),
         ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}, "a b"),
         (
             {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True},

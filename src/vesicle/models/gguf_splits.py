@@ -64,7 +64,7 @@ _GROUPS: tuple[tuple[TextSplit, tuple[str, ...]], ...] = (
     (TextSplit(expressions=DEFAULT), ("default",)),
     (
         TextSplit(expressions=GPT2),
-        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "roberta-bpe", "mellum"),
+        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "mellum"),
     ),
     (
         TextSplit(expressions=DIGITS),
@@ -77,7 +77,7 @@ _GROUPS: tuple[tuple[TextSplit, tuple[str, ...]], ...] = (
     (TextSplit(expressions=LLAMA3), ("smaug-bpe", "dbrx")),
     (TextSplit(expressions=QWEN2), ("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "kormo")),
     (TextSplit(expressions=GPT4O), ("gpt-4o", "llama4", "kanana2")),
-    (TextSplit(expressions=TEKKEN, ignores_merges=True), ("tekken",)),
+    (TextSplit(expressions=TEKKEN, adds_bos=True, ignores_merges=True), ("tekken",)),
 )
 SPLITS: dict[str, TextSplit] = {name: rule for rule, names in _GROUPS for name in names}
 """Each name that is carried over."""
