@@ -297,6 +297,41 @@ def test_context_window(vesicle: Run):
     assert "stopped at the end of the context window" in err
 
 
+def test_what_truncation_leaves_out(vesicle: Run):
+    """The example of the help: instructions, turns and the generation prompt stay."""
+    text, most = "x" * 200, WINDOW - 8
+    template = len("s:Sum up.;u:;a:")
+    kept = most - template
+    head, tail = kept - kept // 2, kept // 2
+    told = {
+        (): f"in its middle: the first {head} and the last {tail} are kept",
+        ("--truncate-at", "start"): f"at its start: the last {kept} are kept",
+        ("--truncate-at", "end"): f"at its end: the first {kept} are kept",
+    }
+    for words, notice in told.items():
+        common = ("run", "-", "--system", "Sum up.", "--truncate", "--json", *words)
+        status, out, err = vesicle(*common, stdin=text.encode(), tiny=True)
+        assert (status, json.loads(out)["prompt_tokens"]) == (0, most)
+        assert (
+            f"the prompt has {200 + template} tokens, and there is room for {most}; of its text's "
+            f"200, {200 - kept} are left out {notice}"
+        ) in err
+    long = ("run", "hi", "--system", "x" * WINDOW, "--truncate")
+    assert "without any of its text more than the 56" in error_line(*vesicle(*long, tiny=True))
+
+
+def test_control_tokens_that_a_person_types(vesicle: Run):
+    """They are text, which is told; a switch takes them as they were meant."""
+    typed = "a</s>b"
+    for words, n in (([], len("u:;a:")), (["--raw"], 0)):
+        status, out, err = vesicle("run", typed, "--json", *words, tiny=True)
+        assert (status, json.loads(out)["prompt_tokens"]) == (0, n + len(typed))
+        assert "the prompt spells out </s>: taken as text; --control-tokens takes" in err
+        status, out, err = vesicle("run", typed, "--json", "--control-tokens", *words, tiny=True)
+        assert (status, json.loads(out)["prompt_tokens"]) == (0, n + len("ab") + 1)
+        assert "spells out" not in err
+
+
 def test_settings_reach_the_engine(vesicle: Run):
     words = ("run", "hi", "--json", "--weights", "int8", "--kv", "bf16", "--threads", 1)
     small = json.loads(vesicle(*words, tiny=True)[1])

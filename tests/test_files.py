@@ -3,6 +3,8 @@ import gzip
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -94,6 +96,80 @@ def test_left_overs_of_killed_processes_are_removed(tmp_path: Path):
     with files.atomic_folder(tmp_path / "model"):
         pass
     assert sorted(os.listdir(tmp_path)) == [young.name, "model"]
+
+
+WRITER = """
+import sys, time
+from vesicle import files
+with files.{writer}(sys.argv[1]) as part:
+    (part / "half").write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def start_writer(target: Path, writer: str) -> subprocess.Popen[str]:
+    """A process that is in the middle of writing."""
+    code = WRITER.format(writer=writer)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+@pytest.mark.parametrize("writer", ["atomic_folder", "scratch_folder"])
+def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path: Path, writer: str):
+    """And what a living one is writing stays, whatever its name."""
+    shared = tmp_path / "models"
+    target = shared / "model" if writer == "atomic_folder" else shared
+    killed, living = start_writer(target, writer), start_writer(target, writer)
+    try:
+        assert len(os.listdir(shared)) == 2
+        killed.kill()
+        killed.communicate()
+        files.remove_leftovers(shared)
+        (left,) = shared.iterdir()
+        assert (left / "half").read_text() == "half"
+        with files.atomic_folder(shared / "another"):
+            pass
+        assert left.is_dir()
+    finally:
+        living.kill()
+        living.communicate()
+    with files.atomic_folder(shared / "another"):
+        pass
+    assert os.listdir(shared) == ["another"]
+    files.remove_leftovers(tmp_path / "none")
+
+
+def test_a_leftover_is_never_taken_from_who_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between making a folder and locking it, another process may remove it: one more is made."""
+    lock, left = files._lock, [2]
+
+    def removed_before(folder: Path) -> int | None:
+        if left[0]:
+            left[0] -= 1
+            folder.rmdir()
+        return lock(folder)
+
+    monkeypatch.setattr(files, "_lock", removed_before)
+    with files.atomic_folder(tmp_path / "model") as part:
+        assert part.is_dir()
+    assert left == [0]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "_lock", lambda folder: None)
+    (tmp_path / ".vesicle-tmp-locked-1-model").mkdir()
+    for _ in range(2):
+        with files.atomic_folder(tmp_path / "model") as part:
+            (part / "x").write_text("x")
+    assert sorted(os.listdir(tmp_path)) == [".vesicle-tmp-locked-1-model", "model"]
 
 
 def test_wrong_kinds_of_target(tmp_path: Path):

@@ -1,7 +1,7 @@
 """The command line: finds the command, and tells every problem in one line.
 
-Status 0 is success, 2 a problem that the user can fix, 130 an interruption, 1 a bug (with its
-traceback).
+Status 0 is success, 2 a problem that the user can fix, 130 an interruption, 143 (129) an end by
+SIGTERM (SIGHUP), 1 a bug (with its traceback).
 Only typer and rich are loaded here; commands import the rest when they run.
 """
 
@@ -21,6 +21,7 @@ from vesicle.commands.eval import evaluate
 from vesicle.commands.info import info
 from vesicle.commands.regret import regret
 from vesicle.commands.run import run
+from vesicle.commands.signals import ended_by_signals
 from vesicle.commands.train import train
 from vesicle.errors import VesicleError
 
@@ -61,6 +62,7 @@ def _options(
     pass
 
 
+@ended_by_signals
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line.
 

@@ -2,6 +2,9 @@
 
 A writer works on a temporary sibling of its target, which takes the target's name only once the
 whole body has succeeded. A reader of the target sees the old content or the new, never a part.
+
+A temporary folder is locked while it is written. The lock goes with its process, however that ends,
+so that whoever comes next can tell what was left behind, and remove it.
 """
 
 import errno
@@ -10,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,7 +23,11 @@ from typing import Any
 
 from vesicle.errors import DataError, VesicleError
 
+if sys.platform != "win32":
+    import fcntl
+
 _TEMPORARY = ".vesicle-tmp-"
+_LOCKED = f"{_TEMPORARY}locked-"
 _STALE_S = 24 * 3600.0
 _MB = 1_000_000
 
@@ -63,7 +71,7 @@ def atomic_folder(target: str | os.PathLike[str], needs_bytes: int = 0) -> Itera
     """Give an empty folder to fill that becomes `target` when the body succeeds.
 
     The folder is deleted on any failure, `KeyboardInterrupt` included; an existing target is
-    replaced whole. What a killed process left behind more than a day ago is removed on the way.
+    replaced whole. What killed processes left behind beside it is removed on the way.
 
     Args:
         target: The folder to create or replace.
@@ -99,6 +107,23 @@ def scratch_folder(parent: str | os.PathLike[str], needs_bytes: int = 0) -> Iter
     """
     with _temporary_folder(Path(parent).absolute() / "scratch", needs_bytes) as part:
         yield part
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary folders that processes which were killed left behind.
+
+    Args:
+        folder: Where to look for them, not below; it need not exist.
+    """
+    with suppress(OSError):
+        names = [entry.name for entry in os.scandir(folder) if entry.name.startswith(_LOCKED)]
+        for name in names:
+            path = Path(folder, name)
+            with suppress(OSError):
+                lock = _lock(path)
+                if lock is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    _unlock(lock)
 
 
 def write_json(path: str | os.PathLike[str], obj: object, *, indent: int | None = 2) -> None:
@@ -282,22 +307,39 @@ def _lines(path: Path) -> Iterator[str]:
 def _temporary_folder(final: Path, needs_bytes: int) -> Iterator[Path]:
     """Give an empty sibling folder of `final` that is deleted at the end, unless it was moved."""
     with _explained(final):
-        part = _sibling(final, needs_bytes)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        # First, because they may take the space that is needed.
+        remove_leftovers(final.parent)
         _remove_stale(final)
+        part, lock = _locked_sibling(final, needs_bytes)
     try:
         with _explained(final, part):
-            part.mkdir()
             yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        _unlock(lock)
 
 
-def _sibling(final: Path, needs_bytes: int) -> Path:
+def _locked_sibling(final: Path, needs_bytes: int) -> tuple[Path, int | None]:
+    """Make a temporary sibling folder of `final`, and lock it."""
+    while True:
+        part = _sibling(final, needs_bytes, _LOCKED)
+        part.mkdir()
+        try:
+            lock = _lock(part)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # someone took it for a leftover before it was locked
+        if lock is None or part.exists():
+            return part, lock
+        _unlock(lock)
+
+
+def _sibling(final: Path, needs_bytes: int, prefix: str = _TEMPORARY) -> Path:
     """Name a temporary sibling of `final`, once its folder exists and has room for it."""
     final.parent.mkdir(parents=True, exist_ok=True)
     if needs_bytes > shutil.disk_usage(final.parent).free:
         raise _no_space(final, needs_bytes)
-    return final.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{final.name}")
+    return final.with_name(f"{prefix}{secrets.token_hex(4)}-{final.name}")
 
 
 def _replace_folder(part: Path, final: Path) -> None:
@@ -305,18 +347,53 @@ def _replace_folder(part: Path, final: Path) -> None:
     if not final.exists():
         part.rename(final)
         return
-    old = _sibling(final, 0)
-    final.rename(old)
+    lock = None
+    with suppress(OSError):
+        lock = _lock(final)
+    # What is not locked must not look like a leftover before it is known to be one.
+    old = _sibling(final, 0, _TEMPORARY if lock is None else _LOCKED)
     try:
-        part.rename(final)
-    except BaseException:
-        old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        try:
+            part.rename(final)
+        except BaseException:
+            old.rename(final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        _unlock(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder for as long as this process lives.
+
+    Returns:
+        What `_unlock` takes; None on systems and disks that have no locks.
+
+    Raises:
+        BlockingIOError: It is locked already.
+        FileNotFoundError: It is gone.
+    """
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def _remove_stale(final: Path) -> None:
-    """Remove temporary siblings that a killed process left behind."""
+    """Remove temporary siblings of `final` that nobody can have been writing for a day."""
     for path in final.parent.glob(f"{_TEMPORARY}*-{final.name}"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _STALE_S:

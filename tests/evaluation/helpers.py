@@ -13,7 +13,9 @@ from tests.tiny import VOCABULARY
 class Bytes:
     """One token a byte; 0 is left for padding."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(
+        self, text: str, *, control_tokens: bool = True, continues: bool = False
+    ) -> list[int]:
         return [1 + byte % (VOCABULARY - 1) for byte in text.encode("utf-8")]
 
     def chat(self, prompt: str, system: str | None = None) -> list[int]:

@@ -19,7 +19,9 @@ STYLES: tuple[Literal["chat", "plain"], ...] = ("chat", "plain")
 class Letters:
     """One token a character, and back again: nothing is lost, so that cuts can be read."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(
+        self, text: str, *, control_tokens: bool = True, continues: bool = False
+    ) -> list[int]:
         return [ord(c) for c in text]
 
     def chat(self, prompt: str, system: str | None = None) -> list[int]:
@@ -41,7 +43,9 @@ class Merging:
         self._pieces = [chr(i) for i in range(128)] + list(self.MERGES)
         self._ids = {piece: i for i, piece in enumerate(self._pieces)}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(
+        self, text: str, *, control_tokens: bool = True, continues: bool = False
+    ) -> list[int]:
         pieces = list(text)
         for whole in self.MERGES:
             joined: list[str] = []

@@ -131,7 +131,9 @@ def test_chat_is_that_of_transformers(chatty: Path, system: str | None, in_file:
     for string in STRINGS:
         chat = [*messages, {"role": "user", "content": string}]
         ids = expected.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        assert text.chat(string, system) == ids
+        assert text.chat(string, system, control_tokens=True) == ids
+        if not text.control_tokens(string):
+            assert text.chat(string, system) == ids
     assert text.has_chat_template
 
 

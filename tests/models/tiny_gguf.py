@@ -1,6 +1,8 @@
 """A GGUF file with a random Llama of one layer and a byte-level tokenizer."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -9,8 +11,18 @@ from tokenizers.pre_tokenizers import ByteLevel
 WIDTH, FFN, HEADS = 32, 64, 4
 
 
-def write_gguf(path: Path, kinds: dict[str, gguf.GGMLQuantizationType] | None = None) -> Path:
-    """Write the file, with tensors of some names (without "blk.0.") in other types than F32."""
+def write_gguf(
+    path: Path,
+    kinds: dict[str, gguf.GGMLQuantizationType] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the file.
+
+    Args:
+        path: Where to.
+        kinds: Types of tensors by name (without "blk.0."), where they are not F32.
+        settings: Metadata to add or replace, by key; None leaves a key out.
+    """
     alphabet = sorted(ByteLevel.alphabet())
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "ĠĠ"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -45,6 +57,14 @@ def write_gguf(path: Path, kinds: dict[str, gguf.GGMLQuantizationType] | None = 
         else:
             packed = gguf.quants.quantize(weights, kind)
             writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+    for key, value in (settings or {}).items():
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            kind = gguf.GGUFValueType.get_type(value)
+            # As converters write them: counts and ids without a sign.
+            if kind == gguf.GGUFValueType.INT32:
+                kind = gguf.GGUFValueType.UINT32
+            writer.add_key_value(key, value, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

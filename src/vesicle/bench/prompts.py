@@ -128,7 +128,7 @@ def read_stream(text: Text, file: Path | None, longest: int, rows: int) -> Strea
     generator = random.Random(0)
     while len(ids) < needed:
         generator.shuffle(sentences)
-        ids += text.encode(" ".join(sentences) + "\n\n")
+        ids += text.encode(" ".join(sentences) + "\n\n", continues=True)
     ids = ids[:needed]
     return Stream(
         ids=tuple(ids),

@@ -18,6 +18,7 @@ from vesicle.commands.inputs import REVISION, check_budget, check_writable, noti
 from vesicle.commands.machine import announce_core
 from vesicle.errors import DataError, VesicleError
 from vesicle.models.default import DEFAULT_MODEL
+from vesicle.models.shorten import Place, shorten
 from vesicle.shipped import is_default_model, shipped_modulator
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ _WHAT, _HOW, _OUTPUT = "What runs", "How it is sampled", "What is shown and save
 _WARM_UP_TOKENS = 8
 _MOST_THREADS = 512
 """Far more than that, and PyTorch crashes where it cannot start them."""
+_SHOWN_TOKENS = 4
+_CUT_CHARACTER = "\ufffd"
 
 
 class WeightFormat(StrEnum):
@@ -136,15 +139,31 @@ def run(
         bool,
         typer.Option("--raw", help="Continue the text: no chat template.", rich_help_panel=_HOW),
     ] = False,
+    control_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--control-tokens",
+            help="Special tokens spelt out in the prompt (<|im_end|>) are meant, not text.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
     truncate: Annotated[
         bool,
         typer.Option(
             "--truncate",
-            help="Of a prompt that is too long, keep the last tokens that leave room for "
-            "--max-new-tokens.",
+            help="Leave out as much of a prompt's text as makes room for --max-new-tokens; "
+            "--system and the chat template stay.",
             rich_help_panel=_HOW,
         ),
     ] = False,
+    truncate_at: Annotated[
+        Place | None,
+        typer.Option(
+            help="Where --truncate leaves text out; the default is the middle, with --raw the "
+            "start.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer.", rich_help_panel=_HOW)
     ] = 256,
@@ -209,8 +228,14 @@ def run(
     folder = resolve_model(model, revision=revision)
     with _status("loading", show_progress):
         text = Text.from_folder(folder)
-        ids = _encode(text, wanted, system, raw)
-        ids = _fit(ids, text.context_window, max_new_tokens, truncate)
+        encode = _encoder(text, system, raw=raw, control_tokens=control_tokens)
+        if not control_tokens:
+            _tell_spelt(text, [wanted, system or ""])
+        if truncate or truncate_at is not None:
+            at = truncate_at or (Place.start if raw else Place.middle)
+            ids = _fit(text, wanted, encode, max_new_tokens, at)
+        else:
+            ids = _whole(text, encode(wanted))
         limit = max_new_tokens if saved is None else _limit(saved, len(ids), max_new_tokens)
         source, loaded = _find_modulator(modulator, folder, budget, quiet=saved is not None)
         if loaded is None:
@@ -281,31 +306,82 @@ def _check(
     check_writable(plan, "--plan")
 
 
-def _encode(text: Text, prompt: str, system: str | None, raw: bool) -> list[int]:
-    ids = text.encode(prompt) if raw else text.chat(prompt, system)
-    if not ids:
-        raise DataError("the prompt has no tokens")
+def _encoder(
+    text: Text, system: str | None, *, raw: bool, control_tokens: bool
+) -> Callable[[str], list[int]]:
+    """What a person asks, to the ids of the whole prompt."""
+
+    def encode(prompt: str) -> list[int]:
+        if raw:
+            return text.encode(prompt, control_tokens=control_tokens)
+        return text.chat(prompt, system, control_tokens=control_tokens)
+
+    return encode
+
+
+def _tell_spelt(text: Text, parts: list[str]) -> None:
+    spelt = list(dict.fromkeys(token for part in parts for token in text.control_tokens(part)))
+    if spelt:
+        shown = ", ".join(spelt[:_SHOWN_TOKENS]) + (", ..." if len(spelt) > _SHOWN_TOKENS else "")
+        notice(f"the prompt spells out {shown}: taken as text; --control-tokens takes it as meant")
+
+
+def _whole(text: Text, ids: list[int]) -> list[int]:
+    """The prompt's tokens, if they are some and not too many."""
+    window = text.context_window
+    if len(_some(ids)) > window:
+        raise DataError(
+            f"the prompt has {len(ids)} tokens; the model's context window is {window}: "
+            "shorten it, or leave a part out with --truncate"
+        )
     return ids
 
 
-def _fit(ids: list[int], window: int, max_new_tokens: int, truncate: bool) -> list[int]:
-    """The prompt's tokens, or the last of them."""
-    if not truncate:
-        if len(ids) > window:
-            raise DataError(
-                f"the prompt has {len(ids)} tokens; the model's context window is {window}: "
-                "shorten it, or keep its end with --truncate"
-            )
-        return ids
+def _fit(
+    text: Text, prompt: str, encode: Callable[[str], list[int]], max_new_tokens: int, at: Place
+) -> list[int]:
+    """The prompt's tokens, with less of its text where they would leave no room for an answer."""
+    window = text.context_window
     room = window - max_new_tokens
     if room < 1:
         raise DataError(
             f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's context "
             f"window of {window}"
         )
-    if len(ids) > room:
-        notice(f"the prompt has {len(ids)} tokens; the last {room} are kept")
-    return ids[-room:]
+    n_all = len(_some(encode(prompt)))
+    found = shorten(
+        prompt,
+        room,
+        prompt=encode,
+        encode=lambda part: text.encode(part, control_tokens=False, continues=True),
+        # A character that is cut in two is left out whole.
+        decode=lambda ids: text.decode(ids).strip(_CUT_CHARACTER),
+        at=at,
+    )
+    if found is None or not found.ids:
+        raise DataError(
+            f"the prompt has {n_all} tokens, and without any of its text more than the {room} that "
+            f"--max-new-tokens {max_new_tokens} leaves of the model's context window of {window}"
+        )
+    if found.n_left_out:
+        n_kept = found.n_text - found.n_left_out
+        kept = {
+            Place.middle: f"in its middle: the first {n_kept - n_kept // 2} and the last "
+            f"{n_kept // 2} are kept",
+            Place.start: f"at its start: the last {n_kept} are kept",
+            Place.end: f"at its end: the first {n_kept} are kept",
+        }
+        notice(
+            f"the prompt has {n_all} tokens, and there is room for {room}; of its text's "
+            f"{found.n_text}, {found.n_left_out} are left out {kept[at]}"
+        )
+    return found.ids
+
+
+def _some(ids: list[int]) -> list[int]:
+    if not ids:
+        raise DataError("the prompt has no tokens")
+    return ids
 
 
 def _limit(plan: Plan, prompt_tokens: int, max_new_tokens: int) -> int:

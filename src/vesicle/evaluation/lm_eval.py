@@ -231,7 +231,8 @@ class VesicleLM(TemplateLM):  # type: ignore[misc]  # lm_eval ships no types
         for request in requests:
             (string,) = request.args
             rolling = get_rolling_token_windows(
-                token_list=self.tok_encode(string),
+                # Its first token is the prefix: the tokenizer's own would be a second one.
+                token_list=self.tok_encode(string, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,

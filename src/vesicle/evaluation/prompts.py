@@ -6,7 +6,10 @@ the longest opening that the prompt shares, token by token, with the prompt cut 
 context.
 
 A prompt that is too long loses the middle of its context, as LongBench does it: the beginning and
-the end of a document say most about it.
+the end of a document say most about it. Its template, question and opening stay.
+
+What an item holds is text, also where it spells out special tokens. What is put behind a prompt
+gets no first token of its own.
 """
 
 from __future__ import annotations
@@ -16,17 +19,20 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from vesicle.errors import DataError
+from vesicle.models.shorten import shorten
 from vesicle.tasks.items import Item
 
 
 class Codec(Protocol):
     """A model's text side, such as `vesicle.models.text.Text`."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text."""
+    def encode(
+        self, text: str, *, control_tokens: bool = True, continues: bool = False
+    ) -> list[int]:
+        """Token ids of plain text; whether special tokens in it are meant, whether it goes on."""
 
     def chat(self, prompt: str, system: str | None = None) -> list[int]:
-        """Token ids of one user turn, up to where the answer begins."""
+        """Token ids of one user turn, up to where the answer begins; it is text, all of it."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
@@ -55,24 +61,20 @@ def make_prompt(
     Raises:
         DataError: What cannot be shortened is too long already.
     """
-    encode = _encoder(item, codec, style)
-    ids, shortened, context = encode(item.context), 0, item.context
-    if len(ids) > most_tokens:
-        words = codec.encode(item.context)
-        room = max(0, most_tokens - (len(ids) - len(words)))
-        while len(ids) > most_tokens:
-            if room < 0:
-                raise DataError(
-                    f"item {item.id!r} needs more than {most_tokens} tokens without any of its "
-                    "context; raise --max-length"
-                )
-            context = _without_middle(words, room, codec)
-            ids, shortened = encode(context), len(words) - room
-            # Token boundaries may move where the halves meet.
-            # No context at all is tried before giving up.
-            room = max(room - max(1, len(ids) - most_tokens), 0 if room else -1)
-    n_context = _n_context(codec, style, context, ids)
-    return Prompt(ids=ids, n_context=n_context, shortened=shortened)
+    found = shorten(
+        item.context,
+        most_tokens,
+        prompt=_encoder(item, codec, style),
+        encode=lambda text: codec.encode(text, control_tokens=False, continues=True),
+        decode=codec.decode,
+    )
+    if found is None:
+        raise DataError(
+            f"item {item.id!r} needs more than {most_tokens} tokens without any of its "
+            "context; raise --max-length"
+        )
+    n_context = _n_context(codec, style, found.text, found.ids)
+    return Prompt(ids=found.ids, n_context=n_context, shortened=found.n_left_out)
 
 
 def continuation(prompt: str, choice: str, codec: Codec) -> tuple[list[int], list[int]]:
@@ -81,8 +83,8 @@ def continuation(prompt: str, choice: str, codec: Codec) -> tuple[list[int], lis
     Blanks at the prompt's end go to the choice, where tokenizers put them.
     """
     bare = prompt.rstrip()
-    whole = codec.encode(prompt + choice)
-    opening = codec.encode(bare)
+    whole = codec.encode(prompt + choice, control_tokens=False)
+    opening = codec.encode(bare, control_tokens=False)
     return whole[: len(opening)], whole[len(opening) :]
 
 
@@ -91,20 +93,18 @@ def _encoder(
 ) -> Callable[[str], list[int]]:
     """Context to the ids of the whole prompt."""
     if style == "plain":
-        return lambda context: codec.encode(context + item.question + item.opening)
-    opening = codec.encode(item.opening) if item.opening else []
+        return lambda context: codec.encode(
+            context + item.question + item.opening, control_tokens=False
+        )
+    opening = (
+        codec.encode(item.opening, control_tokens=False, continues=True) if item.opening else []
+    )
     return lambda context: codec.chat(context + item.question) + opening
 
 
-def _without_middle(words: list[int], room: int, codec: Codec) -> str:
-    if room <= 0:
-        return ""
-    head = room - room // 2
-    return codec.decode(words[:head]) + (codec.decode(words[-(room // 2) :]) if room > 1 else "")
-
-
 def _n_context(codec: Codec, style: Literal["chat", "plain"], context: str, ids: list[int]) -> int:
-    alone = codec.encode(context) if style == "plain" else codec.chat(context)
+    plain = style == "plain"
+    alone = codec.encode(context, control_tokens=False) if plain else codec.chat(context)
     n = 0
     for a, b in zip(alone, ids[:-1], strict=False):
         if a != b:

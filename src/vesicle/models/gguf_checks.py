@@ -1,8 +1,9 @@
 """Whether a GGUF file's metadata and tensors make up one whole model.
 
-What converts the file fills a tensor that is missing with random numbers, leaves out a tensor whose
-name it does not know, and drops rotary scaling, all without a word. So every tensor must be one
-that the architecture has a place for, in the shape that the metadata asks for.
+What converts the file fills a tensor that is missing with random numbers, and leaves out a tensor
+whose name it does not know, all without a word. So every tensor must be one that the architecture
+has a place for, in the shape that the metadata asks for. What becomes of the settings is told in
+`gguf_settings.py`.
 """
 
 import math
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from vesicle.errors import ModelError
 from vesicle.models.gguf_header import GgufArray, GgufHeader, Value
+from vesicle.models.gguf_settings import check_settings, refuse_part, shown_value
+from vesicle.models.gguf_tokenizer import ENDS, NAMED, read_tokenizer_settings
 
 # Architecture to the one-dimensional tensors a layer has beyond those of Llama.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
@@ -21,7 +24,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 _INTEGERS = ("I8", "I16", "I32", "I64")
 _PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16"}
 _TOKENS = "tokenizer.ggml.tokens"
-_TOKEN_IDS = ("bos", "eos", "unknown", "padding")
+_TOKEN_IDS = dict.fromkeys((*NAMED, *ENDS))
 
 
 def check_gguf_model(path: Path, header: GgufHeader) -> None:
@@ -32,9 +35,11 @@ def check_gguf_model(path: Path, header: GgufHeader) -> None:
         header: What `read_gguf_header` gave for it.
 
     Raises:
-        ModelError: Metadata or a tensor is missing, unknown, out of range or of the wrong shape, or
-            a norm or bias holds NaN or infinity.
+        ModelError: Metadata or a tensor is missing, unknown, out of range or of the wrong shape, a
+            setting would be lost, the file is one part of several, or a norm or bias holds NaN or
+            infinity.
     """
+    refuse_part(path, header)
     expected = _expected_shapes(path, header)
     for name, shape in expected.items():
         if name not in header.tensors:
@@ -76,8 +81,9 @@ def _expected_shapes(path: Path, header: GgufHeader) -> dict[str, tuple[int, ...
             raise facts.wrong(f"{arch}.{key}", f"{size} (the head size)")
     if size % 2:
         raise ModelError(f"{path}: its heads have the size {size}; rotary heads have an even size")
-    _refuse_lost_settings(path, facts, header)
     vocabulary = _check_vocabulary(facts)
+    check_settings(path, header)
+    read_tokenizer_settings(path, header)
 
     vector = {"attn_norm.weight": width, "ffn_norm.weight": width}
     vector |= {"attn_q.bias": heads * size, "attn_k.bias": kv_heads * size}
@@ -119,22 +125,6 @@ def _check_vocabulary(facts: "_Facts") -> int:
     return count
 
 
-def _refuse_lost_settings(path: Path, facts: "_Facts", header: GgufHeader) -> None:
-    """Refuse what the conversion would leave out, which would change every answer."""
-    arch, metadata = facts.architecture, facts.metadata
-    scaling = metadata.get(f"{arch}.rope.scaling.type", "none")
-    factor = metadata.get(f"{arch}.rope.scaling.factor", 1.0)
-    old_factor = metadata.get(f"{arch}.rope.scale_linear", 1.0)
-    scaled = (scaling != "none" and factor != 1.0) or old_factor != 1.0
-    if scaled or "rope_freqs.weight" in header.tensors:
-        raise ModelError(
-            f"{path} scales its rotary frequencies, which a GGUF file's conversion loses: use the "
-            "model's safetensors folder or hub id"
-        )
-    if facts.whole(f"{arch}.expert_count", least=0, most=1 << 16, default=0):
-        raise ModelError(f"{path} is a mixture of experts, which is not supported")
-
-
 def _check_finite(path: Path, header: GgufHeader) -> None:
     """Read the gains and biases, which are few: one NaN among them spoils every answer."""
     import numpy as np  # late: importing `vesicle.models` stays cheap
@@ -173,10 +163,6 @@ class _Facts:
     def wrong(self, key: str, allowed: str) -> ModelError:
         if key not in self.metadata:
             return ModelError(f"{self.path} is incomplete: it has no {key}; expected: {allowed}")
-        return ModelError(f"{self.path}: {key} is {_shown(self.metadata[key])}; allowed: {allowed}")
-
-
-def _shown(value: Value) -> str:
-    if isinstance(value, GgufArray):
-        return f"a list of {value.length:,} {'strings' if value.is_text else 'items'}"
-    return repr(value[:60] if isinstance(value, str) else value)
+        return ModelError(
+            f"{self.path}: {key} is {shown_value(self.metadata[key])}; allowed: {allowed}"
+        )

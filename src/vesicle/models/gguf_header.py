@@ -2,7 +2,8 @@
 
 Every length and offset is checked against the file's size before it is used, so that a truncated
 or corrupt file is one clear line, whatever its numbers say. Nothing here reads weights, and arrays
-are measured, not built: memory stays small however large a length the file claims.
+are measured, not built, until one is asked for (`read_array`): memory stays small however large a
+length the file claims.
 
 The format (version 3): magic, version, number of tensors, number of metadata entries; the entries
 (key, type, value); the tensors' names, dimensions, types and offsets; padding; the tensors' data.
@@ -10,7 +11,7 @@ The format (version 3): magic, version, number of tensors, number of metadata en
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -46,10 +47,17 @@ _LEAST_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 
 @dataclass(frozen=True)
 class GgufArray:
-    """An array among the metadata: its items' type number, and how many there are."""
+    """An array among the metadata.
+
+    Attributes:
+        item_type: Its items' type number.
+        length: How many there are.
+        start: First byte of the first item, from the beginning of the file.
+    """
 
     item_type: int
     length: int
+    start: int = field(default=0, compare=False)
 
     @property
     def is_text(self) -> bool:
@@ -136,6 +144,44 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def read_array(path: Path, array: GgufArray) -> list[str] | list[int | float]:
+    """Read the items of an array among a file's metadata.
+
+    Args:
+        path: The file whose header has been read.
+        array: What its header says about the array.
+
+    Returns:
+        The items in order.
+
+    Raises:
+        ModelError: The file cannot be read, a string is not UTF-8, or the items are arrays.
+    """
+    try:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            if code := _NUMBERS.get(array.item_type):
+                return list(struct.unpack_from(f"<{array.length}{code}", data, array.start))
+            if array.is_text:
+                return _strings(data, array)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is damaged: a string of a list is not UTF-8 text") from error
+    raise ModelError(f"{path} is damaged: a list of lists stands where one of items is expected")
+
+
+def _strings(data: mmap.mmap, array: GgufArray) -> list[str]:
+    items, at, unpack = list[str](), array.start, struct.Struct("<Q").unpack_from
+    for _ in range(array.length):
+        (length,) = unpack(data, at)
+        items.append(data[at + 8 : at + 8 + length].decode("utf-8"))
+        at += 8 + length
+    return items
+
+
 class _Parser:
     """A cursor over the mapped file that never passes its end."""
 
@@ -188,6 +234,7 @@ class _Parser:
         length = self._count(f"the number of items in {what}", least)
         if length > _MAX_ARRAY:
             raise self._damaged(f"{what} has {length:,} items; allowed: up to {_MAX_ARRAY:,}")
+        start = self._at
         if code:
             self._skip(length * least, what)
         elif kind == _STRING:
@@ -197,7 +244,7 @@ class _Parser:
                 self._array(what, depth + 1)
         else:
             raise self._damaged(f"{what} has items of the unknown type {kind}")
-        return GgufArray(kind, length)
+        return GgufArray(kind, length, start)
 
     def _skip_strings(self, count: int, what: str) -> None:
         # Vocabularies have hundreds of thousands of them: this loop is kept short.

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from vesicle.errors import DataError, ModelError
 from vesicle.files import read_json, read_text
+from vesicle.models.control_tokens import ControlTokens, Messages
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -57,6 +58,7 @@ class Text:
         added = tokenizer.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._control = ControlTokens(tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -138,42 +140,73 @@ class Text:
         """Whether the model was made for chats, and says how."""
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(
+        self, text: str, *, control_tokens: bool = True, continues: bool = False
+    ) -> list[int]:
         """Tokenise plain text, with the special tokens that the model's tokenizer adds by itself.
 
         Args:
-            text: Any text; special tokens spelt out in it are recognised.
+            text: Any text.
+            control_tokens: Whether special tokens spelt out in it are meant; otherwise they are
+                text as any other.
+            continues: Whether it goes on from other text, and gets no first or last token.
 
         Returns:
-            Token ids, as `AutoTokenizer(text).input_ids` would be.
+            Token ids, by default as `AutoTokenizer(text).input_ids` would be.
         """
-        return self._tokenizer.encode(_encodable(text)).ids
+        if not control_tokens:
+            return self._control.encode(_encodable(text), add_special=not continues)
+        return self._tokenizer.encode(_encodable(text), add_special_tokens=not continues).ids
 
-    def chat(self, prompt: str, system: str | None = None) -> list[int]:
+    def control_tokens(self, text: str) -> list[str]:
+        """Tell which special tokens a text spells out.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            Each occurrence, in order.
+        """
+        return self._control.spelt(text)
+
+    def chat(
+        self, prompt: str, system: str | None = None, *, control_tokens: bool = False
+    ) -> list[int]:
         """Tokenise one user turn, up to where the model's answer begins.
 
         Args:
             prompt: What the user says.
             system: Instructions; None leaves them to the template, which may have its own.
+            control_tokens: Whether special tokens spelt out in either are meant; otherwise they are
+                text as any other, and the template's own alone are special.
 
         Returns:
-            Token ids, as `apply_chat_template(..., add_generation_prompt=True)` would give them.
+            Token ids, as `apply_chat_template(..., add_generation_prompt=True)` would give them,
+            which takes special tokens as meant wherever they stand.
             Without a chat template: those of the plain text, instructions first.
 
         Raises:
             ModelError: The template is broken, or it refuses the turn (some refuse `system`).
         """
         if not self.has_chat_template:
-            return self.encode(prompt if system is None else f"{system}\n\n{prompt}")
+            whole = prompt if system is None else f"{system}\n\n{prompt}"
+            return self.encode(whole, control_tokens=control_tokens)
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": prompt})
+        if control_tokens:
+            rendered = self._render(messages)
+            return self._tokenizer.encode(rendered, add_special_tokens=False).ids
+        return self._control.encode_chat(messages, self._render)
+
+    def _render(self, messages: Messages) -> str:
+        """Fill in the chat template, up to where the model's answer begins."""
         variables: dict[str, object] = {"messages": messages, "tools": None, "documents": None}
         variables |= {**self._special_tokens, "add_generation_prompt": True}
         try:
             rendered = self._compiled.render(variables)
         except Exception as error:  # a template is a program of its own, and may fail in any way
             raise ModelError(f"the model's chat template failed: {error}") from error
-        return self._tokenizer.encode(_encodable(rendered), add_special_tokens=False).ids
+        return _encodable(rendered)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids into text, leaving special tokens out.
