@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import notice
+from vesicle.commands.inputs import check_folder, notice
 
 
 def calibrate(
@@ -61,6 +61,7 @@ def calibrate(
 
     if not 0 < gap < 1:
         raise VesicleError(f"--gap is {gap}; allowed: between 0 and 1")
+    check_folder(out)
     loaded = None if modulator is None else Modulator.from_pretrained(modulator)
     subject = recipe.load_subject(model)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)[:windows]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import notice
+from vesicle.commands.inputs import check_folder, notice
 from vesicle.errors import DataError, VesicleError
 
 _TEXT, _MODULATOR, _TRAINING = "Text", "A new modulator", "Training"
@@ -156,6 +156,7 @@ def train(
     from vesicle.calibration.dial import measure_dial
     from vesicle.modulator import Modulator
 
+    check_folder(out)
     start = None if modulator is None else Modulator.from_pretrained(modulator)
     subject = recipe.load_subject(model)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)
