@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import os
+import pty
 import resource
 import subprocess
 import sys
@@ -15,12 +16,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tests.processes import environment, shell
 from tests.tiny import SHAPE, perturb, randomise
 from vesicle import shipped
 from vesicle.cli import main
+from vesicle.commands.outputs import print_json
 from vesicle.cost import Cost
 from vesicle.engine import Engine, core
+from vesicle.errors import VesicleError
 from vesicle.evaluation.methods import NAMES as METHODS
+from vesicle.models.text import TextStream
 from vesicle.modulator import Modulator
 from vesicle.plan import Plan
 from vesicle.tasks.registry import TASKS
@@ -560,6 +565,139 @@ def test_mistakes_are_told_in_one_line_before_the_model_loads(
     assert part in error_line(*vesicle(*words))
 
 
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "empty"),
+        (b"\xef\xbb\xbf\r\n", "empty"),
+        ("\u200b\ufeff \x1b".encode(), "empty"),
+        (b"\x89PNG\r\n", "byte 0x89 at offset 0"),
+        (b"ok \xed\xa0\x80", "byte 0xed at offset 3"),
+        ("hi".encode("utf-16"), "not UTF-8"),
+        ("hi".encode("utf-16-le"), "zero byte at offset 1"),
+        (b"a" * 1001, "longer than"),
+    ],
+)
+def test_prompts_that_are_no_text(
+    vesicle: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, part: str
+):
+    monkeypatch.setattr("vesicle.commands.inputs._MOST_BYTES", 1000)
+    (tmp_path / "prompt").write_bytes(content)
+    assert part in error_line(*vesicle("run", "--file", tmp_path / "prompt"))
+    line = error_line(*vesicle("run", "-", stdin=content))
+    assert part in line
+    assert "standard input" in line
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/proc/self/mem", "x" * 300, "README.md/x", "src"])
+def test_prompt_files_that_cannot_be_read(vesicle: Run, monkeypatch: pytest.MonkeyPatch, path: str):
+    monkeypatch.chdir(ROOT)
+    assert path in error_line(*vesicle("run", "--file", path))
+
+
+def test_a_prompt_keeps_its_line_ends(vesicle: Run, tmp_path: Path):
+    (tmp_path / "prompt").write_bytes(b"a\r\nb\r\n")
+    answer = json.loads(vesicle("run", "--file", tmp_path / "prompt", "--json", tiny=True)[1])
+    assert answer["prompt_tokens"] == len("u:a\r\nb;a:")
+
+
+def test_arguments_in_a_locale_without_utf8(vesicle: Run):
+    def tokens(*words: str) -> int:
+        return json.loads(vesicle("run", *words, "--json", tiny=True)[1])["prompt_tokens"]
+
+    undecoded = "ü".encode().decode("ascii", "surrogateescape")
+    assert tokens(undecoded, "--system", undecoded) == tokens("ü", "--system", "ü")
+    assert "--system" in error_line(*vesicle("run", "hi", "--system", "\udcff"))
+
+
+NOWHERE = ["/proc/x", "pyproject.toml/x", "z" * 300]
+"""Places that not even root can write to."""
+
+
+@pytest.mark.parametrize("path", NOWHERE)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "hi", "--plan"),
+        ("bench", "--quick", "--json"),
+        ("bench", "--quick", "--out"),
+        ("train", "--data", "README.md", "--out"),
+        ("calibrate", "--data", "README.md", "--out"),
+        ("regret", "--data", "README.md", "--out"),
+        ("eval", "squad", "--data", "sample", "--out"),
+    ],
+    ids=" ".join,
+)
+def test_places_that_cannot_be_written_are_refused_before_any_work(
+    vesicle: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], path: str
+):
+    def works(*arguments: object, **settings: object) -> None:
+        raise AssertionError("work has begun")
+
+    monkeypatch.chdir(ROOT)
+    for place in ("engine.Engine", "modulator.Modulator"):
+        monkeypatch.setattr(f"vesicle.{place}.from_pretrained", works)
+    monkeypatch.setattr("vesicle.models.resolve_model", works)
+    line = error_line(*vesicle(*words, path))
+    assert f"{words[-1]}: cannot write" in line
+    assert path in line
+    if words[-1] == "--out":
+        line = error_line(*vesicle(*words, "pyproject.toml"))
+        assert "pyproject.toml: it is a file, and a folder is needed" in line
+
+
+def test_a_refused_command_leaves_no_folder(vesicle: Run, tmp_path: Path):
+    out = tmp_path / "new" / "run"
+    words = ("--model", "./missing", "--out", out)
+    assert vesicle("train", "--data", "x", *words)[0] == 2
+    assert vesicle("run", "hi", "--model", "./missing", "--plan", out / "plan")[0] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_quoted_is_spelt_out(vesicle: Run, model: Path, tmp_path: Path):
+    line = error_line(*vesicle("run", "--file", "\x1b]0;title\x07\u202egpj"))
+    assert r"\x1b]0;title\x07\u202egpj" in line
+    assert r"\x1b[2J" in error_line(*vesicle("run", "hi", "--weights", "\x1b[2J"))
+    assert r"\x9b" in error_line(*vesicle("\x9bsing"))
+    out = tmp_path / "\x1b[2J\n"
+    words = ("eval", "wikitext2", "--data", "sample", "--window", 32, "--limit", 1, "-m", "dense")
+    status, _, err = vesicle(*words, "--model", model, "--budget", 1, "--out", out)
+    assert status == 0, err
+    assert r"\x1b[2J\n" in err
+    assert "\x1b" not in err
+
+
+def test_json_with_half_of_a_surrogate_pair(vesicle: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(TextStream, "push", lambda stream, token_id: "\ud83d")
+    status, out, _ = vesicle("run", "hi", "--json", "--max-new-tokens", 2, tiny=True)
+    assert (status, out.isascii()) == (0, True)
+    assert json.loads(out)["text"] == "\ufffd\ufffd"
+    assert vesicle("run", "hi", "--max-new-tokens", 2, tiny=True)[:2] == (0, "??\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "printed"),
+    [
+        ("a\udcffb", "a\ufffdb"),
+        ("\udc00\ud800", "\ufffd\ufffd"),
+        ("\ud83d\ude00", "😀"),
+        ([1.0, 2**60, 1e-300, None, {"ü\n": "\\ud800"}], None),
+    ],
+)
+def test_printed_json(capsys: pytest.CaptureFixture[str], given: object, printed: object):
+    print_json(given)
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert out.count("\n") == 1
+    assert json.loads(out) == (given if printed is None else printed)
+
+
+def test_json_has_finite_numbers(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(VesicleError, match="finite"):
+        print_json({"x": [float("nan")]})
+    assert capsys.readouterr().out == ""
+
+
 def test_input_that_is_not_utf8(vesicle: Run, tmp_path: Path):
     line = error_line(*vesicle("run", "-", stdin=b"ok \xff"))
     assert "standard input is not UTF-8" in line
@@ -593,11 +731,47 @@ def test_a_reader_that_stops_early(model: Path, modulator: Path):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def environment() -> dict[str, str]:
-    """The sources of this checkout, with the native libraries of the package under test."""
-    libraries = Path(core.__file__).parent.parent
-    source = str(ROOT / "src")
-    return {**os.environ, "PYTHONPATH": source, "VESICLE_LIBRARIES": str(libraries)}
+@pytest.mark.parametrize(
+    ("words", "redirection", "status"),
+    [
+        (["--no-report"], ">&-", 2),
+        (["--json"], "> /dev/full", 2),
+        ([], "2>&-", 0),
+        ([], "2> /dev/full", 2),
+    ],
+)
+def test_streams_that_cannot_be_written(
+    model: Path,
+    modulator: Path,
+    words: list[str],
+    redirection: str,
+    status: int,
+):
+    tiny = ["run", "hi", "--model", model, "--modulator", modulator, "--max-new-tokens", 2]
+    done = shell([*tiny, *words], redirection)
+    assert done.returncode == status
+    if "2>" in redirection:
+        assert (done.stdout[-1:], done.stderr) == (b"\n", b"")
+    else:
+        why = b"it is closed" if "&" in redirection else b"No space left on device"
+        told = b"vesicle: error: cannot write standard output: " + why + b"\n"
+        assert (done.stdout, done.stderr) == (b"", told)
+
+
+def test_an_answer_on_a_terminal_is_not_acted_upon(model: Path, modulator: Path):
+    words = ["run", "hi", "--model", model, "--modulator", modulator, "--max-new-tokens", 40]
+    words += ["--temperature", 5, "--no-report"]
+    raw = shell(words, "").stdout
+    assert any(byte < 32 and byte not in b"\t\n" for byte in raw), "the test needs another seed"
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "vesicle", *map(str, words)]
+    subprocess.run(command, stdout=theirs, env=environment(), check=True)
+    os.close(theirs)
+    shown = os.read(ours, 10_000)
+    os.close(ours)
+    text = shown.replace(b"\r\n", b"\n").decode()  # as terminals end lines
+    assert text.count("\\x") >= 1
+    assert all(c.isprintable() or c in "\t\n" for c in text if ord(c) < 0xA0)
 
 
 def test_help_and_version_do_not_wait_for_torch(vesicle: Run):

@@ -194,6 +194,42 @@ def test_a_link_stays_a_link(tmp_path: Path):
     assert (tmp_path / "real").read_text() == "new"
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_target_is_tried_and_nothing_stays(tmp_path: Path, folder: bool):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    files.check_target(tmp_path / ("folder" if folder else "file"), folder=folder)
+    files.check_target(tmp_path / "new" / "deep" / "target", folder=folder)
+    for bad, why in {
+        "file" if folder else "folder": "is needed",
+        "file/x": "Not a directory",
+        "file/x/y": "Not a directory",
+        "x" * 300: "File name too long",
+        "/proc/x": "cannot write",
+    }.items():
+        with pytest.raises(VesicleError, match=f"cannot write .*{why}|{why}"):
+            files.check_target(tmp_path / bad, folder=folder)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_device_is_written_to_and_its_errors_are_told():
+    files.check_target("/dev/full")
+    with (
+        pytest.raises(VesicleError, match="cannot write /dev/full: No space left"),
+        files.atomic_path("/dev/full") as part,
+    ):
+        part.write_text("x")
+
+
+def test_a_part_of_a_file(tmp_path: Path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert files.read_some(tmp_path / "x", 2) == b"ab"
+    assert files.read_some(tmp_path / "x", -1) == b"abc"
+    assert files.read_some("/dev/zero", 5) == bytes(5)
+
+
 def test_errors_of_the_body_pass_through(tmp_path: Path):
     with pytest.raises(FileNotFoundError), files.atomic_path(tmp_path / "x"):
         (tmp_path / "other").read_text()

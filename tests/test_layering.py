@@ -8,8 +8,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "vesicle"
 TIERS = """
-    errors < files < records < transmitters shapes < nested standins phases < plan
-    < blocks retention < cost < families < models < predictors < effectors < modulator < shipped reference engine
+    errors < terminal streams files < records < transmitters shapes < nested standins phases < plan
+    < blocks retention
+    < cost < families < models < predictors < effectors < modulator < shipped reference engine
     < gpu < presses < calibration < training < tasks < evaluation < report < bench < commands < cli
 """
 # A module may import itself and lower tiers. Two names in one tier may not import each other.

@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +133,18 @@ def test_save_and_load(plan: Plan, tmp_path: Path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     plan.tokens(0, 3).save(path)
     assert Plan.load(str(path)).equals(plan.tokens(0, 3))
+
+
+def test_a_pipe_stays_a_pipe(plan: Plan, tmp_path: Path):
+    """As a device must: it is written to, never replaced by a file."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    plan.save(path)
+    assert path.is_fifo()
+    (tmp_path / "copy").write_bytes(os.read(reader, 1_000_000))
+    os.close(reader)
+    assert Plan.load(tmp_path / "copy").equals(plan)
 
 
 def test_a_plan_saved_before_the_head_was_a_field_has_the_whole_head(tmp_path: Path, plan: Plan):

@@ -6,10 +6,10 @@ The names below are imported when they are first used, so that `import vesicle` 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # typing itself is not imported: Ctrl-C would find nobody here to take it
 if TYPE_CHECKING:
     from vesicle.cost import Cost, price, price_dense
     from vesicle.engine import Engine, Sampling

@@ -1,13 +1,11 @@
 """The command line: finds the command, and tells every problem in one line.
 
-Status 0 is success, 2 a problem that the user can fix, 130 an interruption, 143 (129) an end by
-SIGTERM (SIGHUP), 1 a bug (with its traceback).
-Only typer and rich are loaded here; commands import the rest when they run.
+Statuses are those of `docs/cli.md`. Only typer and rich are loaded here; commands import the rest
+when they run.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from typing import Annotated
@@ -24,6 +22,8 @@ from vesicle.commands.run import run
 from vesicle.commands.signals import ended_by_signals
 from vesicle.commands.train import train
 from vesicle.errors import VesicleError
+from vesicle.streams import ReaderGone, StandardStreams, StreamError
+from vesicle.terminal import one_line
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -73,9 +73,15 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status; see the module docstring.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character must not end an answer.
-        sys.stdout.reconfigure(errors="replace")
+    with StandardStreams() as streams:
+        try:
+            return _run(arguments, streams)
+        except ReaderGone:
+            return BROKEN_PIPE
+
+
+def _run(arguments: list[str], streams: StandardStreams) -> int:
+    """Run a command line, tell what went wrong, and give the exit status."""
     if arguments[:1] in (["run"], ["eval"]):
         # Read when torch is loaded. Prefill runs on torch's threads, decoding on the native core's
         # own. The former must not go on spinning beside the latter, or beside other programs.
@@ -85,9 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with command.make_context("vesicle", arguments or ["--help"]) as context:
             command.invoke(context)
-        sys.stdout.flush()
+        status = 0
     except typer.Exit as stop:
-        return stop.exit_code
+        status = stop.exit_code
     except VesicleError as error:
         return _fail(str(error))
     except _UsageError as error:
@@ -95,15 +101,15 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("\nvesicle: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    return 0
+    try:
+        arrived = streams.finish()
+    except StreamError as error:
+        return _fail(str(error))
+    return status if arrived else status or USER_ERROR
 
 
 def _fail(message: str) -> int:
-    print(f"vesicle: error: {message}", file=sys.stderr)
+    print(f"vesicle: error: {one_line(message)}", file=sys.stderr)
     return USER_ERROR
 
 

@@ -38,7 +38,8 @@ def atomic_path(target: str | os.PathLike[str], needs_bytes: int = 0) -> Iterato
 
     The file is deleted on any failure, `KeyboardInterrupt` included. Missing parent folders are
     made. A symbolic link keeps pointing where it did, and a target that is not a regular file
-    (such as `/dev/null`) is written to directly.
+    (such as `/dev/null`) is written to directly: by opening it, because what is moved to its name
+    replaces it.
 
     Args:
         target: The file to create or replace.
@@ -54,7 +55,12 @@ def atomic_path(target: str | os.PathLike[str], needs_bytes: int = 0) -> Iterato
     if final.is_dir():
         raise VesicleError(f"cannot write {target}: it is a folder, and a file is needed")
     if final.exists() and not final.is_file():
-        yield final
+        try:
+            yield final
+        except OSError as error:
+            if error.filename not in (None, str(final)):
+                raise  # of a file of the body's own
+            raise VesicleError(f"cannot write {target}: {error.strerror or error}") from error
         return
     with _explained(final):
         part = _sibling(final, needs_bytes)
@@ -89,6 +95,40 @@ def atomic_folder(target: str | os.PathLike[str], needs_bytes: int = 0) -> Itera
     with _temporary_folder(final, needs_bytes) as part:
         yield part
         _replace_folder(part, final)
+
+
+def check_target(target: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Refuse a target that cannot be written, before the work that is to end in it.
+
+    It is tried with an empty file, because modes alone do not tell. Nothing is left behind.
+
+    Args:
+        target: A file to be created or replaced, or a folder to write files in.
+        folder: Whether it is a folder.
+
+    Raises:
+        VesicleError: It cannot be written, or is of the other kind.
+    """
+    final = Path(os.path.realpath(target))
+    with _explained(final):
+        if final.exists() and final.is_dir() != folder:
+            kinds = "a file, and a folder" if folder else "a folder, and a file"
+            raise VesicleError(f"cannot write {target}: it is {kinds} is needed")
+        if not folder and final.exists():
+            if not os.access(final, os.W_OK):
+                raise VesicleError(f"cannot write {target}: {os.strerror(errno.EACCES)}")
+            if not final.is_file():
+                return
+        tried = final / "file" if folder else final
+        missing = [path for path in tried.parents if not path.exists()]
+        try:
+            part = _sibling(tried, 0)
+            part.touch(exist_ok=False)
+            part.unlink()
+        finally:
+            for path in missing:
+                with suppress(OSError):
+                    path.rmdir()
 
 
 @contextmanager
@@ -183,15 +223,47 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises:
         DataError: The file is missing, unreadable or not UTF-8 (byte offset named).
     """
+    return decode_text(read_some(path, -1), str(path))
+
+
+def read_some(path: str | os.PathLike[str], most: int) -> bytes:
+    """Read a file, or its beginning.
+
+    Args:
+        path: The file to read.
+        most: Bytes to read at most, because a device has no end; -1 for all.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        DataError: The file is missing or unreadable.
+    """
     try:
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            return file.read(most)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Decode UTF-8, without a leading byte-order mark.
+
+    Args:
+        data: Bytes of text.
+        name: What they are called in messages.
+
+    Returns:
+        The text.
+
+    Raises:
+        DataError: They are not UTF-8 (byte offset named).
+    """
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start} "
+            f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start} "
             f"({error.reason})"
         ) from error
 
@@ -336,7 +408,10 @@ def _locked_sibling(final: Path, needs_bytes: int) -> tuple[Path, int | None]:
 
 def _sibling(final: Path, needs_bytes: int, prefix: str = _TEMPORARY) -> Path:
     """Name a temporary sibling of `final`, once its folder exists and has room for it."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
     if needs_bytes > shutil.disk_usage(final.parent).free:
         raise _no_space(final, needs_bytes)
     return final.with_name(f"{prefix}{secrets.token_hex(4)}-{final.name}")

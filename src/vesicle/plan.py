@@ -273,15 +273,14 @@ class Plan:
 
     def save(self, path: Path | str) -> None:
         """Write the Plan to a safetensors file, atomically."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         names = (*_ALL, _RETAINED) if self.forgets else _ALL
+        tensors = {n: np.ascontiguousarray(getattr(self, n)) for n in names}
+        data = save(tensors, metadata={"format": _FORMAT})
+        # Not by the library's own `save_file`, which replaces a device by a regular file.
         with atomic_path(Path(path)) as temporary:
-            save_file(
-                {n: np.ascontiguousarray(getattr(self, n)) for n in names},
-                temporary,
-                metadata={"format": _FORMAT},
-            )
+            temporary.write_bytes(data)
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:

@@ -26,6 +26,7 @@ from vesicle.engine.packed import PackedHead
 from vesicle.modulator import ModulatorMethod
 from vesicle.plan import Dense, Plan
 from vesicle.shapes import ModelShape
+from vesicle.terminal import visible
 from vesicle.transmitters import NAMES, REST
 
 _COLD_TO_WARM = ((38, 50, 110), (40, 120, 142), (94, 170, 104), (242, 193, 78), (235, 88, 52))
@@ -267,7 +268,7 @@ def heat_strip(pieces: Items[str], shares: Items[float], console: Console) -> Gr
     high = max(high, low + _LEAST_SCALE)
     strip = Line()
     for piece, share in zip(pieces, shares, strict=True):
-        shown = _visible(piece).replace("↵", "↵\n")
+        shown = _shown(piece).replace("↵", "↵\n")
         strip.append(shown, _style((share - low) / (high - low)))
     legend = Line("share of its dense FLOPs that each token got: ")
     legend.append(f"{low:.2f} ")
@@ -281,7 +282,7 @@ def _plain_strip(pieces: Items[str], shares: Items[float], width: int) -> Group:
     rows: list[tuple[str, str]] = []
     text = digits = ""
     for piece, share in zip(pieces, shares, strict=True):
-        shown = _visible(piece)
+        shown = _shown(piece)
         digit = "+" if share >= 1 else str(int(share * 10))
         size = cell_len(shown)
         if text and cell_len(text) + size > width:
@@ -298,10 +299,9 @@ def _plain_strip(pieces: Items[str], shares: Items[float], width: int) -> Group:
     return Group(*lines, Line(legend))
 
 
-def _visible(piece: str) -> str:
-    """A token's text on one line, without control characters that a terminal would act on."""
-    piece = piece.replace("\r\n", "\n").replace("\n", "↵").replace("\t", "    ")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece)
+def _shown(piece: str) -> str:
+    """A token's text on one line."""
+    return visible(piece.replace("\r\n", "\n").replace("\n", "↵").replace("\t", "    "))
 
 
 def _style(place: float) -> Style:

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vesicle.bench.results import Row
+from vesicle.terminal import SafeConsole, one_line
 
 
 class Display:
@@ -52,7 +52,7 @@ class Display:
 
     def _say(self, text: str) -> None:
         if self._bar.disable:
-            print(f"vesicle: {text}", file=sys.stderr)
+            print(f"vesicle: {one_line(text)}", file=sys.stderr)
         else:
             self._bar.console.print(f"vesicle: {text}", highlight=False, markup=False)
             self._bar.refresh()
@@ -61,7 +61,7 @@ class Display:
 @contextmanager
 def showing() -> Iterator[Display]:
     """A display while a benchmark runs."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(
         *columns,

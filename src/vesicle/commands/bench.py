@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vesicle.commands.inputs import REVISION, check_budget, check_writable, notice
+from vesicle.commands.inputs import (
+    REVISION,
+    check_budget,
+    check_folder,
+    check_writable,
+    notice,
+)
 from vesicle.errors import VesicleError
 from vesicle.shipped import is_default_model, shipped_modulator
+from vesicle.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from vesicle.bench import Report
@@ -250,14 +257,12 @@ def bench(
 
 def _show(report: Report) -> None:
     """Tables on standard output."""
-    from rich.console import Console
-
     from vesicle.bench.table import TITLES, head, notes, rich_table
 
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     if not console.is_terminal:
         # A file or pipe has no width of its own, and folded cells help nobody.
-        console = Console(highlight=False, width=160)
+        console = SafeConsole(highlight=False, width=160)
     for line in head(report):
         console.print(line, markup=False)
     for cell in report.cells:
@@ -289,12 +294,12 @@ def _outputs(json_path: Path | None, out: Path | None) -> tuple[Path | None, ...
     if out is None:
         check_writable(json_path, "--json")
         return json_path, None, None
-    if json_path is not None:
-        check_writable(json_path, "--json")
-    json_path = json_path or out / "bench.json"
-    check_writable(json_path, "--out")
-    check_writable(out / "table.md", "--out")
-    return json_path, out / "table.md", out / "speed.png"
+    check_writable(json_path, "--json")
+    check_folder(out)
+    written = json_path or out / "bench.json", out / "table.md", out / "speed.png"
+    for path in written[json_path is not None :]:
+        check_writable(path, "--out")
+    return written
 
 
 def _modulator(given: str | None, folder: Path, budget: float | None) -> str | None:

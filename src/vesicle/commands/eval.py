@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vesicle.commands.inputs import REVISION, notice
+from vesicle.commands.inputs import REVISION, check_folder, notice
+from vesicle.commands.outputs import print_json
 from vesicle.errors import VesicleError
 from vesicle.shipped import is_default_model, shipped_modulator
+from vesicle.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from vesicle.evaluation.task_run import Subject
@@ -161,6 +163,7 @@ def evaluate(
         best_of=best_of,
         selection=selection,
     )
+    check_folder(out)
     subject = _subject(model, revision, modulator, through, weights, kv, threads)
     result = evaluate_tasks(subject, config, out, restart=restart, say=notice)
     from vesicle.evaluation.task_table import markdown, rich_tables
@@ -175,20 +178,15 @@ def evaluate(
 
         save_plots(result, out)
     if json:
-        import json as library
-
-        print(library.dumps(result.to_dict()))
+        print_json(result.to_dict())
     else:
-        from rich.console import Console
-
-        console = Console()
+        console = SafeConsole()
         for found in rich_tables(result):
             console.print(found)
     notice(f"wrote {out}")
 
 
 def _list() -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from vesicle.evaluation.methods import NAMES
@@ -202,8 +200,8 @@ def _list() -> None:
         metrics = ", ".join(m.title for m in task.metrics)
         hub = "generated" if task.hub is None else task.hub.path
         table.add_row(name, task.title, metrics, ", ".join(task.splits), hub)
-    Console().print(table)
-    Console().print(f"methods: {', '.join(NAMES)}, kvpress:NAME", highlight=False)
+    SafeConsole().print(table)
+    SafeConsole().print(f"methods: {', '.join(NAMES)}, kvpress:NAME", highlight=False)
 
 
 def _subject(

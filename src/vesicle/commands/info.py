@@ -9,6 +9,7 @@ import typer
 from vesicle.commands.machine import machine_rows
 from vesicle.errors import VesicleError
 from vesicle.shipped import shipped_modulator
+from vesicle.terminal import SafeConsole
 
 
 def info(
@@ -36,7 +37,6 @@ def info(
         raise VesicleError("no modulator is shipped with this package: name one")
     import json
 
-    from rich.console import Console
     from rich.table import Table
 
     from vesicle.modulator import Modulator
@@ -70,4 +70,4 @@ def info(
         table.add_row(f"training {name}", value if isinstance(value, str) else json.dumps(value))
     for row in machine_rows():
         table.add_row(*row)
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    SafeConsole(highlight=False, markup=False, soft_wrap=True).print(table)

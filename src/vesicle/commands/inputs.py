@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 from vesicle.errors import BudgetError, DataError, VesicleError
-from vesicle.files import read_text
+from vesicle.files import check_target, decode_text, read_some
+from vesicle.terminal import one_line
+
+_MOST_BYTES = 64_000_000
+"""Of a prompt; far more than any context window takes, and less than memory."""
 
 REVISION = "Branch, tag or commit, if --model is a hub id."
 """Of the option that every command with `--model` has."""
@@ -19,25 +24,39 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     One final line end of standard input or a file is dropped, as shells do.
 
     Raises:
-        DataError: There is none, or two, or it is blank or not UTF-8, or the file cannot be read.
+        DataError: There is none, or two, or it is blank, not UTF-8 text or endless, or it cannot be
+            read.
     """
     if prompt is not None and file is not None:
         raise DataError("PROMPT and --file are both given; give one")
     if file is not None:
-        text, source = _without_line_end(read_text(file)), str(file)
+        text, source = _text(read_some(file, _MOST_BYTES + 1), str(file)), str(file)
     elif prompt == "-":
-        text, source = _without_line_end(_read_standard_input()), "standard input"
+        source = "standard input"
+        text = _text(_read_standard_input(), source)
     elif prompt is not None:
-        text, source = prompt, "PROMPT"
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError("PROMPT is not UTF-8 text") from error
+        text, source = argument_text(prompt, "PROMPT"), "PROMPT"
     else:
         raise DataError("no prompt: give PROMPT, - to read standard input, or --file")
-    if not text.strip():
+    if all(_invisible(character) for character in text):
         raise DataError(f"{source} is empty; a prompt needs at least one visible character")
     return text
+
+
+def argument_text(argument: str, name: str) -> str:
+    """The text of an argument, which Python decodes as the locale says, or not at all.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(argument).decode()
+        except UnicodeError as error:
+            raise DataError(f"{name} is not UTF-8 text") from error
+    return argument
 
 
 def check_budget(budget: float | None) -> None:
@@ -51,38 +70,53 @@ def check_budget(budget: float | None) -> None:
 
 
 def check_writable(path: Path | None, option: str) -> None:
-    """Make the folder of a file to be written, so that hours of work cannot end in an error.
+    """Refuse a file that cannot be written, so that hours of work cannot end in an error.
 
     Raises:
         VesicleError: The file cannot be written there.
     """
-    if path is None:
-        return
-    if path.is_dir():
-        raise VesicleError(f"{option} {path} is a folder; a file is needed")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VesicleError(f"{option} {path}: {error.strerror or error}") from error
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise VesicleError(f"{option} {path} cannot be written: permission denied")
+    if path is not None:
+        _check_target(path, option, folder=False)
+
+
+def check_folder(path: Path, option: str = "--out") -> None:
+    """The same for a folder to write files in; it need not exist.
+
+    Raises:
+        VesicleError: It is a file, or files cannot be written in it.
+    """
+    _check_target(path, option, folder=True)
 
 
 def notice(line: str) -> None:
     """Tell something in one line on standard error."""
-    print(f"vesicle: {line}", file=sys.stderr)
+    print(f"vesicle: {one_line(line)}", file=sys.stderr)
 
 
-def _read_standard_input() -> str:
-    data = sys.stdin.buffer.read()
+def _check_target(path: Path, option: str, *, folder: bool) -> None:
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"standard input is not UTF-8 text: byte 0x{data[error.start]:02x} at offset "
-            f"{error.start}"
-        ) from error
+        check_target(path, folder=folder)
+    except VesicleError as error:
+        raise VesicleError(f"{option}: {error}") from error
 
 
-def _without_line_end(text: str) -> str:
-    return text.removesuffix("\n").removesuffix("\r")
+def _read_standard_input() -> bytes:
+    if sys.stdin is None:  # as Python has it where it was closed when the process began
+        raise DataError("cannot read standard input: it is closed")
+    try:
+        return sys.stdin.buffer.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"cannot read standard input: {error.strerror or error}") from error
+
+
+def _text(data: bytes, source: str) -> str:
+    """Text without its final line end."""
+    if len(data) > _MOST_BYTES:
+        raise DataError(f"{source} is longer than {_MOST_BYTES // 1_000_000} MB, too long a prompt")
+    if (at := data.find(0)) >= 0:
+        raise DataError(f"{source} is not UTF-8 text: it has a zero byte at offset {at}")
+    return decode_text(data, source).removesuffix("\n").removesuffix("\r")
+
+
+def _invisible(character: str) -> bool:
+    return character.isspace() or unicodedata.category(character) in ("Cc", "Cf")

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import REVISION, notice
+from vesicle.commands.inputs import REVISION, check_folder, notice
 from vesicle.errors import VesicleError
 from vesicle.shipped import shipped_modulator
+from vesicle.terminal import SafeConsole
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 
@@ -76,8 +77,6 @@ def regret(
         raise VesicleError("no modulator is shipped with this package: name one")
     from dataclasses import fields
 
-    from rich.console import Console
-
     from vesicle.evaluation.regret import EvalConfig, evaluate
     from vesicle.evaluation.regret_table import SUBSETS, rich_table
     from vesicle.modulator import Modulator
@@ -87,6 +86,7 @@ def regret(
     given["limit"] = limit or None
     names = [f.name for f in fields(EvalConfig) if f.name != "oracle"]
     config = EvalConfig(**{name: given[name] for name in names})
+    check_folder(out)
     loaded = Modulator.from_pretrained(source)
     subject = recipe.load_subject(model, revision)
     result = evaluate(
@@ -100,7 +100,7 @@ def regret(
         restart=restart,
         say=notice,
     )
-    console = Console()
+    console = SafeConsole()
     for subset in SUBSETS:
         if any(row.subset == subset for row in result.rows):
             console.print(rich_table(result, subset))

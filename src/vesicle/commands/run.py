@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vesicle.commands.inputs import REVISION, check_budget, check_writable, notice, read_prompt
+from vesicle.commands.inputs import (
+    REVISION,
+    argument_text,
+    check_budget,
+    check_writable,
+    notice,
+    read_prompt,
+)
 from vesicle.commands.machine import announce_core
+from vesicle.commands.outputs import print_json
 from vesicle.errors import DataError, VesicleError
 from vesicle.models.default import DEFAULT_MODEL
 from vesicle.models.shorten import Place, shorten
 from vesicle.shipped import is_default_model, shipped_modulator
+from vesicle.terminal import AnswerWriter, SafeConsole
 
 if TYPE_CHECKING:
     from vesicle.engine import Engine, Sampling, Sequence
@@ -215,6 +223,7 @@ def run(
       git diff | vesicle run - --system "Summarise this change." --truncate
     """
     wanted = read_prompt(prompt, file)
+    system = None if system is None else argument_text(system, "--system")
     _check(budget, system, raw, replay, save_plan)
     show_progress = sys.stderr.isatty()
 
@@ -261,10 +270,10 @@ def run(
     )
     if compare:
         _warm_up(settings, [method, Dense()])
+    write = _discard if as_json else AnswerWriter(sys.stdout).write
     with _status("generating", show_progress and as_json):
-        answer, sequence = _generate(settings, method, _discard if as_json else _write)
-    if not as_json:
-        _write("\n")
+        answer, sequence = _generate(settings, method, write)
+    write("\n")
     if save_plan is not None:
         sequence.plan.save(save_plan)
     if saved is not None and limit < max_new_tokens and len(answer.token_ids) == limit:
@@ -278,13 +287,11 @@ def run(
 
     if as_json:
         about = {"model": model or DEFAULT_MODEL, "model_path": str(folder), "modulator": source}
-        print(json.dumps({**answer.to_dict(), "budget": budget, **about, **_compared(dense)}))
+        print_json({**answer.to_dict(), "budget": budget, **about, **_compared(dense)})
     elif not no_report:
-        from rich.console import Console
-
         from vesicle.report import show
 
-        console = Console(stderr=True, highlight=False)
+        console = SafeConsole(stderr=True, highlight=False)
         show(answer, console, budget=budget, compared=dense, heat=not no_heat)
     elif dense is not None:
         notice("the dense answer is part of the report, which --no-report leaves out")
@@ -500,16 +507,8 @@ def _status(what: str, shown: bool) -> Iterator[None]:
     if not shown:
         yield
         return
-    from rich.console import Console
-
-    with Console(stderr=True).status(f"{what} ..."):
+    with SafeConsole(stderr=True).status(f"{what} ..."):
         yield
-
-
-def _write(part: str) -> None:
-    if part:
-        sys.stdout.write(part)
-        sys.stdout.flush()
 
 
 def _discard(part: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import REVISION, notice
+from vesicle.commands.inputs import REVISION, check_folder, notice
 from vesicle.errors import DataError, VesicleError
 
 _TEXT, _MODULATOR, _TRAINING = "Text", "A new modulator", "Training"
@@ -157,6 +157,7 @@ def train(
     from vesicle.calibration.dial import measure_dial
     from vesicle.modulator import Modulator
 
+    check_folder(out)
     start = None if modulator is None else Modulator.from_pretrained(modulator)
     subject = recipe.load_subject(model, revision)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)

@@ -15,7 +15,7 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, which is also the limit for ever smaller ones; up to 100.
         top_p: Draw from the smallest set of tokens with at least this much probability (Holtzman et
             al. 2020).
         seed: Of the generator.
@@ -42,12 +42,36 @@ class Sampling:
         return torch.Generator().manual_seed(self.seed)
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """The next token from logits (V,)."""
+        """The next token from logits (V,).
+
+        Raises:
+            VesicleError: A logit is not a number, or all are minus infinity.
+        """
+        likeliest = int(logits.argmax())
+        most = logits[likeliest]  # argmax takes NaN for the largest
+        if most.isnan() or most == -torch.inf:
+            raise VesicleError(
+                f"the model's logits are no numbers to choose a token by: the largest is {most:g}"
+            )
         if self.greedy:
-            return int(logits.argmax())
-        chances = (logits.float() / self.temperature).softmax(-1)
+            return likeliest
+        return int(torch.multinomial(self.chances(logits), 1, generator=generator))
+
+    def chances(self, logits: Tensor) -> Tensor:
+        """(V,) what `draw` chooses by: at least the likeliest token has a chance.
+
+        Args:
+            logits: (V,) without NaN, and not all minus infinity.
+        """
+        # With the largest at 0 no temperature is too small to divide by: what is less likely goes
+        # to minus infinity, which is the limit. The largest is not subtracted from itself, because
+        # it may be infinite.
+        wide = logits.double()
+        below = torch.where(wide == wide.max(), 0.0, wide - wide.max())
+        chances = (below / self.temperature).softmax(-1)
         if self.top_p < 1:
             ordered, tokens = chances.sort(descending=True)
             kept = ordered.cumsum(-1) - ordered < self.top_p
+            kept[0] = True
             chances = torch.zeros_like(chances).scatter(0, tokens[kept], ordered[kept])
-        return int(torch.multinomial(chances, 1, generator=generator))
+        return chances.float()

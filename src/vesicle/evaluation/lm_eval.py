@@ -44,6 +44,7 @@ from vesicle.evaluation.lm_eval_tally import Tally
 from vesicle.models import Text, resolve_model
 from vesicle.models.default import DEFAULT_MODEL
 from vesicle.modulator import check_budget
+from vesicle.terminal import one_line
 
 USER_ERROR = 2
 _MISSING = "lm_eval is not installed: pip install 'vesicle[lm-eval]'"
@@ -369,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cli_evaluate()
     except VesicleError as error:
-        print(f"vesicle: error: {error}", file=sys.stderr)
+        print(f"vesicle: error: {one_line(str(error))}", file=sys.stderr)
         return USER_ERROR
     finally:
         sys.argv = before

@@ -17,8 +17,9 @@ def progress_bar(
     sizes: Sequence[int], wanted: bool
 ) -> Iterator[Callable[[str], AbstractContextManager[Tick]]]:
     """Show a bar over rows of these sizes; yields what opens the next row by its name."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from vesicle.terminal import SafeConsole
 
     remaining = iter(sizes)
     done = 0
@@ -28,7 +29,7 @@ def progress_bar(
         TextColumn("{task.percentage:>3.0f} %"),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        console=SafeConsole(stderr=True),
         disable=not wanted,
         speed_estimate_period=300,
     ) as bar:

@@ -34,6 +34,7 @@ from vesicle.models.default import DEFAULT_MODEL
 from vesicle.modulator import Modulator
 from vesicle.plan import Dense, Method, Plan, Replay
 from vesicle.shapes import ModelShape
+from vesicle.terminal import one_line
 
 MODELS = ("default", "1.3b")
 _SHIPPED = Path(__file__).parents[1] / "modulators" / DEFAULT_MODEL
@@ -235,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         write_json(given.out, record)
     except VesicleError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 
