@@ -32,6 +32,12 @@ def calibrate(
     field: Annotated[str, typer.Option(help="The field of JSON lines with the text.")] = "text",
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="Windows used, from the beginning.")] = 32,
+    held_out: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Windows at the end, on which the default budget is measured; 0 for none."
+        ),
+    ] = 0,
     gap: Annotated[
         float, typer.Option(help="Largest difference between neighbouring rows of the dial table.")
     ] = 0.03,
@@ -56,8 +62,7 @@ def calibrate(
 
       vesicle calibrate --data train.txt --model owner/name --out runs/untrained
     """
-    from vesicle.calibration import measure_dial
-    from vesicle.errors import VesicleError
+    from vesicle.errors import DataError, VesicleError
     from vesicle.modulator import Modulator
 
     if not 0 < gap < 1:
@@ -65,7 +70,13 @@ def calibrate(
     check_folder(out)
     loaded = None if modulator is None else Modulator.from_pretrained(modulator)
     subject = recipe.load_subject(model, revision)
-    ids = recipe.read_windows(subject, data, split, field, sequence_length)[:windows]
+    ids = recipe.read_windows(subject, data, split, field, sequence_length)
+    if len(ids) <= held_out:
+        raise DataError(
+            f"the text has {len(ids)} windows of {sequence_length} tokens; --held-out {held_out} "
+            "leaves none to measure the dial on"
+        )
+    ids, last = ids[: len(ids) - held_out][:windows], ids[len(ids) - held_out :]
     cache = out / recipe.CALIBRATION
     if loaded is None:
         notice("fitting stand-ins and measuring each layer")
@@ -83,8 +94,7 @@ def calibrate(
         from vesicle.evaluation.language_modelling import model_shape
 
         loaded.check_fits(model_shape(subject.model))
-    notice("measuring the dial")
-    loaded.info.dial = measure_dial(subject.model, loaded, ids, gap=gap, cache=cache)
+    recipe.measure(subject, loaded, ids, last, gap=gap, cache=cache)
     loaded.save_pretrained(out)
     least = loaded.info.dial[0][0]
     notice(f"wrote {out}: budgets from {least:.3f} to 1; try vesicle run --modulator {out} PROMPT")

@@ -111,14 +111,44 @@ def new_modulator(
     return modulator
 
 
-def set_default_budget(subject: Subject, modulator: Modulator, held_out: Tensor | None) -> None:
-    """Measure the default budget on held-out windows (N, T); it is 1 where there are none."""
-    from vesicle.calibration.default_budget import measure_default_budget
+def measure(
+    subject: Subject,
+    modulator: Modulator,
+    windows: Tensor,
+    held_out: Tensor | None,
+    *,
+    gap: float = 0.03,
+    cache: Path | None = None,
+) -> None:
+    """Measure dial and default budget, where all tokens are governed and where prompts rest.
 
-    modulator.info.default_budget = 1.0
+    Args:
+        subject: The model.
+        modulator: Whose `info` is filled in.
+        windows: (N, T) token ids, for the dial.
+        held_out: (N, T) for the default budget; budgets are left as they are where there are none.
+        gap: As `measure_dial` has it.
+        cache: Likewise.
+    """
+    from vesicle.calibration import measure_dial
+    from vesicle.calibration.default_budget import measure_default_budget
+    from vesicle.modulator import Measured
+    from vesicle.phases import EVERYWHERE, Phases
+
+    info, generated = modulator.info, Phases()
+    notice("measuring the dial, of all tokens and of generated ones")
+    info.dial = measure_dial(subject.model, modulator, windows, gap=gap, cache=cache)
+    dial = measure_dial(subject.model, modulator, windows, gap=gap, phases=generated, cache=cache)
+    known = info.default_budget if info.generated is None else info.generated.default_budget
+    info.generated = Measured(dial=dial, default_budget=known)
     if held_out is None or not len(held_out):
         return
-    notice("measuring the default budget")
-    best, losses = measure_default_budget(subject.model, modulator, held_out)
-    modulator.info.default_budget = best
-    modulator.info.training["loss_by_budget_nats"] = losses
+    notice("measuring the default budget, of all tokens and of generated ones")
+    for phases, name in ((EVERYWHERE, "all"), (generated, "generated")):
+        best, losses = measure_default_budget(subject.model, modulator, held_out, phases=phases)
+        if phases == EVERYWHERE:
+            info.default_budget = best
+        else:
+            info.generated.default_budget = best
+        key = "loss_by_budget_nats" + ("" if phases == EVERYWHERE else f"_{name}")
+        info.training[key] = losses

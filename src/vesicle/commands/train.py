@@ -154,7 +154,6 @@ def train(
         config = TrainConfig(**{f.name: given[f.name] for f in fields(TrainConfig)})
     except ValueError as error:
         raise VesicleError(str(error)) from error
-    from vesicle.calibration.dial import measure_dial
     from vesicle.modulator import Modulator
 
     check_folder(out)
@@ -197,10 +196,6 @@ def train(
         restart=restart,
         say=notice,
     )
-    notice("measuring the dial")
-    start.info.dial = measure_dial(
-        subject.model, start, windows[: recipe.DIAL_WINDOWS], cache=cache
-    )
-    recipe.set_default_budget(subject, start, held_out)
+    recipe.measure(subject, start, windows[: recipe.DIAL_WINDOWS], held_out, cache=cache)
     start.save_pretrained(out)
     notice(f"wrote {out} after {result.step} steps; try vesicle run --modulator {out} PROMPT")
