@@ -5,43 +5,32 @@ python examples/02_engine.py [MODULATOR]
 
 import sys
 
-from vesicle import (
-    Engine,
-    Modulator,
-    Replay,
-    Sampling,
-    Text,
-    load_default_modulator,
-    price_dense,
-    resolve_model,
-)
-from vesicle.report import with_logits
+from vesicle import Engine, Modulator, Replay, Sampling, load_default_modulator
 
-folder = resolve_model(None)
-engine = Engine.from_pretrained(folder)
-text = Text.from_folder(folder)
+# Any folder, .gguf file or hub id of a supported family works; None is the default model.
+engine = Engine.from_pretrained(None)
 modulator = (
     Modulator.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else load_default_modulator()
 )
-prompt = text.chat("Why is the sky blue?")
+chat = [{"role": "user", "content": "Why is the sky blue?"}]
 
-# A sequence holds one text's cache, Plan, levels and counted cost.
+# All at once. A str is a text to continue; messages go through the model's chat template.
+answer = engine.generate(chat, modulator, budget=0.9, max_new_tokens=24)
+print(f"{answer.text}\n{answer.share:.3f} of dense FLOPs")
+
+# Or token by token. A sequence holds one text's cache, Plan, levels and counted cost.
 sequence = engine.start(modulator, budget=0.9)
-decoder = text.stream()
+decoder = engine.text.stream()
 for token in engine.stream(
     sequence,
-    prompt,
+    chat,
     max_new_tokens=24,
     sampling=Sampling(temperature=0.7, top_p=0.9, seed=1),
-    stop=text.eos_ids,
 ):
     print(decoder.push(token), end="", flush=True)
 print(decoder.flush())
 
-dense = price_dense(
-    engine.shape, sequence.length, with_logits=with_logits(sequence.length, len(prompt))
-)
-for quantity, share in sequence.cost.ratio(dense).items():
+for quantity, share in sequence.cost.ratio(sequence.dense_cost).items():
     print(f"{quantity:14} {share:.3f} of dense")
 
 # The Plan can be executed again, token for token, without the predictor.

@@ -13,7 +13,7 @@ from vesicle.cost import price, price_tokens
 from vesicle.engine import Engine, Sequence
 from vesicle.modulator import Modulator
 from vesicle.plan import FFN_SKIP, Dense, Method, Plan, Replay
-from vesicle.report import Answer, answer_shares, heat_strip, scaled, show, with_logits
+from vesicle.report import Answer, answer_shares, heat_strip, scaled, show
 
 PROMPT, NEW = 21, 6
 
@@ -38,7 +38,6 @@ def answer_of(engine: Engine, method: Method) -> Answer:
     sequence, ids = generate(engine, method)
     return Answer.of(
         sequence,
-        engine.shape,
         prompt_tokens=PROMPT,
         text="a b\nc",
         token_ids=ids,
@@ -68,7 +67,7 @@ def test_dense_answers_cost_what_dense_costs(engine: Engine):
 def test_counted_shares_are_the_plans_prices(engine: Engine, modulator: Modulator):
     method = modulator.at(0.5)
     sequence, _ = generate(engine, method)
-    heads = with_logits(sequence.length, PROMPT)
+    heads = np.arange(sequence.length) >= PROMPT - 1  # from the prompt's last token on
     overhead = method.overhead(engine.shape)
     assert sequence.cost == price(sequence.plan, engine.shape, overhead, with_logits=heads)
     costs = price_tokens(sequence.plan, engine.shape, overhead, with_logits=heads)
@@ -77,7 +76,7 @@ def test_counted_shares_are_the_plans_prices(engine: Engine, modulator: Modulato
         sum(v for k, v in table.items() if k.startswith("flops_")) for table in (costs, rest)
     )
     expected = (flops / dense)[PROMPT - 1 :]
-    np.testing.assert_allclose(answer_shares(sequence, engine.shape, PROMPT), expected, rtol=0)
+    np.testing.assert_allclose(answer_shares(sequence, PROMPT), expected, rtol=0)
 
 
 @pytest.mark.parametrize("token", range(NEW))

@@ -26,6 +26,7 @@ layer costs 2 k (HK + 2 GK) + 2 k' D + 4 HK S for attention over S positions, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 
@@ -194,6 +195,26 @@ def price_tokens(
         "kv_bytes_read": shape.position_bytes * visited.sum(1)
         + shape.summary_vector_bytes * vectors * complete.sum(1),
     }
+
+
+def price_dense_tokens(
+    shape: ModelShape, first_position: int, with_logits: NDArray[np.bool_]
+) -> dict[str, NDArray[np.int64]]:
+    """The cost of each token of the dense model, from `first_position` on.
+
+    Args:
+        shape: The model's sizes.
+        first_position: Of the first token.
+        with_logits: (T,) at which of the tokens the LM head runs.
+    """
+    rest = Plan.rest(shape, first_position + len(with_logits)).tokens(first_position)
+    return price_tokens(rest, shape, first_position=first_position, with_logits=with_logits)
+
+
+def flops_of(costs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """(T,) all FLOPs of each token, from what `price_tokens` gives."""
+    rows = [values for name, values in costs.items() if name.startswith("flops_")]
+    return np.sum(rows, axis=0, dtype=np.int64) if rows else np.zeros(0, np.int64)
 
 
 def price(

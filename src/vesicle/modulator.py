@@ -13,6 +13,7 @@ A modulator is saved as `modulator.safetensors` (predictor and stand-ins) and `m
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -38,6 +39,7 @@ from vesicle.plan import (
     FloatArray,
     IntArray,
     Method,
+    opening,
     resting_attention,
     resting_ffn,
     resting_rows,
@@ -524,6 +526,7 @@ class ModulatorAuthor(Author):
         self.state: State = {}
         self._next: AttentionDecision | None = None
         self._levels: list[FloatArray] = []
+        self._pass: tuple[int, State] | None = None  # where the newest began, and the state there
 
     @property
     def rests(self) -> bool:
@@ -543,6 +546,27 @@ class ModulatorAuthor(Author):
     def prompt(self, start: int, stop: int) -> None:
         """Transmitters rest on the tokens `start` to `stop` as far as `phases` says so."""
         self._prompts.add(start, stop)
+
+    def fork(self, n_tokens: int) -> Author:
+        """Levels, prompts and state as after `n_tokens`; state is known at the end alone."""
+        read = sum(map(len, self._levels))
+        if self.state and n_tokens != read:
+            raise VesicleError(
+                f"a {self.modulator.predictor.kind!r} predictor carries state from token to "
+                f"token; fork after all {read} tokens, not after {n_tokens}"
+            )
+        other = copy.copy(self)
+        other.state = {layer: carried.clone() for layer, carried in self.state.items()}
+        other._levels = opening(self._levels, n_tokens)
+        other._prompts = self._prompts.opening(n_tokens)
+        other._next = other._pass = None
+        return other
+
+    def rewind(self, n_tokens: int) -> None:
+        """Levels and state as before the pass that was broken off."""
+        self._levels = opening(self._levels, n_tokens)
+        if self._pass is not None and self._pass[0] == n_tokens:
+            self.state = dict(self._pass[1])
 
     def acting(self, positions: IntArray) -> NDArray[np.bool_]:
         """(T, 5) which transmitters are released, and act, at `positions` (T,)."""
@@ -597,6 +621,7 @@ class ModulatorAuthor(Author):
         """Release levels for the tokens' hidden states (T, D) and decide."""
         n = len(positions)
         if layer == 0:
+            self._pass = int(positions[0]), dict(self.state)
             self._levels.append(np.ones((n, self._shape.n_layers, len(NAMES))))
             self._acting = self.acting(positions)
         acting = self._acting

@@ -36,6 +36,7 @@ A new effect is a new row in `FIELDS`, a price in `cost.py` and its execution in
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -379,6 +380,10 @@ class PlanBuilder:
         """Record how the LM head ran for the tokens of this pass; whole unless this is called."""
         self._chunks[-1]["head"][:] = survivors
 
+    def drop(self) -> None:
+        """Forget the newest pass, which was broken off."""
+        self._chunks.pop()
+
     def opening(self, n_tokens: int) -> PlanBuilder:
         """A builder of its own that begins with the first `n_tokens` rows, which are shared.
 
@@ -410,7 +415,7 @@ class Author(ABC):
 
     An executor calls, for each pass over the next T tokens and for each layer in order, `attention`
     and then `release`. State (a recurrent predictor's, say) lives in the author, so one author
-    serves one sequence.
+    serves one sequence; a sequence that goes on from within another has its `fork`.
 
     Attributes:
         retained: (S, L, G) the last position whose query may read each of the first S entries, as
@@ -443,6 +448,30 @@ class Author(ABC):
     def releases(self, positions: IntArray) -> NDArray[np.bool_]:
         """(T,) at which of `positions` (T,) the method's predictor runs, which costs something."""
         return np.ones(len(positions), bool)
+
+    def fork(self, n_tokens: int) -> Author:
+        """An author of its own that stands where this one stood after its first `n_tokens` tokens.
+
+        Both go on alone. It knows all that this one knew there: its state, `retained`, and which of
+        the first `n_tokens` tokens are prompt. An author without state may return a copy of itself.
+
+        By default refused, since what an author carries is not known here: state that is shared or
+        dropped would decide otherwise, without a word.
+
+        Raises:
+            VesicleError: If the author cannot tell what it was after `n_tokens`.
+        """
+        raise VesicleError(
+            f"a sequence under {type(self).__name__} cannot be forked; give the author a method "
+            "fork(n_tokens), or start a new sequence"
+        )
+
+    def rewind(self, n_tokens: int) -> None:
+        """Be told that a pass was broken off: only the first `n_tokens` tokens have been read.
+
+        Authors that carry nothing from token to token have no use for it.
+        """
+        return None
 
     def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
         """What is decided for coming tokens whatever their hidden states will be.
@@ -550,6 +579,9 @@ class _ReplayAuthor(Author):
         if plan.forgets:
             self.retained = plan.retained
 
+    def fork(self, n_tokens: int) -> Author:
+        return copy.copy(self)
+
     def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
         if len(positions):
             self._check(int(positions[0]))
@@ -601,6 +633,9 @@ class _DenseAuthor(Author):
     @property
     def rests(self) -> bool:
         return True
+
+    def fork(self, n_tokens: int) -> Author:
+        return copy.copy(self)
 
     def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
         return resting_rows(self._shape, positions)

@@ -11,8 +11,6 @@ from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.cells import cell_len
 from rich.color import Color
 from rich.console import Console, Group
@@ -20,12 +18,11 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text as Line
 
-from vesicle.cost import Cost, price_dense, price_tokens
+from vesicle.cost import Cost, price_dense
 from vesicle.engine import Sequence, core
 from vesicle.engine.packed import PackedHead
 from vesicle.modulator import ModulatorMethod
-from vesicle.plan import Dense, Plan
-from vesicle.shapes import ModelShape
+from vesicle.plan import Dense
 from vesicle.terminal import visible
 from vesicle.transmitters import NAMES, REST
 
@@ -134,7 +131,6 @@ class Answer:
     def of(
         cls,
         sequence: Sequence,
-        shape: ModelShape,
         *,
         prompt_tokens: int,
         text: str,
@@ -144,16 +140,15 @@ class Answer:
         decode_s: float,
     ) -> Answer:
         """Sum up a sequence that `Engine.stream` has finished."""
-        heads = with_logits(sequence.length, prompt_tokens)
         return cls(
             text=text,
             token_ids=token_ids,
             pieces=pieces,
-            shares=answer_shares(sequence, shape, prompt_tokens)[: len(token_ids)],
+            shares=answer_shares(sequence, prompt_tokens)[: len(token_ids)],
             levels=mean_levels(sequence),
             released=_released(sequence),
             executed=sequence.cost,
-            dense=price_dense(shape, sequence.length, with_logits=heads),
+            dense=sequence.dense_cost,
             prompt_tokens=prompt_tokens,
             decode_passes=sequence.length - prompt_tokens,
             prefill_s=prefill_s,
@@ -191,18 +186,9 @@ class Answer:
         }
 
 
-def with_logits(n_tokens: int, prompt_tokens: int) -> NDArray[np.bool_]:
-    """(T,) where `Engine.stream` runs the LM head: at the prompt's last position and after it."""
-    return np.arange(n_tokens) >= prompt_tokens - 1
-
-
-def answer_shares(sequence: Sequence, shape: ModelShape, prompt_tokens: int) -> list[float]:
+def answer_shares(sequence: Sequence, prompt_tokens: int) -> list[float]:
     """FLOPs over the dense model's, of each pass that computed logits; see the module docstring."""
-    n = sequence.length
-    rest = Plan.rest(shape, n)
-    dense = _flops(price_tokens(rest, shape, with_logits=with_logits(n, prompt_tokens)))
-    executed = _flops(sequence.token_costs)
-    return [float(share) for share in (executed / dense)[prompt_tokens - 1 :]]
+    return [float(share) for share in sequence.token_shares[prompt_tokens - 1 :]]
 
 
 def mean_levels(sequence: Sequence) -> dict[str, float] | None:
@@ -404,9 +390,3 @@ def _released(sequence: Sequence) -> tuple[str, ...]:
     if not isinstance(method, ModulatorMethod):
         return ()
     return method.modulator.predictor.config.transmitters
-
-
-def _flops(costs: dict[str, NDArray[np.int64]]) -> NDArray[np.int64]:
-    rows = [values for name, values in costs.items() if name.startswith("flops_")]
-    total: NDArray[np.int64] = np.sum(rows, axis=0)
-    return total

@@ -1,19 +1,35 @@
 """A forked sequence is one that has read everything itself, and its source never notices."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import vesicle
 from tests.engine.decoding import IDS, method_for, native
 from tests.tiny import random_plan, tiny_control, tiny_model, tiny_modulator, tokens
 from vesicle.engine import Engine, Sequence
 from vesicle.errors import CacheFullError, VesicleError
-from vesicle.plan import Dense, Method, Replay
+from vesicle.evaluation.language_modelling import Together
+from vesicle.plan import (
+    FFN_SKIP,
+    AttentionDecision,
+    Author,
+    Dense,
+    FfnDecision,
+    Method,
+    Replay,
+    resting_attention,
+    resting_ffn,
+)
 from vesicle.predictors import CONTROLS
+from vesicle.shapes import ModelShape
 
 PROMPT, FIRST, SECOND = (tokens(n, seed=n)[0].tolist() for n in (41, 23, 9))
 KINDS = ["dense", "rest", "linear", "mlp", "saved", *CONTROLS]
@@ -157,3 +173,111 @@ def test_a_fork_that_does_not_fit_takes_nothing():
     assert tight.pool.blocks_in_use == used
     first.close()
     source.close()
+
+
+class Alternating(Method):
+    """Skips FFNs by a count of the tokens that it has seen, which is all its state."""
+
+    def author(self, shape: ModelShape) -> Author:
+        return Counting(shape)
+
+
+class Counting(Author):
+    def __init__(self, shape: ModelShape) -> None:
+        self.shape, self.seen = shape, [0]
+
+    def attention(self, layer: int, positions: Any) -> AttentionDecision:
+        return resting_attention(self.shape, positions)
+
+    def release(self, layer: int, hidden: Tensor, positions: Any) -> FfnDecision:
+        decision = resting_ffn(self.shape, len(positions))
+        if layer == 0:
+            self.seen += range(self.seen[-1] + 1, self.seen[-1] + len(positions) + 1)
+        decision.module[np.array(self.seen[-len(positions) :]) % 3 == 1] = FFN_SKIP
+        decision.rest = False
+        return decision
+
+
+class ForkingCounting(Counting):
+    def fork(self, n_tokens: int) -> Author:
+        other = ForkingCounting(self.shape)
+        other.seen = self.seen[: n_tokens + 1]
+        return other
+
+
+class Forking(Alternating):
+    def author(self, shape: ModelShape) -> Author:
+        return ForkingCounting(shape)
+
+
+def test_an_author_of_ones_own_is_not_forked_unasked(engine: Engine):
+    """Its state was dropped: the fork's author began anew."""
+    with closing(engine.start(Alternating())) as source:
+        read(engine, source, PROMPT)
+        used = engine.pool.blocks_in_use
+        with pytest.raises(VesicleError, match=r"a sequence under Counting cannot be forked; give"):
+            engine.fork(source)
+        assert engine.pool.blocks_in_use == used
+
+
+@pytest.mark.parametrize("n", [16, 19, 41])
+def test_an_author_of_ones_own_that_can_be_forked(engine: Engine, n: int):
+    source, alone = engine.start(Forking()), engine.start(Forking())
+    read(engine, source, PROMPT)
+    expected = read(engine, alone, PROMPT[:n], FIRST)[n:]
+    with closing(engine.fork(source, n)) as fork:
+        torch.testing.assert_close(read(engine, fork, FIRST), expected)
+        assert fork.plan.equals(alone.plan)
+    source.close()
+    alone.close()
+
+
+def test_a_fork_under_several_methods_keeps_its_own(engine: Engine):
+    """`Together` hands out another author each time; the fork had the next one's."""
+    modulator = tiny_modulator(engine.shape)
+    together = Together([modulator.at(0.5), modulator.at(0.9)])
+    source, alone = engine.start(together), engine.start(modulator.at(0.5))
+    read(engine, source, PROMPT)
+    expected = read(engine, alone, PROMPT, FIRST)[len(PROMPT) :]
+    with closing(engine.fork(source)) as fork:
+        assert torch.equal(read(engine, fork, FIRST), expected)
+        assert fork.plan.equals(alone.plan)
+    source.close()
+    alone.close()
+
+
+def test_every_author_of_the_package_can_be_forked():
+    for path in sorted(Path(vesicle.__file__).parent.rglob("*.py")):
+        if "Author)" in path.read_text(encoding="utf-8"):
+            name = ".".join(
+                path.relative_to(Path(vesicle.__file__).parents[1]).with_suffix("").parts
+            )
+            importlib.import_module(name)
+    found, queue = list[type[Author]](), [Author]
+    while queue:
+        for kind in queue.pop().__subclasses__():
+            queue.append(kind)
+            if kind.__module__.startswith("vesicle."):
+                found.append(kind)
+    assert len(found) >= 3
+    assert [kind for kind in found if kind.fork is Author.fork] == []
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "recurrent"])
+def test_prompts_go_with_the_fork(engine: Engine, kind: str):
+    """What was said to be prompt and not read yet is the source's alone."""
+    method = method_of(engine, kind)
+    source, alone = engine.start(method), engine.start(method)
+    for sequence in (source, alone):
+        sequence.begin_prompt(len(PROMPT))
+        read(engine, sequence, PROMPT)
+    with closing(engine.fork(source)) as fork:
+        for sequence in (fork, alone):
+            sequence.begin_prompt(len(FIRST))
+        assert torch.equal(read(engine, fork, FIRST), read(engine, alone, FIRST))
+        assert fork.plan.equals(alone.plan)
+        np.testing.assert_array_equal(fork.phase("prompt"), alone.phase("prompt"))
+        np.testing.assert_array_equal(fork.levels, alone.levels)
+    read(engine, source, SECOND)
+    source.close()
+    alone.close()

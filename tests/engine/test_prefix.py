@@ -255,3 +255,15 @@ def test_random_use_leaks_nothing(engine: Engine, rng: np.random.Generator):
             index.evict()
         assert index.bytes_held == engine.pool.bytes_in_use <= blocks(engine, 14)
     index.clear()
+
+
+def test_a_method_made_of_the_dense_one_is_another(
+    engine: Engine, index: PrefixIndex, wide: list[int]
+):
+    class Other(Dense):
+        """Decides what nobody here knows."""
+
+    keep(index, Dense(), wide)
+    assert known(index, Other(), wide) == 0
+    keep(index, Other(), wide[::-1])
+    assert known(index, Other(), wide[::-1]) == known(index, Dense(), wide[::-1]) == 0

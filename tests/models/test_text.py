@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from vesicle.errors import ModelError
+from vesicle.errors import DataError, ModelError
 from vesicle.models.text import Text
 
 STRINGS = [
@@ -244,3 +244,43 @@ def test_importing_it_loads_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+DIALOGUE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "the cat?"},
+    {"role": "assistant", "content": "sat"},
+    {"role": "user", "content": "on the mat?"},
+]
+
+
+def test_a_dialogue_is_that_of_transformers(chatty: Path):
+    text, expected = Text.from_folder(chatty), reference(chatty)
+    for turns in (DIALOGUE, DIALOGUE[1:], DIALOGUE[1:2]):
+        ids = expected.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert text.chat(turns) == ids
+    assert text.chat(DIALOGUE[1:], "Be brief.") == text.chat(DIALOGUE)
+
+
+def test_a_dialogue_without_a_template(tmp_path: Path):
+    text = Text.from_folder(save(tmp_path, byte_level()))
+    assert text.chat(DIALOGUE[1:2]) == text.encode("the cat?")
+    assert text.chat(DIALOGUE[:2]) == text.encode("Be brief.\n\nthe cat?")
+    with pytest.raises(ModelError, match="this model has no chat template; give a single user"):
+        text.chat(DIALOGUE)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], "the chat has no messages; give at least one"),
+        ([{"role": "user"}], "message 0 of the chat is {'role': 'user'}; allowed: a dict with"),
+        ([DIALOGUE[0], {"role": "user", "content": ["x"]}], "message 1 of the chat is"),
+        ([{"role": 3, "content": "x"}], "message 0 of the chat is"),
+        (["hello"], "message 0 of the chat is 'hello'"),
+        (DIALOGUE[:3], "the chat ends with what the assistant says"),
+    ],
+)
+def test_malformed_dialogues(chatty: Path, turns: Any, message: str):
+    with pytest.raises(DataError, match=message):
+        Text.from_folder(chatty).chat(turns)

@@ -477,7 +477,6 @@ def _generate(
     write(parts[-1])
     answer = Answer.of(
         sequence,
-        engine.shape,
         prompt_tokens=len(settings.prompt),
         text="".join(parts),
         token_ids=ids,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vesicle.engine.engine import Engine, Sequence
+from vesicle.engine.generation import Generation
 from vesicle.engine.sampling import Sampling
 
-__all__ = ["Engine", "Sampling", "Sequence"]
+__all__ = ["Engine", "Generation", "Sampling", "Sequence"]

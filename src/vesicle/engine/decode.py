@@ -64,6 +64,9 @@ class Slot:
             "kv_blocks": np.empty((_ROWS, layers), np.int32),
             "head": np.empty(_ROWS, np.int32),
         }
+        # What the structures point to is held here, for as long as they point to it.
+        self._standins: list[Tensor] = []
+        self._predictor: list[Tensor] = []
         self.levels = np.ones((_ROWS, layers, len(NAMES)))
         self.rows = np.zeros((_ROWS, layers, sites), np.int64)
         self.outputs = np.zeros((_ROWS, layers, sites), np.int64)
@@ -96,17 +99,10 @@ class Slot:
             )
         ]
         self._addresses = [(n, array.ctypes.data, stride) for n, array, stride in self._pairs]
-        equipment = sequence.equipment
-        self._ffn_standin = _stand_in(equipment.ffn_standin)
-        self._attention_standin = _stand_in(equipment.attention_standin)
-        self.token.ffn_standin = _where(self._ffn_standin)
-        self.token.attention_standin = _where(self._attention_standin)
-        author = sequence.author
+        self._ffn_standin: core.StandIn | None = None
+        self._attention_standin: core.StandIn | None = None
         self._modulator: core.ModulatorParts | None = None
         self._least = 0
-        if isinstance(author, ModulatorAuthor) and author.reads_hidden:
-            self._modulator = _modulator_parts(author)
-            self._least = author.modulator.gaba.least
         self._releases = False
         self.token.vectors = sequence.overhead.selection_vectors
 
@@ -125,6 +121,26 @@ class Slot:
         self._releases = releases
         self.token.modulator = _where(self._modulator) if releases else None
 
+    def _follow(self, sequence: Sequence) -> None:
+        """Point to where parameters lie now: they may have been replaced, or moved and back."""
+        equipment = sequence.equipment
+        standins = equipment.ffn_standin, equipment.attention_standin
+        now = [p for standin in standins for p in _parts_of(standin)]
+        if not _same_places(now, self._standins):
+            self._standins = [p.detach() for p in now]
+            self._ffn_standin, self._attention_standin = map(_stand_in, standins)
+            self.token.ffn_standin = _where(self._ffn_standin)
+            self.token.attention_standin = _where(self._attention_standin)
+        author = sequence.author
+        if not self._releases or not isinstance(author, ModulatorAuthor):
+            return
+        now = _parts_of(author.modulator.predictor)
+        if not _same_places(now, self._predictor):
+            self._predictor = [p.detach() for p in now]
+            self._modulator = _modulator_parts(author)
+            self._least = author.modulator.gaba.least
+        self.token.modulator = _where(self._modulator)
+
     def prepare(
         self,
         sequence: Sequence,
@@ -140,6 +156,7 @@ class Slot:
             rotation: Addresses of the cosines and sines of its position.
             summarise: Fills the structure's summaries.
         """
+        self._follow(sequence)
         if self.used == self._planned:
             self.settle(sequence)
             self._plan_ahead(sequence)
@@ -385,14 +402,17 @@ class Decoder:
 
     def covers(self, sequence: Sequence) -> bool:
         """Whether the core can decide for the sequence's next token, or be told beforehand."""
-        author = sequence.author
+        author, equipment = sequence.author, sequence.equipment
+        for standin in (equipment.ffn_standin, equipment.attention_standin):
+            if not all(map(_readable, _parts_of(standin))):
+                return False
         if not isinstance(author, ModulatorAuthor) or not author.reads_hidden:
             return sequence.slot().knows(sequence)
         modulator = author.modulator
         ladder = modulator.dopamine.bits_ladder
         if not (
             isinstance(modulator.predictor, LinearPredictor)
-            and all(p.dtype == torch.float32 for p in modulator.parameters())
+            and all(map(_readable, _parts_of(modulator.predictor)))
             and len(ladder) <= _MOST_STEPS
             and (self._weights.packed or all(bits == FULL_BITS for _, bits in ladder))
         ):
@@ -420,6 +440,8 @@ class Decoder:
         vocabulary = self._shape.vocabulary
         size = vocabulary if wants == LOGITS else 0
         logits = torch.empty(n, 1 if size else 0, vocabulary)
+        # First, since growing would move the rows that other tokens point to.
+        self._rotary.reach(max(sequence.length for sequence, _ in batch) + 1)
         for i, (sequence, token_id) in enumerate(batch):
             slot = sequence.slot()
             slot.prepare(
@@ -441,11 +463,40 @@ class Decoder:
 def _stand_in(standin: StandIns | None) -> core.StandIn | None:
     if standin is None:
         return None
-    parts = (standin.down, standin.up, standin.bias)
-    if any(p.dtype != torch.float32 or not p.is_contiguous() for p in parts):
-        raise ValueError("stand-ins must be contiguous fp32")
-    down, up, bias = (p.data_ptr() for p in parts)
+    down, up, bias = (p.data_ptr() for p in (standin.down, standin.up, standin.bias))
     return core.StandIn(down=down, up=up, bias=bias, rank=standin.rank)
+
+
+def _parts_of(module: nn.Module | None) -> list[Tensor]:
+    """The parameters of a stand-in or a linear predictor that the core reads."""
+    match module:
+        case StandIns():
+            return [module.down, module.up, module.bias]
+        case LinearPredictor():
+            return [
+                module.weight,
+                module.offset,
+                module.log_slope,
+                module.position_weight,
+            ]
+    return []
+
+
+def _readable(parameter: Tensor) -> bool:
+    """Whether the core can read a parameter where it lies."""
+    return (
+        parameter.dtype == torch.float32
+        and parameter.device.type == "cpu"
+        and parameter.is_contiguous()
+    )
+
+
+def _same_places(now: list[Tensor], before: list[Tensor]) -> bool:
+    """Whether parameters lie where those lie that are held: no other storage can lie there."""
+    return len(now) == len(before) and all(
+        p.data_ptr() == q.data_ptr() and p.shape == q.shape
+        for p, q in zip(now, before, strict=True)
+    )
 
 
 def _where(structure: ctypes.Structure | None) -> int | None:

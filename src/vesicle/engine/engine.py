@@ -5,6 +5,9 @@ One pass serves tokens of one or several sequences, in prefill and in decode, wh
 attention runs per sequence over its own cache. Each sequence has its own method, so budgets mix
 freely in one pass.
 
+Threads may share an engine: a pass is one thread's at a time, so each gets what it would get alone.
+A sequence is for one thread; another may look at what it has cost so far.
+
 Counting happens where operands are touched (rows of weights read, positions visited) and knows
 nothing of the Plan's prices; `cost.price` of the recorded Plan must come to the same numbers.
 """
@@ -12,29 +15,34 @@ nothing of the Plan's prices; `cost.price` of the recorded Plan must come to the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vesicle.cost import Cost
+from vesicle.cost import Cost, flops_of, price_dense_tokens
 from vesicle.engine.attention import Masks, attend
 from vesicle.engine.cache import SequenceCache
 from vesicle.engine.counters import Counters
 from vesicle.engine.decode import LIKELIEST, LOGITS, MOST_TOKENS, NOTHING, Decoder, Slot
+from vesicle.engine.generation import Generation
 from vesicle.engine.linear import MANY, bulk_dtype, normalise, project, survivors
 from vesicle.engine.packed import PackedHead
 from vesicle.engine.pool import BlockPool, default_capacity, kv_dtype, with_kv
+from vesicle.engine.prompt import Prompt, checked_ends, is_chat, prompt_ids
 from vesicle.engine.rotary import Rotary
 from vesicle.engine.sampling import Sampling
 from vesicle.engine.weights import Weights, from_folder, from_model
-from vesicle.errors import VesicleError
+from vesicle.errors import CacheFullError, ModelError, VesicleError
 from vesicle.families.base import ACTIVATIONS
+from vesicle.models.text import Text, end_ids, token_ids
 from vesicle.modulator import Modulator, ModulatorAuthor, served
 from vesicle.phases import ALL, GENERATED, PROMPT, Phases, Spans
 from vesicle.plan import (
@@ -43,6 +51,7 @@ from vesicle.plan import (
     FFN_SMALL,
     FOREVER,
     AttentionDecision,
+    Author,
     Dense,
     FfnDecision,
     FloatArray,
@@ -50,7 +59,6 @@ from vesicle.plan import (
     Method,
     Plan,
     PlanBuilder,
-    opening,
 )
 from vesicle.retention import eviction_lengths, held_entries
 from vesicle.shapes import ModelShape
@@ -63,6 +71,9 @@ MOST_THREADS = 512
 """CPU threads that may be asked for; PyTorch breaks down at some thousands."""
 
 
+_T = TypeVar("_T")
+
+
 class Sequence:
     """One text being processed.
 
@@ -71,20 +82,22 @@ class Sequence:
 
     Attributes:
         prompts: Which of its tokens are prompt (see `vesicle.phases`).
+        taken_over: Leading tokens that a fork has from another sequence, whose work they are.
         evicts_at: The next length at which entries of the cache are forgotten; `FOREVER` for none.
     """
 
-    def __init__(self, engine: Engine, method: Method) -> None:
-        """Empty; use `Engine.start`."""
+    def __init__(self, engine: Engine, method: Method, author: Author | None = None) -> None:
+        """Empty; use `Engine.start`, or `Engine.fork`, which brings an author."""
         shape = engine.shape
         self.engine = engine
         self.method = method
         self.equipment = method.equipment
         self.overhead = method.overhead(shape)
-        self.author = method.author(shape)
+        self.author = author or method.author(shape)
         self.builder = PlanBuilder(shape, self.author.retained)
         self.cache = SequenceCache(engine.pool, shape.n_layers)
         self.prompts = Spans()
+        self.taken_over = 0
         self.evicts_at = FOREVER
         self._evictions = eviction_lengths(self.author.retained)
         self._most_bytes = 0
@@ -102,7 +115,8 @@ class Sequence:
     def settle(self) -> None:
         """Bring Plan, levels and counts up to date with what the native decoder has run."""
         if self._slot is not None:
-            self._slot.settle(self)
+            with self.engine.lock:
+                self._slot.settle(self)
 
     def begin_prompt(self, n_tokens: int, *, scored: bool = True) -> None:
         """Say that the next `n_tokens` tokens are a prompt; the method decides what that changes.
@@ -163,29 +177,53 @@ class Sequence:
 
         Plan, levels and counted work stay; it takes no more tokens, and holds no bytes.
         """
-        self.cache.free()
+        with self.engine.lock:
+            self.cache.free()
 
     @property
     def plan(self) -> Plan:
         """What was decided for every token."""
-        self.settle()
-        return self.builder.build()
+        with self.engine.lock:
+            self.settle()
+            return self.builder.build()
 
     @property
     def levels(self) -> FloatArray:
         """Released levels (T, L, 5); empty (0, L, 5) for methods that have none."""
-        self.settle()
-        if isinstance(self.author, ModulatorAuthor):
-            return self.author.levels
+        with self.engine.lock:
+            self.settle()
+            if isinstance(self.author, ModulatorAuthor):
+                return self.author.levels
         return np.ones((0, self.cache.n_layers, 5))
 
     @property
     def token_costs(self) -> dict[str, NDArray[np.int64]]:
         """Counted work of each token (T,), by field of `Cost`."""
-        self.settle()
-        if not self.counted:
+        with self.engine.lock:
+            self.settle()
+            if not self.counted:
+                return {}
+            return {k: np.concatenate([c[k] for c in self.counted]) for k in self.counted[0]}
+
+    @property
+    def dense_token_costs(self) -> dict[str, NDArray[np.int64]]:
+        """What the same work on each token (T,) costs the dense model, by field of `Cost`.
+
+        The LM head is priced where it ran. Tokens taken over cost nothing, here as there.
+        """
+        counted, n = self.token_costs, self.taken_over
+        if not counted:
             return {}
-        return {k: np.concatenate([c[k] for c in self.counted]) for k in self.counted[0]}
+        ran = counted["flops_head"][n:] > 0  # a head that runs multiplies something
+        dense = price_dense_tokens(self.engine.shape, n, ran)
+        return {k: np.concatenate([np.zeros(n, np.int64), v]) for k, v in dense.items()}
+
+    @property
+    def token_shares(self) -> FloatArray:
+        """(T,) FLOPs of each token over the dense model's; NaN for tokens taken over."""
+        executed, dense = flops_of(self.token_costs), flops_of(self.dense_token_costs)
+        shares = np.full(len(dense), np.nan)
+        return np.divide(executed, dense, out=shares, where=dense > 0)
 
     def cost_of(self, tokens: slice | NDArray[np.bool_]) -> Cost:
         """Counted work of some of the tokens, without the cache held."""
@@ -196,14 +234,43 @@ class Sequence:
         """Counted work of all tokens, and the cache held now."""
         return replace(self.cost_of(slice(None)), kv_bytes_held=self.cache.bytes_held)
 
+    def dense_cost_of(self, tokens: slice | NDArray[np.bool_]) -> Cost:
+        """What the same work on some of the tokens costs the dense model, without the cache."""
+        return Cost(**{name: int(v[tokens].sum()) for name, v in self.dense_token_costs.items()})
+
+    @property
+    def dense_cost(self) -> Cost:
+        """What the same work on all tokens costs the dense model, and the cache that it holds.
+
+        `cost.ratio(dense_cost)` gives the share of each quantity.
+        """
+        shape = self.engine.shape
+        held = shape.n_layers * shape.position_bytes * self.length
+        return replace(self.dense_cost_of(slice(None)), kv_bytes_held=held)
+
+    @property
+    def share(self) -> float:
+        """Executed FLOPs over the dense model's for the same work; 1 before the first token.
+
+        Exactly 1 at rest, whatever logits were asked for and however passes were cut.
+        """
+        dense = self.dense_cost.flops_total
+        return self.cost.flops_total / dense if dense else 1.0
+
 
 Part = tuple[Sequence, list[int]]
 """A sequence and its next tokens."""
+Outcome = Tensor | Exception
+"""What a pass computed for a sequence, or why it could not."""
 Wanted = Literal["last", "all", "none", "likeliest"]
 
 
 class Engine:
-    """A decoder in the engine's layout."""
+    """A decoder in the engine's layout.
+
+    Attributes:
+        lock: Held by whoever runs a pass. Take it around several calls that belong together.
+    """
 
     def __init__(
         self,
@@ -211,8 +278,19 @@ class Engine:
         *,
         kv: str | None = None,
         kv_capacity: int | None = None,
+        text: Text | None = None,
+        folder: Path | None = None,
+        ends: Collection[int] = (),
     ) -> None:
         """Wrap loaded weights; use `from_pretrained` or `from_model`, which describe the options.
+
+        Args:
+            loaded: The decoder.
+            kv: How keys and values are stored.
+            kv_capacity: Most bytes of them.
+            text: The tokenizer; if None, that of the folder.
+            folder: Where the model is from; None if it has none.
+            ends: Token ids that end a text, beside those that the tokenizer names.
 
         Raises:
             VesicleError: If an option's value is not allowed.
@@ -232,6 +310,8 @@ class Engine:
         self._scale = 1 / math.sqrt(shape.head_size)
         self._decoder = Decoder.build(loaded, self.config, self.pool, self._scale)
         self._activation = ACTIVATIONS[loaded.config.activation]
+        self._text, self._folder, self._ends = text, folder, frozenset(ends)
+        self.lock = threading.RLock()
 
     @property
     def weights_format(self) -> str:
@@ -285,7 +365,8 @@ class Engine:
         folder = resolve_model(model, revision=revision, token=token)
         if threads is not None:
             torch.set_num_threads(threads)
-        return cls(from_folder(folder, dtype, weights), kv=kv, kv_capacity=kv_capacity)
+        loaded = from_folder(folder, dtype, weights)
+        return cls(loaded, kv=kv, kv_capacity=kv_capacity, folder=folder)
 
     @classmethod
     def from_model(
@@ -296,9 +377,63 @@ class Engine:
         dtype: torch.dtype | None = None,
         kv: str | None = None,
         kv_capacity: int | None = None,
+        text: Text | None = None,
     ) -> Self:
-        """Copy the weights of a Hugging Face causal LM; options as in `from_pretrained`."""
-        return cls(from_model(model, dtype, weights), kv=kv, kv_capacity=kv_capacity)
+        """Copy the weights of a Hugging Face causal LM; options as in `from_pretrained`.
+
+        Args:
+            model: The model; its configuration tells which tokens end a text.
+            weights: As in `from_pretrained`.
+            dtype: As in `from_pretrained`.
+            kv: As in `from_pretrained`.
+            kv_capacity: As in `from_pretrained`.
+            text: The tokenizer (`Text.from_folder`); without it prompts are token ids.
+        """
+        configs: tuple[Any, ...] = (model.config, getattr(model, "generation_config", None))
+        ends = {i for c in configs for i in token_ids(getattr(c, "eos_token_id", None))}
+        loaded = from_model(model, dtype, weights)
+        return cls(loaded, kv=kv, kv_capacity=kv_capacity, text=text, ends=ends)
+
+    @property
+    def text(self) -> Text:
+        """The model's tokenizer and chat template, read when they are first needed.
+
+        Raises:
+            ModelError: If the model's folder has none that can be read.
+            VesicleError: If the engine was made from a model in memory, without `text`.
+        """
+        if self._text is None:
+            if self._folder is None:
+                raise VesicleError(
+                    "this engine was made from a model in memory and has no tokenizer; give token "
+                    "ids, or make it with Engine.from_model(model, text=Text.from_folder(folder))"
+                )
+            self._text = Text.from_folder(self._folder)
+        return self._text
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Ids of the tokens that end a text, as the model's folder or configuration names them."""
+        if self._text is None and self._folder is not None:
+            try:
+                return self.text.eos_ids
+            except ModelError:  # token ids can be had without a tokenizer
+                return frozenset(end_ids(self._folder))
+        return self._ends if self._text is None else self._ends | self._text.eos_ids
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: of a text to continue, or of a chat to answer.
+
+        Args:
+            prompt: A text, which is continued as it stands; messages (dicts with `role` and
+                `content`), which go through the model's chat template; or token ids, as they are.
+
+        Raises:
+            VesicleError: If it is none of these, or there is no tokenizer, or no chat template.
+        """
+        if isinstance(prompt, str):
+            return self.text.encode(prompt)
+        return self.text.chat(prompt) if is_chat(prompt) else prompt_ids(prompt)
 
     def start(
         self,
@@ -334,41 +469,30 @@ class Engine:
 
         Raises:
             CacheFullError: If the pool has no room for the copy of the last block.
-            VesicleError: If the sequence is closed, shorter, of another engine, or its predictor
-                carries state, which is known at its end alone, and it is to be forked earlier; or
-                if entries that the fork would need were forgotten.
+            VesicleError: If the sequence is closed, shorter, of another engine, or its author
+                cannot be forked there (see `Author.fork`: of a predictor that carries state, it is
+                known at the end alone); or if entries that the fork would need were forgotten.
         """
         n = sequence.length if n_tokens is None else n_tokens
-        author = sequence.author
         if sequence.engine is not self:
             raise VesicleError("a sequence of another engine is to be forked; use that engine")
-        if isinstance(author, ModulatorAuthor) and author.state and n != sequence.length:
-            raise VesicleError(
-                f"a {author.modulator.predictor.kind!r} predictor carries state from token to "
-                f"token; fork after all {sequence.length} tokens, not after {n}"
-            )
-        sequence.settle()
-        try:
-            cache = sequence.cache.fork(n)
-        except ValueError as error:
-            raise VesicleError(str(error)) from error
-        fork = self.start(sequence.method)
-        fork.cache = cache
-        fork.await_eviction()
-        fork.prompts = sequence.prompts.opening(n)
-        for span in fork.prompts:
-            fork.author.prompt(*span)
-        fork.token_ids = sequence.token_ids[:n]
-        fork.builder = sequence.builder.opening(n)
-        if isinstance(author, ModulatorAuthor) and isinstance(fork.author, ModulatorAuthor):
-            for levels in opening(author._levels, n):
-                fork.author.adopt(levels)
-            fork.author.state.update({k: carried.clone() for k, carried in author.state.items()})
-        if sequence.counted:
-            fork.counted = [dict.fromkeys(sequence.counted[0], np.zeros(n, np.int64))]
+        with self.lock:
+            sequence.settle()
+            author = sequence.author.fork(n)
+            try:
+                cache = sequence.cache.fork(n)
+            except ValueError as error:
+                raise VesicleError(str(error)) from error
+            fork = Sequence(self, sequence.method, author)
+            fork.cache, fork.taken_over = cache, n
+            fork.await_eviction()
+            fork.prompts = sequence.prompts.opening(n)
+            fork.token_ids = sequence.token_ids[:n]
+            fork.builder = sequence.builder.opening(n)
+            if sequence.counted:
+                fork.counted = [dict.fromkeys(sequence.counted[0], np.zeros(n, np.int64))]
         return fork
 
-    @torch.inference_mode()
     def forward(
         self,
         batch: list[tuple[Sequence, list[int]]],
@@ -388,17 +512,13 @@ class Engine:
             VesicleError: If a chunk is empty, a token id is out of range, the context window is
                 exceeded, or a sequence is closed or given twice.
 
-        Where a call is refused for one of these, nothing has changed.
+        Where a call is refused for one of these, nothing has changed. What an author raises comes
+        after the pass: its own sequence stands where it stood, the others have read their tokens.
         """
-        self._check(batch)
-        batch, before = self._to_cuts(batch, "all" if logits == "all" else "none")
-        results = self._run(batch, logits)
-        if logits == "all":
-            for i, pieces in before.items():
-                results[i] = torch.cat([*pieces, results[i]])
-        return results
+        with self.lock:
+            self._check(batch)
+            return [_result(outcome) for outcome in self._read(dict(enumerate(batch)), logits)]
 
-    @torch.inference_mode()
     def likeliest(self, batch: list[tuple[Sequence, list[int]]]) -> list[int]:
         """One pass over the next tokens of each sequence; the likeliest token to follow each.
 
@@ -406,53 +526,120 @@ class Engine:
         survivors' logits are exact.
 
         Raises:
-            VesicleError: As `forward`.
+            VesicleError: As `forward`; also if no logit is a number.
         """
-        self._check(batch)
-        batch, _ = self._to_cuts(batch, "none")
-        return [int(token) for token in self._run(batch, "likeliest")]
+        with self.lock:
+            self._check(batch)
+            outcomes = self._read(dict(enumerate(batch)), "likeliest")
+            return [int(_result(outcome)) for outcome in outcomes]
 
-    def _to_cuts(
-        self, batch: list[Part], wants: Wanted
-    ) -> tuple[list[Part], dict[int, list[Tensor]]]:
-        """Run as much of each chunk as lies before the last eviction or change of phase in it.
+    def attempt(self, batch: list[Part], wants: Wanted = "last") -> list[Outcome]:
+        """One pass like `forward` and `likeliest`, in which no sequence can fail another.
+
+        What one gets does not depend on whether another fails. One that fails stands where it
+        stood, as far as its author does (see `Author.rewind`).
+
+        Args:
+            batch: As for `forward`.
+            wants: As `logits` of `forward`, or "likeliest".
 
         Returns:
-            The tokens that are left, at least one of each sequence; and the results, by place in
-            the batch, of those that were cut.
+            For each sequence what `forward` returns, or the likeliest id (); or the error.
+
+        Raises:
+            CacheFullError: If the pool has no room for all of them; nothing has changed then.
+            VesicleError: If a sequence is given twice; likewise.
+        """
+        with self.lock:
+            self._check_distinct(batch)
+            refused = dict[int, Outcome]()
+            for i, part in enumerate(batch):
+                try:
+                    self._check_part(*part)
+                except VesicleError as error:
+                    refused[i] = error
+            left = {i: part for i, part in enumerate(batch) if i not in refused}
+            self._check_room(list(left.values()))
+            found = refused | dict(zip(left, self._read(left, wants), strict=True))
+            return [found[i] for i in range(len(batch))]
+
+    @torch.inference_mode()
+    def _read(self, batch: dict[int, Part], wants: Wanted) -> list[Outcome]:
+        """Read the parts of a batch, which have been checked, in as many passes as it takes."""
+        left, outcomes = batch.copy(), dict[int, Outcome]()
+        before = self._to_cuts(left, outcomes, "all" if wants == "all" else "none")
+        outcomes |= zip(left, self._run(list(left.values()), wants), strict=True)
+        for i, pieces in before.items():
+            last = outcomes[i]
+            if wants == "all" and isinstance(last, Tensor):
+                outcomes[i] = torch.cat([*pieces, last])
+        return [outcomes[i] for i in batch]
+
+    def _to_cuts(
+        self, left: dict[int, Part], outcomes: dict[int, Outcome], wants: Wanted
+    ) -> dict[int, list[Tensor]]:
+        """Run as much of each chunk as lies before the last eviction or change of phase in it.
+
+        Args:
+            left: By place in the batch, what is to be read; what is read is taken off, and at least
+                one token of each stays. Those that fail are taken out.
+            outcomes: Where their errors go.
+            wants: Of what is read.
+
+        Returns:
+            The results, by place in the batch, of those that were cut.
         """
         before = dict[int, list[Tensor]]()
         while True:
-            cut = [i for i, (s, ids) in enumerate(batch) if s.cuts_at < s.length + len(ids)]
-            if not cut:
-                return batch, before
-            batch = batch.copy()
-            early = list[Part]()
-            for i in cut:
-                sequence, ids = batch[i]
-                n = sequence.cuts_at - sequence.length
-                early.append((sequence, ids[:n]))
-                batch[i] = sequence, ids[n:]
-            for i, result in zip(cut, self._run(early, wants), strict=True):
-                before.setdefault(i, []).append(result)
+            early = dict[int, Part]()
+            for i, (sequence, ids) in list(left.items()):
+                try:
+                    n = sequence.cuts_at - sequence.length
+                except Exception as error:  # an author's, as in `_Pass.ask`
+                    outcomes[i] = error
+                    del left[i]
+                    continue
+                if n < len(ids):
+                    early[i] = sequence, ids[:n]
+                    left[i] = sequence, ids[n:]
+            if not early:
+                return before
+            for i, outcome in zip(early, self._run(list(early.values()), wants), strict=True):
+                if isinstance(outcome, Tensor):
+                    before.setdefault(i, []).append(outcome)
+                else:
+                    outcomes[i] = outcome
+                    del left[i]
 
-    def _run(self, batch: list[Part], wants: Wanted) -> list[Tensor]:
+    def _run(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
         """One pass; sequences that have come to an eviction then forget."""
-        found = self._native(batch, {"none": NOTHING, "likeliest": LIKELIEST}.get(wants, LOGITS))
-        left = [i for i in range(len(batch)) if i not in found]
-        found |= zip(left, self._general([batch[i] for i in left], wants), strict=True)
-        for sequence, _ in batch:
+        decoder, found = self._decoder, dict[int, Outcome]()
+        native, general = list[int](), list[int]()
+        for i, (sequence, ids) in enumerate(batch):
+            try:
+                covered = decoder is not None and len(ids) == 1 and decoder.covers(sequence)
+            except Exception as error:  # an author's, as in `_Pass.ask`
+                found[i] = error
+                continue
+            (native if covered else general).append(i)
+        # What may be broken off comes first, so that nothing has changed then.
+        found |= zip(general, self._general([batch[i] for i in general], wants), strict=True)
+        if decoder is not None:
+            found |= self._native(decoder, batch, native, wants)
+        for i, (sequence, _) in enumerate(batch):
             if sequence.length == sequence.evicts_at:
-                sequence.evict()
+                try:
+                    sequence.evict()
+                except CacheFullError as error:
+                    found[i] = error
         return [found[i] for i in range(len(batch))]
 
-    def _native(self, batch: list[Part], wants: int) -> dict[int, Tensor]:
-        """Run what the native decoder takes; results by place in the batch."""
-        decoder, found = self._decoder, dict[int, Tensor]()
-        if decoder is None:
-            return found
-        singles = [i for i, (sequence, ids) in enumerate(batch) if len(ids) == 1]
-        places = [i for i in singles if decoder.covers(batch[i][0])]
+    def _native(
+        self, decoder: Decoder, batch: list[Part], places: list[int], wanted: Wanted
+    ) -> dict[int, Outcome]:
+        """Run those places of a batch that the native decoder takes; outcomes by place."""
+        found = dict[int, Outcome]()
+        wants = {"none": NOTHING, "likeliest": LIKELIEST}.get(wanted, LOGITS)
         for start in range(0, len(places), MOST_TOKENS):
             part = places[start : start + MOST_TOKENS]
             for i in part:
@@ -465,7 +652,7 @@ class Engine:
                 found[i] = result
         return found
 
-    def _general(self, batch: list[Part], wants: Wanted) -> list[Tensor]:
+    def _general(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
         """Run any batch: for each sequence the logits (T, V) wanted, or the likeliest id ()."""
         if not batch:
             return []
@@ -473,16 +660,17 @@ class Engine:
             sequence.settle()
             sequence.cache.reserve(len(ids))
         run = _Pass(self, batch)
-        hidden = self._weights.embed(torch.tensor([i for _, ids in batch for i in ids]))
-        for number in range(self.shape.n_layers):
-            hidden = run.layer(number, hidden)
-        for sequence, ids in batch:
+        try:
+            results = run.outcomes(wants)
+        except BaseException:  # perhaps an interrupt
+            for sequence, _ in batch:
+                _broken_off(sequence)
+            raise
+        for i, ((sequence, ids), rows) in enumerate(zip(batch, run.rows, strict=True)):
+            if i in run.failed:
+                _broken_off(sequence)
+                continue
             sequence.cache.advance(len(ids))
-        results = [
-            run.likeliest(i, hidden) if wants == "likeliest" else run.logits(i, hidden, wants)
-            for i in range(len(batch))
-        ]
-        for (sequence, ids), rows in zip(batch, run.rows, strict=True):
             sequence.token_ids += ids
             sequence.counted.append(run.counters.totals(rows))
         return results
@@ -499,21 +687,29 @@ class Engine:
                 f"allowed: 0 to {self.shape.vocabulary - 1}"
             )
 
-    def _check(self, batch: list[tuple[Sequence, list[int]]]) -> None:
+    def _check(self, batch: list[Part]) -> None:
         """Refuse what `forward` cannot do, before anything is touched."""
+        self._check_distinct(batch)
+        for part in batch:
+            self._check_part(*part)
+        self._check_room(batch)
+
+    def _check_distinct(self, batch: list[Part]) -> None:
         if len({id(sequence) for sequence, _ in batch}) < len(batch):
             raise VesicleError("a sequence is given twice in one pass; join its tokens")
-        for sequence, ids in batch:
-            if not ids:
-                raise VesicleError("a chunk has no tokens; give at least one")
-            sequence.cache.check_open()
-            self.check_tokens(ids)
-            end = sequence.length + len(ids)
-            if end > self.config.context_window:
-                raise VesicleError(
-                    f"{end} tokens exceed the model's context window of "
-                    f"{self.config.context_window}"
-                )
+
+    def _check_part(self, sequence: Sequence, ids: list[int]) -> None:
+        if not ids:
+            raise VesicleError("a chunk has no tokens; give at least one")
+        sequence.cache.check_open()
+        self.check_tokens(ids)
+        end = sequence.length + len(ids)
+        if end > self.config.context_window:
+            raise VesicleError(
+                f"{end} tokens exceed the model's context window of {self.config.context_window}"
+            )
+
+    def _check_room(self, batch: list[Part]) -> None:
         needed = sum(sequence.cache.blocks_needed(len(ids)) for sequence, ids in batch)
         for sequence, ids in batch:
             if sequence.evicts_at <= sequence.length + len(ids):  # others need what it lets go of
@@ -527,29 +723,33 @@ class Engine:
     def stream(
         self,
         sequence: Sequence,
-        prompt: list[int],
+        prompt: Prompt,
         *,
         max_new_tokens: int,
         sampling: Sampling | None = None,
-        stop: frozenset[int] = frozenset(),
+        stop: Collection[int] | None = None,
         chunk: int = CHUNK,
     ) -> Iterator[int]:
         """Generate token by token.
 
         Args:
             sequence: From `start`; may hold earlier tokens already.
-            prompt: Token ids to read first.
+            prompt: What to read first: a text to continue, messages to answer, or token ids (see
+                `encode`).
             max_new_tokens: Most tokens to yield.
             sampling: Greedy by default.
-            stop: Tokens that end the text; they are not yielded.
+            stop: Ids of the tokens that end the text, which are not yielded: the model's own
+                (`ends`) by default, none if empty.
             chunk: Prompt tokens per prefill pass.
 
         Yields:
             Token ids. The last one drawn is not fed back, so its own cost is not counted.
 
         Raises:
-            VesicleError: If the prompt is empty.
+            VesicleError: If the prompt is empty, or cannot be encoded.
         """
+        prompt = self.encode(prompt)
+        stop = self.ends if stop is None else checked_ends(stop)
         if not prompt:
             raise VesicleError("the prompt has no tokens; give at least one")
         sampling = sampling or Sampling()
@@ -575,21 +775,46 @@ class Engine:
 
     def generate(
         self,
-        prompt: list[int],
+        prompt: Prompt,
         method: Method | Modulator | None = None,
         budget: float | None = None,
         *,
         phases: Phases | None = None,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
-        stop: frozenset[int] = frozenset(),
-    ) -> tuple[list[int], Sequence]:
-        """The new token ids after `prompt`, and the sequence with its Plan, levels and cost."""
+        stop: Collection[int] | None = None,
+    ) -> Generation:
+        """Continue a text, or answer a chat; arguments as in `start` and `stream`.
+
+        Returns:
+            The new tokens, as ids and as text, and the sequence with its Plan, levels and cost.
+        """
         sequence = self.start(method, budget, phases)
         tokens = self.stream(
             sequence, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
         )
-        return list(tokens), sequence
+        return Generation(list(tokens), sequence)
+
+
+def _result(outcome: Outcome) -> Tensor:
+    """What was computed, if nothing went wrong."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _largest(logits: Tensor) -> Outcome:
+    """The place () of the largest of logits (V,), or an error if they are no numbers."""
+    place = logits.argmax()  # takes NaN for the largest
+    if logits[place].isnan():
+        return VesicleError("the model's logits are not numbers; no token can be chosen")
+    return place
+
+
+def _broken_off(sequence: Sequence) -> None:
+    """Forget the pass that a sequence was in; its cache does so by itself."""
+    sequence.builder.drop()
+    sequence.author.rewind(sequence.length)
 
 
 class _Pass:
@@ -597,7 +822,10 @@ class _Pass:
 
     def __init__(self, engine: Engine, batch: list[tuple[Sequence, list[int]]]) -> None:
         self.engine = engine
+        self.batch = batch
         self.sequences = [sequence for sequence, _ in batch]
+        self.authors = [sequence.author for sequence in self.sequences]
+        self.failed: dict[int, Exception] = {}
         self.rows: list[slice] = []
         self.positions: list[IntArray] = []
         n = 0
@@ -611,6 +839,36 @@ class _Pass:
         self.counters = Counters(engine.shape, n)
         self.rotation = engine._rotary.at(self.all_positions)
         self.masks = Masks()
+
+    def outcomes(self, wants: Wanted) -> list[Outcome]:
+        """Run; for each sequence the logits (T, V) wanted, or the likeliest id (), or an error."""
+        ids = [i for _, part in self.batch for i in part]
+        hidden = self.engine._weights.embed(torch.tensor(ids))
+        for number in range(self.engine.shape.n_layers):
+            hidden = self.layer(number, hidden)
+            if len(self.failed) == len(self.batch):
+                break
+        found: list[Outcome] = []
+        for i in range(len(self.batch)):
+            if i in self.failed:
+                found.append(self.failed[i])
+            elif wants == "likeliest":
+                found.append(self.likeliest(i, hidden))
+            else:
+                found.append(self.logits(i, hidden, wants))
+        return found
+
+    def ask(self, i: int, question: Callable[[Author], _T]) -> _T:
+        """An author's answer; one that fails is at rest from then on, so that the others go on.
+
+        Nothing of another sequence depends on what it decides.
+        """
+        try:
+            return question(self.authors[i])
+        except Exception as error:  # whatever an author of anyone's making may raise
+            self.failed[i] = error
+            self.authors[i] = Dense().author(self.engine.shape)
+            return question(self.authors[i])
 
     def layer(self, number: int, hidden: Tensor) -> Tensor:
         """One decoder layer, hidden (N, D)."""
@@ -627,21 +885,29 @@ class _Pass:
         self.counters.head(chosen)
         return self.engine._weights.logits(self.engine._final_norm(hidden[chosen]))
 
-    def likeliest(self, i: int, hidden: Tensor) -> Tensor:
-        """Id () of the word most likely to follow sequence i's last token, from hidden (N, D)."""
+    def likeliest(self, i: int, hidden: Tensor) -> Outcome:
+        """Id () of the word most likely to follow sequence i's last token, from hidden (N, D).
+
+        Or the error, if no logit is a number or the author cannot say how to find it.
+        """
         engine, sequence, stop = self.engine, self.sequences[i], self.rows[i].stop
         head, last = engine._weights.head, slice(stop - 1, stop)
         m = 0
         if engine.shape.screens_head:
-            m = int(sequence.author.head(hidden[last], self.positions[i][-1:])[0])
+            m = self.ask(
+                i, lambda author: int(author.head(hidden[last], self.positions[i][-1:])[0])
+            )
+        if i in self.failed:
+            return self.failed[i]
         if m == 0 or not isinstance(head, PackedHead):
-            return self.logits(i, hidden, "last")[0].argmax()
+            return _largest(self.logits(i, hidden, "last")[0])
         ranked = np.zeros(len(self.positions[i]), np.int32)
         ranked[-1] = m
         sequence.builder.head(ranked)
         self.counters.head(last, m)
         ids, logits = survivors(engine._final_norm(hidden[last]), head, m)
-        return ids[0, logits[0].argmax()]
+        place = _largest(logits[0])
+        return ids[0, place] if isinstance(place, Tensor) else place
 
     def bulk(
         self, x: Tensor, sites: slice, channels: IntArray, bits: IntArray, whole: bool
@@ -767,11 +1033,8 @@ class _Pass:
 
     def decide(self, number: int) -> AttentionDecision:
         """Ask the authors, record, and join their decisions (N, ...)."""
-        parts = []
-        for sequence, positions in zip(self.sequences, self.positions, strict=True):
-            part = sequence.author.attention(number, positions)
-            sequence.builder.attention(number, part)
-            parts.append(part)
+        n = len(self.batch)
+        parts = [self.ask(i, partial(self.decide_one, number, i)) for i in range(n)]
         if len(parts) == 1:
             return parts[0]
         return AttentionDecision(
@@ -782,16 +1045,16 @@ class _Pass:
             rest=all(p.rest for p in parts),
         )
 
+    def decide_one(self, number: int, i: int, author: Author) -> AttentionDecision:
+        """Ask for sequence i's attention decision and record it."""
+        part = author.attention(number, self.positions[i])
+        self.sequences[i].builder.attention(number, part)
+        return part
+
     def release(self, number: int, hidden: Tensor) -> FfnDecision:
         """Give the authors their hidden states, record, and join their decisions."""
-        parts = []
-        for sequence, rows, positions in zip(
-            self.sequences, self.rows, self.positions, strict=True
-        ):
-            part = sequence.author.release(number, hidden[rows], positions)
-            sequence.builder.ffn(number, part)
-            self.counters.modulator(rows, sequence.author.releases(positions), sequence.overhead)
-            parts.append(part)
+        n = len(self.batch)
+        parts = [self.ask(i, partial(self.release_one, number, hidden, i)) for i in range(n)]
         if len(parts) == 1:
             return parts[0]
         return FfnDecision(
@@ -800,6 +1063,14 @@ class _Pass:
             module=np.concatenate([p.module for p in parts]),
             rest=all(p.rest for p in parts),
         )
+
+    def release_one(self, number: int, hidden: Tensor, i: int, author: Author) -> FfnDecision:
+        """Ask for sequence i's FFN decision, from hidden (N, D), and record it."""
+        sequence, rows, positions = self.sequences[i], self.rows[i], self.positions[i]
+        part = author.release(number, hidden[rows], positions)
+        sequence.builder.ffn(number, part)
+        self.counters.modulator(rows, author.releases(positions), sequence.overhead)
+        return part
 
     def ffn(self, number: int, x: Tensor, decision: FfnDecision) -> Tensor:
         """The FFN's contribution to the residual stream, (N, D), from its normed input."""

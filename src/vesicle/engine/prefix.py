@@ -146,7 +146,7 @@ def _identity(method: Method) -> Hashable | None:
     match method:
         case ModulatorMethod():
             return method.modulator, method.dial_position, method.phases
-        case Dense():
+        case Dense() if type(method) is Dense:  # what is made of it may decide otherwise
             return Dense
     return None
 

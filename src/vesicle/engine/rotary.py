@@ -23,17 +23,18 @@ class Rotary:
 
     def at(self, positions: IntArray) -> tuple[Tensor, Tensor]:
         """(N, 1, R) cosines and signed sines for positions (N,)."""
-        self._reach(int(positions.max()) + 1)
+        self.reach(int(positions.max()) + 1)
         index = torch.from_numpy(positions).long()
         return self._cos[index], self._sin[index]
 
     def addresses(self, position: int) -> tuple[int, int]:
-        """Of the cosines and signed sines (R,) of a position, until the next call."""
-        self._reach(position + 1)
+        """Of the cosines and signed sines (R,) of a position, until `reach` makes more of them."""
+        self.reach(position + 1)
         offset = position * self._size * self._cos.element_size()
         return self._cos.data_ptr() + offset, self._sin.data_ptr() + offset
 
-    def _reach(self, end: int) -> None:
+    def reach(self, end: int) -> None:
+        """Have cosines and sines for positions below `end`; those there are may move."""
         if end > len(self._cos):
             end = max(end, 2 * len(self._cos), 256)
             angles = torch.arange(end).float()[:, None] * self._frequencies  # (P, R / 2)

@@ -18,22 +18,26 @@ nothing can wait for good. A request that would not fit an empty pool is refused
 Each request gets what `Engine.generate` gives it alone: tokens, Plan, levels and counted cost, up
 to the rounding of sums in another order. Tokens reused from a `PrefixIndex` cost nothing.
 
-Not for use from several threads at once.
+A request that goes wrong (an author that fails, logits that are not numbers) fails by itself: the
+others get what they would get without it.
+
+Requests may be added and cancelled from any thread, between the steps of the one that runs them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from vesicle.cost import Cost
-from vesicle.engine.engine import Engine, Sequence
+from vesicle.engine.engine import Engine, Sequence, Wanted
 from vesicle.engine.prefix import PrefixIndex
+from vesicle.engine.prompt import Prompt, checked_ends
 from vesicle.engine.sampling import Sampling
 from vesicle.errors import CacheFullError, VesicleError
 from vesicle.modulator import Modulator
@@ -41,7 +45,6 @@ from vesicle.phases import Phases
 from vesicle.plan import Method, Replay
 
 Reason = Literal["stop", "length", "cancelled"]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +52,23 @@ class Request:
     """A prompt to continue.
 
     Attributes:
-        prompt: Token ids, at least one.
+        prompt: A text to continue, messages to answer, or token ids, as for `Engine.encode`.
         method: A method, or a modulator; dense for None.
         budget: Of the modulator; its own default for None.
         phases: Of the modulator: on which tokens each transmitter acts.
         max_new_tokens: Most tokens to write.
         sampling: Greedy by default.
-        stop: Tokens that end the text; they are not part of it.
+        stop: Ids of the tokens that end the text, which are not part of it: the model's own by
+            default, none if empty.
     """
 
-    prompt: list[int]
+    prompt: Prompt
     method: Method | Modulator | None = None
     budget: float | None = None
     phases: Phases | None = None
     max_new_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
-    stop: frozenset[int] = frozenset()
+    stop: Collection[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,8 @@ class Finished:
         request_id: From `Scheduler.add`.
         reason: A stop token was drawn, `max_new_tokens` are written, or it was cancelled.
         tokens: All that was written.
-        sequence: Closed; its Plan and levels can be read.
+        sequence: Closed; its Plan, its levels, and what the dense model would have spent
+            (`dense_cost`, `share`) can be read.
         cost: Counted work, and the cache held at the end.
         reused_tokens: Prompt tokens taken from the prefix index, which cost nothing here.
     """
@@ -120,24 +125,36 @@ Event = Token | Finished | Failed
 class _Job:
     """A request on its way."""
 
-    def __init__(self, number: int, request: Request, sequence: Sequence) -> None:
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        ids: list[int],
+        stop: frozenset[int],
+        sequence: Sequence,
+    ) -> None:
         self.number = number
         self.request = request
         self.sequence = sequence
-        self.prompt = np.array(request.prompt)
+        self.ids, self.prompt = ids, np.array(ids)
+        self.stop = stop
         self.generator = request.sampling.generator()
         self.tokens: list[int] = []
         self.reused = 0
 
+    def draw(self, logits: Tensor) -> int:
+        """The next token from logits (V,)."""
+        return self.request.sampling.draw(logits, self.generator)
+
     @property
     def reading(self) -> bool:
         """Whether prompt tokens remain."""
-        return self.sequence.length < len(self.request.prompt)
+        return self.sequence.length < len(self.ids)
 
     @property
     def most_tokens(self) -> int:
         """Tokens that it may come to process: the last one written is not fed back."""
-        return len(self.request.prompt) + self.request.max_new_tokens - 1
+        return len(self.ids) + self.request.max_new_tokens - 1
 
     @property
     def blocks_to_come(self) -> int:
@@ -202,8 +219,14 @@ class Scheduler:
                 many requests wait already.
             ModelError: If its modulator was made for another model.
         """
-        n, new = len(request.prompt), request.max_new_tokens
-        if not request.prompt:
+        with self.engine.lock:
+            return self._add(request)
+
+    def _add(self, request: Request) -> int:
+        ids = self.engine.encode(request.prompt)
+        stop = self.engine.ends if request.stop is None else checked_ends(request.stop)
+        n, new = len(ids), request.max_new_tokens
+        if not ids:
             raise VesicleError("the prompt has no tokens; give at least one")
         if new < 1:
             raise VesicleError(f"max_new_tokens is {new}; allowed: 1 and above")
@@ -213,8 +236,8 @@ class Scheduler:
             )
         sequence = self.engine.start(request.method, request.budget, request.phases)
         sequence.begin_prompt(n)
-        job = _Job(self._added, request, sequence)
-        self.engine.check_tokens(request.prompt)
+        job = _Job(self._added, request, ids, stop, sequence)
+        self.engine.check_tokens(ids)
         window, pool = self.engine.config.context_window, self.engine.pool
         if job.most_tokens > window:
             raise VesicleError(
@@ -242,19 +265,21 @@ class Scheduler:
         Returns:
             Whether there was such a request, waiting or running.
         """
-        for job in [*self._waiting, *self._running]:
-            if job.number == request_id:
-                self._finish(job, "cancelled")
-                return True
+        with self.engine.lock:
+            for job in [*self._waiting, *self._running]:
+                if job.number == request_id:
+                    self._finish(job, "cancelled")
+                    return True
         return False
 
     def step(self) -> list[Event]:
         """Write at most one token of each running request, and read at most one chunk of one."""
-        self._decode()
-        self._admit()
-        self._prefill()
-        events, self._events = self._events, []
-        return events
+        with self.engine.lock:
+            self._decode()
+            self._admit()
+            self._prefill()
+            events, self._events = self._events, []
+            return events
 
     def run(self) -> Iterator[Event]:
         """Step until nothing is left to do; requests may be added meanwhile."""
@@ -263,12 +288,13 @@ class Scheduler:
 
     def close(self) -> None:
         """Give up all requests and all kept prefixes, without events."""
-        for job in [*self._waiting, *self._running]:
-            job.sequence.close()
-        self._waiting.clear()
-        self._running.clear()
-        self._events.clear()
-        self.prefixes.clear()
+        with self.engine.lock:
+            for job in [*self._waiting, *self._running]:
+                job.sequence.close()
+            self._waiting.clear()
+            self._running.clear()
+            self._events.clear()
+            self.prefixes.clear()
 
     def _decode(self) -> None:
         writing = [job for job in self._running if not job.reading]
@@ -304,41 +330,42 @@ class Scheduler:
             return
         if job.sequence.length == job.reused:
             self._reuse(job)  # once more: others have been read since it was admitted
-        prompt, start = job.request.prompt, job.sequence.length
+        prompt, start = job.ids, job.sequence.length
         part = prompt[start : start + self._chunk]
         if start + len(part) < len(prompt):
-            self._run([(job, part)], partial(self.engine.forward, logits="none"))
+            self._run([(job, part)], "none")
         else:
             self._write([(job, part)])
 
     def _write(self, batch: list[tuple[_Job, list[int]]]) -> None:
         """One pass, and the next token of each of its requests: all of them greedy, or none."""
-        if batch and batch[0][0].request.sampling.greedy:
-            for job, token in self._run(batch, self.engine.likeliest):
+        greedy = bool(batch) and batch[0][0].request.sampling.greedy
+        for job, result in self._run(batch, "likeliest" if greedy else "last"):
+            try:
+                token = int(result) if greedy else job.draw(result[-1])
+            except Exception as error:  # of logits that are no numbers, say
+                self._fail(job, error)
+            else:
                 self._take(job, token)
-        else:
-            for job, logits in self._run(batch, self.engine.forward):
-                self._take(job, job.request.sampling.draw(logits[-1], job.generator))
 
-    def _run(
-        self,
-        batch: list[tuple[_Job, list[int]]],
-        compute: Callable[[list[tuple[Sequence, list[int]]]], list[_T]],
-    ) -> list[tuple[_Job, _T]]:
+    def _run(self, batch: list[tuple[_Job, list[int]]], wants: Wanted) -> list[tuple[_Job, Tensor]]:
         """One pass and what it computed for each request; those that cannot run are given up."""
+        done = list[tuple[_Job, Tensor]]()
         while batch:
             try:
-                out = compute([(job.sequence, ids) for job, ids in batch])
-                return [(job, result) for (job, _), result in zip(batch, out, strict=True)]
+                out = self.engine.attempt([(job.sequence, ids) for job, ids in batch], wants)
             except CacheFullError as error:
                 # Someone else has taken promised blocks. Nothing has run yet.
                 if not self.prefixes.evict():
                     self._fail(batch.pop()[0], error)
-            except VesicleError as error:
-                for job, _ in batch:
-                    self._fail(job, error)
-                break
-        return []
+                continue
+            for (job, _), outcome in zip(batch, out, strict=True):
+                if isinstance(outcome, Exception):
+                    self._fail(job, outcome)
+                else:
+                    done.append((job, outcome))
+            break
+        return done
 
     def _reuse(self, job: _Job) -> None:
         known = self.prefixes.start(job.sequence.method, job.prompt, job.sequence.length)
@@ -351,7 +378,7 @@ class Scheduler:
         """Go on from the token that was drawn."""
         if not job.tokens:
             self.prefixes.add(job.sequence)  # the prompt, for those that wait
-        if token in job.request.stop:
+        if token in job.stop:
             return self._finish(job, "stop")
         job.tokens.append(token)
         self._events.append(Token(request_id=job.number, token=token))
@@ -373,8 +400,11 @@ class Scheduler:
             )
         )
 
-    def _fail(self, job: _Job, error: VesicleError) -> None:
+    def _fail(self, job: _Job, error: Exception) -> None:
         self._remove(job)
+        if not isinstance(error, VesicleError):  # an author's own kind
+            cause, error = error, VesicleError(f"{type(error).__name__}: {error}")
+            error.__cause__ = cause
         self._events.append(Failed(request_id=job.number, error=error))
 
     def _remove(self, job: _Job) -> None:

@@ -6,6 +6,7 @@ text part of chat templates: no tools, no documents, no images.
 """
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -115,9 +116,7 @@ class Text:
         settings = _read_object(path / "tokenizer_config.json")
         special = _special_tokens({**_read_object(path / "special_tokens_map.json"), **settings})
         _configure(tokenizer, special)
-        eos = _ids(config.get("eos_token_id"))
-        eos |= _ids(_read_object(path / "generation_config.json").get("eos_token_id"))
-        eos |= _ids(tokenizer.token_to_id(special.get("eos_token", "")))
+        eos = end_ids(path) | token_ids(tokenizer.token_to_id(special.get("eos_token", "")))
         windows = [config[key] for key in _WINDOW_KEYS if isinstance(config.get(key), int)]
         window = context_window(config) or next(iter(windows), 0)
         if window < 1:
@@ -170,29 +169,44 @@ class Text:
         return self._control.spelt(text)
 
     def chat(
-        self, prompt: str, system: str | None = None, *, control_tokens: bool = False
+        self,
+        prompt: str | Messages,
+        system: str | None = None,
+        *,
+        control_tokens: bool = False,
     ) -> list[int]:
-        """Tokenise one user turn, up to where the model's answer begins.
+        """Tokenise a chat, up to where the model's next answer begins.
 
         Args:
-            prompt: What the user says.
-            system: Instructions; None leaves them to the template, which may have its own.
-            control_tokens: Whether special tokens spelt out in either are meant; otherwise they are
-                text as any other, and the template's own alone are special.
+            prompt: What the user says; or the turns so far, each with its `role` (`system`, `user`,
+                `assistant`, or what else the template knows) and its `content`.
+            system: Instructions before all of that; None leaves them to the turns and to the
+                template, which may have its own.
+            control_tokens: Whether special tokens spelt out in any of them are meant; otherwise
+                they are text as any other, and the template's own alone are special.
 
         Returns:
             Token ids, as `apply_chat_template(..., add_generation_prompt=True)` would give them,
             which takes special tokens as meant wherever they stand.
-            Without a chat template: those of the plain text, instructions first.
+            Without a chat template: those of the plain text of a single user turn, instructions
+            first.
 
         Raises:
-            ModelError: The template is broken, or it refuses the turn (some refuse `system`).
+            DataError: The turns are malformed.
+            ModelError: The template is broken, or it refuses a turn (some refuse `system`), or
+                there is none for more than a single turn.
         """
-        if not self.has_chat_template:
-            whole = prompt if system is None else f"{system}\n\n{prompt}"
-            return self.encode(whole, control_tokens=control_tokens)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": prompt})
+        messages += _checked_turns(turns)
+        if not self.has_chat_template:
+            if [turn["role"] for turn in messages] not in (["user"], ["system", "user"]):
+                raise ModelError(
+                    "this model has no chat template; give a single user turn, or the text to "
+                    "continue"
+                )
+            whole = "\n\n".join(turn["content"] for turn in messages)
+            return self.encode(whole, control_tokens=control_tokens)
         if control_tokens:
             rendered = self._render(messages)
             return self._tokenizer.encode(rendered, add_special_tokens=False).ids
@@ -328,6 +342,24 @@ def _configure(tokenizer: Tokenizer, special: Mapping[str, str]) -> None:
     )
 
 
+def _checked_turns(turns: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The turns of a chat, if they are ones that a model can answer."""
+    if not turns:
+        raise DataError("the chat has no messages; give at least one")
+    for place, turn in enumerate(turns):
+        named = isinstance(turn, Mapping) and {"role", "content"} <= turn.keys()
+        if not named or not all(isinstance(value, str) for value in turn.values()):
+            raise DataError(
+                f"message {place} of the chat is {reprlib.repr(turn)}; allowed: a dict with the "
+                "texts 'role' and 'content'"
+            )
+    if turns[-1]["role"] == "assistant":
+        raise DataError(
+            "the chat ends with what the assistant says; end it with what is to be answered"
+        )
+    return [dict(turn) for turn in turns]
+
+
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """The named special tokens of a tokenizer's settings, which spell them in two ways."""
     named = {}
@@ -414,7 +446,18 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _ids(value: object) -> set[int]:
+def end_ids(path: Path) -> set[int]:
+    """Ids that end a generation as a folder's configuration names them, its tokenizer aside.
+
+    Raises:
+        ModelError: A file is damaged, or there is no `config.json`.
+    """
+    config = _read_object(path / "config.json", needed=True)
+    generation = _read_object(path / "generation_config.json")
+    return token_ids(config.get("eos_token_id")) | token_ids(generation.get("eos_token_id"))
+
+
+def token_ids(value: object) -> set[int]:
     """Ids from a setting that holds one, several or none."""
     return {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
 
