@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from rich.cells import cell_len
 from rich.color import Color
 from rich.console import Console, Group
@@ -21,7 +22,8 @@ from rich.text import Text as Line
 from vesicle.cost import Cost, price_dense
 from vesicle.engine import Sequence, core
 from vesicle.engine.packed import PackedHead
-from vesicle.modulator import ModulatorMethod
+from vesicle.modulator import ModulatorAuthor, ModulatorMethod
+from vesicle.phases import ALL, GENERATED, PROMPT
 from vesicle.plan import Dense
 from vesicle.terminal import visible
 from vesicle.transmitters import NAMES, REST
@@ -93,6 +95,40 @@ class EngineFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseShare:
+    """The work on the tokens of one phase.
+
+    Attributes:
+        tokens: How many there are.
+        flops: Executed.
+        dense_flops: Of the dense model.
+    """
+
+    tokens: int
+    flops: int
+    dense_flops: int
+
+    @classmethod
+    def of(cls, sequence: Sequence, phase: str) -> PhaseShare:
+        """Of a sequence's `prompt` or `generated` tokens."""
+        tokens = sequence.phase(phase)
+        return cls(
+            tokens=int(tokens.sum()),
+            flops=sequence.cost_of(tokens).flops_total,
+            dense_flops=sequence.dense_cost_of(tokens).flops_total,
+        )
+
+    @property
+    def share(self) -> float:
+        """Executed over dense FLOPs; 1 without tokens."""
+        return self.flops / self.dense_flops if self.dense_flops else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """An entry of `by_phase` of `vesicle run --json`."""
+        return {**asdict(self), "share": self.share}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """One answer and what it cost.
 
@@ -101,9 +137,11 @@ class Answer:
         token_ids: N ids.
         pieces: Each token's own text.
         shares: Each token's FLOPs over those of the dense model; see the module docstring.
-        levels: Mean level of each transmitter over all tokens and layers; None where a Plan was
-            replayed, which holds decisions and no levels.
+        levels: Mean level of each transmitter over all layers and the tokens on which it acts; None
+            where a Plan was replayed, which holds decisions and no levels.
         released: The transmitters that the method sets; the others rest.
+        phases: On which tokens each of those acts, see `vesicle.phases`.
+        by_phase: Of prompt tokens and of generated ones, how many there are and their FLOPs.
         executed: Counted work, prompt included.
         dense: The dense model's price for the same tokens.
         prompt_tokens: Tokens read before the answer.
@@ -119,6 +157,8 @@ class Answer:
     shares: list[float]
     levels: dict[str, float] | None
     released: tuple[str, ...]
+    phases: dict[str, str]
+    by_phase: dict[str, PhaseShare]
     executed: Cost
     dense: Cost
     prompt_tokens: int
@@ -147,6 +187,8 @@ class Answer:
             shares=answer_shares(sequence, prompt_tokens)[: len(token_ids)],
             levels=mean_levels(sequence),
             released=_released(sequence),
+            phases=_phases(sequence),
+            by_phase={name: PhaseShare.of(sequence, name) for name in (PROMPT, GENERATED)},
             executed=sequence.cost,
             dense=sequence.dense_cost,
             prompt_tokens=prompt_tokens,
@@ -175,6 +217,8 @@ class Answer:
                 for i, piece, share in zip(self.token_ids, self.pieces, self.shares, strict=True)
             ],
             "levels": self.levels,
+            "phases": self.phases,
+            "by_phase": {name: part.to_dict() for name, part in self.by_phase.items()},
             "executed": self.executed.summary(),
             "dense": self.dense.summary(),
             "ratio": self.executed.ratio(self.dense),
@@ -192,13 +236,20 @@ def answer_shares(sequence: Sequence, prompt_tokens: int) -> list[float]:
 
 
 def mean_levels(sequence: Sequence) -> dict[str, float] | None:
-    """Mean level of each transmitter over tokens and layers; None for methods without levels."""
+    """Mean level of each transmitter over layers and the tokens on which it acts.
+
+    REST for one that acts on none; None for methods without levels.
+    """
     if isinstance(sequence.method, Dense):
         return dict.fromkeys(NAMES, REST)
-    levels = sequence.levels
-    if not len(levels):
+    levels, author = sequence.levels, sequence.author
+    if not len(levels) or not isinstance(author, ModulatorAuthor):
         return None
-    return {name: float(mean) for name, mean in zip(NAMES, levels.mean((0, 1)), strict=True)}
+    acting = author.acting(np.arange(len(levels), dtype=np.int32))
+    return {
+        name: float(levels[on, :, i].mean()) if on.any() else REST
+        for i, (name, on) in enumerate(zip(NAMES, acting.T, strict=True))
+    }
 
 
 def show(
@@ -228,9 +279,7 @@ def show(
     facts.add_row("speed", _speed_line(answer))
     facts.add_row("memory", _memory_line(answer.engine))
     facts.add_row("engine", _engine_line(answer.engine))
-    share = answer.executed.ratio(answer.dense)["flops"]
-    asked = "none asked for" if budget is None else f"{budget:g} asked for"
-    facts.add_row("budget", f"{asked}, {share:.3f} of the dense FLOPs executed")
+    facts.add_row("budget", _budget_line(answer, budget))
     console.print(facts, highlight=False)
     if compared is not None:
         console.print()
@@ -349,6 +398,22 @@ def _levels_line(answer: Answer) -> str:
     return "  ".join(shown)
 
 
+def _budget_line(answer: Answer, budget: float | None) -> str:
+    """What was asked for, of which tokens, and what each phase and both together executed."""
+    if budget is None:
+        asked = "none asked for"
+    else:
+        counted = "all" if set(answer.phases.values()) == {ALL} else GENERATED
+        asked = f"{budget:g} asked for on {counted} tokens"
+    parts = [
+        f"{name} {part.share:.3f} ({part.tokens} tokens)"
+        for name, part in answer.by_phase.items()
+        if part.tokens
+    ]
+    together = answer.executed.ratio(answer.dense)["flops"]
+    return f"{asked}; executed of the dense FLOPs: {', '.join(parts)}, together {together:.3f}"
+
+
 def _speed_line(answer: Answer) -> str:
     return (
         f"prefill {_speed(answer.prefill_tokens_per_s)} tokens/s ({answer.prompt_tokens} tokens)  "
@@ -383,6 +448,14 @@ def scaled(value: float, unit: str) -> str:
         value, prefixes = value / 1000, prefixes[1:]
     digits = 0 if value >= 99.95 or value == int(value) else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f} {prefixes[0]}{unit}".rstrip()
+
+
+def _phases(sequence: Sequence) -> dict[str, str]:
+    method = sequence.method
+    if not isinstance(method, ModulatorMethod):
+        return {}
+    places = method.phases.to_dict()
+    return {name: places[name] for name in _released(sequence)}
 
 
 def _released(sequence: Sequence) -> tuple[str, ...]:

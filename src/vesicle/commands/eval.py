@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vesicle.commands.inputs import REVISION, check_folder, notice
+from vesicle.commands.inputs import PHASE, REVISION, check_folder, notice
 from vesicle.commands.outputs import print_json
 from vesicle.errors import VesicleError
 from vesicle.shipped import is_default_model, shipped_modulator
@@ -42,8 +42,14 @@ def evaluate(
         ),
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="Shares of the dense FLOPs, with commas between.")
+        str,
+        typer.Option(
+            help="Shares of the dense FLOPs of generated and scored tokens, with commas between."
+        ),
     ] = "1.0,0.8",
+    phase: Annotated[
+        list[str] | None, typer.Option(help=PHASE, metavar="WHERE", show_default=False)
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -162,6 +168,7 @@ def evaluate(
         dial=dial,
         best_of=best_of,
         selection=selection,
+        phases=tuple(phase or ()),
     )
     check_folder(out)
     subject = _subject(model, revision, modulator, through, weights, kv, threads)

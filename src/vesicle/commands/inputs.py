@@ -5,17 +5,39 @@ from __future__ import annotations
 import os
 import sys
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vesicle.errors import BudgetError, DataError, VesicleError
 from vesicle.files import check_target, decode_text, read_some
 from vesicle.terminal import one_line
+
+if TYPE_CHECKING:
+    from vesicle.phases import Phases
 
 _MOST_BYTES = 64_000_000
 """Of a prompt; far more than any context window takes, and less than memory."""
 
 REVISION = "Branch, tag or commit, if --model is a hub id."
 """Of the option that every command with `--model` has."""
+
+PHASE = (
+    "On which tokens transmitters act: generated (and scored), all or prompt; for one alone "
+    "gaba=all. Repeatable. \\[default: generated]"
+)
+"""Of the option that every command with `--budget` has."""
+
+
+def read_phases(words: Sequence[str] | None) -> Phases:
+    """What `--phase` says.
+
+    Raises:
+        VesicleError: Naming the word and what is allowed.
+    """
+    from vesicle.phases import Phases
+
+    return Phases.parse(words or ())
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vesicle.commands.inputs import (
+    PHASE,
     REVISION,
     argument_text,
     check_budget,
     check_writable,
     notice,
+    read_phases,
     read_prompt,
 )
 from vesicle.commands.machine import announce_core
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from vesicle.engine import Engine, Sampling, Sequence
     from vesicle.models import Text
     from vesicle.modulator import Modulator
+    from vesicle.phases import Phases
     from vesicle.plan import Method, Plan
     from vesicle.report import Answer
 
@@ -103,10 +106,14 @@ def run(
     budget: Annotated[
         float | None,
         typer.Option(
-            help="Share of the dense FLOPs to spend, above 0 and up to 1; "
+            help="Share of the dense FLOPs of generated tokens to spend, above 0 and up to 1; "
             "the default is the modulator's own.",
             rich_help_panel=_WHAT,
         ),
+    ] = None,
+    phase: Annotated[
+        list[str] | None,
+        typer.Option(help=PHASE, metavar="WHERE", show_default=False, rich_help_panel=_WHAT),
     ] = None,
     replay: Annotated[
         Path | None,
@@ -218,6 +225,8 @@ def run(
 
       vesicle run "Why is the sky blue?" --budget 0.7 --compare
 
+      vesicle run "Why is the sky blue?" --budget 0.7 --phase all
+
       vesicle run --file question.txt --json > answer.json
 
       git diff | vesicle run - --system "Summarise this change." --truncate
@@ -225,6 +234,9 @@ def run(
     wanted = read_prompt(prompt, file)
     system = None if system is None else argument_text(system, "--system")
     _check(budget, system, raw, replay, save_plan)
+    phases = read_phases(phase)
+    if phase and replay is not None:
+        raise DataError("--replay and --phase are both given; a saved plan has its own phases")
     show_progress = sys.stderr.isatty()
 
     with _status("loading", show_progress):
@@ -250,8 +262,8 @@ def run(
         if loaded is None:
             budget = None
         elif saved is None and budget is None:
-            budget = loaded.info.default_budget
-        method = _method(loaded, saved, budget)
+            budget = loaded.default_budget(phases)
+        method = _method(loaded, saved, budget, phases)
         if compare and isinstance(method, Dense):
             raise VesicleError(
                 "--compare has nothing to compare: without a modulator the run is dense"
@@ -420,11 +432,13 @@ def _find_modulator(
     return None, None
 
 
-def _method(modulator: Modulator | None, saved: Plan | None, budget: float | None) -> Method:
+def _method(
+    modulator: Modulator | None, saved: Plan | None, budget: float | None, phases: Phases
+) -> Method:
     from vesicle.plan import FFN_SMALL, Dense, Replay
 
     if saved is None:
-        return Dense() if modulator is None or budget is None else modulator.at(budget)
+        return Dense() if modulator is None or budget is None else modulator.at(budget, phases)
     if modulator is None and ((saved.ffn == FFN_SMALL).any() or (saved.attention == 0).any()):
         raise VesicleError(
             "this plan lands on stand-ins: name the --modulator that it was made with"

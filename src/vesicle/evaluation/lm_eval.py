@@ -44,6 +44,7 @@ from vesicle.evaluation.lm_eval_tally import Tally
 from vesicle.models import Text, resolve_model
 from vesicle.models.default import DEFAULT_MODEL
 from vesicle.modulator import check_budget
+from vesicle.phases import Phases
 from vesicle.terminal import one_line
 
 USER_ERROR = 2
@@ -65,7 +66,7 @@ NAME = "vesicle"
 """What `--model` calls it."""
 
 _ARGUMENTS = (
-    *("model", "modulator", "budget", "weights", "kv", "threads"),
+    *("model", "modulator", "budget", "phase", "weights", "kv", "threads"),
     *("max_length", "max_gen_toks", "seed", "batch_size"),
 )
 
@@ -78,6 +79,7 @@ class VesicleLM(TemplateLM):  # type: ignore[misc]  # lm_eval ships no types
         model: str | None = None,
         modulator: str | None = SHIPPED,
         budget: float | None = None,
+        phase: str | None = None,
         weights: str | None = None,
         kv: str | None = None,
         threads: int | None = None,
@@ -97,8 +99,10 @@ class VesicleLM(TemplateLM):  # type: ignore[misc]  # lm_eval ships no types
             model: A folder, a GGUF file or a hub id; the default model for None.
             modulator: A folder or a hub id; `shipped` for the one that comes with the package;
                 `none` or None for the dense model.
-            budget: Share of the dense FLOPs, above 0 and up to 1, where all levels rest; by default
-                the modulator's own.
+            budget: Share of the dense FLOPs of generated and scored tokens, above 0 and up to 1,
+                where all levels rest; by default the modulator's own.
+            phase: On which tokens transmitters act: `generated` (the default), `all`, or words such
+                as `gaba=all`, with `+` between.
             weights: As `Engine.from_pretrained`, or `auto`.
             kv: Likewise.
             threads: Likewise.
@@ -125,6 +129,7 @@ class VesicleLM(TemplateLM):  # type: ignore[misc]  # lm_eval ships no types
         if budget is not None:
             number("budget", budget)
             budget = check_budget(budget)
+        self.phases = Phases.parse(phase.split("+") if phase else ())
         self.batch_size = whole_batch(batch_size)
         self.max_gen_toks = whole("max_gen_toks", max_gen_toks)
         self.seed = whole("seed", seed, least=0)
@@ -136,12 +141,14 @@ class VesicleLM(TemplateLM):  # type: ignore[misc]  # lm_eval ships no types
         self._text = Text.from_folder(self._folder)
         decides, self.modulator_name = find_modulator(modulator, self._folder, budget)
         if decides is not None and budget is None:
-            budget = decides.info.default_budget
+            budget = decides.default_budget(self.phases)
         self.budget = budget
         self.engine = Engine.from_pretrained(
             self._folder, weights=stored_format(weights), kv=stored_format(kv), threads=threads
         )
-        self._method = None if decides is None or budget is None else decides.at(budget)
+        self._method = (
+            None if decides is None or budget is None else decides.at(budget, self.phases)
+        )
         self.scoring, self.generation = Tally(self.engine.shape), Tally(self.engine.shape)
         # Which refuses a modulator that does not fit.
         self._scorer = Scorer(self.engine, self._method, self.scoring)
@@ -335,6 +342,7 @@ class VesicleLM(TemplateLM):  # type: ignore[misc]  # lm_eval ships no types
             "model": self.model_name,
             "modulator": self.modulator_name,
             "budget": self.budget,
+            "phases": self.phases.to_dict(),
             "weights": self.engine.weights_format,
             "kv": self.engine.pool.kv,
             "threads": torch.get_num_threads(),

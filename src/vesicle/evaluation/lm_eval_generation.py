@@ -181,7 +181,7 @@ def write(
                     if event.reason != "cancelled":
                         one.add(one.stream.flush())
                     read = len(event.sequence.token_costs["flops_head"])
-                    tally.add(event.cost, 0, read, len(one.job.prompt) - 1)
+                    tally.add(event.sequence, event.cost, 0, read, len(one.job.prompt) - 1)
                     if waiting:
                         begin()
                     yield one.job.place, one.text

@@ -4,6 +4,9 @@ Texts are sorted, so that those that begin alike follow one another, and a few o
 What all of a group begin with is read into one sequence, which goes on from the last group's as far
 as that begins alike too (`Engine.fork`). The rest of each is read side by side, from forks.
 
+What stands before a continuation is its prompt (see `vesicle.phases`). Texts share what they begin
+with as far as its tokens are of the same phase in all of them.
+
 The LM head runs for the positions that are scored, and for up to `MANY` - 1 before them: the engine
 computes passes of fewer tokens by another route, which rounds activations (see `docs/engine.md`),
 so each text has `MANY` tokens in a pass if it has that many. Where passes are cut changes rounding
@@ -57,13 +60,23 @@ class _Text:
 
     Attributes:
         ids: Token ids that are read; the last of a continuation is not.
-        continuations: All that end there.
+        continuations: All that end there, of one length.
         head: Position from where on logits are needed; below 0 where the text is short.
     """
 
     ids: list[int]
     continuations: list[Continuation]
     head: int
+
+    @property
+    def prompt(self) -> int:
+        """Tokens from the beginning after which nothing is scored."""
+        return len(self.ids) - len(self.continuations[0].ids)
+
+    def common(self, other: _Text) -> int:
+        """Tokens from the beginning that are the same in another text, and of the same phase."""
+        n = _common(self.ids, other.ids)
+        return n if self.prompt == other.prompt else min(n, self.prompt, other.prompt)
 
     def add(self, start: int, logits: Tensor) -> None:
         """Score what logits (T, V) of the tokens from `start` on say about each continuation."""
@@ -120,8 +133,10 @@ class Scorer:
             Each continuation, scored.
         """
         before: EngineSequence | None = None
+        last: _Text | None = None
         for group in self._groups(wanted):
-            base = self._read_shared(group, before)
+            base = self._read_shared(group, before, last)
+            last = group.texts[0]
             if before is not None:
                 before.close()
             for text, start, logits in self._read_rest(group, base):
@@ -135,13 +150,11 @@ class Scorer:
     def _groups(self, wanted: Mapping[tuple[int, ...], list[Continuation]]) -> Iterator[_Group]:
         """Texts that begin alike, or are short, in groups that are read side by side."""
         group = _Group([], 0)
-        for inputs in sorted(wanted):  # so that shared beginnings follow one another
-            ids, ends = list(inputs), wanted[inputs]
-            text = _Text(ids, ends, len(ids) - max(MANY, *(len(end.ids) for end in ends)))
+        for text in _texts(wanted):
             if not group.texts:
                 group = _Group([text], text.head)
                 continue
-            shared = min(group.shared, text.head, _common(group.texts[0].ids, ids))
+            shared = min(group.shared, text.head, *(one.common(text) for one in group.texts))
             if shared < MANY or not self._forks:
                 shared = 0
             texts = [*group.texts, text]
@@ -155,21 +168,28 @@ class Scorer:
         if group.texts:
             yield group
 
-    def _read_shared(self, group: _Group, before: EngineSequence | None) -> EngineSequence | None:
+    def _read_shared(
+        self, group: _Group, before: EngineSequence | None, last: _Text | None
+    ) -> EngineSequence | None:
         """A sequence that has read what a group's texts share, None for nothing.
 
-        It goes on from `before` where that begins alike.
+        It goes on from `before`, which has read the text `last` or its beginning, where that begins
+        alike.
         """
-        shared, ids = group.shared, group.texts[0].ids
+        shared, text = group.shared, group.texts[0]
+        ids = text.ids
         if shared < MANY:
             return None
-        start = 0 if before is None else _common(before.token_ids, ids[:shared])
+        start = 0
+        if before is not None and last is not None:
+            start = min(last.common(text), before.length, shared)
         if start < shared:
             start = min(start, shared - MANY)
         if before is not None and start >= MANY and self._forks:
             base = self._engine.fork(before, start)
         else:
             base, start = self._engine.start(self._method), 0
+        base.begin_prompt(min(shared, text.prompt) - start, scored=False)
         for n in _parts(shared - start, CHUNK):
             at = base.length
             self._engine.forward([(base, ids[at : at + n])], "none")
@@ -190,6 +210,8 @@ class Scorer:
             sequences = [base]
         else:
             sequences = [engine.fork(base) for _ in group.texts]
+        for sequence, text in zip(sequences, group.texts, strict=True):
+            sequence.begin_prompt(text.prompt - start, scored=False)
         heads = [t.head if t.head - start >= MANY else start for t in group.texts]
         triples = list(zip(sequences, group.texts, heads, strict=True))
         middles = [(s, t.ids[start:head]) for s, t, head in triples if head > start]
@@ -212,7 +234,7 @@ class Scorer:
         """Count the work on a sequence's tokens from `start` to `stop`, logits from `head` on."""
         costs = {name: int(v[start:stop].sum()) for name, v in sequence.token_costs.items()}
         executed = Cost(kv_bytes_held=sequence.cache.bytes_held, **costs)
-        self._tally.add(executed, start, stop, head)
+        self._tally.add(sequence, executed, start, stop, head)
 
     def _can_fork(self) -> bool:
         """Whether a sequence can go on from within another; not where a predictor carries state."""
@@ -225,6 +247,19 @@ class Scorer:
         finally:
             sequence.close()
         return True
+
+
+def _texts(wanted: Mapping[tuple[int, ...], list[Continuation]]) -> Iterator[_Text]:
+    """One text for each length of continuations, so that all of a text's have the same prompt.
+
+    Sorted, so that shared beginnings follow one another.
+    """
+    for inputs in sorted(wanted):
+        by_length: dict[int, list[Continuation]] = {}
+        for end in wanted[inputs]:
+            by_length.setdefault(len(end.ids), []).append(end)
+        for length in sorted(by_length):
+            yield _Text(list(inputs), by_length[length], len(inputs) - max(MANY, length))
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vesicle.evaluation.task_results import Score, TaskResult, TaskRow
+from vesicle.phases import GENERATED
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-_RATIOS = ("flops", "weight_bytes", "kv_bytes_read", "kv_bytes_held")
+_RATIOS = ("weight_bytes", "kv_bytes_read", "kv_bytes_held")
 _LEFT_OUT = ("weights read", "KV read", "KV held", "prefill s", "decode s")
 
 
@@ -21,6 +22,7 @@ def columns(task: dict[str, Any]) -> list[str]:
         "method",
         "budget",
         "FLOPs",
+        "FLOPs, generated",
         "weights read",
         "KV read",
         "KV held",
@@ -43,6 +45,9 @@ def cells(task: dict[str, Any], row: TaskRow) -> list[str]:
     return [
         row.method,
         f"{row.budget:g}",
+        f"{row.ratio['flops']:.3f}",
+        # Without phases all tokens were governed alike.
+        f"{row.shares.get(GENERATED, row.ratio['flops']):.3f}",
         *(f"{row.ratio[name]:.3f}" for name in _RATIOS),
         _interval(score.value, score.low, score.high, digits),
         "" if dense else _signed(score.delta, score.delta_low, score.delta_high, digits),
@@ -89,7 +94,9 @@ def markdown(result: TaskResult) -> str:
         f"{result.hardware['cores']} cores.",
         "",
         "FLOPs, weights read, KV read and KV held are executed shares of the dense model's on the "
-        "same tokens. Intervals are 95 % bootstrap intervals over items; differences are paired.",
+        "same tokens, prompts included; of the FLOPs, that of generated and scored tokens alone "
+        "too, which is what a budget counts unless all tokens are governed. Intervals are 95 % "
+        "bootstrap intervals over items; differences are paired.",
     ]
     for task in result.tasks:
         shortened = f"; {task['shortened']} shortened" if task["shortened"] else ""
