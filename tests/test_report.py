@@ -69,8 +69,9 @@ def test_counted_shares_are_the_plans_prices(engine: Engine, modulator: Modulato
     sequence, _ = generate(engine, method)
     heads = np.arange(sequence.length) >= PROMPT - 1  # from the prompt's last token on
     overhead = method.overhead(engine.shape)
-    assert sequence.cost == price(sequence.plan, engine.shape, overhead, with_logits=heads)
-    costs = price_tokens(sequence.plan, engine.shape, overhead, with_logits=heads)
+    where = {"with_logits": heads, "released": sequence.released}
+    assert sequence.cost == price(sequence.plan, engine.shape, overhead, **where)
+    costs = price_tokens(sequence.plan, engine.shape, overhead, **where)
     rest = price_tokens(Plan.rest(engine.shape, sequence.length), engine.shape, with_logits=heads)
     flops, dense = (
         sum(v for k, v in table.items() if k.startswith("flops_")) for table in (costs, rest)

@@ -14,7 +14,7 @@ from vesicle.engine import Engine, Sampling
 from vesicle.engine.scheduler import Event, Failed, Finished, Request, Scheduler, Token
 from vesicle.errors import CacheFullError, VesicleError
 from vesicle.phases import EVERYWHERE, Phases
-from vesicle.plan import BLOCK, Dense, Replay
+from vesicle.plan import BLOCK, Author, Dense, Replay
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
@@ -84,6 +84,7 @@ def is_what_it_is_alone(engine: Engine, request: Request, end: Finished) -> None
         request.prompt,
         request.method,
         request.budget,
+        phases=request.phases,
         max_new_tokens=request.max_new_tokens,
         sampling=request.sampling,
         stop=request.stop,
@@ -396,13 +397,14 @@ def test_a_pass_that_fails_takes_its_requests_and_no_others(
     scheduler.close()
 
 
-class Broken:
-    """An author that cannot decide."""
-
-    rests, retained = False, None
+class Broken(Author):
+    """It cannot decide."""
 
     def attention(self, layer: int, positions: Any) -> Any:
         raise VesicleError("undecided")
+
+    def release(self, layer: int, hidden: Any, positions: Any) -> Any:
+        raise AssertionError("it has failed before, and is asked no more")
 
 
 ACTIONS = st.lists(

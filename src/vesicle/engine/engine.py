@@ -387,7 +387,7 @@ class Engine:
             dtype: As in `from_pretrained`.
             kv: As in `from_pretrained`.
             kv_capacity: As in `from_pretrained`.
-            text: The tokenizer (`Text.from_folder`); without it prompts are token ids.
+            text: The tokenizer (`Text.from_pretrained`); without it prompts are token ids.
         """
         configs: tuple[Any, ...] = (model.config, getattr(model, "generation_config", None))
         ends = {i for c in configs for i in token_ids(getattr(c, "eos_token_id", None))}
@@ -406,7 +406,7 @@ class Engine:
             if self._folder is None:
                 raise VesicleError(
                     "this engine was made from a model in memory and has no tokenizer; give token "
-                    "ids, or make it with Engine.from_model(model, text=Text.from_folder(folder))"
+                    "ids, or make it with Engine.from_model(model, text=Text.from_pretrained(...))"
                 )
             self._text = Text.from_folder(self._folder)
         return self._text
