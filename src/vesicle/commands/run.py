@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vesicle.commands.inputs import check_budget, check_writable, notice, read_prompt
-from vesicle.commands.machine import announce_core
+from vesicle.commands.machine import announce_core, announce_fallback
 from vesicle.errors import DataError, VesicleError
 from vesicle.models.default import DEFAULT_MODEL
 from vesicle.shipped import is_default_model, shipped_modulator
@@ -228,6 +228,7 @@ def run(
             kv=None if kv is KvFormat.auto else kv.value,
             threads=threads,
         )
+        announce_fallback(engine)
         engine.start(method)  # refuses what does not fit, before anything is generated
 
     settings = _Settings(

@@ -26,7 +26,16 @@ from vesicle.cost import Cost
 from vesicle.engine.attention import Masks, attend
 from vesicle.engine.cache import SequenceCache
 from vesicle.engine.counters import Counters
-from vesicle.engine.decode import LIKELIEST, LOGITS, MOST_TOKENS, NOTHING, Decoder, Slot
+from vesicle.engine.decode import (
+    LIKELIEST,
+    LOGITS,
+    MOST_TOKENS,
+    NOTHING,
+    Decoder,
+    Slot,
+    uncovered,
+)
+from vesicle.engine.greedy import likeliest, not_finite
 from vesicle.engine.linear import MANY, bulk_dtype, normalise, project, survivors
 from vesicle.engine.packed import PackedHead
 from vesicle.engine.pool import BlockPool, default_capacity, kv_dtype, with_kv
@@ -236,6 +245,11 @@ class Engine:
         return self._weights.format
 
     @property
+    def uncovered(self) -> str | None:
+        """Why single tokens are not decoded natively, in a few words; None where they are."""
+        return uncovered(self._weights, self.config, self.pool)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         return self._weights.bytes_held
@@ -399,11 +413,15 @@ class Engine:
         survivors' logits are exact.
 
         Raises:
-            VesicleError: As `forward`.
+            VesicleError: As `forward`; or if a logit is not finite, when the pass has run.
         """
         self._check(batch)
         batch, _ = self._to_cuts(batch, "none")
-        return [int(token) for token in self._run(batch, "likeliest")]
+        tokens = [int(token) for token in self._run(batch, "likeliest")]
+        for (sequence, _), token in zip(batch, tokens, strict=True):
+            if token < 0:
+                raise not_finite(sequence.length - 1)
+        return tokens
 
     def _to_cuts(
         self, batch: list[Part], wants: Wanted
@@ -541,7 +559,8 @@ class Engine:
             Token ids. The last one drawn is not fed back, so its own cost is not counted.
 
         Raises:
-            VesicleError: If the prompt is empty.
+            VesicleError: If the prompt is empty, or the likeliest token is wanted and the logits
+                are not finite.
         """
         if not prompt:
             raise VesicleError("the prompt has no tokens; give at least one")
@@ -621,20 +640,24 @@ class _Pass:
         return self.engine._weights.logits(self.engine._final_norm(hidden[chosen]))
 
     def likeliest(self, i: int, hidden: Tensor) -> Tensor:
-        """Id () of the word most likely to follow sequence i's last token, from hidden (N, D)."""
+        """Id () of the word most likely to follow sequence i's last token, from hidden (N, D).
+
+        -1 where a logit is not finite.
+        """
         engine, sequence, stop = self.engine, self.sequences[i], self.rows[i].stop
         head, last = engine._weights.head, slice(stop - 1, stop)
         m = 0
         if engine.shape.screens_head:
             m = int(sequence.author.head(hidden[last], self.positions[i][-1:])[0])
         if m == 0 or not isinstance(head, PackedHead):
-            return self.logits(i, hidden, "last")[0].argmax()
+            return likeliest(self.logits(i, hidden, "last")[0])
         ranked = np.zeros(len(self.positions[i]), np.int32)
         ranked[-1] = m
         sequence.builder.head(ranked)
         self.counters.head(last, m)
         ids, logits = survivors(engine._final_norm(hidden[last]), head, m)
-        return ids[0, logits[0].argmax()]
+        place = likeliest(logits[0])
+        return place if place < 0 else ids[0, place]
 
     def bulk(
         self, x: Tensor, sites: slice, channels: IntArray, bits: IntArray, whole: bool
