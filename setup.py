@@ -1,27 +1,68 @@
 """Builds the engine's two native libraries; everything else about the package is in pyproject.toml.
 
 Both are plain shared libraries loaded with ctypes, and both are optional: without a C++ compiler
-the installation succeeds and the engine runs its PyTorch paths. `_core` runs decode steps on
-threads of its own, for every instruction set that it knows. `_native` serves prefill on PyTorch's
-threads: `-fopenmp` is given to the compiler alone, so that OpenMP symbols resolve at run time to
-the runtime that PyTorch has loaded.
+the installation succeeds, a text file in place of the library says what went wrong, and the engine
+runs its PyTorch paths. With VESICLE_REQUIRE_NATIVE=1 the installation fails instead. `_core` runs
+decode steps on threads of its own, for every instruction set that it knows. `_native` serves
+prefill on PyTorch's threads: `-fopenmp` is given to the compiler alone, so that OpenMP symbols
+resolve at run time to the runtime that PyTorch has loaded.
 """
 
+import os
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-FLAGS = ["-O3", "-std=c++17", "-ffast-math", "-fno-finite-math-only", "-Wno-psabi"]
+# Not -ffast-math: it lets NaN vanish, so that a damaged model would answer, and it undoes the exact
+# splitting of an argument that e^x rests on. What these three give up no result depends on.
+FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FLAGS += ["-Wno-psabi"]
 CORE = Path("src/vesicle/engine/core")
+OPTIONAL = os.environ.get("VESICLE_REQUIRE_NATIVE") != "1"
+
+
+class Build(build_ext):
+    """Leaves the reason of a failed build where the library would lie."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """As setuptools does, with a note where it fails."""
+        note = self._note(self.get_ext_fullpath(ext.name))
+        note.unlink(missing_ok=True)
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"{error}\n", encoding="utf-8")
+            raise  # setuptools goes on where the extension is optional
+
+    def copy_extensions_to_source(self) -> None:
+        """Libraries and notes, for editable installations."""
+        super().copy_extensions_to_source()
+        build_py = self.get_finalized_command("build_py")
+        for ext in self.extensions:
+            target, built = map(self._note, self._get_inplace_equivalent(build_py, ext))
+            target.unlink(missing_ok=True)
+            if built.exists():
+                shutil.copy(built, target)
+
+    @staticmethod
+    def _note(library: str) -> Path:
+        path = Path(library)
+        return path.with_name(f"{path.name.partition('.')[0]}.failed.txt")
+
 
 setup(
+    cmdclass={"build_ext": Build},
     ext_modules=[
         Extension(
             "vesicle.engine._native",
             sources=["src/vesicle/engine/native.cpp"],
+            depends=[(CORE / "exponential.h").as_posix()],
             language="c++",
             extra_compile_args=[*FLAGS, "-fopenmp"],
-            optional=True,
+            optional=OPTIONAL,
         ),
         Extension(
             "vesicle.engine._core",
@@ -31,7 +72,7 @@ setup(
             # What GCC 12 says about its own AVX-512 headers is of no use to anybody.
             extra_compile_args=[*FLAGS, "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
             extra_link_args=["-pthread"],
-            optional=True,
+            optional=OPTIONAL,
         ),
-    ]
+    ],
 )

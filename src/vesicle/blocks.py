@@ -11,8 +11,11 @@ from torch import Tensor
 
 from vesicle.plan import BLOCK
 
-_FIRST, _OWN, _HIDDEN = 4.0, 3.0, -1.0
-"""Priorities outside the range of an attention mass, [0, 1]."""
+_FIRST, _OWN, _DAMAGED, _HIDDEN = 4.0, 3.0, 2.0, -1.0
+"""Priorities outside the range of an attention mass, [0, 1].
+
+A block that cannot be estimated, since its keys hold NaN, is read: damage must show.
+"""
 
 
 def summarise(keys: Tensor, summary: str) -> Tensor:
@@ -74,8 +77,10 @@ def rank_blocks(query: Tensor, summaries: Tensor, positions: Tensor, scale: floa
     if known > 0:
         logits = estimate(query.reshape(b, g, h // g, t, k), summaries[:, :, :known], scale)
         before = index[:known] < own[:, None, None, :, None]  # (B, 1, 1, T, N)
-        logits = logits.float().masked_fill(~before, -torch.inf)
-        mass[..., :known] = logits.softmax(-1).nan_to_num(0.0).mean(2)
+        damaged = logits.isnan() | (logits == torch.inf)
+        logits = logits.float().masked_fill(~before | damaged, -torch.inf)
+        shares = logits.softmax(-1).nan_to_num(0.0).mean(2)  # NaN: nothing comes before
+        mass[..., :known] = shares.masked_fill(damaged.any(2), _DAMAGED)
     place = own[:, None, :, None]
     mass = mass.masked_fill(index > place, _HIDDEN)
     mass = mass.masked_fill(index == place, _OWN)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vesicle.effectors import EFFECTORS, DopaminePrecision, Effector, GabaSparsity, SerotoninDepth
 from vesicle.errors import ModelError, VesicleError
 from vesicle.files import atomic_path, read_json, write_json
+from vesicle.models.finite import check_finite
 from vesicle.models.hub import fetch, local_path
 from vesicle.phases import EVERYWHERE, Phases, Spans
 from vesicle.plan import (
@@ -349,6 +350,8 @@ class Modulator(nn.Module):
         except (OSError, SafetensorError, RuntimeError) as error:
             line = " ".join(str(error).split())
             raise VesicleError(f"cannot read {folder / _WEIGHTS}: {line}") from error
+        for name, tensor in tensors.items():
+            check_finite(name, tensor, folder / _WEIGHTS)
         return modulator.eval()
 
     @classmethod
@@ -634,6 +637,11 @@ class ModulatorAuthor(Author):
             layer, hidden if len(rows) == n else hidden[torch.from_numpy(rows)], positions[rows]
         )
         table = np.where(acting, table.round(DECIMALS), 1.0)
+        if not np.isfinite(table).all():
+            raise VesicleError(
+                f"levels of layer {layer} are not finite at a position from {positions[0]} to "
+                f"{positions[-1]}: the weights, the cache or the modulator are damaged"
+            )
         self._levels[-1][:, layer] = table
         self._next = decide_attention(self.modulator, self._shape, table, positions)
         return decide_ffn(self.modulator, self._shape, table)

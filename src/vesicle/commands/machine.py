@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import warnings
+from typing import TYPE_CHECKING
 
 from vesicle.commands.inputs import notice
 
+if TYPE_CHECKING:
+    from vesicle.engine import Engine
+
 
 def announce_core() -> None:
-    """Load the native core; where it is missing or limited, say so in one line, and go on."""
+    """Load native code; where some is missing or limited, say so in a line, and go on."""
     for line in _load_core():
         notice(line)
+
+
+def announce_fallback(engine: Engine) -> None:
+    """Say in one line if the native core is there, and not for this model."""
+    from vesicle.engine import core
+
+    if core.available() and engine.uncovered is not None:
+        notice(f"decoding runs in PyTorch, slower: {engine.uncovered}")
 
 
 def machine_rows() -> list[tuple[str, str]]:
@@ -19,7 +30,7 @@ def machine_rows() -> list[tuple[str, str]]:
     import torch
 
     from vesicle.bench.machine import hardware, usable_cores
-    from vesicle.engine import core
+    from vesicle.engine import core, native
     from vesicle.report import scaled
 
     _load_core()  # a row says what it found
@@ -27,12 +38,10 @@ def machine_rows() -> list[tuple[str, str]]:
     memory = found["memory_bytes"]
     size = "" if memory is None else f", {scaled(memory, 'B')} of memory"
     name = core.instructions()
-    if name is not None:
-        engine = f"native core, {name} instructions"
-    elif os.environ.get(core.DISABLE) == "1":
-        engine = f"PyTorch alone: {core.DISABLE} is 1"
+    if name is None:
+        engine = f"PyTorch alone: {core.fallback()}"
     else:
-        engine = "PyTorch alone: the native core is missing"
+        engine = "; ".join(filter(None, (f"native core, {name} instructions", native.fallback())))
     return [
         ("engine", engine),
         ("threads", f"{torch.get_num_threads()}; usable cores: {len(usable_cores())}"),
@@ -43,13 +52,19 @@ def machine_rows() -> list[tuple[str, str]]:
 
 
 def _load_core() -> list[str]:
-    """What the core has to say when it is loaded, which happens once: it does not warn again."""
-    from vesicle.engine import core
+    """What there is to say about native code.
+
+    An instruction set that is not there is told once, when the core is loaded.
+    """
+    from vesicle.engine import core, native
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         core.load()
-    return [str(warning.message) for warning in caught]
+    limits = [str(w.message) for w in caught if core.INSTRUCTIONS in str(w.message)]
+    if (line := core.fallback()) is not None:
+        return [line]  # kernels for prompts are of use beside the core alone
+    return limits + [line for line in (native.fallback(),) if line is not None]
 
 
 def _gpu() -> str:

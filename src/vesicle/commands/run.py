@@ -23,7 +23,7 @@ from vesicle.commands.inputs import (
     read_phases,
     read_prompt,
 )
-from vesicle.commands.machine import announce_core
+from vesicle.commands.machine import announce_core, announce_fallback
 from vesicle.commands.outputs import print_json
 from vesicle.errors import DataError, VesicleError
 from vesicle.models.default import DEFAULT_MODEL
@@ -275,6 +275,7 @@ def run(
             kv=None if kv is KvFormat.auto else kv.value,
             threads=threads,
         )
+        announce_fallback(engine)
         engine.start(method)  # refuses what does not fit, before anything is generated
 
     settings = _Settings(

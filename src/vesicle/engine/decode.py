@@ -386,18 +386,7 @@ class Decoder:
         cls, weights: Weights, config: DecoderConfig, pool: BlockPool, scale: float
     ) -> Decoder | None:
         """A decoder for these weights and pages, or None where the core does not cover them."""
-        covered = (
-            (weights.packed or weights.dtype in (torch.float32, torch.bfloat16))
-            and weights.device.type == "cpu"
-            and pool.keys.dtype in core.KV_FORMATS
-            and config.rms_norm
-            and not config.parallel_residual
-            and config.activation == "silu"
-            and config.shape.gated
-            and 2 * len(config.rotary_frequencies) == config.shape.head_size
-            and config.shape.n_heads // config.shape.n_kv_heads <= _MOST_RATIO
-            and core.available()
-        )
+        covered = uncovered(weights, config, pool) is None
         return cls(weights, config, pool, scale) if covered else None
 
     def covers(self, sequence: Sequence) -> bool:
@@ -433,7 +422,8 @@ class Decoder:
             wants: `NOTHING` of the head, `LOGITS`, or the `LIKELIEST` token alone.
 
         Returns:
-            For each sequence, logits (1, V), the likeliest token's id (), or (0, V).
+            For each sequence, logits (1, V), the likeliest token's id () (-1 where a logit is not
+            finite), or (0, V).
         """
         n = len(batch)
         tokens = self._batches[n]
@@ -458,6 +448,30 @@ class Decoder:
         if wants == LIKELIEST:
             return list(torch.tensor([token.token for token in tokens]))
         return list(logits)
+
+
+def uncovered(weights: Weights, config: DecoderConfig, pool: BlockPool) -> str | None:
+    """What the core does not cover about these weights and pages, in a few words; None for nothing.
+
+    That there is no core comes first.
+    """
+    dtype, rotated = weights.dtype, 2 * len(config.rotary_frequencies)
+    ratio = config.shape.n_heads // config.shape.n_kv_heads
+    known = {
+        "the native core is missing": core.available(),
+        f"weights are {weights.format}": weights.packed or dtype in (torch.float32, torch.bfloat16),
+        f"weights are on {weights.device}": weights.device.type == "cpu",
+        f"keys and values are {pool.kv}": pool.keys.dtype in core.KV_FORMATS,
+        "the model's norms are not RMSNorm": config.rms_norm,
+        "the model's attention and FFN are parallel": not config.parallel_residual,
+        f"the model's activation is {config.activation!r}": config.activation == "silu",
+        "the model's FFNs have no gate": config.shape.gated,
+        f"the model rotates {rotated} of {config.shape.head_size} channels of a head": (
+            rotated == config.shape.head_size
+        ),
+        f"{ratio} query heads share a KV head, and {_MOST_RATIO} may": ratio <= _MOST_RATIO,
+    }
+    return next((what for what, fine in known.items() if not fine), None)
 
 
 def _stand_in(standin: StandIns | None) -> core.StandIn | None:

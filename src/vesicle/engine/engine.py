@@ -31,14 +31,22 @@ from vesicle.cost import Cost, flops_of, price_dense_tokens
 from vesicle.engine.attention import Masks, attend
 from vesicle.engine.cache import SequenceCache
 from vesicle.engine.counters import Counters
-from vesicle.engine.decode import LIKELIEST, LOGITS, MOST_TOKENS, NOTHING, Decoder, Slot
+from vesicle.engine.decode import (
+    LIKELIEST,
+    LOGITS,
+    MOST_TOKENS,
+    NOTHING,
+    Decoder,
+    Slot,
+    uncovered,
+)
 from vesicle.engine.generation import Generation
 from vesicle.engine.linear import MANY, bulk_dtype, normalise, project, survivors
 from vesicle.engine.packed import PackedHead
 from vesicle.engine.pool import BlockPool, default_capacity, kv_dtype, with_kv
 from vesicle.engine.prompt import Prompt, checked_ends, is_chat, prompt_ids
 from vesicle.engine.rotary import Rotary
-from vesicle.engine.sampling import Sampling
+from vesicle.engine.sampling import Sampling, not_finite
 from vesicle.engine.weights import Weights, from_folder, from_model
 from vesicle.errors import CacheFullError, ModelError, VesicleError
 from vesicle.families.base import ACTIVATIONS
@@ -319,6 +327,11 @@ class Engine:
         return self._weights.format
 
     @property
+    def uncovered(self) -> str | None:
+        """Why single tokens are not decoded natively, in a few words; None where they are."""
+        return uncovered(self._weights, self.config, self.pool)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         return self._weights.bytes_held
@@ -526,7 +539,7 @@ class Engine:
         survivors' logits are exact.
 
         Raises:
-            VesicleError: As `forward`; also if no logit is a number.
+            VesicleError: As `forward`; or if a logit is not finite, when the pass has run.
         """
         with self.lock:
             self._check(batch)
@@ -649,7 +662,9 @@ class Engine:
                 sequence, ids = batch[i]
                 sequence.cache.advance(1)
                 sequence.token_ids += ids
-                found[i] = result
+                # The core gives no token where a logit is not finite.
+                lost = wants == LIKELIEST and int(result) < 0
+                found[i] = not_finite(sequence.length - 1) if lost else result
         return found
 
     def _general(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
@@ -746,7 +761,7 @@ class Engine:
             Token ids. The last one drawn is not fed back, so its own cost is not counted.
 
         Raises:
-            VesicleError: If the prompt is empty, or cannot be encoded.
+            VesicleError: If the prompt is empty or cannot be encoded, or if logits are not finite.
         """
         prompt = self.encode(prompt)
         stop = self.ends if stop is None else checked_ends(stop)
@@ -803,12 +818,9 @@ def _result(outcome: Outcome) -> Tensor:
     return outcome
 
 
-def _largest(logits: Tensor) -> Outcome:
-    """The place () of the largest of logits (V,), or an error if they are no numbers."""
-    place = logits.argmax()  # takes NaN for the largest
-    if logits[place].isnan():
-        return VesicleError("the model's logits are not numbers; no token can be chosen")
-    return place
+def _largest(logits: Tensor, position: int) -> Outcome:
+    """The place () of the largest of logits (V,), or an error if one of them is not finite."""
+    return logits.argmax() if bool(logits.isfinite().all()) else not_finite(position)
 
 
 def _broken_off(sequence: Sequence) -> None:
@@ -888,10 +900,11 @@ class _Pass:
     def likeliest(self, i: int, hidden: Tensor) -> Outcome:
         """Id () of the word most likely to follow sequence i's last token, from hidden (N, D).
 
-        Or the error, if no logit is a number or the author cannot say how to find it.
+        Or the error, if a logit is not finite or the author cannot say how to find it.
         """
         engine, sequence, stop = self.engine, self.sequences[i], self.rows[i].stop
         head, last = engine._weights.head, slice(stop - 1, stop)
+        position = int(self.positions[i][-1])
         m = 0
         if engine.shape.screens_head:
             m = self.ask(
@@ -900,13 +913,13 @@ class _Pass:
         if i in self.failed:
             return self.failed[i]
         if m == 0 or not isinstance(head, PackedHead):
-            return _largest(self.logits(i, hidden, "last")[0])
+            return _largest(self.logits(i, hidden, "last")[0], position)
         ranked = np.zeros(len(self.positions[i]), np.int32)
         ranked[-1] = m
         sequence.builder.head(ranked)
         self.counters.head(last, m)
         ids, logits = survivors(engine._final_norm(hidden[last]), head, m)
-        place = _largest(logits[0])
+        place = _largest(logits[0], position)
         return ids[0, place] if isinstance(place, Tensor) else place
 
     def bulk(

@@ -8,7 +8,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
+
+#include "core/exponential.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -17,6 +20,8 @@
 #endif
 
 namespace {
+
+using vesicle::exponential;
 
 // y[0:n] += sum over r < 4 of x[r] * w[r][0:n]
 CLONES void add_four(float* __restrict y, const float* const* w, const float* x, int64_t n) {
@@ -47,6 +52,13 @@ CLONES void add_one(float* __restrict y, const uint16_t* w, float x, int64_t n) 
   for (int64_t o = 0; o < n; ++o) y[o] += x * widen(w[o]);
 }
 
+// Floats without their sign order as their bit patterns do, and NaN is the largest.
+inline uint32_t magnitude(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits & 0x7fffffffu;
+}
+
 // Channels of the `count` largest |x|, in rising order; ties go to the lower channel.
 void choose(const float* x, int64_t width, int64_t count, std::vector<uint32_t>& keys,
             std::vector<int32_t>& chosen) {
@@ -55,16 +67,13 @@ void choose(const float* x, int64_t width, int64_t count, std::vector<uint32_t>&
     for (int64_t i = 0; i < width; ++i) chosen.push_back(static_cast<int32_t>(i));
     return;
   }
-  // Positive floats order as their bit patterns do. A histogram of the leading bits finds the bucket of the
-  // threshold; only that bucket is searched exactly.
+  // A histogram of the leading bits finds the bucket of the threshold; only that bucket is searched exactly.
   constexpr int kShift = 20;
   int32_t histogram[1 << (31 - kShift)];
   std::memset(histogram, 0, sizeof histogram);
   uint32_t highest = 0;
   for (int64_t i = 0; i < width; ++i) {
-    uint32_t key;
-    std::memcpy(&key, &x[i], sizeof key);
-    key = (key & 0x7fffffffu) >> kShift;
+    const uint32_t key = magnitude(x[i]) >> kShift;
     ++histogram[key];
     highest = std::max(highest, key);
   }
@@ -73,9 +82,7 @@ void choose(const float* x, int64_t width, int64_t count, std::vector<uint32_t>&
   while (above + histogram[bucket] < count) above += histogram[bucket--];
   keys.clear();
   for (int64_t i = 0; i < width; ++i) {
-    uint32_t key;
-    std::memcpy(&key, &x[i], sizeof key);
-    key &= 0x7fffffffu;
+    const uint32_t key = magnitude(x[i]);
     if (key >> kShift == bucket) keys.push_back(key);
   }
   const int64_t wanted = count - above;  // from the bucket
@@ -84,9 +91,7 @@ void choose(const float* x, int64_t width, int64_t count, std::vector<uint32_t>&
   for (int64_t i = 0; i < wanted; ++i) above += keys[i] > threshold;
   int64_t ties = count - above;
   for (int64_t i = 0; i < width; ++i) {
-    uint32_t key;
-    std::memcpy(&key, &x[i], sizeof key);
-    key &= 0x7fffffffu;
+    const uint32_t key = magnitude(x[i]);
     if (key > threshold) {
       chosen.push_back(static_cast<int32_t>(i));
     } else if (key == threshold && ties > 0) {
@@ -223,17 +228,42 @@ void sparse_linear(const float* x, const int32_t* counts, int64_t tokens, int64_
   }
 }
 
+// Sums and maxima are written out: compilers keep the order of a plain loop.
+inline __attribute__((always_inline)) float sum(Vector v) {
+  typedef float Half __attribute__((vector_size(32)));
+  typedef float Quarter __attribute__((vector_size(16)));
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  halves[0] += halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, halves, sizeof quarters);
+  const Quarter q = quarters[0] + quarters[1];
+  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
 inline __attribute__((always_inline)) float dot_body(const float* a, const float* b, int64_t n) {
-  Vector sum = {};
+  Vector total = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum += load(a + i) * load(b + i);
-  float total = 0;
-  for (int j = 0; j < kLanes; ++j) total += sum[j];
-  for (; i < n; ++i) total += a[i] * b[i];
-  return total;
+  for (; i + kLanes <= n; i += kLanes) total += load(a + i) * load(b + i);
+  float rest = 0;
+  for (; i < n; ++i) rest += a[i] * b[i];
+  return sum(total) + rest;
 }
 
 CLONES float dot(const float* a, const float* b, int64_t n) { return dot_body(a, b, n); }
+
+// sum over i of the larger of q[i] least[i] and q[i] most[i], by the sign of q[i].
+CLONES float bound(const float* q, const float* least, const float* most, int64_t n) {
+  Vector total = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vector v = load(q + i);
+    total += v * (v > 0 ? load(most + i) : load(least + i));
+  }
+  float rest = 0;
+  for (; i < n; ++i) rest += q[i] * (q[i] > 0 ? most[i] : least[i]);
+  return sum(total) + rest;
+}
 
 // scores[r][0:n] of the query heads of one KV head against n keys in a row.
 CLONES void score_rows(const float* query, const float* keys, int64_t ratio, int64_t size, int64_t n,
@@ -244,15 +274,22 @@ CLONES void score_rows(const float* query, const float* keys, int64_t ratio, int
 }
 
 CLONES void softmax(float* x, int64_t n) {
-  float top = x[0];
-  for (int64_t i = 1; i < n; ++i) top = x[i] > top ? x[i] : top;
-  float total = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    x[i] = std::exp(x[i] - top);
-    total += x[i];
+  Vector tops = Vector{} - 3.0e38f;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vector v = load(x + i);
+    tops = v > tops ? v : tops;
   }
-  const float inverse = 1.0f / total;
-  for (int64_t i = 0; i < n; ++i) x[i] *= inverse;
+  float top = -3.0e38f;
+  for (int64_t j = 0; j < kLanes; ++j) top = tops[j] > top ? tops[j] : top;
+  for (; i < n; ++i) top = x[i] > top ? x[i] : top;
+  for (i = 0; i < n; ++i) x[i] = exponential(x[i] - top);
+  Vector total = {};
+  for (i = 0; i + kLanes <= n; i += kLanes) total += load(x + i);
+  float rest = 0;
+  for (; i < n; ++i) rest += x[i];
+  const float inverse = 1.0f / (sum(total) + rest);
+  for (i = 0; i < n; ++i) x[i] *= inverse;
 }
 
 // y[0:size] += sum over n of weight[i] * values[i, 0:size]
@@ -317,13 +354,11 @@ void choose_blocks(const float* query, const float* summaries, int64_t n, int32_
     const float* q = query + r * size;
     for (int32_t b = 0; b < own; ++b) {
       const float* first = summaries + b * vectors * size;
-      float value = 0;
-      if (vectors == 1) {
-        value = dot(q, first, size);
-      } else {
-        for (int64_t d = 0; d < size; ++d) value += q[d] > 0 ? q[d] * first[size + d] : q[d] * first[d];
+      logits[b] = scale * (vectors == 1 ? dot(q, first, size) : bound(q, first, first + size, size));
+      if (!(logits[b] < INFINITY)) {  // a block that cannot be estimated is read
+        mass[b] = NAN;
+        logits[b] = -INFINITY;
       }
-      logits[b] = value * scale;
     }
     softmax(logits.data(), own);
     for (int32_t b = 0; b < own; ++b) mass[b] += logits[b];
@@ -331,7 +366,8 @@ void choose_blocks(const float* query, const float* summaries, int64_t n, int32_
   order.clear();
   for (int32_t b = 1; b < own; ++b) order.push_back(b);
   const int64_t wanted = n - 2;
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return mass[a] > mass[b]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return magnitude(mass[a]) > magnitude(mass[b]); });
   list[0] = 0;
   std::copy(order.begin(), order.begin() + wanted, list + 1);
   std::sort(list + 1, list + 1 + wanted);

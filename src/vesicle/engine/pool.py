@@ -337,11 +337,15 @@ class BlockPool:
     def _stored(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Numbers (G, T, K) as they are kept, and their scales (G, T)."""
         if self.key_scales is None:
-            if self.kv == "fp16":  # an infinite key would turn the whole attention into NaN
-                x = x.clamp(-_FP16_MAX, _FP16_MAX)
+            if self.kv == "fp16":
+                # What is too large becomes the largest, since an infinite key would turn the whole
+                # attention into NaN; what is infinite already was wrong before, and stays.
+                x = torch.where(x.isinf(), x, x.clamp(-_FP16_MAX, _FP16_MAX))
             return x.to(self.keys.dtype).contiguous(), None
         x = x.float()
-        scale = (x.abs().amax(-1) / 127).clamp(max=_FP16_MAX).half()
+        top = x.abs().amax(-1)
+        # No code says NaN or infinity: the scale does.
+        scale = torch.where(top.isfinite(), (top / 127).clamp(max=_FP16_MAX), torch.nan).half()
         steps = scale.float()[..., None]
         codes = (x * torch.where(steps > 0, 1 / steps, 0.0)).round().clamp(-127, 127)
         return codes.nan_to_num(0.0).to(torch.int8), scale

@@ -75,3 +75,14 @@ class Sampling:
             kept[0] = True
             chances = torch.zeros_like(chances).scatter(0, tokens[kept], ordered[kept])
         return chances.float()
+
+
+def not_finite(position: int) -> VesicleError:
+    """What is wrong where logits are NaN or infinite.
+
+    Args:
+        position: Of the token that they were computed for.
+    """
+    return VesicleError(
+        f"logits are not finite at position {position}: the weights or the cache are damaged"
+    )

@@ -36,6 +36,7 @@ from vesicle.families import DecoderConfig, find_family
 from vesicle.families.base import Affine, Lookup
 from vesicle.families.checks import check_tensors, flag
 from vesicle.models.checks import check_weights, read_config
+from vesicle.models.finite import check_finite
 from vesicle.shapes import ModelShape
 
 PACKED = {"int4": 4, "int8": 8}
@@ -167,8 +168,8 @@ def build(
         stored: Number format for the dense store that no one asked for.
 
     Raises:
-        ModelError: If the family or format is not supported, or a parameter is missing, damaged or
-            of the wrong shape.
+        ModelError: If the family or format is not supported, or a parameter is missing, of the
+            wrong shape or not finite.
     """
     form = _asked_for(dtype, weights)
     if form is None and stored not in DENSE.values():
@@ -180,8 +181,14 @@ def build(
             raise ModelError(f"weight {name!r} is of {tensor.dtype}; allowed: floating-point types")
         return None if tensor is None else tensor.to("meta")  # its shape, without reading it
 
+    def checked(name: str) -> Tensor | None:
+        tensor = lookup(name)
+        if tensor is not None:
+            check_finite(name, tensor, "the model")
+        return tensor
+
     check_tensors(find_family(config), config, on_meta)
-    return _build(config, lookup, form) if form else _build_exact(config, lookup, lambda: stored)
+    return _build(config, checked, form) if form else _build_exact(config, checked, lambda: stored)
 
 
 def _asked_for(dtype: torch.dtype | None, weights: str | None) -> str | None:
@@ -354,7 +361,8 @@ def from_folder(
             else float32.
 
     Raises:
-        ModelError: If files are missing or damaged, or the machine has too little memory.
+        ModelError: If files are missing or damaged, a weight is not finite, or the machine has too
+            little memory.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -369,6 +377,7 @@ def from_folder(
         # Opened anew for each tensor: what one mapping has read stays in memory with it.
         with safe_open(stored[name].file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(stored[name].key)
+        check_finite(name, tensor, stored[name].file)
         return tensor
 
     def dense() -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vesicle.errors import DataError, ModelError
 from vesicle.files import read_json
+from vesicle.models.finite import check_finite
 from vesicle.models.hub import PICKLES
 from vesicle.models.memory import check_memory
 from vesicle.models.safetensors_header import StoredTensor, read_safetensors_header, shown
@@ -244,12 +245,11 @@ def _is_file(path: Path) -> bool:
 
 
 def _check_finite(name: str, stored: StoredTensor) -> None:
-    """Refuse a norm or bias with NaN or infinity: one of them spoils every answer."""
+    """Refuse a norm or bias with NaN or infinity, before the rest is read."""
     import torch
 
     with stored.file.open("rb") as file:
         file.seek(stored.start)
         raw = bytearray(file.read(stored.n_bytes))
     values = torch.frombuffer(raw, dtype=getattr(torch, _DTYPES[stored.dtype]))
-    if not values.isfinite().all():
-        raise ModelError(f"{stored.file} is damaged: {name} holds NaN or infinity")
+    check_finite(name, values, stored.file)

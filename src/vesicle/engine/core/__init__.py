@@ -3,7 +3,7 @@
 The library is built at installation by `setup.py`, from this folder. It is not compiled against
 PyTorch, brings its own threads, and chooses among the processor's instruction sets when it is
 loaded. Where it is missing (no compiler, another platform) every caller has a PyTorch path with the
-same results, and one line says so.
+same results, and one line says so, and why.
 
 The structures mirror `step.h`; their sizes are compared when the library is loaded.
 """
@@ -26,8 +26,6 @@ from vesicle.plan import IntArray
 
 MOST_TOKENS = 16
 """Tokens that one decode step takes."""
-DISABLE = "VESICLE_NO_NATIVE"
-"""Environment variable that, set to 1, forces the PyTorch path."""
 INSTRUCTIONS = "VESICLE_INSTRUCTIONS"
 """Environment variable that limits the instruction set: generic, avx2, avx512, neon."""
 DENSE32, DENSE_BF16, PACKED4, PACKED8 = range(4)
@@ -110,7 +108,7 @@ class Token(ctypes.Structure):
 
 
 _MIRRORS = (Projection, Layer, StandIn, Model, ModulatorParts, Token)
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+_SIGNATURES: native.Signatures = {
     "vesicle_sizes": (_LONG, [_LONG]),
     "vesicle_instructions": (ctypes.c_char_p, [ctypes.c_char_p]),
     "vesicle_step": (None, [_POINTER, _POINTER, _LONG, _LONG]),
@@ -121,36 +119,46 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason."""
+    core, reason = native.open_library("_core", _SIGNATURES)
+    if core is None:
+        return None, reason
+    sizes = [core.vesicle_sizes(i) for i in range(len(_MIRRORS))]
+    for mirror, size in zip(_MIRRORS, sizes, strict=True):
+        if size != ctypes.sizeof(mirror):
+            return None, (
+                f"{core._name} is of another version: its {mirror.__name__} takes {size} bytes, "
+                f"not {ctypes.sizeof(mirror)}; install again"
+            )
+    return core, ""
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The loaded library, or None where it is absent, disabled or of another version."""
-    if os.environ.get(DISABLE) == "1":
+    core, _ = _open()
+    if core is None:
+        if not native.disabled():
+            warnings.warn(str(fallback()), stacklevel=2)
         return None
-    for path in sorted(native.folder().glob("_core*.so")):
-        try:
-            core = ctypes.CDLL(str(path))
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(core, name)
-                function.restype, function.argtypes = result, arguments
-        except (OSError, AttributeError):
-            continue
-        sizes = [core.vesicle_sizes(i) for i in range(len(_MIRRORS))]
-        if sizes != [ctypes.sizeof(mirror) for mirror in _MIRRORS]:
-            continue
-        wanted = os.environ.get(INSTRUCTIONS)
-        if core.vesicle_instructions(wanted.encode() if wanted else None) is None:
-            warnings.warn(
-                f"{INSTRUCTIONS} is {wanted!r}, which this processor or build does not have; "
-                "using the best there is",
-                stacklevel=2,
-            )
-            core.vesicle_instructions(None)
-        return core
-    warnings.warn(
-        "the native core is missing (no compiler at installation?): running in PyTorch, slower",
-        stacklevel=2,
-    )
-    return None
+    wanted = os.environ.get(INSTRUCTIONS)
+    if core.vesicle_instructions(wanted.encode() if wanted else None) is None:
+        best = core.vesicle_instructions(None).decode()
+        warnings.warn(
+            f"{INSTRUCTIONS} is {wanted!r}, which this processor or build does not have; "
+            f"using {best}, the best there is",
+            stacklevel=2,
+        )
+    return core
+
+
+def fallback() -> str | None:
+    """What to tell where there is no native core, in one line; None where there is."""
+    core, reason = _open()
+    if core is not None:
+        return None
+    return f"the native core is missing: {reason}; running in PyTorch, slower"
 
 
 def available() -> bool:

@@ -77,8 +77,10 @@ struct Kernels {
   //   summaries (groups, vectors, K, 16) of `format`.
   void (*estimate)(const void* summaries, int32_t format, int64_t first, int64_t last, int64_t vectors,
                    const float* query, int64_t ratio, int64_t size, float* scores, int64_t row);
-  // mass[0:n] += softmax(scale scores[0:n]).
+  // mass[0:n] += softmax(scale scores[0:n]); NaN where a score is NaN or infinite.
   void (*add_softmax)(const float* scores, int64_t n, float scale, float* mass, float* scratch);
+  // The largest of x[0:n]; NaN where any is not finite.
+  float (*largest)(const float* x, int64_t n);
   // Writes `columns` outputs of a tile for all n_in channels as fp32 or bf16, channel-major with `stride`.
   void (*unpack_tile)(const uint8_t* high, const uint8_t* rest, int64_t width, int64_t groups, int64_t n_in,
                       int64_t columns, const Precision* precision, void* out, int64_t stride, bool bf16);

@@ -1,13 +1,5 @@
 // Kernels in portable C++, and the choice among all of them.
 
-// Sums are kept in the order in which they are written. Otherwise the compiler would choose one for a single token
-// and another for several, and results would depend on who else is in the batch.
-#if defined(__clang__)
-#pragma clang fp reassociate(off)
-#elif defined(__GNUC__)
-#pragma GCC optimize("no-associative-math")
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -206,6 +206,7 @@ float from_half(const uint8_t* at) {
   std::memcpy(&bits, at, sizeof bits);
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, exponent = (bits >> 10) & 31;
   uint32_t wide = sign | ((exponent + 112) << 23) | (static_cast<uint32_t>(bits & 0x3ff) << 13);
+  if (exponent == 31) wide |= 0x7f800000u;  // infinity or NaN
   float value;
   if (!exponent) {  // zero or subnormal, in units of 2^-24
     const float tiny = static_cast<float>(bits & 0x3ff) * 5.9604644775390625e-8f;
@@ -326,11 +327,18 @@ struct Step {
     }
     const double scale = 1.0 / std::sqrt(static_cast<double>(k->dot(lane.after, lane.after, width)) / width + 1e-6);
     double levels[kTransmitters] = {1, 1, 1, 1, 1};
+    bool known = true;
     for (int64_t a = 0; a < m->released; ++a) {
       const int64_t i = l * m->released + a;
       const double z = k->dot(m->weight + i * width, lane.after, width) * scale + m->offset[i] +
                        std::exp(static_cast<double>(m->log_slope[i])) * m->pressure + m->place_weight[i] * token.place;
       levels[m->columns[a]] = std::nearbyint(1e6 / (1.0 + std::exp(z))) / 1e6;
+      known = known && !std::isnan(z);
+    }
+    if (reports) std::copy(levels, levels + kTransmitters, token.levels + l * kTransmitters);
+    if (!known) {  // nothing can be decided from what is no number, and the token's result shall say so
+      std::fill(levels, levels + kTransmitters, 1.0);
+      lane.after[0] = NAN;
     }
     const double dopamine = levels[kDopamine], serotonin = levels[kSerotonin];
     int32_t bits = kFullBits;
@@ -341,7 +349,6 @@ struct Step {
     lane.channels[3] = channels_read(dopamine, m->rates[3], m->floor, model->ffn_width);
     lane.module = serotonin < m->bypass_below ? 0 : serotonin < m->ffn_below ? kSmall : kBig;
     if (reports) {
-      std::copy(levels, levels + kTransmitters, token.levels + l * kTransmitters);
       planned[2] = lane.channels[2];
       planned[3] = lane.channels[3];
       token.bits[4 * l + 2] = token.bits[4 * l + 3] = bits;
@@ -590,8 +597,9 @@ struct Step {
       std::fill(mass, mass + own, 0.0f);
       for (int64_t r = 0; r < ratio; ++r)
         k->add_softmax(estimates(t) + (g * ratio + r) * scored_row, own, model->scale, mass, scratch);
-      // The first block, the own one, and the n - 2 others of the largest estimated mass; see blocks.py.
-      mass[0] = 1e30f;
+      // The first block, the own one, and the n - 2 others of the largest estimated mass; see blocks.py. No mass is
+      // chosen before this one, not even NaN.
+      std::memset(mass, 0xff, sizeof *mass);
       k->choose(mass, own, lane(thread, t).blocks - 1, masks, keys);
       int32_t* next = blocks;
       for (int64_t word = 0; word * 32 < own; ++word)
@@ -716,19 +724,19 @@ struct Step {
     *last = tiles * (thread + 1) / threads;
   }
 
-  // The `count` best of y[first:last), best first; ties to the lower row.
+  // The `count` best of y[first:last), best first; ties to the lower row. Row -1 where a number is not finite: such
+  // numbers have no order.
   void best(const float* y, int64_t first, int64_t last, int64_t count, std::vector<Candidate>& out) {
     out.clear();
     if (first >= last) return;
+    const float top = k->largest(y + first, last - first);
+    if (std::isnan(top)) {
+      out.push_back({top, -1});
+      return;
+    }
     if (count == 1) {
-      float top = y[first];
-      for (int64_t i = first + 1; i < last; ++i) top = std::max(top, y[i]);
-      for (int64_t i = first; i < last; ++i)
-        if (y[i] == top) {
-          out.push_back({top, static_cast<int32_t>(i)});
-          return;
-        }
-      out.push_back({y[first], static_cast<int32_t>(first)});  // not a number: nothing compares equal
+      const int64_t row = std::find(y + first, y + last, top) - y;
+      out.push_back({top, static_cast<int32_t>(row)});
       return;
     }
     // Only what beats the worst of the kept heap is looked at again.
@@ -744,6 +752,21 @@ struct Step {
       }
     }
     std::sort_heap(out.begin(), out.end());
+  }
+
+  // The likeliest row of a token's candidates; -1 where a logit is not finite.
+  int64_t likeliest(std::vector<Candidate>& all, const Activation& x, int64_t survivors) {
+    const auto doubtful = [](const Candidate& c) { return c.row < 0 || !std::isfinite(c.score); };
+    if (std::any_of(all.begin(), all.end(), doubtful)) return -1;
+    std::sort(all.begin(), all.end());
+    if (survivors) {
+      const float* bias = model->head.bias;
+      all.resize(std::min<size_t>(all.size(), survivors));
+      for (auto& c : all) c.score = head_logit(model->head, x.quantized, c.row) + (bias ? bias[c.row] : 0.0f);
+      if (std::any_of(all.begin(), all.end(), doubtful)) return -1;
+      std::sort(all.begin(), all.end());
+    }
+    return all.front().row;
   }
 
   void head(int64_t thread) {
@@ -817,14 +840,8 @@ struct Step {
         const auto& more = candidate(i, t);
         all.insert(all.end(), more.begin(), more.end());
       }
-      std::sort(all.begin(), all.end());
-      if (staged(t)) {
-        Lane& a = lane(thread, t);
-        all.resize(std::min<size_t>(all.size(), a.head));
-        for (auto& c : all) c.score = head_logit(model->head, a.in.quantized, c.row) + (w.bias ? w.bias[c.row] : 0.0f);
-        std::sort(all.begin(), all.end());
-      }
-      tokens[t].token = all.front().row;
+      const Lane& a = lane(thread, t);
+      tokens[t].token = likeliest(all, a.in, staged(t) ? a.head : 0);
     }
   }
 

@@ -1,0 +1,261 @@
+"""A NaN or infinity in a weight, a key or a value is never silent, on any instruction set."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.decoding import IDS, method_for, modulator_for, native
+from vesicle.engine import Engine, Sequence, attention, core, linear
+from vesicle.engine.linear import ChannelMajor
+from vesicle.engine.packed import PackedHead, PackedPair, PackedWeight
+from vesicle.errors import VesicleError
+from vesicle.modulator import ModulatorMethod
+from vesicle.plan import Plan, Replay
+
+pytestmark = pytest.mark.skipif(not core.available(), reason="the native core is not built here")
+
+WEIGHTS, KV = ("fp32", "bf16", "int4", "int8"), ("fp32", "fp16", "bf16", "int8")
+BAD = (float("nan"), float("inf"), -float("inf"))
+LAYER_SITES = ("attention_in", "attention_out", "ffn_in", "ffn_out")
+NORMS = ("attention_norm", "ffn_norm", "final_norm")
+WHERE = r"logits are not finite at position \d+: the weights or the cache are damaged"
+
+
+def instruction_sets() -> Iterator[str]:
+    """Each one that this processor and build have, in use."""
+    library = core.load()
+    assert library is not None
+    try:
+        for name in ("generic", "neon", "avx2", "avx512"):
+            if library.vesicle_instructions(name.encode()):
+                yield name
+    finally:
+        library.vesicle_instructions(None)
+
+
+@contextmanager
+def in_torch(disabled: bool = True) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if disabled:
+            patch.setattr(core, "available", lambda: False)
+            patch.setattr(linear, "library", lambda: None)
+            patch.setattr(attention, "library", lambda: None)
+        yield
+
+
+def damage(weight: Any, bad: float) -> None:
+    """One number of a dense weight, or one scale of a packed one."""
+    if isinstance(weight, PackedPair):
+        return damage(weight.parts[1], bad)
+    if isinstance(weight, PackedWeight):
+        # The first scale of the first group of the first tile: rows of 32 channels come before.
+        width = 128 if weight.padded_out >= 128 else 64
+        return _scale(weight.high, 16 * width, bad)
+    if isinstance(weight, PackedHead):  # the first scale of the tile of the last token's row
+        tile = IDS[20] // 16
+        return _scale(weight.high, tile * weight.groups * 320 + 256 + 2 * (IDS[20] % 16), bad)
+    if isinstance(weight, ChannelMajor):
+        weight.weight[3, -1] = bad  # of the queries, where they share it with keys and values
+    elif weight.ndim == 2:
+        weight[IDS[20], 3] = bad
+    else:
+        weight[3] = bad
+    return None
+
+
+def _scale(high: Tensor, at: int, bad: float) -> None:
+    high[at : at + 2] = torch.tensor([bad], dtype=torch.float16).view(torch.uint8)
+
+
+def told(engine: Engine, sequence: Sequence) -> None:
+    """The next token has logits that are not finite, and none is chosen."""
+    twin = engine.fork(sequence)
+    [logits] = engine.forward([(twin, [IDS[20]])])
+    assert not logits.isfinite().all()
+    with pytest.raises(VesicleError, match=WHERE):
+        engine.likeliest([(sequence, [IDS[20]])])
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize(
+    ("weights", "site"),
+    [
+        *((w, s) for w in WEIGHTS for s in (*LAYER_SITES, "embedding", "head")),
+        # The core has copies of bf16 norms.
+        *((w, s) for w in ("fp32", "int4") for s in NORMS),
+    ],
+)
+def test_a_damaged_weight_is_told(weights: str, site: str, bad: float):
+    for _ in instruction_sets():
+        engine = native(weights)
+        sequence = engine.start(method_for(engine, "dense"))
+        engine.forward([(sequence, IDS[:20])], "none")
+        w = engine._weights
+        if site in ("embedding", "head"):
+            damage(getattr(w, site), bad)
+        elif site == "final_norm":
+            damage(w.final_norm.weight, bad)
+        elif site in NORMS:
+            damage(getattr(w.layers[1], site).weight, bad)
+        else:
+            damage(getattr(w.layers[1], site), bad)
+        told(engine, sequence)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_a_damaged_bias_is_told(weights: str, bad: float):
+    for _ in instruction_sets():
+        engine = native(weights, family="biases")
+        sequence = engine.start(method_for(engine, "dense"))
+        engine.forward([(sequence, IDS[:20])], "none")
+        projection = engine._weights.layers[1].attention_in
+        part = projection.parts[0] if isinstance(projection, PackedPair) else projection
+        assert part.bias is not None
+        damage(part.bias, bad)
+        told(engine, sequence)
+
+
+@pytest.mark.parametrize(
+    ("store", "bad"),
+    [("keys", BAD[0]), ("values", BAD[0]), ("values", BAD[1]), ("values", BAD[2])],
+    ids=str,
+)
+@pytest.mark.parametrize("kv", KV)
+def test_a_damaged_cache_is_told(kv: str, store: str, bad: float):
+    """Infinite keys are left out: a score of minus infinity is a weight of nothing."""
+    for _ in instruction_sets():
+        engine = native("fp32", kv)
+        sequence = engine.start(method_for(engine, "dense"))
+        engine.forward([(sequence, IDS[:20])], "none")
+        block, pool = int(sequence.cache.tables[2, 0]), engine.pool
+        if kv == "int8":
+            scales = pool.key_scales if store == "keys" else pool.value_scales
+            scales[block, 1, 5] = bad
+        elif store == "keys":
+            pool.keys[block, 1, 3, 5] = bad
+        else:
+            pool.values[block, 1, 5, 3] = bad
+        told(engine, sequence)
+
+
+@pytest.mark.parametrize("path", ["core", "kernels", "torch"])
+@pytest.mark.parametrize("summary", ["mean", "bounds"])
+def test_a_damaged_block_is_chosen_and_told(summary: str, path: str):
+    """What cannot be estimated is read, before all that can be."""
+    for _ in instruction_sets():
+        engine = native("fp32")
+        plan = Plan.rest(engine.shape, 82)
+        plan.kv_blocks[80:] = 3
+        equipment = modulator_for(engine.shape, "stand-ins", summary).equipment
+        results = []
+        for damaged in (False, True):
+            sequence = engine.start(Replay(plan, equipment))
+            engine.forward([(sequence, IDS[:80])], "none")
+            for layer in range(engine.shape.n_layers):
+                engine.pool.keys[int(sequence.cache.tables[layer, 2]), 1, 3, 5] = (
+                    torch.nan if damaged else 0.0
+                )
+            ids = IDS[80:81] if path == "core" else IDS[80:82]
+            with in_torch(path == "torch"):
+                results += engine.forward([(sequence, ids)])
+        assert results[0].isfinite().all()
+        assert not results[1].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [*BAD, "all ones"], ids=str)
+@pytest.mark.parametrize("count", [1, 40, 96])
+@pytest.mark.parametrize("stored", [4, 8])
+def test_damaged_activations_spoil_every_output(stored: int, count: int, bad: float | str):
+    generator = torch.Generator().manual_seed(0)
+    weight = PackedWeight.pack(torch.randn(192, 96, generator=generator), stored)
+    head = PackedHead.pack(torch.randn(50, 96, generator=generator), stored)
+    x = torch.randn(3, 96, generator=generator)
+    if isinstance(bad, float):
+        x[1, 37] = bad
+    else:  # the NaN of the largest magnitude
+        x.view(torch.int32)[1, 37] = 0x7FFFFFFF
+    for _ in instruction_sets():
+        out = torch.empty(3, 192)
+        core.packed_multiply(x, weight, np.full(3, count, np.int32), 16, 192, out)
+        assert out[1].isnan().all()
+        assert out[::2].isfinite().all()
+        logits = torch.empty(3, 50)
+        core.head_multiply(x, head, 16, logits)
+        assert logits[1].isnan().all()
+        assert logits[::2].isfinite().all()
+    assert weight.multiply(x, np.full(3, count, np.int32), 16)[0][1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_damaged_scale_is_unpacked_as_it_is(dtype: torch.dtype):
+    weight = PackedWeight.pack(torch.randn(96, 40), 4)
+    for bits in (0x7E00, 0xFFFF, 0x7C00):
+        weight.high[2048:2050] = (
+            torch.tensor([bits - (bits >> 15 << 16)]).to(torch.int16).view(torch.uint8)
+        )
+        for _ in instruction_sets():
+            out = torch.empty(40, 96, dtype=dtype)
+            core.unpack(weight, out)
+            # Of an infinite scale the code 0 makes NaN and the others infinity.
+            assert not out[:32].isfinite().any(0).all()
+            assert out[32:].isfinite().all()
+
+
+@pytest.mark.parametrize("survivors", [0, 1, 8])
+def test_a_damaged_head_is_told_where_it_is_screened(survivors: int):
+    for _ in instruction_sets():
+        engine = native("int8")
+        plan = Plan.rest(engine.shape, 40)
+        plan.head[:] = survivors
+        for path in (False, True):
+            sequence = engine.start(Replay(plan))
+            engine.forward([(sequence, IDS[:20])], "none")
+            assert engine.likeliest([(engine.fork(sequence), [IDS[20]])])
+            before = engine._weights.head.high.clone()
+            damage(engine._weights.head, torch.nan)
+            decoder = engine._decoder
+            engine._decoder = None if path else decoder
+            with pytest.raises(VesicleError, match=WHERE):
+                engine.likeliest([(sequence, [IDS[21]])])
+            engine._decoder = decoder
+            engine._weights.head.high.copy_(before)
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("native_path", [True, False], ids=["core", "general"])
+def test_what_is_not_finite_is_cached_as_it_is(kv: str, native_path: bool):
+    """A damaged value weight reaches the tokens after it too, through the cache."""
+    for _ in instruction_sets():
+        engine = native("fp32", kv)
+        decoder = engine._decoder
+        if not native_path:
+            engine._decoder = None
+        sequence = engine.start(method_for(engine, "dense"))
+        engine.forward([(sequence, IDS[:20])], "none")
+        weight = engine._weights.layers[3].attention_in.weight
+        before = weight.clone()
+        weight[:, 0] = torch.nan
+        engine.forward([(sequence, IDS[20:21])])
+        weight.copy_(before)
+        engine._decoder = decoder
+        assert not engine.forward([(sequence, IDS[21:22])])[0].isfinite().all()
+
+
+def test_levels_that_are_no_numbers_are_told():
+    for _ in instruction_sets():
+        engine = native("fp32")
+        method = ModulatorMethod(modulator_for(engine.shape, "plain"), 0.5)
+        sequence = engine.start(method)
+        engine.forward([(sequence, IDS[:20])], "none")
+        method.modulator.predictor.weight.data[2] = torch.nan
+        with pytest.raises(VesicleError, match="not finite"):
+            engine.likeliest([(engine.fork(sequence), [IDS[20]])])
+        engine._decoder = None
+        with pytest.raises(VesicleError, match="levels of layer 2 are not finite"):
+            engine.likeliest([(sequence, [IDS[20]])])
