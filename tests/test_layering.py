@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "vesicle"
 TIERS = """
-    errors < files < records < transmitters shapes < nested standins < plan < blocks retention
+    errors < files < records folders < transmitters shapes < nested standins < plan < blocks retention
     < cost < families < models < predictors < effectors < modulator < shipped reference engine
     < gpu < presses < calibration < training < tasks < evaluation < report < bench < commands < cli
 """
