@@ -53,9 +53,20 @@ def test_another_process_is_named(tmp_path: Path):
             f"{folder} is in use: process {process.pid} is writing to it; wait until it ends, or "
             "give another --out"
         )
+    assert not folder.exists()
+    folder.mkdir()
     with locked(folder):
         pass
     assert list(folder.iterdir()) == []
+
+
+def test_a_folder_made_for_nothing_is_removed(tmp_path: Path):
+    with locked(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
+    with locked(tmp_path / "new"):
+        (tmp_path / "new" / "file").write_text("")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["file"]
 
 
 def test_a_killed_process_holds_nothing(tmp_path: Path):
@@ -105,8 +116,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path):
 
 def test_what_is_set_aside_is_under_the_same_names(tmp_path: Path):
     names = ("result.json", "table.md", "plot.png")
-    assert set_aside(tmp_path, names) is None
-    (tmp_path / "table.md").write_text("alone")
     assert set_aside(tmp_path, names) is None
     kept = []
     for number in range(3):

@@ -30,13 +30,14 @@ _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 def locked(folder: Path | str) -> Iterator[None]:
     """Hold a folder, made if it is missing, for this process while the body runs.
 
-    A process that holds it already may ask again. On file systems that know no locks, none is
-    held.
+    A folder that was made for nothing is removed. A process that holds one may ask again. On file
+    systems that know no locks, none is held.
 
     Raises:
         VesicleError: Another process holds it, or it cannot be made or written.
     """
     path = Path(folder) / LOCK
+    made = not path.parent.exists()
     descriptor, ours = _acquire(path)
     try:
         yield
@@ -45,16 +46,18 @@ def locked(folder: Path | str) -> Iterator[None]:
             # While it is held: whoever opened it meanwhile sees that it is gone, and makes another.
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+                if made:
+                    path.parent.rmdir()  # unless there is something in it
         if descriptor is not None:
             os.close(descriptor)
 
 
 def set_aside(folder: Path, names: Sequence[str], *, copy: bool = False) -> Path | None:
-    """Keep files of an earlier run under `earlier/`, the first of `names` being its main one.
+    """Keep files of an earlier run under `earlier/`.
 
     Args:
         folder: That holds them.
-        names: Of files; those that are missing are passed over, and without the first none is kept.
+        names: Of files, the main one first; those that are missing are passed over.
         copy: Leave them where they are, too.
 
     Returns:
@@ -63,11 +66,10 @@ def set_aside(folder: Path, names: Sequence[str], *, copy: bool = False) -> Path
     Raises:
         VesicleError: They cannot be moved.
     """
-    main = folder / names[0]
     try:
-        if not main.is_file():
-            return None
         there = [name for name in names if (folder / name).is_file()]
+        if not there:
+            return None
         digest = hashlib.sha256()
         for name in there:
             digest.update(name.encode() + (folder / name).read_bytes())
@@ -80,7 +82,7 @@ def set_aside(folder: Path, names: Sequence[str], *, copy: bool = False) -> Path
             (folder / name).unlink()
     except OSError as error:
         raise VesicleError(
-            f"cannot keep {main} of an earlier run: {error.strerror or error}"
+            f"cannot keep {names[0]} of an earlier run in {folder}: {error.strerror or error}"
         ) from error
     return target
 
@@ -94,6 +96,8 @@ def _acquire(path: Path) -> tuple[int | None, bool]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # who made the folder has just removed it
         except OSError as error:
             raise VesicleError(f"cannot use {path.parent}: {error.strerror or error}") from error
         try:

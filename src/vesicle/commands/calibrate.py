@@ -11,6 +11,7 @@ from vesicle.commands import recipe
 from vesicle.commands.inputs import notice
 
 
+@recipe.holding_out
 def calibrate(
     data: Annotated[
         str,
@@ -57,7 +58,7 @@ def calibrate(
     """
     from vesicle.calibration import measure_dial
     from vesicle.errors import VesicleError
-    from vesicle.modulator import Modulator
+    from vesicle.modulator import Modulator, keep_modulator
 
     if not 0 < gap < 1:
         raise VesicleError(f"--gap is {gap}; allowed: between 0 and 1")
@@ -83,6 +84,8 @@ def calibrate(
         loaded.check_fits(model_shape(subject.model))
     notice("measuring the dial")
     loaded.info.dial = measure_dial(subject.model, loaded, ids, gap=gap, cache=cache)
+    if modulator is None or Path(modulator).resolve() != out.resolve():
+        keep_modulator(out, notice)
     loaded.save_pretrained(out)
     least = loaded.info.dial[0][0]
     notice(f"wrote {out}: budgets from {least:.3f} to 1; try vesicle run --modulator {out} PROMPT")

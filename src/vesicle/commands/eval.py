@@ -11,6 +11,7 @@ import typer
 
 from vesicle.commands.inputs import notice
 from vesicle.errors import VesicleError
+from vesicle.folders import locked
 from vesicle.shipped import is_default_model, shipped_modulator
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ def evaluate(
         best_of=best_of,
         selection=selection,
     )
+    with locked(out):
+        pass  # a folder in use is told before a model is loaded
     subject = _subject(model, modulator, through, weights, kv, threads)
     result = evaluate_tasks(subject, config, out, restart=restart, say=notice)
     from vesicle.evaluation.task_table import markdown, rich_tables

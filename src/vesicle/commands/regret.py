@@ -10,6 +10,7 @@ import typer
 from vesicle.commands import recipe
 from vesicle.commands.inputs import notice
 from vesicle.errors import VesicleError
+from vesicle.folders import locked
 from vesicle.shipped import shipped_modulator
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -86,6 +87,8 @@ def regret(
     given["limit"] = limit or None
     names = [f.name for f in fields(EvalConfig) if f.name != "oracle"]
     config = EvalConfig(**{name: given[name] for name in names})
+    with locked(out):
+        pass  # a folder in use is told before a model is loaded
     loaded = Modulator.from_pretrained(source)
     subject = recipe.load_subject(model)
     result = evaluate(
