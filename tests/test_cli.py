@@ -806,3 +806,136 @@ def test_public_names_are_lazy():
         "assert not hasattr(vesicle, 'nothing')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+# Folders that are written to ----------------------------------------------------------------------
+
+RACE_ROW = {
+    "article": "Ann runs.",
+    "question": "Who?",
+    "options": ["Ann", "Bob"],
+    "answer": 0,
+}
+
+
+def race_folder(folder: Path, lines: list[str]) -> Path:
+    (folder / "race").mkdir(parents=True)
+    (folder / "race" / "test.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "{oops",
+        '"row"',
+        "[" * 100_000,
+        json.dumps({**RACE_ROW, "options": ["half \ud800", "Bob"]}),
+        json.dumps({**RACE_ROW, "options": []}),
+        json.dumps({**RACE_ROW, "answer": "A"}),
+        json.dumps({**RACE_ROW, "question": "why " * 40}),
+    ],
+    ids=["no JSON", "no object", "too deep", "half a surrogate", "no options", "type", "too long"],
+)
+def test_eval_with_one_bad_row_in_ten(vesicle: Run, model: Path, tmp_path: Path, bad: str):
+    good = [json.dumps({**RACE_ROW, "id": f"g{i}"}) for i in range(9)]
+    data = race_folder(tmp_path / "data", [*good[:3], bad, *good[3:]])
+    words = ("eval", "race", "--data", data, "--model", model, "-m", "dense", "--limit", 0)
+    words += ("--weights", "fp32", "--out", tmp_path / "out", "--table")
+    status, out, err = vesicle(*words, "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["rows"][0]["n_items"] == 9
+    (missing,) = result["tasks"][0]["missing"]
+    assert missing["item"] == ("3" if "why" in bad else "line 4")
+    assert missing["reason"] in err
+    assert err.index(missing["reason"]) < err.index("wrote")
+    assert "Traceback" not in err
+    assert missing["reason"] in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    alone = race_folder(tmp_path / "alone", [bad])
+    error_line(*vesicle(*words[:3], alone, *words[4:]))
+
+
+def holding(folder: Path) -> "subprocess.Popen[str]":
+    """Another process that writes to a folder, until its standard input ends."""
+    code = (
+        "import sys\nfrom vesicle.folders import locked\n"
+        "with locked(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.readline()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    return other
+
+
+@pytest.mark.parametrize("command", ["eval", "regret", "train", "calibrate", "bench"])
+def test_a_folder_in_use_is_refused(
+    vesicle: Run, model: Path, modulator: Path, text_file: Path, tmp_path: Path, command: str
+):
+    words: tuple[object, ...] = {
+        "eval": ("eval", "wikitext2", "--data", "sample", "-m", "dense", "--window", 32),
+        "regret": ("regret", modulator, "--data", text_file, "--length", 32),
+        "train": ("train", "--data", text_file, "--sequence-length", 32),
+        "calibrate": ("calibrate", "--data", text_file, "--sequence-length", 32),
+        "bench": ("bench", "--prompt", "16", "--new", 2, "--quick"),
+    }[command]
+    out = tmp_path / "out"
+    with holding(out) as other:
+        line = error_line(*vesicle(*words, "--model", model, "--out", out))
+        assert f"{out} is in use: process {other.pid} is writing to it" in line
+        assert [path.name for path in out.iterdir()] == [".vesicle-lock"]
+        other.communicate("\n")
+
+
+def test_other_settings_of_regret_stand_beside(
+    vesicle: Run, model: Path, modulator: Path, text_file: Path, tmp_path: Path
+):
+    words = ("regret", modulator, "--model", model, "--data", text_file, "--length", 32)
+    words += ("--methods", "learnt", "--out", tmp_path, "--dtype", "float32", "--limit")
+    assert vesicle(*words, 2, "--budgets", "0.8")[0] == 0
+    first = (tmp_path / "result.json").read_bytes()
+    assert vesicle(*words, 2, "--budgets", "0.8,0.7")[0] == 0
+    assert not (tmp_path / "earlier").exists()
+    more = (tmp_path / "result.json").read_bytes()
+    status, _, err = vesicle(*words, 1, "--budgets", "0.8")
+    assert status == 0
+    (kept,) = (tmp_path / "earlier").iterdir()
+    assert f"the results of an earlier run are kept in {kept}" in err
+    assert first not in (more, (tmp_path / "result.json").read_bytes())
+    assert (kept / "result.json").read_bytes() == more
+    assert (kept / "table.md").is_file()
+
+
+def test_a_modulator_that_is_written_over_is_kept(
+    vesicle: Run, model: Path, text_file: Path, tmp_path: Path
+):
+    """By a new one, made or trained; not where its own dial is measured in place."""
+    shared = ("--data", text_file, "--model", model, "--sequence-length", 32, "--out", tmp_path)
+    small = ("--ffn-rank", 4, "--attention-rank", 2)
+    files = ("modulator.json", "modulator.safetensors")
+    calibrate = ("calibrate", *shared, "--windows", 2, "--gap", 0.2)
+    assert vesicle(*calibrate, *small)[0] == 0
+    first = [(tmp_path / name).read_bytes() for name in files]
+    assert vesicle(*calibrate, "--modulator", tmp_path)[0] == 0
+    assert not (tmp_path / "earlier").exists()
+    first = [(tmp_path / name).read_bytes() for name in files]
+    train = ("train", *shared, *small, "--calibration-windows", 2, "--steps", 1)
+    train += ("--eval-windows", 2, "--accumulation", 1)
+    status, _, err = vesicle(*train)
+    assert status == 0, err
+    (kept,) = (tmp_path / "earlier").iterdir()
+    assert f"the modulator that was in {tmp_path} is kept in {kept}" in err
+    assert [(kept / name).read_bytes() for name in files] == first
+    Modulator.from_pretrained(kept)
+    trained = [(tmp_path / name).read_bytes() for name in files]
+    assert vesicle(*train)[0] == 0, "a finished run is left as it is"
+    assert [path.name for path in (tmp_path / "earlier").iterdir()] == [kept.name]
+    assert vesicle(*calibrate, *small)[0] == 0
+    found = [path for path in (tmp_path / "earlier").iterdir() if path != kept]
+    assert [[(path / name).read_bytes() for name in files] for path in found] == [trained]

@@ -292,7 +292,7 @@ def test_json_lines_that_cannot_be_read(tmp_path: Path):
         ("a.jsonl", b"[" * 200_000, "line 1 is not JSON"),
         ("a.jsonl", b"\xff", "not UTF-8 text: byte 0xff at offset 0"),
         ("a.jsonl.gz", gzip.compress(b"[1]\n{oops"), "a.jsonl.gz line 2 is not JSON"),
-        ("a.jsonl.gz", gzip.compress(b"\xff"), "not UTF-8 text: invalid start byte"),
+        ("a.jsonl.gz", gzip.compress(b"\xff"), "not UTF-8 text: byte 0xff at offset 0"),
         ("a.jsonl.gz", b"[1]\n", "is not a whole gzip file: Not a gzipped file"),
         ("a.jsonl.gz", whole[:-6], "is not a whole gzip file: Compressed file ended"),
         ("a.jsonl.gz", whole[:10] + b"\xff" + whole[11:], "is not a whole gzip file: Error -3"),
@@ -305,6 +305,53 @@ def test_json_lines_that_cannot_be_read(tmp_path: Path):
     for name in ("none.jsonl", "none.jsonl.gz"):
         with pytest.raises(DataError, match=rf"cannot read .*{name}: No such file"):
             list(files.read_json_lines(tmp_path / name))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_reader_for_plain_and_packed_files(tmp_path: Path, packed: bool):
+    """The same text, mark or not, and the same complaints, whatever the name ends in."""
+    pack, end = (gzip.compress, ".gz") if packed else (bytes, "")
+    bom = b"\xef\xbb\xbf"
+    lines, text, value = (tmp_path / f"a.{kind}{end}" for kind in ("jsonl", "txt", "json"))
+    # Two marked files that were joined leave a mark inside.
+    lines.write_bytes(pack(bom + b'{"a": 1}\n' + bom + b'{"a": 2}\r\n\xef\xbb\xbf\n'))
+    assert [row for _, row in files.read_json_lines(lines)] == [{"a": 1}, {"a": 2}]
+    text.write_bytes(pack(bom + "naïve\r\n".encode()))
+    assert files.read_text(text) == "naïve\r\n"
+    value.write_bytes(pack(bom + b"[1]"))
+    assert files.read_json(value) == [1]
+    for encoding in ("utf-16", "utf-32"):
+        for path in (lines, text, value):
+            path.write_bytes(pack('{"a": 1}\n'.encode(encoding)))
+        for read in (files.read_text, files.read_json, lambda p: list(files.read_json_lines(p))):
+            with pytest.raises(DataError, match=f"it is {encoding.upper()}; save it as UTF-8"):
+                read(lines)
+
+
+BAD_LINES = {
+    "no JSON": (b"{oops", "is not JSON: Expecting property name"),
+    "no UTF-8": (b'"a\xff"', "is not UTF-8 text: byte 0xff at offset 2 (invalid start byte)"),
+    "a surrogate in bytes": (b'"\xed\xa0\x80"', "is not UTF-8 text"),
+    "too deep": (b"[" * 200_000, "is not JSON: maximum recursion depth"),
+    "too long a number": (b"1" * 5000, "is not JSON: Exceeds the limit"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_does_not_hide_the_others(name: str):
+    bad, fault = BAD_LINES[name]
+    found = list(files.try_json_lines([b"[1]\n", bad + b"\n", b"\n", b"[2]\n"]))
+    assert [found[0], found[2]] == [(1, [1], ""), (4, [2], "")]
+    assert found[1][:2] == (2, None)
+    assert found[1][2].startswith(fault)
+    with pytest.raises(DataError, match=r"^a\.jsonl line 2 is not"):
+        list(files.decode_json_lines([b"[1]\n", bad], "a.jsonl"))
+
+
+def test_json_with_too_long_a_number(tmp_path: Path):
+    (tmp_path / "x.json").write_text("1" * 5000)
+    with pytest.raises(DataError, match=r"x\.json is not usable JSON: Exceeds the limit"):
+        files.read_json(tmp_path / "x.json")
 
 
 def test_cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,8 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "vesicle"
 TIERS = """
-    errors < terminal streams files < records < transmitters shapes < nested standins phases < plan
-    < blocks retention
+    errors < terminal streams files < records folders < transmitters shapes
+    < nested standins phases < plan < blocks retention
     < cost < families < models < predictors < effectors < modulator < shipped reference engine
     < gpu < presses < calibration < training < tasks < evaluation < report < bench < commands < cli
 """

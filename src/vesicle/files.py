@@ -7,6 +7,7 @@ A temporary folder is locked while it is written. The lock goes with its process
 so that whoever comes next can tell what was left behind, and remove it.
 """
 
+import codecs
 import errno
 import gzip
 import json
@@ -19,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from vesicle.errors import DataError, VesicleError
 
@@ -30,6 +31,14 @@ _TEMPORARY = ".vesicle-tmp-"
 _LOCKED = f"{_TEMPORARY}locked-"
 _STALE_S = 24 * 3600.0
 _MB = 1_000_000
+_BOM = "\ufeff"
+# UTF-32 first: its mark begins with that of UTF-16.
+_WIDE = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 
 @contextmanager
@@ -209,21 +218,25 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ) from error
     except RecursionError as error:
         raise DataError(f"{path} is not usable JSON: it is nested too deeply") from error
+    except ValueError as error:  # a whole number too long for Python
+        raise DataError(f"{path} is not usable JSON: {error}") from error
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """Read a UTF-8 text file, line ends unchanged, without a leading byte-order mark.
 
     Args:
-        path: The file to read.
+        path: The file to read, compressed by gzip if its name ends in `.gz`.
 
     Returns:
         Its text.
 
     Raises:
-        DataError: The file is missing, unreadable or not UTF-8 (byte offset named).
+        DataError: The file is missing, unreadable, not whole or not UTF-8 (byte offset named).
     """
-    return decode_text(read_some(path, -1), str(path))
+    with _opened(Path(path)) as file:
+        data = file.read()
+    return decode_text(data, str(path))
 
 
 def read_some(path: str | os.PathLike[str], most: int) -> bytes:
@@ -259,8 +272,9 @@ def decode_text(data: bytes, name: str) -> str:
     Raises:
         DataError: They are not UTF-8 (byte offset named).
     """
+    _check_width(data, name)
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
+        return data.decode("utf-8").removeprefix(_BOM)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start} "
@@ -278,12 +292,12 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
         As `decode_json_lines`; lines are named by the path.
 
     Raises:
-        DataError: The file is missing, unreadable, not UTF-8 or not whole, or a line is not JSON.
+        DataError: The file is missing, unreadable or not whole, or a line is not UTF-8 or not JSON.
     """
-    return decode_json_lines(_lines(Path(path)), str(path))
+    return decode_json_lines(read_lines(path), str(path))
 
 
-def decode_json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
+def decode_json_lines(lines: Iterable[str | bytes], name: str) -> Iterator[tuple[str, Any]]:
     """Decode lines of JSON; blank ones are passed over.
 
     Args:
@@ -294,17 +308,70 @@ def decode_json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, An
         A name for each line, such as `a.jsonl line 3`, to be used in messages; and its value.
 
     Raises:
-        DataError: A line is not JSON.
+        DataError: A line is not UTF-8 or not JSON.
+    """
+    for number, value, fault in try_json_lines(lines):
+        if fault:
+            raise DataError(f"{name} line {number} {fault}")
+        yield f"{name} line {number}", value
+
+
+def read_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The lines of a file, cut at line feeds alone, one in memory at a time.
+
+    Args:
+        path: The file to read, compressed by gzip if its name ends in `.gz`.
+
+    Raises:
+        DataError: The file is missing, unreadable or not whole, or it is UTF-16 or UTF-32.
+    """
+    with _opened(Path(path)) as file:
+        for number, line in enumerate(file):
+            if number == 0:
+                _check_width(line, str(path))
+            yield line
+
+
+def try_json_lines(lines: Iterable[str | bytes]) -> Iterator[tuple[int, Any, str]]:
+    """Decode lines of JSON, and go on after those that are none; blank ones are passed over.
+
+    Args:
+        lines: As `decode_json_lines`. Byte-order marks are dropped, wherever files were joined.
+
+    Yields:
+        For each line its number from 1, its value, and what is wrong with it, "" if nothing.
     """
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{name} line {number}"
         try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{where} is not JSON: {error}") from error
-        yield where, value
+            text = decode_text(line, "") if isinstance(line, bytes) else line.removeprefix(_BOM)
+        except DataError as error:
+            yield number, None, str(error)
+            continue
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        # Besides what is no JSON: brackets too deep, and whole numbers too long for Python.
+        except (ValueError, RecursionError) as error:
+            yield number, None, f"is not JSON: {error}"
+            continue
+        yield number, value, ""
+
+
+def lone_surrogate(text: str) -> str | None:
+    r"""Half of a surrogate pair in a text, as JSON writes it: no tokenizer and no file takes one.
+
+    Args:
+        text: From JSON, whose escapes can say such halves.
+
+    Returns:
+        Such as `\ud800`; None if the text is whole.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
+    return None
 
 
 def cache_root() -> Path:
@@ -360,19 +427,23 @@ def disk_is_full(error: Exception) -> bool:
     return "No space left on device" in str(error)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    if path.suffix != ".gz":
-        yield from read_text(path).split("\n")
-        return
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file that is to be read, unpacked if its name ends in `.gz`."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield cast(BinaryIO, file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a whole gzip file: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _check_width(data: bytes, name: str) -> None:
+    """Name the encoding of what some editors save in place of UTF-8."""
+    for mark, encoding in _WIDE:
+        if data.startswith(mark):
+            raise DataError(f"{name} is not UTF-8 text: it is {encoding}; save it as UTF-8")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vesicle.effectors import EFFECTORS, DopaminePrecision, Effector, GabaSparsity, SerotoninDepth
 from vesicle.errors import ModelError, VesicleError
 from vesicle.files import atomic_path, read_json, write_json
+from vesicle.folders import set_aside
 from vesicle.models.finite import check_finite
 from vesicle.models.hub import fetch, local_path
 from vesicle.phases import EVERYWHERE, Phases, Spans
@@ -746,3 +747,14 @@ def plan_rows(
         "kv_blocks": layers(first.kv_blocks, later.kv_blocks),
         "head": head,
     }
+
+
+def keep_modulator(folder: Path, say: Callable[[str], None]) -> None:
+    """Before another is saved to a folder: keep a copy of the one it holds, and tell where.
+
+    Raises:
+        VesicleError: It cannot be kept.
+    """
+    kept = set_aside(folder, (_CONFIG, _WEIGHTS), copy=True)
+    if kept is not None:
+        say(f"the modulator that was in {folder} is kept in {kept}")

@@ -160,3 +160,18 @@ def test_workers_wait_without_working(bench_model: Path):
 def _cpu_ticks(path: Path) -> int:
     values = path.read_text().rpartition(")")[2].split()
     return int(values[11]) + int(values[12])
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_second_run_in_a_folder_keeps_the_first(
+    bench_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["bench", "--model", str(bench_model), "--new", "2", "--rounds", "1", "--prompt"]
+    assert main([*words, "16", "--out", str(tmp_path)]) == 0
+    names = ("bench.json", "table.md")
+    first = [(tmp_path / name).read_bytes() for name in names]
+    assert main([*words, "24", "--out", str(tmp_path)]) == 0
+    (kept,) = (tmp_path / "earlier").iterdir()
+    assert [(kept / name).read_bytes() for name in names] == first
+    assert Report.load(tmp_path / "bench.json").cells[0].prompt_tokens == 24
+    assert f"the results of an earlier run are kept in {kept}" in capsys.readouterr().err

@@ -206,3 +206,12 @@ def test_cost_out_of_reach(llama: Any, windows: Tensor):
 
 def test_matched_is_plain_data():
     assert Matched(deficits=np.zeros((1, 1)), x=0.0, dither=None, cost_share=1.0).x == 0.0
+
+
+def test_tables_of_no_two_seeds_coincide():
+    """Also where a large seed spills into NumPy's next word; seed 0 draws as it did."""
+    seeds = (0, 1, 5, 10007, 2**32, 2**32 + 5, 3 * 2**32 + 5)
+    tables = {controls.random_table((3, 2), seed, i).tobytes() for seed in seeds for i in range(5)}
+    assert len(tables) == 5 * len(seeds)
+    plain = np.random.default_rng([0, 4]).random((3, 2))
+    np.testing.assert_array_equal(controls.random_table((3, 2), 0, 4), plain)

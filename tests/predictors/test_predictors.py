@@ -1,6 +1,6 @@
 """Every registered predictor and control."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from tests.tiny import TRANSMITTERS, tiny_control, tiny_predictor
-from vesicle.predictors import CONTROLS, PREDICTORS, Levels, Predictor, PredictorConfig
+from vesicle.predictors import (
+    CONTROLS,
+    PREDICTORS,
+    Levels,
+    Predictor,
+    PredictorConfig,
+    RandomLevels,
+    ShuffledLevels,
+    spread_seed,
+)
+from vesicle.predictors.fixed import _uniform
 from vesicle.transmitters import NAMES
 
 B, T, L, D = 2, 150, 3, 48
@@ -252,3 +262,64 @@ def test_replay_gives_what_was_recorded_and_starts_over():
     table = np.random.default_rng(0).uniform(0, 1, (90, L, 3))
     values = released(CONTROLS["replay"](CONFIG, table), hidden())[0].numpy()
     np.testing.assert_array_equal(values, np.concatenate([table, table])[:T])
+
+
+# Seeds ------------------------------------------------------------------------------------------
+
+# 10007 and its multiples once were 0; the others differ by a power of two, a sign or a word.
+SEEDS = (0, 1, 2, 7, 10006, 10007, 10008, 20014, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64)
+
+
+def noise(seed: int, n: int = 4000) -> Tensor:
+    """(n,) draws of consecutive counters."""
+    return _uniform(torch.arange(n), seed)
+
+
+@pytest.mark.parametrize(("a", "b"), list(combinations(SEEDS, 2)))
+def test_no_two_seeds_draw_alike(a: int, b: int):
+    one, other = noise(a), noise(b)
+    assert not (one == other).any()
+    # Independent: the mean product of 4000 centred pairs has a standard error of 0.0013.
+    assert abs(((one - 0.5) * (other - 0.5)).mean()) < 0.007
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 10007), (0, 1), (1, 2), (7, 10008)])
+def test_no_seed_is_a_shift_of_another(a: int, b: int):
+    one, other = noise(a, 600), noise(b, 600)
+    assert not (one[:, None] == other[None, :]).any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_draws_are_uniform(seed: int):
+    draws = noise(seed)
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    counts = torch.histc(draws, 16, 0, 1)
+    assert (counts - 250).abs().max() < 5 * 250**0.5
+
+
+def test_seed_0_draws_as_committed_results_did():
+    phase = torch.arange(1, 4001, dtype=torch.float64) * 12.9898 + torch.pi
+    assert torch.equal(noise(0), torch.frac(torch.sin(phase) * 43758.5453).abs())
+
+
+@pytest.mark.parametrize(("a", "b"), list(combinations(SEEDS, 2)))
+def test_no_two_seeds_share_a_control(a: int, b: int):
+    x = hidden()
+    one, other = (released(RandomLevels(CONFIG, 0.7, seed), x) for seed in (a, b))
+    assert not torch.equal(one, other)
+    assert (one == other).float().mean() < 0.5  # clipped levels are all 1 or 0
+    record = np.random.default_rng(0).random((64, L, len(TRANSMITTERS)))
+    windows = {
+        (seed, i): ShuffledLevels(CONFIG, record, spread_seed(seed, i)).levels.numpy().tobytes()
+        for seed in (a, b)
+        for i in range(6)
+    }
+    assert len(set(windows.values())) == len(windows)  # nor one window another's of another seed
+
+
+def test_windows_of_seed_0_are_shuffled_as_committed_results_were():
+    record = np.random.default_rng(0).random((64, L, len(TRANSMITTERS)))
+    for i in range(6):
+        ours = ShuffledLevels(CONFIG, record, spread_seed(0, i))
+        assert torch.equal(ours.levels, ShuffledLevels(CONFIG, record, i).levels)

@@ -30,6 +30,16 @@ def test_each_kind_of_file_and_a_folder_of_them(tmp_path):
     assert load_documents(tmp_path, max_characters=8) == ["one\ntwo", "three\u2028"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """Plain or packed, in lines or as it is."""
+    for name, content in (("a.txt", "one"), ("a.jsonl", rows("one"))):
+        marked = b"\xef\xbb\xbf" + content.encode()
+        (tmp_path / name).write_bytes(marked)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(marked))
+        assert load_documents(tmp_path / name) == ["one"]
+        assert load_documents(tmp_path / f"{name}.gz") == ["one"]
+
+
 def test_a_folder_with_splits_gives_the_wanted_one(tmp_path):
     (tmp_path / "train.txt").write_text("a")
     (tmp_path / "test.txt").write_text("b")
@@ -60,6 +70,16 @@ def test_windows_are_in_order_and_do_not_overlap():
         ("a.jsonl", b'{"text": 3}\n', "is not text but int"),
         ("a.jsonl", b"[1]\n", "not a JSON object"),
         ("a.jsonl", b"\xff\n", "not UTF-8"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\\ud800b"}\n',
+            r"line 2: .* holds \\ud800, half of a",
+        ),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "line 1 is not JSON: Exceeds"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON: maximum recursion"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        ("a.txt", "a".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        ("a.txt.gz", b"not gzip", "is not a whole gzip file"),
         ("a.jsonl.gz", b"not gzip", "is not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "\xff"}'), "not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-6], "is not a whole gzip file"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ from vesicle.commands.inputs import (
     notice,
 )
 from vesicle.errors import VesicleError
+from vesicle.folders import locked, set_aside
 from vesicle.shipped import is_default_model, shipped_modulator
 from vesicle.terminal import SafeConsole
 
@@ -231,12 +233,16 @@ def bench(
     finished: list[Report] = []
 
     def save(report: Report) -> None:
+        if out is not None and not finished:
+            kept = set_aside(out, ("bench.json", "table.md", "speed.png"))
+            if kept is not None:
+                notice(f"the results of an earlier run are kept in {kept}")
         finished[:] = [report]
         if json_path is not None:
             report.save(json_path)
 
     try:
-        with showing() as display:
+        with locked(out) if out else nullcontext(), showing() as display:
             report = run_bench(
                 config,
                 contenders,

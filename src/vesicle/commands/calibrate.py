@@ -11,6 +11,7 @@ from vesicle.commands import recipe
 from vesicle.commands.inputs import REVISION, check_folder, notice
 
 
+@recipe.holding_out
 def calibrate(
     data: Annotated[
         str,
@@ -63,7 +64,7 @@ def calibrate(
       vesicle calibrate --data train.txt --model owner/name --out runs/untrained
     """
     from vesicle.errors import DataError, VesicleError
-    from vesicle.modulator import Modulator
+    from vesicle.modulator import Modulator, keep_modulator
 
     if not 0 < gap < 1:
         raise VesicleError(f"--gap is {gap}; allowed: between 0 and 1")
@@ -95,6 +96,8 @@ def calibrate(
 
         loaded.check_fits(model_shape(subject.model))
     recipe.measure(subject, loaded, ids, last, gap=gap, cache=cache)
+    if modulator is None or Path(modulator).resolve() != out.resolve():
+        keep_modulator(out, notice)
     loaded.save_pretrained(out)
     least = loaded.info.dial[0][0]
     notice(f"wrote {out}: budgets from {least:.3f} to 1; try vesicle run --modulator {out} PROMPT")

@@ -12,6 +12,7 @@ import typer
 from vesicle.commands.inputs import PHASE, REVISION, check_folder, notice
 from vesicle.commands.outputs import print_json
 from vesicle.errors import VesicleError
+from vesicle.folders import locked
 from vesicle.shipped import is_default_model, shipped_modulator
 from vesicle.terminal import SafeConsole
 
@@ -171,6 +172,8 @@ def evaluate(
         phases=tuple(phase or ()),
     )
     check_folder(out)
+    with locked(out):
+        pass  # a folder in use is told before a model is loaded
     subject = _subject(model, revision, modulator, through, weights, kv, threads)
     result = evaluate_tasks(subject, config, out, restart=restart, say=notice)
     from vesicle.evaluation.task_table import markdown, rich_tables

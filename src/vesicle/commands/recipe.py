@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vesicle.commands.inputs import notice
 from vesicle.errors import DataError, VesicleError
+from vesicle.folders import locked
 from vesicle.models.default import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -29,6 +31,17 @@ class Subject:
     model: Any
     text: Text
     name: str
+
+
+def holding_out(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that holds its folder `out` from beginning to end, see `vesicle.folders`."""
+
+    @functools.wraps(command)
+    def held(**given: Any) -> None:
+        with locked(given["out"]):
+            command(**given)
+
+    return held
 
 
 def load_subject(spec: str | None, revision: str | None = None) -> Subject:

@@ -10,6 +10,7 @@ import typer
 from vesicle.commands import recipe
 from vesicle.commands.inputs import REVISION, check_folder, notice
 from vesicle.errors import VesicleError
+from vesicle.folders import locked
 from vesicle.shipped import shipped_modulator
 from vesicle.terminal import SafeConsole
 
@@ -87,6 +88,8 @@ def regret(
     names = [f.name for f in fields(EvalConfig) if f.name != "oracle"]
     config = EvalConfig(**{name: given[name] for name in names})
     check_folder(out)
+    with locked(out):
+        pass  # a folder in use is told before a model is loaded
     loaded = Modulator.from_pretrained(source)
     subject = recipe.load_subject(model, revision)
     result = evaluate(

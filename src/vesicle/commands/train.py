@@ -14,6 +14,7 @@ from vesicle.errors import DataError, VesicleError
 _TEXT, _MODULATOR, _TRAINING = "Text", "A new modulator", "Training"
 
 
+@recipe.holding_out
 def train(
     data: Annotated[
         str,

@@ -51,6 +51,7 @@ from vesicle.predictors import (
     RandomLevels,
     ReplayLevels,
     ShuffledLevels,
+    spread_seed,
 )
 from vesicle.shapes import ModelShape
 from vesicle.transmitters import NAMES, index
@@ -160,7 +161,7 @@ def match(
     target: float,
     *,
     high: float | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> Matched:
     """Find the member of a family that executes `target`, by bisection.
 
@@ -313,7 +314,7 @@ def shuffled(ledger: Ledger, target: float, learnt: Sequence[FloatArray], seed: 
     `TOLERANCE`.
     """
     windows = [
-        ShuffledLevels(ledger.config, levels[..., ledger.columns], seed + i)
+        ShuffledLevels(ledger.config, levels[..., ledger.columns], spread_seed(seed, i))
         for i, levels in enumerate(learnt)
     ]
     deficits = np.stack([1.0 - w.levels.numpy() for w in windows])
@@ -332,7 +333,8 @@ def shuffled(ledger: Ledger, target: float, learnt: Sequence[FloatArray], seed: 
 
 def random_table(shape: tuple[int, int], seed: int, i: int) -> FloatArray:
     """Deficits (L, A) of the i-th of N random tables, before they are scaled to a cost."""
-    rng = np.random.default_rng([seed, i])
+    # Below 2**32 the last word is 0, which NumPy ignores; above, a large seed stays apart from i.
+    rng = np.random.default_rng([seed % 2**32, i, seed >> 32])
     table = rng.random(shape)
     return table * rng.random(shape[1]) if i % 2 else table
 
@@ -363,7 +365,9 @@ def best_of_n(
     losses: list[float] = []
     for i in range(n):
         table = random_table(shape, seed, i)
-        found.append(match(ledger, lambda x, table=table: x * table, target, seed=seed + i))  # type: ignore[misc]  # mypy cannot type a default in a lambda
+        found.append(
+            match(ledger, lambda x, table=table: x * table, target, seed=spread_seed(seed, i))  # type: ignore[misc]  # mypy cannot type a default in a lambda
+        )
         method = ledger.method(ledger.table(found[-1].deficits))
         scores = score(model, selection, method, batch=len(selection), on_tokens=on_tokens)
         losses.append(float(scores.nats.sum() / (len(selection) * (selection.shape[1] - 1))))

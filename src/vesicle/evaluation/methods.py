@@ -24,7 +24,7 @@ from vesicle.evaluation.item_ledger import ItemLedger
 from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.phases import Phases
 from vesicle.plan import FloatArray, Method
-from vesicle.predictors import ConstantLevels, ReplayLevels, ShuffledLevels
+from vesicle.predictors import ConstantLevels, ReplayLevels, ShuffledLevels, spread_seed
 
 PRESS = "kvpress:"
 CONTROLS = ("uniform", "uniform-mix", "per-layer", "random", "shuffled", "best-of-n")
@@ -146,7 +146,10 @@ def _shuffled(ledger: ItemLedger, target: float, learnt: Sequence[FloatArray], s
     are scaled where a permutation changed the cost.
     """
     mixed = [
-        1.0 - ShuffledLevels(ledger.config, levels[..., ledger.columns], seed + i).levels.numpy()
+        1.0
+        - ShuffledLevels(
+            ledger.config, levels[..., ledger.columns], spread_seed(seed, i)
+        ).levels.numpy()
         for i, levels in enumerate(learnt)
     ]
 
@@ -186,7 +189,12 @@ def _best_of_n(
     losses = []
     for i in range(n):
         table = random_table(shape, seed, i)
-        found = controls.match(ledger, lambda x, table=table: x * table, target, seed=seed + i)  # type: ignore[misc]  # mypy cannot type a default in a lambda
+        found = controls.match(
+            ledger,
+            lambda x, table=table: x * table,  # type: ignore[misc]  # mypy cannot type a default in a lambda
+            target,
+            seed=spread_seed(seed, i),
+        )
         deficits = found.deficits
         kind = ReplayLevels if deficits.ndim == 3 else ConstantLevels
         method = ledger.method(kind(ledger.config, 1.0 - np.clip(deficits, 0.0, 1.0)))

@@ -1,29 +1,45 @@
-"""What decides an evaluation's numbers beside its settings: versions, hardware, weights."""
+"""What decides an evaluation's numbers beside its settings: code, versions, hardware, weights."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+_CODE = {".py", ".cpp", ".inc", ".h", ".so", ".pyd", ".dylib"}
+
 
 def versions() -> dict[str, str]:
-    """Of this package and of what decides its numbers."""
+    """Of this package and of what decides its numbers; `code` tells two states of one version."""
     import transformers
 
     from vesicle import __version__
 
     return {
         "vesicle": __version__,
+        "code": code_digest(),
         "torch": str(torch.__version__),
         "transformers": str(transformers.__version__),
         "python": platform.python_version(),
     }
+
+
+@cache
+def code_digest() -> str:
+    """12 hex digits over this package's sources and compiled libraries, as they are installed."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in _CODE and p.is_file()):
+        data = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(data)}\n".encode())
+        digest.update(data)
+    return digest.hexdigest()[:12]
 
 
 def hardware() -> dict[str, Any]:

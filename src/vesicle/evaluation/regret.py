@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from vesicle.errors import BudgetError, VesicleError
 from vesicle.evaluation import controls
 from vesicle.evaluation.controls import Control, Ledger, Tuned, tune_learnt
+from vesicle.evaluation.earlier import keep_earlier
 from vesicle.evaluation.language_modelling import (
     Codec,
     Scores,
@@ -56,6 +57,7 @@ from vesicle.evaluation.regret_results import (
 )
 from vesicle.evaluation.regret_table import markdown
 from vesicle.files import atomic_path
+from vesicle.folders import locked
 from vesicle.modulator import Modulator, ModulatorMethod, check_budget
 from vesicle.predictors import Predictor
 
@@ -74,6 +76,8 @@ BESIDE_ORACLE = ("learnt", "uniform", "uniform-mix", "per-layer")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _ROWS = "rows.jsonl"
+FILES = ("result.json", "table.md", "loss_against_cost.png")
+"""The record, and what is made from it."""
 _NOT_IN_HASH = ("budgets", "methods", "data", "split", "field")
 
 Key = tuple[str, str, float]
@@ -241,11 +245,30 @@ def evaluate(
     Raises:
         DataError: The text is missing, empty or shorter than a window.
         ModelError: The modulator was made for another model.
-        VesicleError: The folder cannot be written, or a loss is not finite.
+        VesicleError: The folder cannot be written or another process writes to it, or a loss is
+            not finite.
         KeyboardInterrupt: After Ctrl-C; finished rows are on disk.
     """
     speak = say or (lambda line: print(line, file=sys.stderr))
-    folder = Path(out)
+    with locked(out):
+        names = (model_name, modulator_name)
+        return _evaluate(
+            model, codec, modulator, config, Path(out), *names, restart, progress, speak
+        )
+
+
+def _evaluate(
+    model: nn.Module,
+    codec: Codec,
+    modulator: Modulator,
+    config: EvalConfig,
+    folder: Path,
+    model_name: str,
+    modulator_name: str,
+    restart: bool,
+    progress: bool,
+    speak: Callable[[str], None],
+) -> Result:
     if not isinstance(modulator.predictor, Predictor):
         raise VesicleError(
             f"a {modulator.predictor.kind!r} control is no trained modulator; "
@@ -268,6 +291,12 @@ def evaluate(
     kept = sum(key in store.done for key in keys)
     if kept:
         speak(f"{kept} of {len(keys)} rows were done before and are kept")
+    stale = len(set(keys) & store.by_other_code - store.done.keys())
+    if stale:
+        speak(
+            f"{stale} of {len(keys)} rows were done by other code than this and are run again; "
+            f"their lines stay in {folder / _ROWS}"
+        )
     session = _Session(model, modulator, windows, config, codec, store)
     try:
         with progress_bar([session.tokens(k) for k in keys], progress) as bar:
@@ -287,11 +316,12 @@ def evaluate(
         rows=[row for row in found if isinstance(row, Row)],
         missing=[row for row in found if not isinstance(row, Row)],
     )
-    result.save(folder / "result.json")
-    with atomic_path(folder / "table.md") as part:
+    keep_earlier(result, folder, FILES, speak)
+    result.save(folder / FILES[0])
+    with atomic_path(folder / FILES[1]) as part:
         part.write_text(markdown(result), encoding="utf-8")
     try:
-        save_plot(result, folder / "loss_against_cost.png")
+        save_plot(result, folder / FILES[2])
     except MissingPlots as error:
         speak(f"no plot: {error}")
     return result
@@ -303,6 +333,7 @@ class _Store:
     def __init__(self, path: Path, config_hash: str, restart: bool) -> None:
         self._path, self._hash = path, config_hash
         self.done: dict[Key, Row | dict[str, Any]] = {}
+        self.by_other_code: set[Key] = set()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if restart:
@@ -317,6 +348,9 @@ class _Store:
                 values = json.loads(line)
                 if values["config_hash"] == config_hash:
                     self._keep(values)
+                elif _base(values["config_hash"]) == _base(config_hash):
+                    row = values.get("row") or values["missing"]
+                    self.by_other_code.add((row["method"], row["subset"], row["budget"]))
             except (ValueError, LookupError, TypeError, VesicleError):
                 continue  # not a whole row: it will be computed again
 
@@ -337,6 +371,11 @@ class _Store:
             raise VesicleError(f"cannot write {self._path}: {error.strerror or error}") from error
         self._torn = False
         self._keep(values)
+
+
+def _base(config_hash: str) -> str:
+    """Without the code's part, which early lines do not have."""
+    return config_hash.rpartition("-")[0] or config_hash
 
 
 class _Subset:
@@ -577,14 +616,15 @@ def _facts(
     identity = {
         "schema": SCHEMA,
         "config": {k: v for k, v in facts["config"].items() if k not in _NOT_IN_HASH},
-        "versions": facts["versions"],
+        "versions": {k: v for k, v in facts["versions"].items() if k != "code"},
         "model": [facts["model"]["shape"], facts["model"]["fingerprint"]],
         "modulator": [facts["modulator"]["effectors"], facts["modulator"]["fingerprint"]],
         "dial": modulator.info.dial,
         "data": windows.sha256,
     }
     text = json.dumps(identity, sort_keys=True)
-    facts["config_hash"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    base = hashlib.sha256(text.encode()).hexdigest()[:16]
+    facts["config_hash"] = f"{base}-{facts['versions']['code']}"
     # Through JSON, so that tuples are lists now, as they are when the record is read again.
     return dict(json.loads(json.dumps(facts)))
 

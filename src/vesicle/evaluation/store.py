@@ -3,6 +3,9 @@
 Lines of `items.jsonl` are appended and flushed to the disk; a torn last line is dropped and its
 item run again. A line belongs to a hash (of task, data, model and settings), a row and an item;
 later lines replace earlier ones. Lines of other hashes stay, for other settings in one folder.
+
+A hash is `BASE-CODE`: lines of the same base and other code (see `provenance.code_digest`) answer
+the same questions, but other code answered them. They are counted, and not used.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ class ItemStore:
         """
         self._path, self._levels = folder / ITEMS, folder / LEVELS
         self._rows: dict[tuple[str, Key], dict[str, dict[str, Any]]] = {}
+        self._missing: dict[tuple[str, Key], dict[str, str]] = {}
         self._settings: dict[tuple[str, Key], dict[str, Any]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +71,21 @@ class ItemStore:
         """
         return self._rows[(hash_, key)][item]
 
+    def count_by_other_code(self, hash_: str, key: Key) -> int:
+        """Items of a row that are done by other code alone."""
+        base = _base(hash_)
+        done = self._rows.get((hash_, key), {}).keys()
+        others = [
+            items.keys()
+            for (other, place), items in self._rows.items()
+            if place == key and other != hash_ and _base(other) == base
+        ]
+        return len(set().union(*others) - done)
+
+    def missing(self, hash_: str, key: Key) -> dict[str, str]:
+        """Why items of a row could not be run, the last time it was tried."""
+        return dict(self._missing.get((hash_, key), {}))
+
     def settings(self, hash_: str, key: Key) -> dict[str, Any] | None:
         """What a row's method was set to; None if it never got so far."""
         return self._settings.get((hash_, key))
@@ -74,6 +93,11 @@ class ItemStore:
     def add(self, hash_: str, key: Key, item: str, record: dict[str, Any]) -> None:
         """Store a finished item."""
         self._write({"hash": hash_, "key": list(key), "item": item, "record": record})
+
+    def add_missing(self, hash_: str, key: Key, item: str, reason: str) -> None:
+        """Store why an item could not be run."""
+        if self.missing(hash_, key).get(item) != reason:
+            self._write({"hash": hash_, "key": list(key), "item": item, "missing": reason})
 
     def add_settings(self, hash_: str, key: Key, settings: dict[str, Any]) -> None:
         """Store what a row's method was set to."""
@@ -116,11 +140,16 @@ class ItemStore:
         place = (values["hash"], (task, method, float(budget)))
         if "forget" in values:
             self._rows.pop(place, None)
+            self._missing.pop(place, None)
             self._settings.pop(place, None)
         elif "settings" in values:
             self._settings[place] = values["settings"]
+        elif "missing" in values:
+            self._missing.setdefault(place, {})[values["item"]] = values["missing"]
+            self._rows.get(place, {}).pop(values["item"], None)
         else:
             self._rows.setdefault(place, {})[values["item"]] = values["record"]
+            self._missing.get(place, {}).pop(values["item"], None)
 
     def _write(self, values: dict[str, Any]) -> None:
         line = json.dumps(values, allow_nan=False) + "\n"
@@ -133,3 +162,8 @@ class ItemStore:
             raise VesicleError(f"cannot write {self._path}: {error.strerror or error}") from error
         self._torn = False
         self._keep(json.loads(line))
+
+
+def _base(hash_: str) -> str:
+    """Without the code's part, which early lines do not have."""
+    return hash_.rpartition("-")[0] or hash_

@@ -13,7 +13,7 @@ from vesicle.errors import DataError, VesicleError
 from vesicle.evaluation.prompts import Codec, Prompt, continuation, make_prompt
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.tasks.base import Task
-from vesicle.tasks.items import Item
+from vesicle.tasks.items import Item, Missing, Output
 from vesicle.training.data import token_windows
 
 
@@ -46,25 +46,46 @@ class Prepared:
 
 def prepare(
     task: Task, items: Sequence[Item], config: TaskConfig, codec: Codec, context_window: int
-) -> list[Prepared]:
+) -> tuple[list[Prepared], list[Missing]]:
     """Encode the items of a task.
 
+    Returns:
+        The items that can be run, at least one; and those that cannot be made short enough, told
+        apart, or scored.
+
     Raises:
-        DataError: An item cannot be made short enough, or there is too little text for a window.
+        DataError: None can be run, or there is too little text for a window.
         VesicleError: A window is longer than the model's context.
     """
     most = min(config.max_length or context_window, context_window)
     if task.kind == "loss":
-        return _windows(items, config, codec, config.window or task.window, most)
+        return _windows(items, config, codec, config.window or task.window, most), []
+    prepared: list[Prepared] = []
+    missing: list[Missing] = []
+    for item in items:
+        try:
+            prepared.append(_prepared(task, item, codec, most))
+        except DataError as error:
+            reason = str(error).removeprefix(f"item {item.id!r}").lstrip(": ")
+            missing.append(Missing(item=item.id, reason=reason))
+    if not prepared:
+        raise DataError(f"no item of {task.name} can be run: {missing[0]}")
+    return prepared, missing
+
+
+def _prepared(task: Task, item: Item, codec: Codec, most: int) -> Prepared:
     if task.kind == "choose":
-        return [_choices(item, codec, most) for item in items]
-    return [
-        Prepared(
-            item=item,
-            prompt=make_prompt(item, codec, item.style or task.style, most - item.max_new_tokens),
+        found = _choices(item, codec, most)
+    else:
+        style = item.style or task.style
+        found = Prepared(
+            item=item, prompt=make_prompt(item, codec, style, most - item.max_new_tokens)
         )
-        for item in items
-    ]
+    # What a scorer lacks, in the item or on this machine, shows before any model runs.
+    n = len(item.choices)
+    for metric in task.metrics:
+        metric.statistics(item, Output(choice_nats=(-1.0,) * n, choice_bytes=(1,) * n))
+    return found
 
 
 def _choices(item: Item, codec: Codec, most: int) -> Prepared:

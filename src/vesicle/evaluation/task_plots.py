@@ -67,7 +67,11 @@ def _draw(
     rows: list[TaskRow],
     styles: dict[str, tuple[str, str]],
 ) -> None:
-    metric, dense = task["metrics"][0], next(row for row in rows if row.method == "dense")
+    metric = task["metrics"][0]
+    dense = next((row for row in rows if row.method == "dense"), None)
+    if dense is None:  # none of its items could be run, so that there are no other rows
+        axes.set_axis_off()
+        return
     others = [row for row in rows if row.method != "dense"]
     # A press saves memory and no FLOPs.
     memory = bool(others) and all(row.method.startswith(PRESS) for row in others)

@@ -63,7 +63,8 @@ class TaskRow:
             `kv_bytes_held`, `bytes_read`.
         measured: `seconds` by phase over all items, and the largest `peak_bytes` of the process.
         items: (n_items,) each: `ids`, `statistics` by metric, executed `flops` and `dense_flops`,
-            `prompt_tokens`, `answer_tokens`.
+            `prompt_tokens`, `answer_tokens`; and those that could not be run, `missing`, each with
+            `item` and `reason` (absent in old records).
         details: What the method was set to.
         shares: Executed share of the dense FLOPs of each phase, `prompt` and `generated`; empty in
             records of before there were phases, when every token was governed.
@@ -114,8 +115,9 @@ class TaskResult(Record):
         model: Name, sizes, fingerprint and number formats.
         modulator: Name, kind and fingerprint; empty without one.
         tasks: For each task: `name`, `title`, `kind`, `style`, `split`, `data`, `sha256`,
-            `n_items`, `shortened` (prompts that lost a part of their context) and `metrics`, each
-            with `name`, `title`, `percent`, `higher_is_better` and `signature`.
+            `n_items`, `shortened` (prompts that lost a part of their context), `n_rows` of the data
+            and `missing` (rows and items that could not be asked, each with `item` and `reason`)
+            and `metrics`, each with `name`, `title`, `percent`, `higher_is_better` and `signature`.
         rows: By task, budget (falling) and method.
         missing: Rows that could not be had, each with `task`, `method`, `budget` and `reason`.
     """

@@ -7,7 +7,7 @@ beside what was `measured`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -20,9 +20,9 @@ from vesicle.evaluation.task_results import Key, Score, TaskRow
 from vesicle.phases import ALL, GENERATED, PROMPT
 from vesicle.plan import FloatArray
 from vesicle.tasks.base import Task
-from vesicle.tasks.items import Output
+from vesicle.tasks.items import Missing, Output
 from vesicle.tasks.metrics.base import Metric
-from vesicle.tasks.metrics.bootstrap import interval, paired
+from vesicle.tasks.metrics.bootstrap import Estimate, interval, paired
 
 Record = dict[str, Any]
 _RATIOS = ("flops_total", "weight_bytes", "kv_bytes_read", "kv_bytes_held", "bytes_read")
@@ -68,27 +68,31 @@ def make_row(
     key: Key,
     task: Task,
     items: Sequence[Prepared],
-    records: Sequence[Record],
+    scored: Mapping[str, Record],
     executor: Executor,
     *,
-    dense: Sequence[Record],
-    learnt: Sequence[Record] | None,
+    dense: Mapping[str, Record],
+    learnt: Mapping[str, Record] | None,
     seed: int,
     details: dict[str, Any],
+    missing: Sequence[Missing] = (),
 ) -> TaskRow:
-    """A row.
+    """A row. Differences are over the items that both rows have.
 
     Args:
         key: Task, method and budget.
         task: The task.
         items: Its items.
-        records: One an item.
+        scored: Records by item, at least one of which the dense row has too.
         executor: Who ran them, to price the dense model.
         dense: Records of the dense row.
         learnt: Records of the learnt row at this budget; None where there is none to compare.
         seed: Of bootstraps.
         details: What the method was set to.
+        missing: Items that could not be run.
     """
+    items = [p for p in items if p.item.id in scored]
+    records = [scored[p.item.id] for p in items]
     executed = _phases([(Cost(**r["prefill"]), Cost(**r["decode"])) for r in records])
     rest = _phases([_dense_phases(r, task, executor) for r in records])
     return TaskRow(
@@ -96,7 +100,7 @@ def make_row(
         method=key[1],
         budget=key[2],
         n_items=len(records),
-        scores={m.name: _score(m, records, dense, learnt, seed) for m in task.metrics},
+        scores={m.name: _score(m, scored, dense, learnt, seed) for m in task.metrics},
         executed=executed,
         dense=rest,
         ratio={
@@ -121,6 +125,7 @@ def make_row(
             "dense_flops": [executor.dense(spans_of(r)).flops_total for r in records],
             "prompt_tokens": [r["spans"][0][1] for r in records],
             "answer_tokens": [sum(s[1] - s[0] for s in r["spans"][1:]) for r in records],
+            "missing": [asdict(one) for one in missing],
         },
         details=details,
     )
@@ -128,18 +133,22 @@ def make_row(
 
 def _score(
     metric: Metric,
-    records: Sequence[Record],
-    dense: Sequence[Record],
-    learnt: Sequence[Record] | None,
+    own: Mapping[str, Record],
+    dense: Mapping[str, Record],
+    learnt: Mapping[str, Record] | None,
     seed: int,
 ) -> Score:
-    def statistics(rows: Sequence[Record]) -> FloatArray:
-        return np.array([r["statistics"][metric.name] for r in rows], np.float64)
+    def statistics(rows: Mapping[str, Record], ids: Sequence[str]) -> FloatArray:
+        return np.array([rows[i]["statistics"][metric.name] for i in ids], np.float64)
 
-    own = statistics(records)
-    value = interval(metric, own, seed)
-    delta = paired(metric, own, statistics(dense), seed)
-    gain = None if learnt is None else paired(metric, statistics(learnt), own, seed)
+    def difference(a: Mapping[str, Record], b: Mapping[str, Record]) -> Estimate | None:
+        both = [i for i in a if i in b]
+        return paired(metric, statistics(a, both), statistics(b, both), seed) if both else None
+
+    value = interval(metric, statistics(own, list(own)), seed)
+    delta = difference(own, dense)
+    assert delta is not None
+    gain = None if learnt is None else difference(learnt, own)
     return Score(
         value=value.value,
         low=value.low,

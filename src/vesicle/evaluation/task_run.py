@@ -7,8 +7,13 @@ turned until the task's own prompts execute that share of the dense FLOPs, then 
 to the share that the learnt modulator executed. The output folder holds
 
     items.jsonl   one line a finished item, written as it finishes; those that fit are kept
-    result.json   the whole `TaskResult`
+    result.json   the whole `TaskResult` of the last run
+    earlier/      results of runs before it that it does not hold
     levels/       released levels of learnt items, where a control needs them
+
+What one item cannot do, the others do without: it is listed as missing, in the task if it cannot
+be asked, in the row if it cannot be run, and tried again by the next run. Only one process at a
+time writes to a folder.
 """
 
 from __future__ import annotations
@@ -16,34 +21,43 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vesicle.errors import BudgetError, VesicleError
+from vesicle.evaluation.earlier import keep_earlier
 from vesicle.evaluation.executors import Execution, Executor
 from vesicle.evaluation.item_ledger import ItemLedger
 from vesicle.evaluation.methods import FROM_LEARNT, NAMES, PRESS, Chosen, control, tune_dial
 from vesicle.evaluation.progress import progress_bar
 from vesicle.evaluation.prompts import Codec
 from vesicle.evaluation.provenance import fingerprint, hardware, versions
-from vesicle.evaluation.store import ItemStore
+from vesicle.evaluation.store import ITEMS, ItemStore
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.evaluation.task_items import Prepared, prepare
 from vesicle.evaluation.task_results import Key, TaskResult, TaskRow
 from vesicle.evaluation.task_rows import Record, executed_share, make_record, make_row, spans_of
+from vesicle.folders import locked
 from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.phases import ALL, GENERATED
 from vesicle.plan import Dense, FloatArray, Method
 from vesicle.predictors import Predictor
 from vesicle.tasks.base import Settings, Task
+from vesicle.tasks.items import Missing
 from vesicle.tasks.registry import find_task
 from vesicle.tasks.sources import Loaded, load_items
 
 _PREVIEW_ITEMS, _PREVIEW_TOKENS = 4, 6000
+_NAMED = 5
+"""Missing items that are told one by one; the record has them all."""
+
+FILES = ("result.json", "table.md", "quality_against_cost.png")
+"""The record, and what is made from it."""
 
 
 @dataclass(kw_only=True)
@@ -92,25 +106,46 @@ def evaluate_tasks(
         The result, as written to `out`.
 
     Raises:
-        DataError: Data are missing, empty or malformed.
+        DataError: Data are missing or empty, or no item of a task can be asked.
         ModelError: The modulator was made for another model.
-        VesicleError: The folder cannot be written, or a method needs a modulator.
+        VesicleError: The folder cannot be written or another process writes to it, a method needs
+            a modulator, or no item at all could be run.
         KeyboardInterrupt: After Ctrl-C; finished items are on disk.
     """
     speak = say or (lambda line: print(line, file=sys.stderr))
-    folder = Path(out)
+    with locked(out):
+        return _evaluate(subject, config, Path(out), restart, show_progress, speak)
+
+
+def _evaluate(
+    subject: Subject,
+    config: TaskConfig,
+    folder: Path,
+    restart: bool,
+    show_progress: bool,
+    speak: Callable[[str], None],
+) -> TaskResult:
     _check_subject(subject, config)
     runs = [_TaskRun(find_task(name), subject, config) for name in config.tasks]
+    for run in runs:
+        run.tell_missing(speak)
     store = ItemStore(folder, restart)
     keys = [(run, key) for run in runs for key in config.keys(run.task.name)]
     kept = sum(store.count(run.hash, key) for run, key in keys)
     if kept:
         speak(f"{kept} items were done before and are kept")
+    stale = sum(store.count_by_other_code(run.hash, key) for run, key in keys)
+    if stale:
+        speak(
+            f"{stale} items were done by other code than this and are run again; "
+            f"their lines stay in {folder / ITEMS}"
+        )
     try:
         with progress_bar([run.n_tokens for run, _ in keys], show_progress) as bar:
             for run, key in keys:
                 with bar(f"{key[0]}: {key[1]} at {key[2]:g}") as tick:
                     run.finish(key, store, tick)
+                _tell(speak, f"{key[0]}: {key[1]} at {key[2]:g}, item", run.gone(key, store))
     except KeyboardInterrupt:
         speak("interrupted; finished items are kept: run the same command again to go on")
         raise
@@ -132,7 +167,10 @@ def evaluate_tasks(
         rows=rows,
         missing=missing,
     )
-    result.save(folder / "result.json")
+    keep_earlier(result, folder, FILES, speak)
+    result.save(folder / FILES[0])
+    if not rows:
+        raise VesicleError(f"nothing could be scored: {missing[0]['reason']}")
     return result
 
 
@@ -143,8 +181,10 @@ class _TaskRun:
         self.task, self._subject, self._config = task, subject, config
         self.loaded = _load(task, subject, config)
         window = subject.executor.context_window
-        self.items = prepare(task, self.loaded.items, config, subject.codec, window)
-        self.hash = _digest(
+        self.items, self._unfit = prepare(task, self.loaded.items, config, subject.codec, window)
+        known = versions()
+        code = known.pop("code")
+        base = _digest(
             {
                 "task": task.name,
                 "sha256": self.loaded.sha256,
@@ -155,9 +195,10 @@ class _TaskRun:
                 "phases": config.acts.to_dict(),
                 "model": subject.model,
                 "modulator": _modulator_facts(subject),
-                "versions": versions(),
+                "versions": known,
             }
         )
+        self.hash = f"{base}-{code}"
         self._pressed: Any = None
 
     @property
@@ -177,6 +218,8 @@ class _TaskRun:
             "data": self.loaded.description,
             "sha256": self.loaded.sha256,
             "n_items": len(self.items),
+            "n_rows": self.loaded.n_rows,
+            "missing": [asdict(one) for one in (*self.loaded.missing, *self._unfit)],
             "prompt_tokens": sum(len(p.prompt.ids) for p in self.items),
             "shortened": sum(p.prompt.shortened > 0 for p in self.items),
             "metrics": [
@@ -190,6 +233,27 @@ class _TaskRun:
                 for m in task.metrics
             ],
         }
+
+    def tell_missing(self, speak: Callable[[str], None]) -> None:
+        """Name what cannot be asked, before anything is run."""
+        rows, place = self.loaded.missing, self.loaded.place
+        if rows:
+            speak(
+                f"{self.task.name}: {len(rows)} of {self.loaded.n_rows} rows of {place} cannot be "
+                "asked and are left out"
+            )
+        _tell(speak, place, rows)
+        if self._unfit:
+            n = len(self._unfit)
+            speak(f"{self.task.name}: {n} of {n + len(self.items)} items are left out")
+        _tell(speak, f"{self.task.name} item", self._unfit)
+
+    def gone(self, key: Key, store: ItemStore) -> list[Missing]:
+        """Items of a row that could not be run."""
+        why = store.missing(self.hash, key)
+        return [
+            Missing(item=p.item.id, reason=why[p.item.id]) for p in self.items if p.item.id in why
+        ]
 
     def finish(self, key: Key, store: ItemStore, tick: Callable[[int], None]) -> None:
         """Run the items of a row that are not stored."""
@@ -217,7 +281,12 @@ class _TaskRun:
             store.add_settings(self.hash, key, {"target": target, **chosen.details})
         for i in left:
             prepared = self.items[i]
-            execution = self._run(prepared, chosen.of(i), keep_levels=keeps)
+            try:
+                execution = self._run(prepared, chosen.of(i), keep_levels=keeps)
+            except VesicleError as error:
+                store.add_missing(self.hash, key, prepared.item.id, str(error))
+                tick(prepared.n_most)
+                continue
             if keeps and execution.levels is not None:
                 store.save_levels(self._levels_name(key, prepared.item.id), execution.levels)
             store.add(self.hash, key, prepared.item.id, make_record(self.task, prepared, execution))
@@ -228,13 +297,23 @@ class _TaskRun:
         rows, missing = [], []
         for key in self._config.keys(self.task.name):
             settings = dict(store.settings(self.hash, key) or {})
-            if "missing" in settings:
+            reason = settings.get("missing") or self._no_row(key, store)
+            if reason:
                 task, method, budget = key
-                reason = {"task": task, "method": method, "budget": budget}
-                missing.append({**reason, "reason": settings["missing"]})
+                absent = {"task": task, "method": method, "budget": budget, "reason": reason}
+                missing.append(absent)
                 continue
             rows.append(self._row(key, store, settings))
         return rows, missing
+
+    def _no_row(self, key: Key, store: ItemStore) -> str:
+        """Why a row whose method was set has nothing to compare; "" if it has."""
+        own, dense = self._records(key, store), self._records(self._dense, store)
+        if own.keys() & dense.keys():
+            return ""
+        if own:
+            return "the dense model could run none of its items"
+        return f"no item could be run: {self.gone(key, store)[0]}"
 
     def _row(self, key: Key, store: ItemStore, settings: dict[str, Any]) -> TaskRow:
         task, method, budget = key
@@ -246,16 +325,30 @@ class _TaskRun:
             self.items,
             self._records(key, store),
             self._subject.executor,
-            dense=self._records((task, "dense", 1.0), store),
+            dense=self._records(self._dense, store),
             learnt=self._records(learnt, store)
             if beside and store.count(self.hash, learnt)
             else None,
             seed=self._config.seed,
             details=settings,
+            missing=self.gone(key, store),
         )
 
-    def _records(self, key: Key, store: ItemStore) -> list[Record]:
-        return [store.get(self.hash, key, p.item.id) for p in self.items]
+    @property
+    def _dense(self) -> Key:
+        return (self.task.name, "dense", 1.0)
+
+    def _records(self, key: Key, store: ItemStore) -> dict[str, Record]:
+        """Finished items of a row, in their order."""
+        return {self.items[i].item.id: record for i, record in self._done(key, store).items()}
+
+    def _done(self, key: Key, store: ItemStore) -> dict[int, Record]:
+        """The same by place."""
+        return {
+            i: store.get(self.hash, key, p.item.id)
+            for i, p in enumerate(self.items)
+            if store.has(self.hash, key, p.item.id)
+        }
 
     def _run(
         self, prepared: Prepared, method: Method | None, *, keep_levels: bool = False
@@ -297,7 +390,9 @@ class _TaskRun:
             return budget
         if "missing" in (store.settings(self.hash, learnt) or {}):
             return budget
-        return executed_share(self._records(learnt, store), self._subject.executor, self._counted)
+        records = [*self._records(learnt, store).values()]
+        executor = self._subject.executor
+        return executed_share(records, executor, self._counted) if records else budget
 
     @property
     def _counted(self) -> str:
@@ -317,49 +412,77 @@ class _TaskRun:
         modulator = self._subject.modulator
         assert modulator is not None
         if method == "learnt":
-            dial = self._dial(modulator, budget) if settings is None else settings["dial"]
+            dial = self._dial(modulator, budget, store) if settings is None else settings["dial"]
             tuned = ModulatorMethod(modulator, dial, self._config.acts)
             return Chosen(of=lambda i: tuned, details={"dial": dial})
-        learnt: list[FloatArray] = []
+        learnt: dict[int, FloatArray] = {}
         if method in FROM_LEARNT:
             source = (key[0], "learnt", budget)
-            learnt = [store.levels(self._levels_name(source, p.item.id)) for p in self.items]
-        return control(
+            learnt = {
+                i: store.levels(self._levels_name(source, self.items[i].item.id))
+                for i in self._done(source, store)
+            }
+            if not learnt:
+                raise BudgetError("there are no levels to make it from: no learnt item was run")
+        selection = [self.items[i] for i in self._done(self._dense, store)]
+
+        def score(method: Method) -> float:
+            with _for_the_row():
+                return self._selection_nats(method, selection[: self._config.selection])
+
+        chosen = control(
             method,
             self._item_ledger(modulator, key, store),
             target,
             seed=self._config.seed,
-            learnt=learnt,
+            learnt=[*learnt.values()],
             best_of=self._config.best_of,
-            score=self._selection_nats,
+            score=score,
         )
+        if method != "shuffled":
+            return chosen
+        place = {i: n for n, i in enumerate(learnt)}
+
+        def of(i: int) -> Method | None:
+            if i not in place:
+                raise VesicleError("there are no learnt levels of it to shuffle")
+            return chosen.of(place[i])
+
+        return replace(chosen, of=of)
 
     def _item_ledger(self, modulator: Modulator, key: Key, store: ItemStore) -> ItemLedger:
         """Prices on the tokens of the learnt run, else of the dense one."""
         task, _, budget = key
         source: Key = (task, "learnt", budget)
         if "learnt" not in self._config.methods or not store.count(self.hash, source):
-            source = (task, "dense", 1.0)
-        spans = [spans_of(record, self._counted) for record in self._records(source, store)]
+            source = self._dense
+        records = self._records(source, store).values()
+        spans = [spans_of(record, self._counted) for record in records]
+        if not spans:
+            raise BudgetError("there is nothing to price it on: no dense item was run")
         shape, screens = self._subject.executor.shape, self.task.kind == "generate"
         return ItemLedger(modulator, shape, spans, screens=screens, phases=self._config.acts)
 
-    def _dial(self, modulator: Modulator, budget: float) -> float:
+    def _dial(self, modulator: Modulator, budget: float, store: ItemStore) -> float:
         if self._config.dial == "shipped":
             return modulator.dial(budget, self._config.acts)
+        able = [self.items[i] for i in self._done(self._dense, store)]
+        if not able:
+            raise BudgetError("there is nothing to turn its dial on: no dense item was run")
         preview: list[Prepared] = []
-        order = np.argsort([p.n_tokens for p in self.items], kind="stable")
+        order = np.argsort([p.n_tokens for p in able], kind="stable")
         spread = order[np.linspace(0, len(order) - 1, min(_PREVIEW_ITEMS, len(order))).astype(int)]
         for i in dict.fromkeys(spread[::-1].tolist()):
-            size = sum(p.n_tokens for p in preview) + self.items[i].n_tokens
+            size = sum(p.n_tokens for p in preview) + able[i].n_tokens
             if not preview or size <= _PREVIEW_TOKENS:
-                preview.append(self.items[i])
+                preview.append(able[i])
 
         def share(method: ModulatorMethod) -> float:
             executed = dense = 0
             for prepared in preview:
                 item = replace(prepared.item, max_new_tokens=min(8, prepared.item.max_new_tokens))
-                found = self._run(replace(prepared, item=item), method)
+                with _for_the_row():
+                    found = self._run(replace(prepared, item=item), method)
                 spans, cost = found.spans, found.prefill.flops_total + found.decode.flops_total
                 if self._counted == GENERATED:
                     spans = tuple(span.behind(found.prompt) for span in spans)
@@ -370,11 +493,11 @@ class _TaskRun:
 
         return tune_dial(modulator, budget, share, self._config.acts)
 
-    def _selection_nats(self, method: Method) -> float:
-        """Loss of the right answers of the first items, in nats per token."""
+    def _selection_nats(self, method: Method, selection: list[Prepared]) -> float:
+        """Loss of the right answers of items, in nats per token."""
         nats, tokens = 0.0, 0
         codec, executor = self._subject.codec, self._subject.executor
-        for prepared in self.items[: self._config.selection]:
+        for prepared in selection:
             item = prepared.item
             if self.task.kind == "loss":
                 output = executor.loss(prepared.prompt.ids, method).output
@@ -412,6 +535,23 @@ class _TaskRun:
             return press_method(press, model, ids) if ids else Dense()
 
         return Chosen(of=of, details={"compression_ratio": 1 - budget})
+
+
+@contextmanager
+def _for_the_row() -> Iterator[None]:
+    """While a method is set: what an item cannot do then, no item of the row can have."""
+    try:
+        yield
+    except VesicleError as error:
+        raise BudgetError(str(error)) from error
+
+
+def _tell(speak: Callable[[str], None], where: str, missing: Sequence[Missing]) -> None:
+    """Name the first missing items."""
+    for one in missing[:_NAMED]:
+        speak(f"{where} {one}")
+    if len(missing) > _NAMED:
+        speak(f"{where}: and {len(missing) - _NAMED} more, which the record lists")
 
 
 def _load(task: Task, subject: Subject, config: TaskConfig) -> Loaded:

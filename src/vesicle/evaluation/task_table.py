@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vesicle.evaluation.task_results import Score, TaskResult, TaskRow
 from vesicle.phases import GENERATED
+from vesicle.tasks.items import Missing
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 _RATIOS = ("weight_bytes", "kv_bytes_read", "kv_bytes_held")
+_NAMED = 10
+"""Missing items of a kind that a page names; the record has them all."""
 _LEFT_OUT = ("weights read", "KV read", "KV held", "prefill s", "decode s")
 
 
@@ -49,7 +53,7 @@ def cells(task: dict[str, Any], row: TaskRow) -> list[str]:
         # Without phases all tokens were governed alike.
         f"{row.shares.get(GENERATED, row.ratio['flops']):.3f}",
         *(f"{row.ratio[name]:.3f}" for name in _RATIOS),
-        _interval(score.value, score.low, score.high, digits),
+        _interval(score.value, score.low, score.high, digits) + _fewer(task, row),
         "" if dense else _signed(score.delta, score.delta_low, score.delta_high, digits),
         _gain(score, digits),
         *(f"{row.scores[m['name']].value:.{1 if m['percent'] else 3}f}" for m in others),
@@ -65,7 +69,12 @@ def rich_tables(result: TaskResult) -> list[Table]:
 
     tables = []
     for task in result.tasks:
-        table = Table(title=escape(_title(task)), title_justify="left")
+        table = Table(
+            title=escape(f"{_title(task)}, {task['n_items']} items"),
+            title_justify="left",
+            caption=escape("\n".join(missing(result, task["name"]))) or None,
+            caption_justify="left",
+        )
         names = columns(task)
         shown = [i for i, name in enumerate(names) if name not in _LEFT_OUT]
         for i in shown:
@@ -100,6 +109,8 @@ def markdown(result: TaskResult) -> str:
     ]
     for task in result.tasks:
         shortened = f"; {task['shortened']} shortened" if task["shortened"] else ""
+        left_out = len(task.get("missing", ()))
+        shortened += f"; {left_out} left out, see below" if left_out else ""
         lines += [
             "",
             f"## {_title(task)}",
@@ -113,13 +124,36 @@ def markdown(result: TaskResult) -> str:
         names = columns(task)
         lines += ["", _line(names), "|" + " --- |" * len(names)]
         lines += [_line(cells(task, row)) for row in result.of_task(task["name"])]
-    if result.missing:
-        lines += ["", "## Missing", ""]
-        lines += [
-            f"- {m['task']}, {m['method']} at {m['budget']:g}: {m['reason']}"
-            for m in result.missing
-        ]
+    gone = [line for task in result.tasks for line in missing(result, task["name"])]
+    if gone:
+        lines += ["", "## Missing", "", *(f"- {line}" for line in gone)]
     return "\n".join(lines) + "\n"
+
+
+def missing(result: TaskResult, task: str) -> list[str]:
+    """What of a task could not be asked, run or had, each in a line: items first, then rows."""
+    facts = next(t for t in result.tasks if t["name"] == task)
+    lines = _named(task, facts.get("missing", ()))
+    for row in result.of_task(task):
+        lines += _named(
+            f"{task}, {row.method} at {row.budget:g}", row.items.get("missing", ()), ", item "
+        )
+    return lines + [
+        f"{m['task']}, {m['method']} at {m['budget']:g}: {m['reason']}"
+        for m in result.missing
+        if m["task"] == task
+    ]
+
+
+def _named(where: str, items: Sequence[Mapping[str, str]], kind: str = ", ") -> list[str]:
+    lines = [f"{where}{kind}{Missing(**one)}" for one in items[:_NAMED]]
+    more = len(items) - _NAMED
+    return [*lines, f"{where}: and {more} more, which result.json lists"] if more > 0 else lines
+
+
+def _fewer(task: dict[str, Any], row: TaskRow) -> str:
+    """How many items a row has, if not all that could be asked."""
+    return "" if row.n_items == task["n_items"] else f", n={row.n_items}"
 
 
 def _title(task: dict[str, Any]) -> str:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from vesicle.predictors.base import Levels, Predictor, PredictorConfig, State
-from vesicle.predictors.fixed import ConstantLevels, RandomLevels, ReplayLevels, ShuffledLevels
+from vesicle.predictors.fixed import (
+    ConstantLevels,
+    RandomLevels,
+    ReplayLevels,
+    ShuffledLevels,
+    spread_seed,
+)
 from vesicle.predictors.linear import LinearPredictor
 from vesicle.predictors.mlp import MlpPredictor
 from vesicle.predictors.recurrent import RecurrentPredictor
@@ -31,4 +37,5 @@ __all__ = [
     "ReplayLevels",
     "ShuffledLevels",
     "State",
+    "spread_seed",
 ]

@@ -12,6 +12,7 @@ None of them reads the hidden state; their cost in the ledger is zero.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class RandomLevels(_Fixed):
     kind = "random"
 
     def __init__(self, config: PredictorConfig, levels: FloatArray | float, seed: int) -> None:
-        """Draw around `levels` (as for `ConstantLevels`), reproducibly from `seed`."""
+        """Draw around `levels` (as for `ConstantLevels`), reproducibly from `seed`, 0 or above."""
         super().__init__()
         self.config = config
         self.mean = ConstantLevels(config, levels).table
@@ -104,7 +105,9 @@ class ShuffledLevels(ReplayLevels):
 
     kind = "shuffled"
 
-    def __init__(self, config: PredictorConfig, levels: FloatArray, seed: int) -> None:
+    def __init__(
+        self, config: PredictorConfig, levels: FloatArray, seed: int | Sequence[int]
+    ) -> None:
         """Permute with a generator seeded by `seed`; transmitters of a layer move together."""
         generator = np.random.default_rng(seed)
         mixed = np.stack(
@@ -113,7 +116,48 @@ class ShuffledLevels(ReplayLevels):
         super().__init__(config, mixed)
 
 
+def spread_seed(seed: int, place: int) -> list[int]:
+    """The seed of one of many draws of a run: no two runs share a draw, at whatever places.
+
+    Args:
+        seed: Of the run, 0 or above.
+        place: Which draw, from 0 to below 2**32.
+
+    Returns:
+        Words for `np.random.default_rng`. NumPy leaves trailing zeros out of account, so that those
+        of a run with seed 0 draw as `place` alone does.
+    """
+    return [place, seed]
+
+
 def _uniform(counter: Tensor, seed: int) -> Tensor:
-    """A number in [0, 1) per counter, from a hash: chunks of a sequence draw as the whole."""
-    phase = (counter.double() + 1.0) * 12.9898 + (seed % 10007) * 78.233 + math.pi
-    return torch.frac(torch.sin(phase) * 43758.5453).abs()
+    """A number in [0, 1) per counter, from a hash: chunks of a sequence draw as the whole.
+
+    Seed 0 keeps the draws that committed results were made with. All others go through an integer
+    hash, in which no two seeds are shifts of each other.
+    """
+    if seed == 0:
+        phase = (counter.double() + 1.0) * 12.9898 + math.pi
+        return torch.frac(torch.sin(phase) * 43758.5453).abs()
+    first, second = np.random.SeedSequence(seed).generate_state(2, np.uint64).view(np.int64)
+    mixed = _mix(counter.long() * _GOLDEN + int(first)) ^ int(second)
+    return _shifted(_mix(mixed), 11).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele et al. 2014); int64 arithmetic wraps as it needs."""
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """A logical shift to the right: torch's own drags the sign along."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-from vesicle.tasks.base import HubSet, Row, Settings, Task
+from vesicle.tasks.base import HubSet, Row, Settings, Task, no_text
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.rouge import Rouge1, Rouge2, RougeL, RougeLsum
 
@@ -33,6 +33,10 @@ class Arxiv(Task):
     splits = ("test", "validation", "train")
     default_split = "test"
     fields: ClassVar[Mapping[str, type]] = {"article": str, "abstract": str}
+
+    def check(self, row: Row) -> str:
+        """`abstract` must hold text."""
+        return no_text(row, "abstract")
 
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:
         """One item an article."""

@@ -74,6 +74,7 @@ class Task(ABC):
         splits: Known splits.
         default_split: The one that is scored unless asked otherwise.
         fields: Fields that a row of the local format must have, with their types.
+        optional: Other fields that its items take over, as they are.
         window: Tokens in a window, for kind `loss`.
     """
 
@@ -87,11 +88,20 @@ class Task(ABC):
     splits: ClassVar[tuple[str, ...]]
     default_split: ClassVar[str]
     fields: ClassVar[Mapping[str, type]]
+    optional: ClassVar[tuple[str, ...]] = ("id",)
     window: ClassVar[int] = 1024
 
     def from_hub(self, row: Row) -> Iterable[Row]:
         """Rows of the local format from one row of the hub's; by default the row as it is."""
         return [row]
+
+    def check(self, row: Row) -> str:
+        """What keeps a row, whose fields have the right types, from being asked or scored.
+
+        Returns:
+            Such as `field 'answers' is empty; at least one is needed`; "" if nothing.
+        """
+        return ""
 
     @abstractmethod
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:
@@ -100,3 +110,11 @@ class Task(ABC):
         Tasks of kind `loss` give one item a document, with its text as `context`; whoever scores
         them cuts windows.
         """
+
+
+def no_text(row: Row, field: str) -> str:
+    """For `Task.check`: the complaint that a field, text or texts, has nothing to score against."""
+    texts = [row[field]] if isinstance(row[field], str) else row[field]
+    if any(text.strip() for text in texts):
+        return ""
+    return f"field {field!r} is empty; there must be something to score against"

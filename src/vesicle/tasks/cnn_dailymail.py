@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-from vesicle.tasks.base import HubSet, Row, Settings, Task
+from vesicle.tasks.base import HubSet, Row, Settings, Task, no_text
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.rouge import Rouge1, Rouge2, RougeL, RougeLsum
 
@@ -32,6 +32,10 @@ class CnnDailyMail(Task):
     splits = ("validation", "test", "train")
     default_split = "validation"
     fields: ClassVar[Mapping[str, type]] = {"article": str, "highlights": str}
+
+    def check(self, row: Row) -> str:
+        """`highlights` must hold text."""
+        return no_text(row, "highlights")
 
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:
         """One item an article; the reference keeps a highlight on each line, for ROUGE-Lsum."""

@@ -65,7 +65,6 @@ def _streamed_rows(hub: HubSet, split: str) -> Iterator[Row]:
 
 def _archive_rows(hub: HubArchive) -> Iterator[Row]:
     import zipfile
-    from io import TextIOWrapper
 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -77,8 +76,7 @@ def _archive_rows(hub: HubArchive) -> Iterator[Row]:
         file = hf_hub_download(hub.path, hub.file, repo_type="dataset")
     with zipfile.ZipFile(file) as archive:
         for member in hub.members:
-            with archive.open(member) as stream:
-                lines = TextIOWrapper(stream, encoding="utf-8", newline="\n")
+            with archive.open(member) as lines:
                 for _, row in decode_json_lines(lines, f"{hub.path} {member}"):
                     yield row
 

@@ -50,6 +50,32 @@ class Item:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Missing:
+    """An item that could not be asked or run, while others could.
+
+    Attributes:
+        item: Its id; of a row that makes no item, where the row is, such as `line 3`.
+        reason: What is wrong with it, in one line that any file can hold.
+    """
+
+    item: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        """Fold line breaks, show halves of characters as escapes, cut what is too long to read."""
+        for name, most in (("item", 100), ("reason", 400)):
+            text = getattr(self, name).encode("utf-8", "backslashreplace").decode()
+            text = " ".join(text.split())
+            short = text if len(text) <= most else f"{text[: most - 3]}..."
+            object.__setattr__(self, name, short)
+
+    def __str__(self) -> str:
+        """Such as `line 3 has no field 'de'`, or `item 7: the loss is not finite`."""
+        colon = "" if self.reason.startswith(("has ", "is ")) else ":"
+        return f"{self.item}{colon} {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """What a model gave for an item; which fields are filled depends on the task's kind.
 

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vesicle.errors import DataError
-from vesicle.tasks.base import Row, Settings, Task
+from vesicle.tasks.base import Row, Settings, Task, no_text
 from vesicle.tasks.hub import HubArchive
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.longbench import LongBenchScore
@@ -201,16 +200,22 @@ class LongBench(Task):
         "answers": list,
         "dataset": str,
     }
+    optional = ("id", "_id", "all_classes")
+
+    def check(self, row: Row) -> str:
+        """The data set must be known, and there must be what its metric compares with."""
+        name, classes = row["dataset"], row.get("all_classes")
+        if name not in FORMS:
+            return f"is of the data set {name!r}; allowed: {', '.join(FORMS)}"
+        known = classes is None or isinstance(classes, list)
+        if not known or not all(isinstance(one, str) for one in classes or ()):
+            return "field 'all_classes' is no list of texts; allowed: a list of texts, or null"
+        return no_text(row, "answers")
 
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:
         """One item a row; `group` is its data set, `style` how its prompt is put."""
         for row in rows:
             name = row["dataset"]
-            if name not in FORMS:
-                raise DataError(
-                    f"row {row['id']} of longbench is of the data set {name!r}; "
-                    f"allowed: {', '.join(FORMS)}"
-                )
             form = FORMS[name]
             yield Item(
                 id=str(row.get("_id", row["id"])),

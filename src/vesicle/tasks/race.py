@@ -22,7 +22,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-from vesicle.errors import DataError
 from vesicle.tasks.base import HubSet, Row, Settings, Task
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.likelihood import Accuracy, NormalisedAccuracy
@@ -47,6 +46,7 @@ class Race(Task):
         "options": list,
         "answer": int,
     }
+    optional = ("id", "level")
 
     def from_hub(self, row: Row) -> Iterable[Row]:
         """The hub has letters for answers, and the passage's file name for an id."""
@@ -55,23 +55,31 @@ class Race(Task):
         answer = "ABCD".index(row["answer"])
         return [{**row, "id": passage, "answer": answer, "level": level}]
 
+    def check(self, row: Row) -> str:
+        """No option may be blank, and `answer` must be the index of one."""
+        options, answer = row["options"], row["answer"]
+        if not 0 <= answer < len(options):
+            return (
+                f"has the answer {_short(answer)} to {len(options)} options; "
+                "allowed: the index of one of them, from 0"
+            )
+        return "" if all(map(str.strip, options)) else "has an option without text"
+
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:
         """One item a question; `group` is the level."""
         for row in rows:
-            options, answer = row["options"], row["answer"]
-            if not 0 <= answer < len(options):
-                raise DataError(
-                    f"row {row['id']} of race has the answer {answer} to {len(options)} options; "
-                    "allowed: the index of one of them, from 0"
-                )
             yield Item(
                 id=str(row["id"]),
                 context=f"Article: {row['article'].strip()}\n\n",
                 question=asked(row["question"]),
-                choices=tuple(f" {option.strip()}" for option in options),
-                answer=answer,
+                choices=tuple(f" {option.strip()}" for option in row["options"]),
+                answer=row["answer"],
                 group=str(row.get("level", "")),
             )
+
+
+def _short(number: int) -> str:
+    return str(number) if abs(number) < 10**9 else "of a great many digits"
 
 
 def asked(question: str) -> str:

@@ -1,9 +1,9 @@
 """Where a task's rows come from: the hub, a local folder, or the sample that is shipped.
 
-Rows are checked against the fields that the task names, the task makes items of them, and a limit
-draws some items at random. Which ones depends on the seed, on nothing else, and a smaller limit
-draws a part of what a larger one draws. The items' SHA-256 tells whether two runs had the same
-questions.
+Rows are checked against the fields that the task names. Those that cannot be asked are listed with
+what is wrong with them; of the others the task makes items, and a limit draws some at random. Which
+ones depends on the seed, on nothing else, and a smaller limit draws a part of what a larger one
+draws. The items' SHA-256 tells whether two runs had the same questions.
 
 The local format is JSON Lines, one file a split: `DIR/FOLDER/SPLIT.jsonl.gz` or `.jsonl`
 (`docs/tasks/local_data.md`).
@@ -16,22 +16,22 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib import resources
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from vesicle.errors import DataError
-from vesicle.files import decode_json_lines, read_json_lines
+from vesicle.files import lone_surrogate, read_lines, try_json_lines
 from vesicle.tasks.base import HubSet, Row, Settings, Task
 from vesicle.tasks.hub import hub_rows
-from vesicle.tasks.items import Item
+from vesicle.tasks.items import Item, Missing
 
 SAMPLE = "sample"
 SUFFIXES = (".jsonl.gz", ".jsonl")
 _HELP = "docs/tasks/local_data.md"
+_IDS = ("id", "_id", "level")
 _JSON_NAMES = {
     str: "text",
     int: "a whole number",
@@ -54,6 +54,9 @@ class Loaded:
         origin: What kind of source it was.
         description: The source in a few words, without the names of this machine's folders.
         sha256: Of the items' content, as canonical JSON, one line an item.
+        missing: Rows that cannot be asked, in order; none of them is drawn.
+        n_rows: How many rows there were, those included.
+        place: The source as messages name it, which no record keeps.
     """
 
     items: tuple[Item, ...]
@@ -62,6 +65,9 @@ class Loaded:
     origin: Literal["hub", "local", "sample"]
     description: str
     sha256: str
+    missing: tuple[Missing, ...] = ()
+    n_rows: int = 0
+    place: str = field(default="", repr=False, compare=False)
 
 
 def load_items(
@@ -86,14 +92,15 @@ def load_items(
         At least one item.
 
     Raises:
-        DataError: The source is missing, unreachable, empty or malformed.
+        DataError: The source is missing, unreachable or empty, or no row of it can be asked.
         ValueError: If `limit` is below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; allowed: 1 and above")
     split = split or task.default_split
     source = _source(task, data, split)
-    items = _with_unique_ids(task.items(_checked(source.rows, task, source.name), settings))
+    rows = _Checked(source, task)
+    items = _with_unique_ids(task.items(rows, settings))
     chosen, available = _draw(items, None if task.kind == "loss" else limit, settings.seed)
     if not chosen:
         raise DataError(f"{source.name} holds nothing to ask: it gave no items for {task.name}")
@@ -104,6 +111,9 @@ def load_items(
         origin=source.origin,
         description=source.description,
         sha256=_digest(chosen),
+        missing=tuple(rows.missing),
+        n_rows=rows.count,
+        place=source.name,
     )
 
 
@@ -112,9 +122,9 @@ def load_items(
 
 @dataclass(frozen=True)
 class _Source:
-    """Rows with a name for each, and names for where they come from."""
+    """Rows, each with its place and what is wrong with it, and names for where they come from."""
 
-    rows: Iterable[tuple[str, Any]]
+    rows: Iterable[tuple[str, Any, str]]  # such as `line 3`, the row, "" if nothing is wrong
     name: str  # in messages
     origin: Literal["hub", "local", "sample"]
     description: str  # in results
@@ -138,7 +148,7 @@ def _shipped(task: Task) -> _Source:
     kind = "the sample" if own.is_file() else "the filler text"
     lines = file.read_text(encoding="utf-8").split("\n")
     description = f"{kind} that comes with Vesicle, {file.name}"
-    return _Source(decode_json_lines(lines, file.name), description, "sample", description)
+    return _Source(_decoded(lines), description, "sample", description)
 
 
 def _local(task: Task, root: Path, split: str) -> _Source:
@@ -152,7 +162,7 @@ def _local(task: Task, root: Path, split: str) -> _Source:
             f"splits there: {_listed(_splits(folder))}"
         )
     description = f"{task.folder}/{file.name} of a local folder"
-    return _Source(read_json_lines(file), str(file), "local", description)
+    return _Source(_decoded(read_lines(file)), str(file), "local", description)
 
 
 def _local_folder(task: Task, root: Path) -> Path:
@@ -197,47 +207,89 @@ def _hub(task: Task, hub: HubSet, split: str) -> _Source:
         f"use --data {SAMPLE} (comes with Vesicle), or "
         f"--data DIR with {task.folder}/{split}{SUFFIXES[0]} in it ({_HELP})"
     )
-    rows = _converted(hub_rows(hub, there, name, instead), name, task)
+    rows = _converted(hub_rows(hub, there, name, instead), task)
     return _Source(rows, name, "hub", f"{name} of the Hugging Face hub")
 
 
-def _converted(rows: Iterable[Row], name: str, task: Task) -> Iterator[tuple[str, Row]]:
+def _decoded(lines: Iterable[str | bytes]) -> Iterator[tuple[str, Any, str]]:
+    for number, value, fault in try_json_lines(lines):
+        yield f"line {number}", value, fault
+
+
+def _converted(rows: Iterable[Row], task: Task) -> Iterator[tuple[str, Any, str]]:
     """Rows of the hub's format in the local one."""
     for number, row in enumerate(rows, 1):
-        where = f"{name} row {number}"
+        where = f"row {number}"
         try:
             local = list(task.from_hub(row))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise DataError(
-                f"{where} has another form than {task.name} knows "
+            fault = (
+                f"has another form than {task.name} knows "
                 f"({type(error).__name__}: {error}); fields there: {_listed(sorted(row))}"
-            ) from error
-        yield from ((where, one) for one in local)
+            )
+            yield where, None, fault
+            continue
+        yield from ((where, one, "") for one in local)
 
 
 # Rows -------------------------------------------------------------------------------------------
 
 
-def _checked(rows: Iterable[tuple[str, Any]], task: Task, name: str) -> Iterator[Row]:
-    """Rows that have the task's fields, and an id each."""
-    rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{name} holds no rows")
-    for number, (where, row) in enumerate(chain([first], rows)):
-        if not isinstance(row, dict):
-            raise DataError(f"{where} is not a JSON object but {_told(row)}")
-        for field, kind in task.fields.items():
-            if field not in row:
-                raise DataError(
-                    f"{where} has no field {field!r}; fields there: {_listed(sorted(row))}; "
-                    f"{task.name} needs: {', '.join(task.fields)}"
-                )
-            if not _is(row[field], kind):
-                raise DataError(
-                    f"{where}: field {field!r} is {_told(row[field])}; allowed: {_JSON_NAMES[kind]}"
-                )
-        yield {"id": str(number), **row}
+class _Checked:
+    """Rows that can be asked, with an id each, once; the others are listed as they come.
+
+    Attributes:
+        missing: The others.
+        count: Rows so far, of both kinds.
+    """
+
+    def __init__(self, source: _Source, task: Task) -> None:
+        self._source, self._task = source, task
+        self.missing: list[Missing] = []
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows.
+
+        Raises:
+            DataError: At the end, if there were none.
+        """
+        for where, row, fault in self._source.rows:
+            number, self.count = self.count, self.count + 1
+            fault = fault or _fault(row, self._task)
+            if fault:
+                self.missing.append(Missing(item=where, reason=fault))
+            else:
+                yield {"id": str(number), **row}
+        name = self._source.name
+        if not self.count:
+            raise DataError(f"{name} holds no rows")
+        if len(self.missing) == self.count:
+            first = self.missing[0]
+            others = f"; nor can any of its {self.count} rows be used" if self.count > 1 else ""
+            raise DataError(f"{name} {first}{others}")
+
+
+def _fault(row: Any, task: Task) -> str:
+    """What keeps a row from being asked; "" if nothing."""
+    if not isinstance(row, dict):
+        return f"is not a JSON object but {_told(row)}"
+    for name, kind in task.fields.items():
+        if name not in row:
+            return (
+                f"has no field {name!r}; fields there: {_listed(sorted(row))}; "
+                f"{task.name} needs: {', '.join(task.fields)}"
+            )
+        if not _is(row[name], kind):
+            return f"field {name!r} is {_told(row[name])}; allowed: {_JSON_NAMES[kind]}"
+    for name in (*task.fields, *task.optional):
+        value = row.get(name)
+        if name not in task.fields and isinstance(value, dict | list) and name in _IDS:
+            return f"field {name!r} is {_told(value)}; allowed: {_JSON_NAMES[str]}"
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (half := lone_surrogate(text)):
+                return f"field {name!r} holds {half}, half of a surrogate pair"
+    return task.check(row)
 
 
 def _is(value: object, kind: type) -> bool:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-from vesicle.tasks.base import HubSet, Row, Settings, Task
+from vesicle.tasks.base import HubSet, Row, Settings, Task, no_text
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.squad import F1, ExactMatch
 
@@ -62,6 +62,10 @@ class Squad(Task):
     def from_hub(self, row: Row) -> Iterable[Row]:
         """The hub lists an answer as often as annotators gave it, with offsets."""
         return [{**row, "answers": list(dict.fromkeys(row["answers"]["text"]))}]
+
+    def check(self, row: Row) -> str:
+        """`answers` must hold text."""
+        return no_text(row, "answers")
 
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:
         """One item a question; the examples and the passage are its context."""

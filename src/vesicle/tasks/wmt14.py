@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-from vesicle.tasks.base import HubSet, Row, Settings, Task
+from vesicle.tasks.base import HubSet, Row, Settings, Task, no_text
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.translation import Bleu, ChrF
 
@@ -48,6 +48,10 @@ class Wmt14EnDe(Task):
     def from_hub(self, row: Row) -> Iterable[Row]:
         """The hub nests both sides in `translation`, and has no ids."""
         return [{"en": row["translation"]["en"], "de": row["translation"]["de"]}]
+
+    def check(self, row: Row) -> str:
+        """`de` must hold text."""
+        return no_text(row, "de")
 
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:
         """One item a sentence; the examples are its context."""

@@ -2,7 +2,7 @@
 
 A source is
 
-- a `.txt` file: one document;
+- a `.txt` or `.txt.gz` file: one document;
 - a `.jsonl` or `.jsonl.gz` file: one document a line, taken from one field;
 - a folder: its files of these kinds, in the order of their names. If some names begin with the
   wanted split (`train-00.jsonl`, `test.txt`), only those are read; local files have no other notion
@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vesicle.errors import DataError
-from vesicle.files import read_json_lines, read_text
+from vesicle.files import lone_surrogate, read_json_lines, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -153,7 +153,7 @@ def _files(path: Path, split: str) -> list[Path]:
 
 
 def _read_file(path: Path, field: str) -> Iterator[str]:
-    if path.name.endswith(".txt"):
+    if path.name.endswith((".txt", ".txt.gz")):
         # A text file is one document whatever its line ends are.
         yield read_text(path).rstrip("\n")
         return
@@ -169,6 +169,8 @@ def _text(row: Any, field: str, where: str) -> str:
         raise DataError(f"{where} has no field {field!r}; its fields: {known}")
     if not isinstance(row[field], str):
         raise DataError(f"{where}: field {field!r} is not text but {type(row[field]).__name__}")
+    if half := lone_surrogate(row[field]):
+        raise DataError(f"{where}: field {field!r} holds {half}, half of a surrogate pair")
     return str(row[field])
 
 

@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from vesicle import __version__
 from vesicle.errors import DataError, VesicleError
 from vesicle.files import atomic_path, read_text
-from vesicle.modulator import Modulator, ModulatorMethod
+from vesicle.folders import locked
+from vesicle.modulator import Modulator, ModulatorMethod, keep_modulator
 from vesicle.predictors import Predictor
 from vesicle.reference.attach import Soft, attach
 from vesicle.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
@@ -111,8 +112,8 @@ def train(
         How far it came and the final metrics.
 
     Raises:
-        VesicleError: `out` holds a run with other settings, cannot be written, or the loss is not
-            finite.
+        VesicleError: `out` holds a run with other settings, cannot be written or is being written
+            by another process, or the loss is not finite.
         DataError: The windows do not fit the configuration.
         KeyboardInterrupt: After Ctrl-C, once the way to resume has been said.
     """
@@ -126,17 +127,18 @@ def train(
             )
     speak = say or (lambda line: print(line, file=sys.stderr))
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    if restart:
-        for name in (_CHECKPOINTS, _TENSORBOARD):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / _METRICS).unlink(missing_ok=True)
-    with _frozen(model):
+    with locked(folder), _frozen(model):
+        if restart:
+            for name in (_CHECKPOINTS, _TENSORBOARD):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / _METRICS).unlink(missing_ok=True)
         model.to(device=config.device, dtype=DTYPES[config.dtype])
         modulator.to(config.device)
         run = _Run(model, modulator, windows, held_out, config, folder, data)
         if run.resume():
             speak(f"resuming at step {run.step} of {config.steps}")
+        else:
+            keep_modulator(folder, speak)
         try:
             return run.finish(_loop(run, tensorboard, progress, speak))
         except KeyboardInterrupt:

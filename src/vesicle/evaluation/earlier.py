@@ -1,0 +1,49 @@
+"""Results of an earlier run in a folder: part of the new ones, or kept beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vesicle.errors import DataError
+from vesicle.folders import set_aside
+from vesicle.records import Record
+
+_SAME = ("seed", "versions", "hardware", "model", "modulator", "data")
+
+
+def keep_earlier(
+    result: Record, folder: Path, names: Sequence[str], say: Callable[[str], None]
+) -> None:
+    """Make room for a result without losing one.
+
+    The earlier one is set aside (see `vesicle.folders`) unless the new one says all that it says,
+    as when methods or budgets were added.
+
+    Args:
+        result: To be saved next.
+        folder: Where.
+        names: The file it is saved to, and those that are made from it.
+        say: Is told where the earlier one is kept.
+
+    Raises:
+        VesicleError: It cannot be kept.
+    """
+    try:
+        before = type(result).load(folder / names[0]).to_dict()
+    except DataError:
+        before = None  # none, or one that only another version can read
+    if before is None or not covers(result.to_dict(), before):
+        kept = set_aside(folder, names)
+        if kept is not None:
+            say(f"the results of an earlier run are kept in {kept}")
+
+
+def covers(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether a record, as JSON, has the facts, tasks and rows of another and perhaps more."""
+    new, old = json.loads(json.dumps([new, old]))
+    return all(new.get(name) == old.get(name) for name in _SAME) and all(
+        part in new.get(name, []) for name in ("tasks", "rows") for part in old.get(name, [])
+    )
