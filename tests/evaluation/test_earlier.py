@@ -101,11 +101,17 @@ def test_another_model_stands_beside(run: Run, tmp_path: Path):
     assert kept(tmp_path) == [first.to_dict()]
 
 
-def test_a_restart_measures_anew_and_loses_nothing(run: Run, tmp_path: Path):
+def test_a_restart_that_gives_the_same_has_nothing_to_keep(run: Run, tmp_path: Path):
+    """But for time and memory, which it was asked to measure anew."""
     first = run()
-    second = run(restart=True)
-    assert lasting(second) == lasting(first)
-    assert first.to_dict() in [*kept(tmp_path), second.to_dict()]
+    assert lasting(run(restart=True)) == lasting(first)
+    assert kept(tmp_path) == []
+
+
+def test_a_restart_that_gives_something_else_keeps_the_first(run: Run, tmp_path: Path):
+    first = run()
+    run(replace(CONFIG, seed=1), restart=True)
+    assert kept(tmp_path) == [first.to_dict()]
 
 
 @pytest.mark.parametrize("content", [b"", b"{torn", b'{"schema": "vesicle-tasks-9"}', b"\xff"])
@@ -121,6 +127,9 @@ def test_covers_asks_for_every_part():
     one = {"seed": 0, "versions": {"code": "a"}, "hardware": {}, "rows": [row], "tasks": [task]}
     assert earlier.covers(one, one)
     assert earlier.covers({**one, "rows": [{"method": "x"}, row]}, one)
+    timed = {**one, "rows": [{**row, "seconds": 3.0, "measured": {"peak_bytes": 1}}]}
+    assert earlier.covers(timed, one)
+    assert earlier.covers(one, timed)
     for change in (
         {"seed": 1},
         {"versions": {"code": "b"}},

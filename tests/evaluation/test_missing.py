@@ -145,8 +145,8 @@ def test_items_that_do_not_fit(run: Run, said: Said):
 class Swallowing(Bytes):
     """A tokenizer to which a prompt's end and an option are one token."""
 
-    def encode(self, text: str) -> list[int]:
-        return super().encode(text.replace("Ann fused", "Ann"))
+    def encode(self, text: str, **how: Any) -> list[int]:
+        return super().encode(text.replace("Ann fused", "Ann"), **how)
 
 
 def test_options_that_are_no_tokens(run: Run):

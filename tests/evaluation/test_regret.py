@@ -124,12 +124,14 @@ def test_more_budgets_and_methods_keep_what_is_done(run: Run, config: EvalConfig
     assert more.find("uniform", 0.8) == few.find("uniform", 0.8)
 
 
-def test_another_setting_keeps_nothing(run: Run, config: EvalConfig):
+def test_another_setting_keeps_no_rows(run: Run, config: EvalConfig, tmp_path: Path):
     config = replace(config, budgets=(0.8,), methods=("random",))
     first = run(config)
     said: list[str] = []
     second = run(replace(config, seed=1), say=said.append)
-    assert said == []
+    (kept,) = (tmp_path / "out" / "earlier").iterdir()
+    assert said == [f"the results of an earlier run are kept in {kept}"]
+    assert Result.load(kept / "result.json") == first
     assert second.find("random", 0.8).window_nats != first.find("random", 0.8).window_nats
     assert run(config).rows == first.rows
     assert without_seconds(run(config, restart=True)) == without_seconds(first)
@@ -240,3 +242,23 @@ def test_fingerprint_tells_models_apart():
     a, b = tiny_model("llama"), tiny_model("llama", seed=1)
     assert fingerprint(a) == fingerprint(tiny_model("llama"))
     assert fingerprint(a) != fingerprint(b)
+
+
+def test_rows_of_other_code_are_computed_again(
+    run: Run, config: EvalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = replace(config, budgets=(0.8,), methods=("uniform",))
+    first, said = run(config), list[str]()
+    real = regret.versions()
+    monkeypatch.setattr(regret, "versions", lambda: {**real, "code": "other"})
+    second = run(config, say=said.append)
+    rows = tmp_path / "out" / "rows.jsonl"
+    assert said[0] == (
+        "2 of 2 rows were done by other code than this and are run again; "
+        f"their lines stay in {rows}"
+    )
+    assert without_seconds(second) == without_seconds(first)
+    assert second.config_hash != first.config_hash
+    said.clear()
+    assert run(config, say=said.append) == second
+    assert said == ["2 of 2 rows were done before and are kept"]

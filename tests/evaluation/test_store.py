@@ -257,3 +257,36 @@ def test_levels_that_cannot_be_written(tmp_path: Path):
     (tmp_path / LEVELS).write_text("", encoding="utf-8")
     with pytest.raises(VesicleError, match="cannot write"):
         store.save_levels("x", np.ones((2, 3, 5)))
+
+
+def test_what_could_not_be_run_is_told_until_it_is(filled: Path):
+    store = ItemStore(filled)
+    store.add_missing(HASH, KEY, "c", "too short")
+    store.add_missing(HASH, KEY, "c", "too short")
+    for found in (store, ItemStore(filled)):
+        assert found.missing(HASH, KEY) == {"c": "too short"}
+        assert found.missing(HASH, OTHER) == {}
+        assert not found.has(HASH, KEY, "c")
+        assert found.count(HASH, KEY) == 2
+    assert (filled / ITEMS).read_text(encoding="utf-8").count("too short") == 1
+    store.add(HASH, KEY, "c", {"n": 5})
+    for found in (store, ItemStore(filled)):
+        assert found.missing(HASH, KEY) == {}
+        assert found.get(HASH, KEY, "c") == {"n": 5}
+    store.add_missing(HASH, KEY, "c", "no longer")
+    store.forget(HASH, KEY)
+    for found in (store, ItemStore(filled)):
+        assert found.missing(HASH, KEY) == {}
+
+
+def test_items_of_other_code_are_counted_once_and_not_used(tmp_path: Path):
+    store = ItemStore(tmp_path)
+    for hash_, item in (("x", "a"), ("x-1", "a"), ("x-1", "b"), ("x-2", "c"), ("y-1", "d")):
+        store.add(hash_, KEY, item, {})
+    store.add("x-1", OTHER, "e", {})
+    again = ItemStore(tmp_path)
+    assert again.count_by_other_code("x-3", KEY) == 3
+    assert again.count_by_other_code("x-2", KEY) == 2
+    assert again.count_by_other_code("x-1", KEY) == 1
+    assert again.count_by_other_code("z-1", KEY) == 0
+    assert again.count("x-3", KEY) == 0

@@ -12,6 +12,8 @@ from vesicle.folders import set_aside
 from vesicle.records import Record
 
 _SAME = ("seed", "versions", "hardware", "model", "modulator", "data")
+_PARTS = ("tasks", "rows")
+_MEASURED = ("measured", "seconds")
 
 
 def keep_earlier(
@@ -42,8 +44,20 @@ def keep_earlier(
 
 
 def covers(new: dict[str, Any], old: dict[str, Any]) -> bool:
-    """Whether a record, as JSON, has the facts, tasks and rows of another and perhaps more."""
-    new, old = json.loads(json.dumps([new, old]))
-    return all(new.get(name) == old.get(name) for name in _SAME) and all(
-        part in new.get(name, []) for name in ("tasks", "rows") for part in old.get(name, [])
+    """Whether a record, as JSON, has the facts, tasks and rows of another and perhaps more.
+
+    What is measured, time and memory, may differ: no two runs have the same.
+    """
+    ours, theirs = (_lasting(json.loads(json.dumps(values))) for values in (new, old))
+    return all(ours.get(name) == theirs.get(name) for name in _SAME) and all(
+        part in ours[name] for name in _PARTS for part in theirs[name]
     )
+
+
+def _lasting(values: dict[str, Any]) -> dict[str, Any]:
+    parts = {
+        name: [{k: v for k, v in part.items() if k not in _MEASURED} for part in values[name]]
+        for name in _PARTS
+        if name in values
+    }
+    return {**{name: [] for name in _PARTS}, **values, **parts}
