@@ -1,0 +1,72 @@
+"""Where transmitters act, and which positions of a sequence are prompt."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vesicle.errors import VesicleError
+from vesicle.phases import EVERYWHERE, PLACES, Phases, Spans
+from vesicle.transmitters import NAMES
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), Phases()),
+        (("generated",), Phases()),
+        (("all",), EVERYWHERE),
+        (("gaba=all",), Phases(gaba="all")),
+        (("all", "dopamine=prompt"), Phases(**{**EVERYWHERE.to_dict(), "dopamine": "prompt"})),
+        (("dopamine=prompt", "all"), EVERYWHERE),
+    ],
+)
+def test_words(words: tuple[str, ...], expected: Phases):
+    assert Phases.parse(words) == expected
+    assert Phases.from_dict(expected.to_dict()) == expected
+
+
+@pytest.mark.parametrize("word", ["", "decode", "gaba", "gaba=", "gaba=sometimes", "glutamate=all"])
+def test_words_that_mean_nothing(word: str):
+    with pytest.raises(VesicleError, match=f"phase is {word!r}; allowed: generated, all, prompt"):
+        Phases.parse([word])
+
+
+def test_values_that_mean_nothing():
+    with pytest.raises(VesicleError, match="phase of gaba is 'never'; allowed: generated"):
+        Phases(gaba="never")
+    with pytest.raises(VesicleError, match="unknown transmitter 'glutamate'"):
+        Phases.from_dict({"glutamate": "all"})
+
+
+@given(st.fixed_dictionaries({name: st.sampled_from(PLACES) for name in NAMES}))
+def test_who_acts(places: dict[str, str]):
+    phases = Phases(**places)
+    acting = phases.acting(np.array([True, False]))
+    for i, name in enumerate(NAMES):
+        assert acting[0, i] == (places[name] in ("prompt", "all"))
+        assert acting[1, i] == (places[name] in ("generated", "all"))
+        assert phases.ignores_phase([name]) == (places[name] == "all")
+    assert phases.describe(["gaba"]) == places["gaba"]
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=6)
+
+
+@given(steps=SPANS, cut=st.integers(0, 60))
+def test_spans(steps: list[tuple[int, int]], cut: int):
+    """Gaps and lengths in turn, against a plain list of booleans."""
+    spans, plain, at = Spans(), [False] * 80, 0
+    for gap, length in steps:
+        at += gap
+        spans.add(at, at + length)
+        plain[at : at + length] = [True] * length
+        at += length
+    positions = np.arange(80, dtype=np.int32)
+    assert spans.contains(positions).tolist() == plain
+    for position in range(79):
+        changes = [p for p in range(position + 1, 80) if plain[p] != plain[p - 1]]
+        assert spans.changes_after(position) == (changes[0] if changes else None)
+    assert spans.opening_prompt == plain.index(False)
+    opening = [p and i < cut for i, p in enumerate(plain)]
+    assert spans.opening(cut).contains(positions).tolist() == opening
