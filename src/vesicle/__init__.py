@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vesicle.errors import VesicleError
     from vesicle.models import Text, resolve_model
     from vesicle.modulator import Modulator
+    from vesicle.phases import Phases
     from vesicle.plan import Dense, Method, Plan, Replay
     from vesicle.reference.attach import attach
     from vesicle.shipped import load_default_modulator
@@ -26,6 +27,7 @@ _HOMES = {
     "Engine": "vesicle.engine",
     "Method": "vesicle.plan",
     "Modulator": "vesicle.modulator",
+    "Phases": "vesicle.phases",
     "Plan": "vesicle.plan",
     "Replay": "vesicle.plan",
     "Sampling": "vesicle.engine",
@@ -44,6 +46,7 @@ __all__ = [
     "Engine",
     "Method",
     "Modulator",
+    "Phases",
     "Plan",
     "Replay",
     "Sampling",

@@ -39,7 +39,7 @@ def info(
 
     from rich.table import Table
 
-    from vesicle.modulator import Modulator
+    from vesicle.modulator import Measured, Modulator
     from vesicle.report import scaled
 
     loaded = Modulator.from_pretrained(source)
@@ -64,8 +64,13 @@ def info(
     table.add_row("stand-ins", ranks)
     numbers = sum(t.numel() for t in tensors.values())
     table.add_row("size", f"{scaled(numbers, '')} parameters, {scaled(size, 'B')}")
-    table.add_row("dial", "  ".join(f"{b:g} at {d:.3f}" for b, d in about.dial))
-    table.add_row("default budget", f"{about.default_budget:g}")
+    measured = {"all": Measured(dial=about.dial, default_budget=about.default_budget)}
+    if about.generated is not None:
+        measured["generated"] = about.generated
+    for phase, found in measured.items():
+        rows = "  ".join(f"{budget:g} at {dial:.3f}" for budget, dial in found.dial)
+        table.add_row(f"dial, {phase} tokens", rows)
+        table.add_row(f"default budget, {phase} tokens", f"{found.default_budget:g}")
     for name, value in about.training.items():
         table.add_row(f"training {name}", value if isinstance(value, str) else json.dumps(value))
     for row in machine_rows():

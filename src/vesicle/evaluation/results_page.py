@@ -83,6 +83,10 @@ def command(result: TaskResult) -> str:
     if c["data"] is not None:
         words += ["--data", "sample" if c["data"] == "sample" else "DIR"]
     words += ["--limit", str(c["limit"] or 0)]
+    # Records of before there were phases have none: every token was governed.
+    governs = any(b < 1 for b in c["budgets"]) and set(c["methods"]) - {"dense"}
+    for word in c.get("phases", ["all"]) if governs else ():
+        words += ["--phase", word]
     for name in ("split", "max_length", "window", "per_cell"):
         if c[name] is not None:
             words += [f"--{name.replace('_', '-')}", str(c[name])]

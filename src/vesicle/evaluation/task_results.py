@@ -95,7 +95,7 @@ class TaskRow:
         Raises:
             DataError: A field is missing or unknown.
         """
-        known = checked(cls, values, "an evaluation")
+        known = checked(cls, {"shares": {}, **values}, "an evaluation")
         scores = {
             name: Score(**checked(Score, s, "an evaluation")) for name, s in known["scores"].items()
         }

@@ -42,7 +42,8 @@ from vesicle.gpu.steps import (
     Steps,
     load_kernels,
 )
-from vesicle.modulator import Modulator, ModulatorAuthor
+from vesicle.modulator import Modulator, ModulatorAuthor, ModulatorMethod
+from vesicle.phases import EVERYWHERE
 from vesicle.plan import (
     BLOCK,
     FFN_BIG,
@@ -309,9 +310,11 @@ class GpuEngine:
                 method asks for fewer weight bits than are stored, or forgets entries of the cache.
         """
         if isinstance(method, Modulator):
-            method = method.at(method.info.default_budget if budget is None else budget)
+            method = method.at(budget, EVERYWHERE)
         elif budget is not None:
             raise VesicleError("a budget applies to a modulator; this method has its own")
+        if isinstance(method, ModulatorMethod) and not (method.at_rest or method.counts_prompt):
+            raise VesicleError("the GPU engine governs every token; give the method EVERYWHERE")
         sequence = GpuSequence(self, method or Dense())
         author = sequence.author
         if author.retained is not None:

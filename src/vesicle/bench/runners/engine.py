@@ -50,6 +50,8 @@ class EngineRunner(Runner):
         for sequence in self._sequences:
             sequence.close()
         self._sequences = [self._engine.start(self._method) for _ in range(batch)]
+        for sequence in self._sequences:
+            sequence.begin_prompt(length)
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:
         """In passes of the engine's own size, of as many sequences as fit."""
@@ -112,7 +114,7 @@ def _method(contender: Contender, shape: ModelShape) -> tuple[Method, dict[str, 
         raise VesicleError(f"contender {contender.name} has no modulator")
     modulator = Modulator.from_pretrained(contender.modulator)
     if contender.mode == BUDGET:
-        budget = modulator.info.default_budget if contender.budget is None else contender.budget
+        budget = modulator.default_budget() if contender.budget is None else contender.budget
         return modulator.at(budget), {"budget": budget}
     return _levels_of_one(modulator), {}
 
