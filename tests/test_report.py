@@ -12,6 +12,7 @@ from tests.tiny import tiny_model, tiny_modulator, tokens
 from vesicle.cost import price, price_tokens
 from vesicle.engine import Engine, Sequence
 from vesicle.modulator import Modulator
+from vesicle.phases import EVERYWHERE, Phases
 from vesicle.plan import FFN_SKIP, Dense, Method, Plan, Replay
 from vesicle.report import Answer, answer_shares, heat_strip, scaled, show
 
@@ -92,9 +93,22 @@ def test_a_token_is_charged_with_the_pass_before_it(engine: Engine, token: int):
 def test_levels_are_means_of_what_was_released(engine: Engine, modulator: Modulator):
     sequence, _ = generate(engine, modulator.at(0.5))
     answer = answer_of(engine, modulator.at(0.5))
-    assert answer.levels["gaba"] == pytest.approx(sequence.levels[..., 2].mean())
+    generated = sequence.levels[PROMPT - 1 :]  # nothing is released on a prompt
+    assert answer.levels["gaba"] == pytest.approx(generated[..., 2].mean())
     assert answer.levels["acetylcholine"] == answer.levels["noradrenaline"] == 1.0
     assert answer.released == ("dopamine", "serotonin", "gaba")
+    assert answer.phases == dict.fromkeys(answer.released, "generated")
+
+
+@pytest.mark.parametrize("phases", [Phases(), EVERYWHERE])
+def test_shares_by_phase_add_up(engine: Engine, modulator: Modulator, phases: Phases):
+    answer = answer_of(engine, modulator.at(0.5, phases))
+    prompt, generated = answer.by_phase["prompt"], answer.by_phase["generated"]
+    assert (prompt.tokens, generated.tokens) == (PROMPT - 1, NEW)
+    assert prompt.flops + generated.flops == answer.executed.flops_total
+    assert prompt.dense_flops + generated.dense_flops == answer.dense.flops_total
+    assert (prompt.share == 1) == (phases == Phases())
+    assert generated.share < 1
 
 
 def test_a_replayed_plan_has_no_levels(engine: Engine):

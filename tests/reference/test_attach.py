@@ -201,7 +201,8 @@ def test_generate(variant: tuple[str, str], budget: float):
     assert torch.equal(text, own) == (budget == 1)
     assert run.plan.n_tokens == 39  # the last one generated was never fed
     assert run.levels[0].shape == (39, 3, 5)
-    whole = logits(model, text[:, :-1], modulator, budget)
+    with attach(model, modulator, budget, prompt_tokens=20), torch.no_grad():
+        whole = model(text[:, :-1]).logits
     assert torch.equal(whole[0, 19:].argmax(-1), text[0, 20:])
 
 
