@@ -11,7 +11,8 @@ FILLED = ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=16777216:malloc_fill_b
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 # The floor that pyproject.toml names, in full.
 OLDEST = 5.0.0
-NATIVE_TESTS = tests/native/test_fuzz.py tests/engine/test_decode.py tests/engine/test_packed.py
+NATIVE_TESTS = tests/native/test_fuzz.py tests/native/test_damage.py tests/engine/test_decode.py \
+	tests/engine/test_packed.py
 
 .DEFAULT_GOAL := help
 .PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow \

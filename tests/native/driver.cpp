@@ -1,9 +1,10 @@
 // Drives the decode core without Python: random tiny models, sequences and Plans.
 //
-// A token's results must be finite and depend on its own sequence alone: the same bits come out whether it runs by
-// itself, in a batch, or in a batch of other company, for any number of threads (the same number each time). Every
-// instruction set of this processor is run and compared with the first one. Meant for sanitizers, which want
-// neither Python nor PyTorch around them, and for processors that are only emulated.
+// What is not a number must come out of the kernels that it went into. A token's results must be finite and depend on
+// its own sequence alone: the same bits come out whether it runs by itself, in a batch, or in a batch of other company,
+// for any number of threads (the same number each time). Every instruction set of this processor is run and compared
+// with the first one. Meant for sanitizers, which want neither Python nor PyTorch around them, and for processors that
+// are only emulated.
 //
 //   driver [models [first seed [instruction set ...]]]
 
@@ -540,6 +541,68 @@ void heads(Random& r, const VesicleProjection& w, int64_t threads) {
   }
 }
 
+// What is not a number comes out of every kernel that it goes into.
+void damage(const char* set) {
+  const vesicle::Kernels* k = vesicle::kernels_for(set);
+  constexpr int64_t kSize = 23, kPositions = 29, kHeads = 5;
+  Random r(seed);
+  const std::vector<float> query = floats(r, kHeads * kSize, -1, 1);
+  for (const float bad : {NAN, -NAN, INFINITY}) {
+    for (int32_t format : {vesicle::kF32, vesicle::kF16, vesicle::kBf16, vesicle::kI8}) {
+      for (const bool in_key : {true, false}) {
+        const int64_t bytes = format == vesicle::kF32 ? 4 : format == vesicle::kI8 ? 1 : 2;
+        std::vector<char> pages(2 * 2 * kBlock * kSize * bytes);
+        std::vector<uint16_t> scales(4 * kBlock);
+        const vesicle::KvView kv{pages.data(),  pages.data() + kBlock * kSize * bytes, 2 * kBlock * kSize,
+                                 scales.data(), scales.data() + 2 * kBlock,            1,
+                                 kSize};
+        for (int64_t i = 0; i < kPositions; ++i) {
+          std::vector<float> key = floats(r, kSize, -1, 1), value = floats(r, kSize, -1, 1);
+          if (i == 7) (in_key ? key : value)[kSize - 1] = bad;
+          k->store(&kv, format, 0, i / kBlock, i % kBlock, key.data(), value.data());
+        }
+        const int32_t list[] = {0, 1};
+        const int32_t* const lists[] = {list};
+        std::vector<float> out(kHeads * kSize), top(kHeads), total(kHeads);
+        k->attend(&kv, format, query.data(), kHeads, 0.2f, lists, 2, 2, kPositions - kBlock, out.data(), top.data(),
+                  total.data());
+        // An infinite key gives scores of either infinity; an infinite one spoils the value that it is in.
+        for (int64_t h = 0; h < kHeads; ++h) {
+          const float last = out[h * kSize + kSize - 1] / total[h];
+          const bool nothing = in_key && std::isinf(bad) && format != vesicle::kI8 && query[h * kSize + kSize - 1] < 0;
+          CHECK(nothing || !std::isfinite(last), "%s, format %d, %g in a %s", set, format, bad, in_key ? "key" : "value");
+        }
+        if (!in_key) continue;
+        for (int64_t vectors : {1, 2}) {
+          std::vector<float> group(vectors * kSize * kBlock), scores(kHeads * kBlock), mass(kBlock), scratch(kBlock);
+          k->summarise(&kv, format, 0, 0, vectors, group.data(), 3);
+          const int32_t held = format == vesicle::kI8 ? static_cast<int32_t>(vesicle::kF16) : format;
+          k->estimate(group.data(), held, 0, 1, vectors, query.data(), kHeads, kSize, scores.data(), kBlock);
+          for (int64_t h = 0; h < kHeads; ++h) k->add_softmax(scores.data() + h * kBlock, 8, 0.2f, mass.data(), scratch.data());
+          uint32_t chosen, keys[64];
+          k->choose(mass.data(), 8, 1, &chosen, keys);
+          CHECK(chosen == 8, "%s, format %d, %g in a block of keys: %u is chosen", set, format, bad, chosen);
+        }
+      }
+    }
+    for (int64_t place : {0, 31, 36}) {
+      std::vector<float> x = floats(r, 64, -1, 1), up = floats(r, 64, -1, 1);
+      x[place] = bad;
+      const uint32_t all[] = {0xffffffffu, 0x1f};
+      int8_t codes[64];
+      uint8_t rows[64], quads[2];
+      float group_scales[2], sums[2];
+      vesicle::Quantized q{codes, rows, quads, group_scales, sums, false};
+      k->quantize(x.data(), 37, all, &q);
+      CHECK(std::isnan(group_scales[place / 32]) && std::isnan(sums[place / 32]), "%s, %g", set, bad);
+      CHECK(std::isfinite(group_scales[1 - place / 32]), "%s, %g", set, bad);
+      CHECK(std::isnan(k->largest(x.data(), 37)), "%s, %g", set, bad);
+      k->silu_gate(x.data(), up.data(), 37);
+      CHECK(!std::isfinite(x[place]), "%s, %g", set, bad);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -554,6 +617,7 @@ int main(int argc, char** argv) {
     std::printf("this processor or build has no such instructions\n");
     return 1;
   }
+  for (const std::string& set : sets) damage(set.c_str());
   int64_t compared = 0, apart = 0, run = 0;
   for (seed = first; seed < first + models; ++seed) {
     Random r(seed);

@@ -31,9 +31,9 @@ def instruction_sets() -> Iterator[str]:
     library = core.load()
     assert library is not None
     try:
-        for name in ("generic", "neon", "avx2", "avx512"):
-            if library.vesicle_instructions(name.encode()):
-                yield name
+        for name in core.instruction_sets():
+            library.vesicle_instructions(name.encode())
+            yield name
     finally:
         library.vesicle_instructions(None)
 

@@ -33,13 +33,6 @@ LONGEST = 130
 pytestmark = pytest.mark.skipif(not core.available(), reason="the native core is not built here")
 
 
-def available() -> list[str]:
-    """Instruction sets that this processor and build have."""
-    library = core.load()
-    names = ("generic", "neon", "avx2", "avx512")
-    return [n for n in names if library is not None and library.vesicle_instructions(n.encode())]
-
-
 @pytest.fixture(autouse=True)
 def _best_instructions() -> Iterator[None]:
     yield
@@ -226,7 +219,7 @@ def run(seed: int, monkeypatch: pytest.MonkeyPatch, steps: int = 4) -> list[floa
     assert library is not None
     differences: list[float] = []
     for number in range(steps):
-        names = available()
+        names = core.instruction_sets()
         library.vesicle_instructions(names[(seed + number) % len(names)].encode())
         threads = int(case.rng.integers(1, 4))
         monkeypatch.setattr(core, "threads", lambda threads=threads: threads)
@@ -257,7 +250,7 @@ def test_instruction_sets_agree():
         case = Case.draw(seed)
         batch = [(sequence, case.ids(1)) for sequence in case.sequences]
         results = []
-        for name in available():
+        for name in core.instruction_sets():
             library.vesicle_instructions(name.encode())
             twins = [(case.twin(case.engine, sequence), ids) for sequence, ids in batch]
             results.append(torch.cat(case.engine.forward(twins)))

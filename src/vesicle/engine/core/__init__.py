@@ -28,6 +28,7 @@ MOST_TOKENS = 16
 """Tokens that one decode step takes."""
 INSTRUCTIONS = "VESICLE_INSTRUCTIONS"
 """Environment variable that limits the instruction set: generic, avx2, avx512, neon."""
+_INSTRUCTIONS = ("generic", "neon", "avx2", "avx512")
 DENSE32, DENSE_BF16, PACKED4, PACKED8 = range(4)
 KV_FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
@@ -174,6 +175,16 @@ def instructions() -> str | None:
     wanted = os.environ.get(INSTRUCTIONS)
     name = core.vesicle_instructions(wanted.encode() if wanted else None)
     return (name or core.vesicle_instructions(None)).decode()
+
+
+def instruction_sets() -> list[str]:
+    """Names of those that this processor and build have, the best last; none without the core."""
+    core = load()
+    if core is None:
+        return []
+    names = [name for name in _INSTRUCTIONS if core.vesicle_instructions(name.encode())]
+    instructions()  # asking has chosen
+    return names
 
 
 def threads() -> int:
