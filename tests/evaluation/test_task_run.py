@@ -99,14 +99,15 @@ def test_costs_are_equal(undisturbed: tuple[TaskResult, Path]):
     for task in CONFIG.tasks:
         learnt = result.find(task, "learnt", 0.8)
         assert result.find(task, "dense", 1.0).ratio["flops"] == 1
-        assert learnt.ratio["flops"] == pytest.approx(0.8, rel=0.04)  # tuned on some of the items
+        target = learnt.shares["generated"]
+        assert target == pytest.approx(0.8, rel=0.04)  # tuned on some of the items
+        assert learnt.shares["prompt"] == 1
         for row in result.of_task(task)[2:]:
-            target = learnt.ratio["flops"]
             assert row.details["target"] == pytest.approx(target, rel=1e-9)
             assert row.details["priced"] == pytest.approx(target, rel=TOLERANCE)
             # Answers differ in length, which moves the share that was executed a little.
             tolerance = 0.02 if task == "squad" else 2 * TOLERANCE
-            assert row.ratio["flops"] == pytest.approx(target, rel=tolerance)
+            assert row.shares["generated"] == pytest.approx(target, rel=tolerance)
 
 
 def test_what_was_priced_is_what_was_executed(undisturbed: tuple[TaskResult, Path]):
@@ -115,7 +116,7 @@ def test_what_was_priced_is_what_was_executed(undisturbed: tuple[TaskResult, Pat
     for task in ("race", "wikitext2"):
         for method in ("uniform", "random", "shuffled", "per-layer", "best-of-n"):
             row = result.find(task, method, 0.8)
-            assert row.ratio["flops"] == pytest.approx(row.details["priced"], rel=1e-12)
+            assert row.shares["generated"] == pytest.approx(row.details["priced"], rel=1e-12)
 
 
 def test_phases_add_up(undisturbed: tuple[TaskResult, Path]):
@@ -224,7 +225,16 @@ def test_another_share_makes_controls_anew(run: Run):
     assert alone.find("race", "uniform", 0.8).details["target"] == 0.8
     beside = run(replace(CONFIG, tasks=("race",), methods=("learnt", "uniform")))
     found = beside.find("race", "uniform", 0.8)
-    assert found.details["target"] == beside.find("race", "learnt", 0.8).ratio["flops"]
+    assert found.details["target"] == beside.find("race", "learnt", 0.8).shares["generated"]
+
+
+def test_every_token_may_be_governed(run: Run):
+    """Then a budget is a share of all of them."""
+    config = replace(CONFIG, tasks=("race",), methods=("learnt", "uniform"), phases=("all",))
+    result = run(config)
+    for row in result.of_task("race")[1:]:
+        assert row.ratio["flops"] == pytest.approx(0.8, rel=0.04)
+        assert row.shares["prompt"] < 0.9
 
 
 def test_engine_reference_and_transformers_agree(run: Run, llama: Any):

@@ -288,7 +288,9 @@ class _TaskRun:
                 tick(prepared.n_most)
                 continue
             if keeps and execution.levels is not None:
-                store.save_levels(self._levels_name(key, prepared.item.id), execution.levels)
+                store.save_levels(
+                    self._levels_name(key, prepared.item.id), self._released(execution)
+                )
             store.add(self.hash, key, prepared.item.id, make_record(self.task, prepared, execution))
             tick(prepared.n_most)
 
@@ -400,6 +402,11 @@ class _TaskRun:
         modulator = self._subject.modulator
         assert modulator is not None
         return ALL if modulator.at(1.0, self._config.acts).counts_prompt else GENERATED
+
+    def _released(self, execution: Execution) -> FloatArray:
+        """Levels (T, L, 5) of the tokens that a budget counts: a prompt at rest says nothing."""
+        assert execution.levels is not None
+        return execution.levels[execution.prompt if self._counted == GENERATED else 0 :]
 
     def _choose(
         self, key: Key, store: ItemStore, target: float, settings: dict[str, Any] | None
