@@ -45,6 +45,11 @@ SCHEMA: dict[str, Any] = {
     "tokens": [{"id": int, "text": str, "share": NUMBER}],
     "budget": NUMBER,
     "levels": dict.fromkeys(NAMES, NUMBER),
+    "phases": dict.fromkeys(("dopamine", "serotonin", "gaba"), str),
+    "by_phase": dict.fromkeys(
+        ("prompt", "generated"),
+        {"tokens": int, "flops": int, "dense_flops": int, "share": NUMBER},
+    ),
     "executed": dict.fromkeys(COST_KEYS, int),
     "dense": dict.fromkeys(COST_KEYS, int),
     "ratio": dict.fromkeys(RATIO_KEYS, NUMBER),
@@ -494,7 +499,7 @@ def test_option_defaults_are_those_of_the_library():
 
     defaults(TrainConfig, train, set())
     defaults(EvalConfig, regret, {"data", "oracle"})
-    named = {"tasks", "methods", "budgets", "lengths", "depths"}
+    named = {"tasks", "methods", "budgets", "lengths", "depths", "phases"}
     defaults(TaskConfig, evaluate, named)
     assert {*WeightFormat} == {"auto", *weights.FORMATS}
     assert {*KvFormat} == {"auto", *pool.FORMATS}

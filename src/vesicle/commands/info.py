@@ -69,8 +69,8 @@ def info(
         measured["generated"] = about.generated
     for phase, found in measured.items():
         rows = "  ".join(f"{budget:g} at {dial:.3f}" for budget, dial in found.dial)
-        table.add_row(f"dial, {phase} tokens", rows)
-        table.add_row(f"default budget, {phase} tokens", f"{found.default_budget:g}")
+        table.add_row(f"dial, {phase}", rows)
+        table.add_row(f"default budget, {phase}", f"{found.default_budget:g}")
     for name, value in about.training.items():
         table.add_row(f"training {name}", value if isinstance(value, str) else json.dumps(value))
     for row in machine_rows():

@@ -157,11 +157,7 @@ def measure(
     if held_out is None or not len(held_out):
         return
     notice("measuring the default budget, of all tokens and of generated ones")
-    for phases, name in ((EVERYWHERE, "all"), (generated, "generated")):
+    for phases, name in ((EVERYWHERE, "loss_by_budget_nats"), (generated, "generated_loss_nats")):
         best, losses = measure_default_budget(subject.model, modulator, held_out, phases=phases)
-        if phases == EVERYWHERE:
-            info.default_budget = best
-        else:
-            info.generated.default_budget = best
-        key = "loss_by_budget_nats" + ("" if phases == EVERYWHERE else f"_{name}")
-        info.training[key] = losses
+        (info if phases == EVERYWHERE else info.generated).default_budget = best
+        info.training[name] = losses

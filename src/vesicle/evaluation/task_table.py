@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _RATIOS = ("weight_bytes", "kv_bytes_read", "kv_bytes_held")
 _NAMED = 10
 """Missing items of a kind that a page names; the record has them all."""
-_LEFT_OUT = ("weights read", "KV read", "KV held", "prefill s", "decode s")
+_LEFT_OUT = ("FLOPs", "weights read", "KV read", "KV held", "prefill s", "decode s")
 
 
 def columns(task: dict[str, Any]) -> list[str]:

@@ -50,8 +50,6 @@ class EngineRunner(Runner):
         for sequence in self._sequences:
             sequence.close()
         self._sequences = [self._engine.start(self._method) for _ in range(batch)]
-        for sequence in self._sequences:
-            sequence.begin_prompt(length)
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:
         """In passes of the engine's own size, of as many sequences as fit."""
@@ -61,6 +59,8 @@ class EngineRunner(Runner):
         for first in range(0, len(prompts), side_by_side):
             group = slice(first, first + side_by_side)
             rows = list(zip(self._sequences[group], prompts[group], strict=True))
+            for sequence, row in rows:
+                sequence.begin_prompt(len(row))
             for start in range(0, length, CHUNK):
                 part = [(sequence, row[start : start + CHUNK]) for sequence, row in rows]
                 if start + CHUNK < length:
