@@ -46,10 +46,10 @@ SCHEMA: dict[str, Any] = {
     "budget": NUMBER,
     "levels": dict.fromkeys(NAMES, NUMBER),
     "phases": dict.fromkeys(("dopamine", "serotonin", "gaba"), str),
-    "by_phase": dict.fromkeys(
-        ("prompt", "generated"),
-        {"tokens": int, "flops": int, "dense_flops": int, "share": NUMBER},
-    ),
+    "by_phase": {
+        phase: {"tokens": int, "flops": int, "dense_flops": int, "share": NUMBER}
+        for phase in ("prompt", "generated")
+    },
     "executed": dict.fromkeys(COST_KEYS, int),
     "dense": dict.fromkeys(COST_KEYS, int),
     "ratio": dict.fromkeys(RATIO_KEYS, NUMBER),

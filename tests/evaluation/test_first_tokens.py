@@ -72,11 +72,11 @@ def test_items_are_text(text: Text, style: Any):
 def test_windows_and_choices_are_text(text: Text):
     config = TaskConfig(tasks=("wikitext2",), window=16)
     items = [Item(id="a", context=(TYPED + " ") * 9)]
-    (window, *_) = prepare(find_task("wikitext2"), items, config, text, 64)
+    (window, *_), _ = prepare(find_task("wikitext2"), items, config, text, 64)
     assert special(text, window.prompt.ids) == ["<s>"]
     choices = (" " + TYPED, " the")
     item = Item(id="b", context="the cat", question="", choices=choices, answer=0)
-    (chosen,) = prepare(find_task("race"), [item], TaskConfig(tasks=("race",)), text, 999)
+    (chosen,), _ = prepare(find_task("race"), [item], TaskConfig(tasks=("race",)), text, 999)
     assert special(text, chosen.prompt.ids) == ["<s>"]
     assert [special(text, ids) for ids in chosen.choices] == [[], []]
 
@@ -95,7 +95,7 @@ def test_answers_by_which_best_of_n_selects(text: Text):
     run._config = SimpleNamespace(selection=1)
     run.task = SimpleNamespace(kind="generate", name="x")
     run.items = [SimpleNamespace(item=item, prompt=make_prompt(item, text, "chat", 99))]
-    run._selection_nats(None)
+    run._selection_nats(None, run.items)
     (answer,) = asked
     assert special(text, answer) == []
     assert text.decode(answer).strip() == "the cat"

@@ -373,7 +373,9 @@ def test_lm_eval_runs_tasks(
     sparing = evaluate(monkeypatch, tasks, spent, limit=4)
 
     json.dumps(sparing["config"])
-    assert sparing["config"]["vesicle"]["scoring"]["share"]["flops"] < 0.9
+    scoring = sparing["config"]["vesicle"]["scoring"]
+    assert scoring["generated_share"] < 0.9
+    assert scoring["generated_share"] < scoring["share"]["flops"] < 1  # prompts rest
     assert sparing["config"]["vesicle"]["generation"]["tokens"] > 0
     assert dense["config"]["vesicle"]["modulator"] == "none"
     for sample in dense["samples"]["tiny_choose"]:

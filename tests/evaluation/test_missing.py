@@ -221,7 +221,7 @@ def test_n_is_shown_where_a_row_has_fewer(run: Run, monkeypatch: pytest.MonkeyPa
     config = replace(CONFIG, methods=("uniform",), budgets=(0.8,))
     failing(monkeypatch, lambda item, method: method is not None and item == "g2")
     found = run(rows(6), config)
-    dense, uniform = (task_table.cells(found.tasks[0], row)[6] for row in found.rows)
+    dense, uniform = (task_table.cells(found.tasks[0], row)[7] for row in found.rows)
     assert "n=" not in dense
     assert uniform.endswith(", n=5")
 

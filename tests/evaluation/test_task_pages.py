@@ -156,12 +156,12 @@ def test_markdown_has_every_row_and_column(result: TaskResult):
     page = task_table.markdown(result)
     names, dense, learnt, uniform, *rest = table_of(page, "## SQuAD v1.1 (higher is better)")
     assert names == task_table.columns(SQUAD)
-    assert names[6] == "F1 [95 %]"
-    assert names[9] == "EM"
+    assert names[7] == "F1 [95 %]"
+    assert names[10] == "EM"
     assert all(len(row) == len(names) for row in (dense, learnt, uniform, *rest))
-    costs = ["1.000"] * 4
+    costs = ["1.000"] * 5
     assert dense == ["dense", "1", *costs, "50.0 [48.0, 53.0]", "", "", "31.2", "12", "4"]
-    assert learnt[:7] == ["learnt", "0.8", *["0.801"] * 3, "1.000", "47.3 [45.3, 50.3]"]
+    assert learnt[:8] == ["learnt", "0.8", *["0.801"] * 4, "1.000", "47.3 [45.3, 50.3]"]
     assert learnt[7:9] == ["-2.7 [-3.7, -1.2]", ""]
     assert uniform[7:9] == ["-9.0 [-10.0, -7.5]", "+6.2 [+1.5, +9.8]"]
     assert [row[:2] for row in rest] == [["learnt", "0.7"], ["uniform", "0.7"]]
@@ -171,10 +171,10 @@ def test_markdown_has_every_row_and_column(result: TaskResult):
 def test_markdown_of_what_is_better_lower(result: TaskResult):
     page = task_table.markdown(result)
     names, _, learnt, uniform, last = table_of(page, "## WikiText-2 (lower is better)")
-    assert names[6] == "Perplexity [95 %]"
-    assert learnt[6:8] == ["53.457 [51.457, 56.457]", "+3.457 [+2.457, +4.957]"]
-    assert uniform[8] == "-4.543 [-6.100, -2.250]"
-    assert last[6:8] == ["60.000", "+10.000"]
+    assert names[7] == "Perplexity [95 %]"
+    assert learnt[7:9] == ["53.457 [51.457, 56.457]", "+3.457 [+2.457, +4.957]"]
+    assert uniform[9] == "-4.543 [-6.100, -2.250]"
+    assert last[7:9] == ["60.000", "+10.000"]
 
 
 def test_markdown_says_what_was_measured_on_what(result: TaskResult):

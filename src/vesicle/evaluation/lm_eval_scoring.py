@@ -29,6 +29,7 @@ from vesicle.engine.engine import Sequence as EngineSequence
 from vesicle.engine.linear import MANY
 from vesicle.errors import VesicleError
 from vesicle.evaluation.lm_eval_tally import Tally
+from vesicle.modulator import ModulatorMethod
 from vesicle.plan import Method
 
 _SIDE_BY_SIDE = 512
@@ -60,7 +61,7 @@ class _Text:
 
     Attributes:
         ids: Token ids that are read; the last of a continuation is not.
-        continuations: All that end there, of one length.
+        continuations: All that end there; of one length, where a prompt is treated otherwise.
         head: Position from where on logits are needed; below 0 where the text is short.
     """
 
@@ -71,12 +72,14 @@ class _Text:
     @property
     def prompt(self) -> int:
         """Tokens from the beginning after which nothing is scored."""
-        return len(self.ids) - len(self.continuations[0].ids)
+        return len(self.ids) - max(len(end.ids) for end in self.continuations)
 
-    def common(self, other: _Text) -> int:
+    def common(self, other: _Text, *, phased: bool) -> int:
         """Tokens from the beginning that are the same in another text, and of the same phase."""
         n = _common(self.ids, other.ids)
-        return n if self.prompt == other.prompt else min(n, self.prompt, other.prompt)
+        if not phased or self.prompt == other.prompt:
+            return n
+        return min(n, self.prompt, other.prompt)
 
     def add(self, start: int, logits: Tensor) -> None:
         """Score what logits (T, V) of the tokens from `start` on say about each continuation."""
@@ -122,6 +125,9 @@ class Scorer:
         """
         self._engine, self._method, self._tally = engine, method, tally
         self._forks = self._can_fork()
+        self._phased = isinstance(method, ModulatorMethod) and not (
+            method.at_rest or method.counts_prompt
+        )
 
     def score(self, wanted: Mapping[tuple[int, ...], list[Continuation]]) -> Iterator[Continuation]:
         """Score continuations, in an order of our own.
@@ -150,11 +156,12 @@ class Scorer:
     def _groups(self, wanted: Mapping[tuple[int, ...], list[Continuation]]) -> Iterator[_Group]:
         """Texts that begin alike, or are short, in groups that are read side by side."""
         group = _Group([], 0)
-        for text in _texts(wanted):
+        for text in _texts(wanted, self._phased):
             if not group.texts:
                 group = _Group([text], text.head)
                 continue
-            shared = min(group.shared, text.head, *(one.common(text) for one in group.texts))
+            common = (one.common(text, phased=self._phased) for one in group.texts)
+            shared = min(group.shared, text.head, *common)
             if shared < MANY or not self._forks:
                 shared = 0
             texts = [*group.texts, text]
@@ -182,7 +189,7 @@ class Scorer:
             return None
         start = 0
         if before is not None and last is not None:
-            start = min(last.common(text), before.length, shared)
+            start = min(last.common(text, phased=self._phased), before.length, shared)
         if start < shared:
             start = min(start, shared - MANY)
         if before is not None and start >= MANY and self._forks:
@@ -249,17 +256,19 @@ class Scorer:
         return True
 
 
-def _texts(wanted: Mapping[tuple[int, ...], list[Continuation]]) -> Iterator[_Text]:
-    """One text for each length of continuations, so that all of a text's have the same prompt.
+def _texts(wanted: Mapping[tuple[int, ...], list[Continuation]], phased: bool) -> Iterator[_Text]:
+    """The texts, sorted, so that shared beginnings follow one another.
 
-    Sorted, so that shared beginnings follow one another.
+    Where a prompt is treated otherwise, one for each length of continuations, so that all of a
+    text's have the same prompt.
     """
     for inputs in sorted(wanted):
-        by_length: dict[int, list[Continuation]] = {}
+        kinds: dict[int, list[Continuation]] = {}
         for end in wanted[inputs]:
-            by_length.setdefault(len(end.ids), []).append(end)
-        for length in sorted(by_length):
-            yield _Text(list(inputs), by_length[length], len(inputs) - max(MANY, length))
+            kinds.setdefault(len(end.ids) if phased else 0, []).append(end)
+        for _, ends in sorted(kinds.items()):
+            longest = max(len(end.ids) for end in ends)
+            yield _Text(list(inputs), ends, len(inputs) - max(MANY, longest))
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

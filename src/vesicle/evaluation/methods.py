@@ -104,7 +104,7 @@ def tune_dial(
         x, _ = solve(measure, target, x, -0.2, TOLERANCE)
     except BudgetError:
         # An answer that changes with the dial makes the share of its few tokens jump.
-        off, x = min(tried)
+        off, x = min(tried, default=(math.inf, x))
         if off > NEAR:
             raise
     return dial_at(x)
