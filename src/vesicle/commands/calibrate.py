@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import REVISION, check_folder, notice
+from vesicle.commands.inputs import REVISION, notice
 
 
 @recipe.holding_out
@@ -68,7 +68,6 @@ def calibrate(
 
     if not 0 < gap < 1:
         raise VesicleError(f"--gap is {gap}; allowed: between 0 and 1")
-    check_folder(out)
     loaded = None if modulator is None else Modulator.from_pretrained(modulator)
     subject = recipe.load_subject(model, revision)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vesicle.commands.inputs import notice
+from vesicle.commands.inputs import check_folder, notice
 from vesicle.errors import DataError, VesicleError
 from vesicle.folders import locked
 from vesicle.models.default import DEFAULT_MODEL
@@ -38,8 +39,17 @@ def holding_out(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def held(**given: Any) -> None:
-        with locked(given["out"]):
-            command(**given)
+        out = Path(given["out"])
+        check_folder(out)
+        existed = out.exists()
+        try:
+            with locked(out):
+                command(**given)
+        except BaseException:
+            if not existed:  # a refused command leaves no folder
+                with suppress(OSError):
+                    out.rmdir()
+            raise
 
     return held
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import REVISION, check_folder, notice
+from vesicle.commands.inputs import REVISION, notice
 from vesicle.errors import DataError, VesicleError
 
 _TEXT, _MODULATOR, _TRAINING = "Text", "A new modulator", "Training"
@@ -157,7 +157,6 @@ def train(
         raise VesicleError(str(error)) from error
     from vesicle.modulator import Modulator
 
-    check_folder(out)
     start = None if modulator is None else Modulator.from_pretrained(modulator)
     subject = recipe.load_subject(model, revision)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)
