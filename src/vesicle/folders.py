@@ -37,7 +37,7 @@ def locked(folder: Path | str) -> Iterator[None]:
         VesicleError: Another process holds it, or it cannot be made or written.
     """
     path = Path(folder) / LOCK
-    made = not path.parent.exists()
+    made = [part for part in path.parents if not part.exists()]  # innermost first
     descriptor, ours = _acquire(path)
     try:
         yield
@@ -46,8 +46,8 @@ def locked(folder: Path | str) -> Iterator[None]:
             # While it is held: whoever opened it meanwhile sees that it is gone, and makes another.
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-                if made:
-                    path.parent.rmdir()  # unless there is something in it
+                for part in made:
+                    part.rmdir()  # unless there is something in it
         if descriptor is not None:
             os.close(descriptor)
 

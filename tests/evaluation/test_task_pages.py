@@ -163,9 +163,9 @@ def test_markdown_has_every_row_and_column(result: TaskResult):
     assert dense == ["dense", "1", *costs, "50.0 [48.0, 53.0]", "", "", "31.2", "12", "4"]
     assert learnt[:8] == ["learnt", "0.8", *["0.801"] * 4, "1.000", "47.3 [45.3, 50.3]"]
     assert learnt[8:10] == ["-2.7 [-3.7, -1.2]", ""]
-    assert uniform[7:9] == ["-9.0 [-10.0, -7.5]", "+6.2 [+1.5, +9.8]"]
+    assert uniform[8:10] == ["-9.0 [-10.0, -7.5]", "+6.2 [+1.5, +9.8]"]
     assert [row[:2] for row in rest] == [["learnt", "0.7"], ["uniform", "0.7"]]
-    assert rest[1][8] == "+1.0"  # too few items for an interval
+    assert rest[1][9] == "+1.0"  # too few items for an interval
 
 
 def test_markdown_of_what_is_better_lower(result: TaskResult):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,17 +38,9 @@ def holding_out(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def held(**given: Any) -> None:
-        out = Path(given["out"])
-        check_folder(out)
-        existed = out.exists()
-        try:
-            with locked(out):
-                command(**given)
-        except BaseException:
-            if not existed:  # a refused command leaves no folder
-                with suppress(OSError):
-                    out.rmdir()
-            raise
+        check_folder(given["out"])
+        with locked(given["out"]):
+            command(**given)
 
     return held
 
