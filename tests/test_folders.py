@@ -53,8 +53,8 @@ def test_another_process_is_named(tmp_path: Path):
             f"{folder} is in use: process {process.pid} is writing to it; wait until it ends, or "
             "give another --out"
         )
-    assert not folder.exists()
-    folder.mkdir()
+    assert not folder.parent.exists()
+    folder.mkdir(parents=True)
     with locked(folder):
         pass
     assert list(folder.iterdir()) == []
