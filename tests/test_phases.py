@@ -47,7 +47,6 @@ def test_who_acts(places: dict[str, str]):
         assert acting[0, i] == (places[name] in ("prompt", "all"))
         assert acting[1, i] == (places[name] in ("generated", "all"))
         assert phases.ignores_phase([name]) == (places[name] == "all")
-    assert phases.describe(["gaba"]) == places["gaba"]
 
 
 SPANS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=6)

@@ -95,13 +95,6 @@ class Phases:
         """Transmitter to place, as JSON writes it."""
         return asdict(self)
 
-    def describe(self, transmitters: Iterable[str] = NAMES) -> str:
-        """One word if all of these transmitters act on the same tokens, else one for each."""
-        places = {name: getattr(self, name) for name in transmitters}
-        if len(set(places.values())) == 1:
-            return next(iter(places.values()))
-        return ", ".join(f"{name} {place}" for name, place in places.items())
-
     def acting(self, prompt: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """(T, 5) whether each transmitter acts on tokens that are prompt (T,)."""
         places = [getattr(self, name) for name in NAMES]
