@@ -793,11 +793,16 @@ def test_help_and_version_do_not_wait_for_torch(vesicle: Run):
         "assert not {'torch', 'transformers', 'numpy'} & {*sys.modules}\n"
     )
     command = [sys.executable, "-c", code]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, capture_output=True, env=environment())
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent_s < 0.5, f"--help took {spent_s:.2f} s of CPU time"
+
+    def spent_s() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, capture_output=True, env=environment())
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # What else runs on the machine makes it slower, never quicker; the first may compile.
+    fastest_s = min(spent_s() for _ in range(3))
+    assert fastest_s < 0.5, f"--help took {fastest_s:.2f} s of CPU time"
 
 
 def test_public_names_are_lazy():

@@ -1,26 +1,21 @@
 """The command line: finds the command, and tells every problem in one line.
 
-Statuses are those of `docs/cli.md`. Only typer and rich are loaded here; commands import the rest
-when they run.
+Statuses are those of `docs/cli.md`. Only typer and rich are loaded here, and of the commands only
+the one that is called; it imports the rest when it runs.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 from vesicle import __version__
-from vesicle.commands.bench import bench
-from vesicle.commands.calibrate import calibrate
-from vesicle.commands.eval import evaluate
-from vesicle.commands.info import info
-from vesicle.commands.regret import regret
-from vesicle.commands.run import run
+from vesicle.commands import SUMMARIES
 from vesicle.commands.signals import ended_by_signals
-from vesicle.commands.train import train
 from vesicle.errors import VesicleError
 from vesicle.streams import ReaderGone, StandardStreams, StreamError
 from vesicle.terminal import one_line
@@ -30,20 +25,38 @@ USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 # typer re-exports this one error of click's, and newer versions carry a click of their own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+
+def load_command(name: str) -> Any:
+    """Import a command with its options (typer's own type, which is click's in older versions).
+
+    Args:
+        name: One of `SUMMARIES`.
+    """
+    module = import_module(f"vesicle.commands.{name}")
+    function = getattr(module, "evaluate" if name == "eval" else name)  # eval is Python's own
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    alone.command(name)(function)
+    return typer.main.get_command(alone)
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands by name and summary, which is all that help and mistyped names need."""
+
+    def resolve_command(self, *given: Any) -> Any:
+        name, summary, rest = super().resolve_command(*given)
+        return name, load_command(name) if name else summary, rest
+
+
 app = typer.Typer(
     name="vesicle",
+    cls=_Commands,
     help="Neurotransmitters for language models: spend compute per token and layer, skip the rest.",
     epilog='Start with: vesicle run "Why is the sky blue?"',
     add_completion=False,
     rich_markup_mode="rich",
 )
-app.command()(run)
-app.command()(train)
-app.command()(calibrate)
-app.command(name="eval")(evaluate)
-app.command()(regret)
-app.command()(bench)
-app.command()(info)
+for _name, _summary in SUMMARIES.items():
+    app.command(_name, help=_summary)(lambda: None)
 
 
 def _show_version(wanted: bool) -> None:

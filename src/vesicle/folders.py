@@ -1,7 +1,7 @@
 """A folder that a command writes to: one process at a time, and nothing of an earlier run lost.
 
 `locked` holds a folder for one process. The lock is the system's own, so that it ends with its
-process, however that ends; the file beside it only tells whose it is.
+process, however that ends; the file beside it only tells whose it is. `check_free` asks first.
 
 `set_aside` moves what an earlier run left there to `earlier/<digest>/`, under the same names, so
 that it can be read from there as it was: a folder of results, or a modulator.
@@ -50,6 +50,16 @@ def locked(folder: Path | str) -> Iterator[None]:
                     part.rmdir()  # unless there is something in it
         if descriptor is not None:
             os.close(descriptor)
+
+
+def check_free(folder: Path | str) -> None:
+    """Tell at once that another process holds a folder, before what takes long is begun.
+
+    Raises:
+        VesicleError: Another process holds it, or it cannot be made or written.
+    """
+    with locked(folder):
+        return
 
 
 def set_aside(folder: Path, names: Sequence[str], *, copy: bool = False) -> Path | None:

@@ -1,1 +1,15 @@
 """What each command does: its options, early checks, and calls into the library."""
+
+# Each is the function of this name in the module of this name, and this is how its docstring
+# begins. They stand here so that `vesicle --help` need not import seven modules for seven lines.
+SUMMARIES = {
+    "run": "Answer a prompt within a budget of compute.",
+    "train": "Train a modulator for a model, which stays as it is.",
+    "calibrate": "Measure which dial position executes which share of the dense FLOPs.",
+    "eval": "Score tasks under a modulator, controls and baselines, with executed cost beside "
+    "quality.",
+    "regret": "Score a text under a modulator, every control and an oracle, at equal executed "
+    "cost.",
+    "bench": "Measure speed side by side: this engine at rest, at a budget, and its rivals.",
+    "info": "Tell what a modulator is, and what the engine finds on this machine.",
+}

@@ -12,7 +12,7 @@ import typer
 from vesicle.commands.inputs import PHASE, REVISION, check_folder, notice
 from vesicle.commands.outputs import print_json
 from vesicle.errors import VesicleError
-from vesicle.folders import locked
+from vesicle.folders import check_free
 from vesicle.shipped import is_default_model, shipped_modulator
 from vesicle.terminal import SafeConsole
 
@@ -172,8 +172,7 @@ def evaluate(
         phases=tuple(phase or ()),
     )
     check_folder(out)
-    with locked(out):
-        pass  # a folder in use is told before a model is loaded
+    check_free(out)
     subject = _subject(model, revision, modulator, through, weights, kv, threads)
     result = evaluate_tasks(subject, config, out, restart=restart, say=notice)
     from vesicle.evaluation.task_table import markdown, rich_tables

@@ -10,7 +10,7 @@ import typer
 from vesicle.commands import recipe
 from vesicle.commands.inputs import REVISION, check_folder, notice
 from vesicle.errors import VesicleError
-from vesicle.folders import locked
+from vesicle.folders import check_free
 from vesicle.shipped import shipped_modulator
 from vesicle.terminal import SafeConsole
 
@@ -88,8 +88,7 @@ def regret(
     names = [f.name for f in fields(EvalConfig) if f.name != "oracle"]
     config = EvalConfig(**{name: given[name] for name in names})
     check_folder(out)
-    with locked(out):
-        pass  # a folder in use is told before a model is loaded
+    check_free(out)
     loaded = Modulator.from_pretrained(source)
     subject = recipe.load_subject(model, revision)
     result = evaluate(
