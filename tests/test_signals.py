@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,22 +28,31 @@ sys.exit(cli.main(["run", "x", "--model", sys.argv[1]]))
 """
 
 
+@pytest.fixture(autouse=True)
+def _not_ignored() -> Iterator[None]:
+    """Under `nohup` pytest ignores a signal, and so would what it starts."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_conversion_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals):
     path = write_gguf(tmp_path / "tiny.gguf")
     cache = tmp_path / "cache"
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", CONVERTING, str(path)],
         env={**os.environ, "VESICLE_CACHE": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "converting\n"
-    assert len(list((cache / "models").iterdir())) == 1
-    process.send_signal(number)
-    _, told = process.communicate(timeout=30)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "converting\n"
+        assert len(list((cache / "models").iterdir())) == 1
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert told == "\nvesicle: terminated\n"
     assert list((cache / "models").iterdir()) == []

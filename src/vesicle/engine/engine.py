@@ -229,7 +229,8 @@ class Sequence:
     @property
     def token_shares(self) -> FloatArray:
         """(T,) FLOPs of each token over the dense model's; NaN for tokens taken over."""
-        executed, dense = flops_of(self.token_costs), flops_of(self.dense_token_costs)
+        with self.engine.lock:  # both of the same tokens
+            executed, dense = flops_of(self.token_costs), flops_of(self.dense_token_costs)
         shares = np.full(len(dense), np.nan)
         return np.divide(executed, dense, out=shares, where=dense > 0)
 
@@ -240,7 +241,8 @@ class Sequence:
     @property
     def cost(self) -> Cost:
         """Counted work of all tokens, and the cache held now."""
-        return replace(self.cost_of(slice(None)), kv_bytes_held=self.cache.bytes_held)
+        with self.engine.lock:
+            return replace(self.cost_of(slice(None)), kv_bytes_held=self.cache.bytes_held)
 
     def dense_cost_of(self, tokens: slice | NDArray[np.bool_]) -> Cost:
         """What the same work on some of the tokens costs the dense model, without the cache."""
@@ -253,8 +255,9 @@ class Sequence:
         `cost.ratio(dense_cost)` gives the share of each quantity.
         """
         shape = self.engine.shape
-        held = shape.n_layers * shape.position_bytes * self.length
-        return replace(self.dense_cost_of(slice(None)), kv_bytes_held=held)
+        with self.engine.lock:
+            held = shape.n_layers * shape.position_bytes * self.length
+            return replace(self.dense_cost_of(slice(None)), kv_bytes_held=held)
 
     @property
     def share(self) -> float:
@@ -262,8 +265,9 @@ class Sequence:
 
         Exactly 1 at rest, whatever logits were asked for and however passes were cut.
         """
-        dense = self.dense_cost.flops_total
-        return self.cost.flops_total / dense if dense else 1.0
+        with self.engine.lock:  # both of the same tokens
+            executed, dense = self.cost.flops_total, self.dense_cost.flops_total
+        return executed / dense if dense else 1.0
 
 
 Part = tuple[Sequence, list[int]]

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from vesicle.cost import Cost, price, price_dense_span
 from vesicle.engine import Engine
 from vesicle.engine.engine import CHUNK
+from vesicle.engine.engine import Sequence as EngineSequence
 from vesicle.errors import VesicleError
 from vesicle.evaluation.language_modelling import model_shape
 from vesicle.evaluation.memory import peak_bytes, reset_peak
 from vesicle.evaluation.prompts import Codec, Prompt
-from vesicle.families import cache_argument, find_cache
+from vesicle.families import cache_argument, find_cache, find_family
 from vesicle.plan import FloatArray, Method
 from vesicle.reference.attach import attach
 from vesicle.shapes import ModelShape
@@ -163,13 +164,9 @@ class EngineExecutor(Executor):
     ) -> Execution:
         """As `Executor.generate`."""
         engine, n = self.engine, len(prompt.ids)
-        sequence = engine.start(method)
-        sequence.begin_prompt(n)
         clock = _Clock()
-        last = (n - 1) // CHUNK * CHUNK
-        for start in range(0, last, CHUNK):
-            engine.forward([(sequence, prompt.ids[start : start + CHUNK])], "none")
-        token = engine.likeliest([(sequence, prompt.ids[last:])])[0]
+        sequence, rest = self._read(prompt.ids, method)
+        token = engine.likeliest([(sequence, rest)])[0]
         clock.prefill()
         held = sequence.cache.bytes_held
         most = min(max_new_tokens, self.context_window - n)
@@ -206,13 +203,9 @@ class EngineExecutor(Executor):
     ) -> Execution:
         """As `Executor.choose`."""
         engine, n = self.engine, len(prompt.ids)
-        sequence = engine.start(method)
-        sequence.begin_prompt(n)
         clock = _Clock()
-        last = (n - 1) // CHUNK * CHUNK
-        for start in range(0, last, CHUNK):
-            engine.forward([(sequence, prompt.ids[start : start + CHUNK])], "none")
-        first = engine.forward([(sequence, prompt.ids[last:])], "last")[0]
+        sequence, rest = self._read(prompt.ids, method)
+        first = engine.forward([(sequence, rest)], "last")[0]
         cost, levels = sequence.cost, [sequence.levels]
         generated = sequence.cost_of(slice(n - 1, None))
         held = sequence.cache.bytes_held
@@ -272,6 +265,15 @@ class EngineExecutor(Executor):
             levels=levels,
         )
 
+    def _read(self, prompt: list[int], method: Method | None) -> tuple[EngineSequence, list[int]]:
+        """A sequence that has read all of a prompt but its last chunk, and that chunk."""
+        sequence = self.engine.start(method)
+        sequence.begin_prompt(len(prompt))
+        last = (len(prompt) - 1) // CHUNK * CHUNK
+        for start in range(0, last, CHUNK):
+            self.engine.forward([(sequence, prompt[start : start + CHUNK])], "none")
+        return sequence, prompt[last:]
+
 
 class TransformersExecutor(Executor):
     """Runs items in Hugging Face transformers: dense as it is, other methods by the reference."""
@@ -286,7 +288,7 @@ class TransformersExecutor(Executor):
         self.model, self.attached = model, attached
         self.shape = model_shape(model)
         config: Any = model.config
-        self.context_window = int(getattr(config, "max_position_embeddings", 1 << 30))
+        self.context_window = find_family(config).decoder_config(config).context_window
 
     def generate(
         self,

@@ -56,6 +56,7 @@ from vesicle.evaluation.regret_results import (
     paired_difference,
 )
 from vesicle.evaluation.regret_table import markdown
+from vesicle.families import find_family
 from vesicle.files import atomic_path
 from vesicle.folders import locked
 from vesicle.modulator import Modulator, ModulatorMethod, check_budget
@@ -572,8 +573,8 @@ class _Session:
 
 def _check_length(model: nn.Module, length: int) -> None:
     config: Any = model.config
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and length > longest:
+    longest = find_family(config).decoder_config(config).context_window
+    if length > longest:
         raise VesicleError(f"length is {length}; this model was made for up to {longest} tokens")
 
 
