@@ -73,7 +73,7 @@ test-gpu: ## kernels on an NVIDIA GPU, or in Triton's interpreter where there is
 
 test-kvpress: ## the bridge to NVIDIA's kvpress, in .venv-kvpress (made if missing; needs minutes)
 	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
-	.venv-kvpress/bin/pip install -q '.[kvpress]' pytest pytest-timeout hypothesis
+	.venv-kvpress/bin/pip install -q '.[kvpress]' pytest pytest-timeout pytest-xdist hypothesis
 	.venv-kvpress/bin/python -m pytest tests/presses -m kvpress
 
 test-oldest: ## fast tests with the oldest transformers, in .venv-oldest (made if missing; needs minutes)

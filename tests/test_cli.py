@@ -779,6 +779,24 @@ def test_an_answer_on_a_terminal_is_not_acted_upon(model: Path, modulator: Path)
     assert all(c.isprintable() or c in "\t\n" for c in text if ord(c) < 0xA0)
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--max-new-tokens 0", "'--max-new-tokens', '0': "),
+        ("--threads=9999", "'--threads', '9999': "),
+        ("--seed 3 --seed -1", "'--seed', '-1': "),
+        ("--budget abc", "'--budget', 'abc': "),
+        ("--weights int2", "'--weights': 'int2' is not one of 'auto', "),
+    ],
+)
+def test_a_wrong_option_names_its_value(vesicle: Run, words: str, named: str):
+    status, out, err = vesicle("run", "hi", *words.split())
+    assert (status, out) == (2, "")
+    assert err.startswith(f"vesicle: error: Invalid value for {named}")
+    assert err.endswith(" (see vesicle run --help)\n")
+    assert err.count("\n") == 1
+
+
 def test_help_and_version_do_not_wait_for_torch(vesicle: Run):
     assert vesicle("--version")[:2] == (0, "vesicle 0.1.0\n")
     assert vesicle() == vesicle("--help")

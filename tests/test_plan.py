@@ -110,6 +110,25 @@ def test_check_refuses_another_depth(plan: Plan, shape: ModelShape):
         plan.check(replace(shape, n_layers=5))
 
 
+@pytest.mark.parametrize("turns", [[0], [T], [7, 7], [9, 3], [-1, 4]])
+def test_check_refuses_turns_that_do_not_rise(plan: Plan, shape: ModelShape, turns: list[int]):
+    with pytest.raises(VesicleError, match=r"'turns' is \[.*\]; allowed: rising, 1 to 39"):
+        replace(plan, turns=np.array(turns, np.int32)).check(shape)
+
+
+def test_turns_are_kept(plan: Plan, shape: ModelShape, tmp_path: Path):
+    turned = replace(plan, turns=np.array([3, 13, 20], np.int32))
+    turned.check(shape)
+    turned.save(tmp_path / "plan.safetensors")
+    assert Plan.load(tmp_path / "plan.safetensors").turns.tolist() == [3, 13, 20]
+    first, second = turned.tokens(0, 13), turned.tokens(13)
+    assert (first.turns.tolist(), second.turns.tolist()) == ([3], [7])
+    assert turned.equals(plan)  # they decide nothing
+    author = Replay(turned).author(shape)
+    assert [author.changes_after(n) for n in (0, 3, 4, 19, 20)] == [3, 13, 13, 20, FOREVER]
+    assert author.turns(20).tolist() == [3, 13]
+
+
 def test_tokens_and_joined(plan: Plan):
     first, second = plan.tokens(0, 13), plan.tokens(13)
     assert (first.n_tokens, second.n_tokens) == (13, T - 13)

@@ -68,7 +68,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "tests" / "deeper" / "test_calls.py").write_text(body)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHON"))}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-n0", "-rA", "-p", "no:cacheprovider"],
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -110,7 +110,7 @@ def _run(arguments: list[str], streams: StandardStreams) -> int:
     except VesicleError as error:
         return _fail(str(error))
     except _UsageError as error:
-        return _fail(_usage_line(error))
+        return _fail(_usage_line(error, arguments))
     except (KeyboardInterrupt, typer.Abort):
         print("\nvesicle: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -126,11 +126,25 @@ def _fail(message: str) -> int:
     return USER_ERROR
 
 
-def _usage_line(error: Exception) -> str:
+def _usage_line(error: Exception, arguments: list[str]) -> str:
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]  # click's
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "vesicle"
-    return f"{message} (see {path} --help)"
+    given = _given(getattr(getattr(error, "param", None), "opts", []), arguments)
+    what, _, allowed = message.partition(": ")
+    if given is not None and what.startswith("Invalid value") and repr(given) not in allowed:
+        message = f"{what}, {given!r}: {allowed.removeprefix('Value error, ')}"
+    return f"{message.replace(': Value error, ', ': ')} (see {path} --help)"
+
+
+def _given(options: list[str], arguments: list[str]) -> str | None:
+    """What a command line gives an option that goes by these names, last; None for nothing."""
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, separator, value = word.partition("=")
+        if name in options:
+            found = value if separator else following
+    return found
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -67,8 +68,8 @@ def check_budget(budget: float) -> float:
     Raises:
         VesicleError: If it is not.
     """
-    if not 0 < budget <= 1:
-        raise VesicleError(f"budget is {budget}; allowed: above 0, up to 1")
+    if isinstance(budget, bool | str) or not 0 < budget <= 1:
+        raise VesicleError(f"budget is {budget!r}; allowed: numbers above 0, up to 1")
     return float(budget)
 
 
@@ -236,6 +237,10 @@ class Modulator(nn.Module):
     def default_budget(self, phases: Phases | None = None) -> float:
         """The budget that is served when none is asked for."""
         return self._measured(phases or Phases()).default_budget
+
+    def least_budget(self, phases: Phases | None = None) -> float:
+        """The lowest budget that was measured: at a lower one as much is executed as there."""
+        return self._measured(phases or Phases()).dial[0][0]
 
     def dial(self, budget: float, phases: Phases | None = None) -> float:
         """The predictor's dial for a budget, from the measured table.
@@ -500,8 +505,16 @@ def served(
     """What a caller asked for: a method as it is, or a modulator at a budget and in its phases.
 
     Raises:
-        VesicleError: If the budget is out of range, or it or phases are given to a method.
+        VesicleError: If the budget is out of range, or it or phases are given to a method; or if
+            one of them is none.
     """
+    if not isinstance(method, Method | Modulator | None):
+        raise VesicleError(
+            f"method is {reprlib.repr(method)}; allowed: a Modulator, a Method such as "
+            "modulator.at(0.8), or None for the dense model"
+        )
+    if not isinstance(phases, Phases | None):
+        raise VesicleError(f"phases is {reprlib.repr(phases)}; allowed: vesicle.Phases(...)")
     if isinstance(method, Modulator):
         return method.at(budget, phases)
     if budget is not None:

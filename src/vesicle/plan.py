@@ -31,6 +31,10 @@ heads. Entries are forgotten a page at a time (see `retention.py`), so `check` a
 16 positions of all KV heads can do: an entry outlives its own block of 16, and in a layer all KV
 heads forget as many entries at a time, a multiple of 16.
 
+`turns` is no decision: it tells where passes had to end because tokens were decided in another way
+from there on (a prompt at rest ends, say). Arithmetic on many tokens rounds otherwise than on one,
+so that a replay which is to write the same text has to end its passes there too.
+
 A new effect is a new row in `FIELDS`, a price in `cost.py` and its execution in both executors.
 """
 
@@ -71,7 +75,7 @@ TOKEN_FIELDS = ("head",)
 """Fields without a layer axis."""
 
 _ALL = (*FIELDS, *TOKEN_FIELDS)
-_RETAINED = "retained"
+_RETAINED, _TURNS = "retained", "turns"
 _FORMAT = "vesicle-plan-1"
 
 
@@ -153,6 +157,9 @@ class Plan:
 
     See the module docstring for the fields. Without `head`, the whole one runs for every token;
     without `retained`, nothing is forgotten.
+
+    Attributes:
+        turns: (n,) rising lengths, each below T and above 0.
     """
 
     channels: IntArray
@@ -162,6 +169,7 @@ class Plan:
     kv_blocks: IntArray
     head: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     retained: IntArray = field(default_factory=lambda: np.zeros((0, 0, 0), np.int32))
+    turns: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __post_init__(self) -> None:
         """Fill in fields that were left out."""
@@ -193,7 +201,9 @@ class Plan:
     def tokens(self, start: int, stop: int | None = None) -> Plan:
         """The rows `start:stop`."""
         rows = {name: getattr(self, name)[start:stop] for name in (*_ALL, _RETAINED)}
-        return Plan(**rows)
+        start, stop, _ = slice(start, stop).indices(self.n_tokens)
+        within = (self.turns > start) & (self.turns < stop)
+        return Plan(**rows, turns=self.turns[within] - np.int32(start))
 
     def joined(self, other: Plan) -> Plan:
         """This Plan followed by `other`."""
@@ -201,7 +211,8 @@ class Plan:
         parts = (self.retained, other.retained)
         heads = max(part.shape[2] for part in parts)
         wide = [np.broadcast_to(part, (*part.shape[:2], heads)) for part in parts]
-        return Plan(**rows, retained=np.concatenate(wide))
+        turns = np.concatenate([self.turns, other.turns + np.int32(self.n_tokens)])
+        return Plan(**rows, retained=np.concatenate(wide), turns=turns)
 
     def equals(self, other: Plan) -> bool:
         """Whether every decision is the same."""
@@ -247,6 +258,11 @@ class Plan:
                     f"plan field {name!r} is {values[where]} at {where}; allowed: {allowed}"
                 )
         self._check_retained(shape)
+        edges = np.concatenate([[0], self.turns.ravel(), [t]])
+        if len(self.turns) and (np.diff(edges) < 1).any():
+            raise VesicleError(
+                f"plan field 'turns' is {self.turns.tolist()}; allowed: rising, 1 to {t - 1}"
+            )
 
     def _check_retained(self, shape: ModelShape) -> None:
         t, n_layers, n_heads = self.n_tokens, self.n_layers, shape.n_kv_heads
@@ -278,6 +294,8 @@ class Plan:
 
         names = (*_ALL, _RETAINED) if self.forgets else _ALL
         tensors = {n: np.ascontiguousarray(getattr(self, n)) for n in names}
+        if len(self.turns):
+            tensors[_TURNS] = np.ascontiguousarray(self.turns)
         data = save(tensors, metadata={"format": _FORMAT})
         # Not by the library's own `save_file`, which replaces a device by a regular file.
         with atomic_path(Path(path)) as temporary:
@@ -301,11 +319,12 @@ class Plan:
                 known = set(file.keys())
                 names = [n for n in (*_ALL, _RETAINED) if n in FIELDS or n in known]
                 arrays = {name: file.get_tensor(name) for name in names}
+                turns = file.get_tensor(_TURNS) if _TURNS in known else np.zeros(0, np.int32)
         except (OSError, SafetensorError) as error:
-            raise VesicleError(f"cannot read plan {path}: {error}") from error
-        if any(a.dtype != np.int32 for a in arrays.values()):
+            raise VesicleError(f"cannot read {path} as a plan: {error}") from error
+        if any(a.dtype != np.int32 for a in (*arrays.values(), turns)):
             raise VesicleError(f"plan {path} must hold int32 arrays")
-        return cls(**arrays)
+        return cls(**arrays, turns=turns)
 
 
 def _field_shape(name: str, n_tokens: int, n_layers: int) -> tuple[int, ...]:
@@ -445,6 +464,14 @@ class Author(ABC):
         """
         return FOREVER
 
+    def turns(self, length: int) -> IntArray:
+        """(n,) where a sequence of `length` tokens was cut for `changes_after`, rising."""
+        found, at = list[int](), self.changes_after(0)
+        while at < length:
+            found.append(at)
+            at = self.changes_after(at)
+        return np.array(found, np.int32)
+
     def releases(self, positions: IntArray) -> NDArray[np.bool_]:
         """(T,) at which of `positions` (T,) the method's predictor runs, which costs something."""
         return np.ones(len(positions), bool)
@@ -581,6 +608,11 @@ class _ReplayAuthor(Author):
 
     def fork(self, n_tokens: int) -> Author:
         return copy.copy(self)
+
+    def changes_after(self, position: int) -> int:
+        turns = self._plan.turns
+        at = int(np.searchsorted(turns, position, side="right"))
+        return int(turns[at]) if at < len(turns) else FOREVER
 
     def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
         if len(positions):

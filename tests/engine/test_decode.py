@@ -19,6 +19,8 @@ from vesicle.engine import Engine, Sequence, core
 from vesicle.engine.linear import ChannelMajor, Projection
 from vesicle.engine.packed import PackedPair, PackedWeight, _cuts, _high_part, _rest_part
 from vesicle.errors import VesicleError
+from vesicle.modulator import ModulatorMethod
+from vesicle.phases import Phases
 from vesicle.plan import FIELDS, Method, Plan, Replay
 
 TOLERANCE = 1e-4
@@ -127,6 +129,19 @@ def test_both_paths_agree(weights: str, kv: str, kind: str, family: str):
     method = method_for(engine, kind)
     found = list(steps(engine, beside(engine, weights, family), method, 70))
     check(found, weights, kv, kind)
+
+
+@pytest.mark.parametrize(
+    "resting", ["dopamine", "serotonin", "gaba", "dopamine serotonin", "serotonin gaba"]
+)
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_both_paths_agree_where_some_transmitters_rest(weights: str, resting: str):
+    engine = native(weights)
+    modulator = modulator_for(engine.shape, "stand-ins")
+    phases = Phases.parse([f"{name}=prompt" for name in resting.split()])
+    method = ModulatorMethod(modulator, 0.5, phases)
+    found = list(steps(engine, beside(engine, weights), method, 70))
+    check(found, weights, "fp32", "stand-ins")
 
 
 @pytest.mark.parametrize("prefill", [0, 1, 15, 130])

@@ -56,6 +56,34 @@ def text(folder: Path) -> Text:
     return Text.from_folder(folder)
 
 
+@pytest.mark.parametrize("count", [-1, 2.5, "3", True, None])
+def test_a_count_that_is_none_is_refused(engine: Engine, count: Any):
+    with pytest.raises(VesicleError, match=r"max_new_tokens is .*; allowed: whole numbers from 0"):
+        engine.generate([1, 2], max_new_tokens=count)
+
+
+def test_a_prompt_beyond_the_window_is_refused_before_it_is_read(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Engine, "forward", None)
+    with pytest.raises(VesicleError, match="257 tokens exceed the model's context window of 256"):
+        engine.generate([5] * 257, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "x"}, "method is 'x'; allowed: a Modulator, a Method such as"),
+        ({"phases": "all"}, r"phases is 'all'; allowed: vesicle.Phases\(...\)"),
+        ({"budget": "0.8"}, "budget is '0.8'; allowed: numbers above 0, up to 1"),
+        ({"budget": True}, "budget is True; allowed: numbers above 0, up to 1"),
+    ],
+)
+def test_what_decides_nothing_is_refused(engine: Engine, given: dict[str, Any], message: str):
+    with pytest.raises(VesicleError, match=message):
+        engine.start(**{"method": tiny_modulator(engine.shape), **given})
+
+
 def test_a_text_is_continued_and_a_chat_is_answered(engine: Engine, text: Text):
     forms = {
         "text": (QUESTION, text.encode(QUESTION)),

@@ -299,7 +299,7 @@ struct ModulatorStorage {
 
 // One sequence: its lists of blocks, of which each layer may have lost some, and what its next token does.
 struct Sequence {
-  int64_t id, position, room, vectors, room_summaries, wants;
+  int64_t id, position, room, vectors, room_summaries, wants, acting;
   std::vector<int32_t> tables, starts, held;
   std::vector<std::vector<char>> summaries;
   std::vector<void*> summary_pointers;
@@ -315,6 +315,7 @@ struct Sequence {
     id = r.between(0, m.vocabulary - 1);
     position = r.chance(0.3) ? r.between(0, 20) : r.between(0, 200);
     wants = r.between(0, 2);
+    acting = r.between(0, 31);
     const int64_t visible = position / kBlock + 1;
     room = visible + r.between(0, 3);
     vectors = r.between(1, 2);
@@ -454,6 +455,7 @@ std::vector<Result> step(Model& model, std::vector<Sequence>& sequences, const s
     t.compared = counts + 9 * L;
     t.standin = counts + 10 * L;
     t.logits = r.logits.empty() ? nullptr : r.logits.data();
+    t.acting = s.acting;
     t.wants = s.wants;
   }
   vesicle_step(&m, tokens.data(), n, threads);

@@ -121,7 +121,7 @@ def test_tests_fail_without_native_code_where_it_is_required(variable: str, tmp_
     environment = os.environ | {native.REQUIRE: "1", variable: value}
     root = Path(__file__).parents[2]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/test_plan.py"],
+        [sys.executable, "-m", "pytest", "-n0", "-q", "--collect-only", "tests/test_plan.py"],
         cwd=root,
         env=environment,
         capture_output=True,

@@ -1,6 +1,7 @@
 """Prompts at rest: the same Plan from engine and reference, in whatever pieces a text is read."""
 
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from vesicle.engine import Engine, Sequence
 from vesicle.errors import VesicleError
 from vesicle.modulator import Modulator
 from vesicle.phases import EVERYWHERE, Phases
-from vesicle.plan import Dense, Plan
+from vesicle.plan import Dense, Method, Plan, Replay
 from vesicle.predictors import CONTROLS
 from vesicle.reference.attach import attach
 
@@ -29,10 +30,10 @@ WAYS = {"chunks": [7, 30, 20, 13], "single": [1] * N, "at the border": [49, 1, 2
 
 
 def read(
-    engine: Engine, modulator: Modulator, phases: Phases, sizes: list[int]
+    engine: Engine, modulator: Modulator | Method, phases: Phases | None, sizes: list[int]
 ) -> tuple[Sequence, torch.Tensor]:
     """A text of which the first 50 tokens are a prompt, read in pieces; all logits."""
-    sequence = engine.start(modulator, 0.5, phases)
+    sequence = engine.start(modulator, 0.5 if phases else None, phases)
     sequence.begin_prompt(PROMPT)
     ids, rows, at = tokens(N)[0].tolist(), [], 0
     for size in sizes:
@@ -91,6 +92,25 @@ def test_reference_and_engine_agree(llama: Any, phases: Phases):
         np.testing.assert_allclose(sequence.levels, run.levels[0], atol=3e-6)
         assert (logits - expected).abs().max() < 1e-5
         assert run.cost.flops_total == sequence.cost.flops_total
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("phases", PHASES.values(), ids=PHASES)
+def test_a_replay_ends_its_passes_where_the_first_run_did(
+    weights: str, phases: Phases, tmp_path: Path
+):
+    """Packed weights round the activations of many tokens otherwise than those of one."""
+    engine = Engine.from_model(tiny(), weights=weights)
+    modulator = modulator_for(engine.shape, "stand-ins")
+    first, logits = read(engine, modulator, phases, [N - 2, 1, 1])
+    first.plan.save(tmp_path / "plan.safetensors")
+    plan = Plan.load(tmp_path / "plan.safetensors")
+    assert plan.equals(first.plan)
+    assert plan.turns.tolist() == ([] if phases == EVERYWHERE else [PROMPT - 1])
+    again, replayed = read(engine, Replay(plan, modulator.equipment), None, [N - 2, 1, 1])
+    assert torch.equal(logits, replayed)
+    assert again.plan.equals(plan)
+    assert again.plan.turns.tolist() == plan.turns.tolist()
 
 
 def test_generate_says_what_the_prompt_is(llama: Any):

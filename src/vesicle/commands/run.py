@@ -263,6 +263,8 @@ def run(
             budget = None
         elif saved is None and budget is None:
             budget = loaded.default_budget(phases)
+        if loaded is not None and budget is not None and saved is None:
+            _tell_reach(loaded, budget, phases)
         method = _method(loaded, saved, budget, phases)
         if compare and isinstance(method, Dense):
             raise VesicleError(
@@ -445,6 +447,21 @@ def _method(
             "this plan lands on stand-ins: name the --modulator that it was made with"
         )
     return Replay(saved, None if modulator is None else modulator.equipment)
+
+
+def _tell_reach(modulator: Modulator, budget: float, phases: Phases) -> None:
+    """Say so where a budget cannot be met."""
+    transmitters = modulator.predictor.config.transmitters
+    if budget < 1 and all(getattr(phases, name) == "prompt" for name in transmitters):
+        notice(
+            "--budget counts generated tokens, and under this --phase no transmitter acts on them: "
+            "they are executed whole"
+        )
+    elif budget < modulator.least_budget(phases):
+        notice(
+            f"--budget {budget:g} is below what this modulator reaches, about "
+            f"{modulator.least_budget(phases):.2f}, which is served"
+        )
 
 
 def _warm_up(settings: _Settings, methods: list[Method]) -> None:

@@ -44,6 +44,7 @@ _MOST_STEPS = 8
 """Steps of a ladder of bits that the core takes."""
 _MOST_RATIO = 256
 """Query heads of a KV head that the core takes."""
+_BITS = 1 << np.arange(len(NAMES))
 MOST_TOKENS = core.MOST_TOKENS
 NOTHING, LOGITS, LIKELIEST = 0, 1, 2
 
@@ -409,9 +410,8 @@ class Decoder:
         acting = author.acting(np.array([sequence.length], np.int32))[0]
         if not acting.any():
             return sequence.slot().knows(sequence)
-        if acting.sum() < len(modulator.predictor.config.transmitters):
-            return False  # the core releases all of them or none
         sequence.slot().turn(sequence, releases=True)
+        sequence.slot().token.acting = int(acting @ _BITS)
         return True
 
     def step(self, batch: list[tuple[Sequence, int]], wants: int) -> list[Tensor]:

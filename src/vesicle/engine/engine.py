@@ -44,7 +44,7 @@ from vesicle.engine.generation import Generation
 from vesicle.engine.linear import MANY, bulk_dtype, normalise, project, survivors
 from vesicle.engine.packed import PackedHead
 from vesicle.engine.pool import BlockPool, default_capacity, kv_dtype, with_kv
-from vesicle.engine.prompt import Prompt, checked_ends, is_chat, prompt_ids
+from vesicle.engine.prompt import Prompt, checked_count, checked_ends, is_chat, prompt_ids
 from vesicle.engine.rotary import Rotary
 from vesicle.engine.sampling import Sampling, not_finite
 from vesicle.engine.weights import Weights, from_folder, from_model
@@ -193,7 +193,8 @@ class Sequence:
         """What was decided for every token."""
         with self.engine.lock:
             self.settle()
-            return self.builder.build()
+            plan = self.builder.build()
+            return replace(plan, turns=self.author.turns(plan.n_tokens))
 
     @property
     def levels(self) -> FloatArray:
@@ -722,10 +723,13 @@ class Engine:
             raise VesicleError("a chunk has no tokens; give at least one")
         sequence.cache.check_open()
         self.check_tokens(ids)
-        end = sequence.length + len(ids)
-        if end > self.config.context_window:
+        self._check_window(sequence.length + len(ids))
+
+    def _check_window(self, n_tokens: int) -> None:
+        if n_tokens > self.config.context_window:
             raise VesicleError(
-                f"{end} tokens exceed the model's context window of {self.config.context_window}"
+                f"{n_tokens} tokens exceed the model's context window of "
+                f"{self.config.context_window}"
             )
 
     def _check_room(self, batch: list[Part]) -> None:
@@ -765,12 +769,15 @@ class Engine:
             Token ids. The last one drawn is not fed back, so its own cost is not counted.
 
         Raises:
-            VesicleError: If the prompt is empty or cannot be encoded, or if logits are not finite.
+            VesicleError: If the prompt is empty, cannot be encoded or exceeds the context window,
+                if `max_new_tokens` is no whole number from 0 on, or if logits are not finite.
         """
         prompt = self.encode(prompt)
         stop = self.ends if stop is None else checked_ends(stop)
         if not prompt:
             raise VesicleError("the prompt has no tokens; give at least one")
+        max_new_tokens = checked_count("max_new_tokens", max_new_tokens)
+        self._check_window(sequence.length + len(prompt))
         sampling = sampling or Sampling()
         generator = sampling.generator()
         sequence.begin_prompt(len(prompt), scored=max_new_tokens > 0)

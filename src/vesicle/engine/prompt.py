@@ -56,6 +56,21 @@ def checked_ends(stop: Collection[int]) -> frozenset[int]:
     return frozenset(ids)
 
 
+def checked_count(name: str, count: Any) -> int:
+    """A number of tokens that was asked for.
+
+    Raises:
+        VesicleError: If it is not a whole number from 0 on; `name` says of what.
+    """
+    try:
+        whole = operator.index(count)
+    except TypeError:
+        whole = -1
+    if whole < 0 or isinstance(count, bool):
+        raise VesicleError(f"{name} is {count!r}; allowed: whole numbers from 0 on")
+    return whole
+
+
 def _whole(values: Any) -> list[int] | None:
     """The numbers, if they are whole ones in a row."""
     if isinstance(values, np.ndarray | Tensor):

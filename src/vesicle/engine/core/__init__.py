@@ -104,7 +104,7 @@ class Token(ctypes.Structure):
         *_fields(_POINTER, "modulator", "ffn_standin", "attention_standin"),
         *_fields(_POINTER, "channels", "bits", "module", "run", "kv_blocks", "head", "levels"),
         *_fields(_POINTER, "rows", "outputs", "visited", "compared", "standin", "logits"),
-        *_fields(_LONG, "wants", "token"),
+        *_fields(_LONG, "acting", "wants", "token"),
     ]
 
 

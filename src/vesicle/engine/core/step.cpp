@@ -332,7 +332,7 @@ struct Step {
       const int64_t i = l * m->released + a;
       const double z = k->dot(m->weight + i * width, lane.after, width) * scale + m->offset[i] +
                        std::exp(static_cast<double>(m->log_slope[i])) * m->pressure + m->place_weight[i] * token.place;
-      levels[m->columns[a]] = std::nearbyint(1e6 / (1.0 + std::exp(z))) / 1e6;
+      if (token.acting >> m->columns[a] & 1) levels[m->columns[a]] = std::nearbyint(1e6 / (1.0 + std::exp(z))) / 1e6;
       known = known && !std::isnan(z);
     }
     if (reports) std::copy(levels, levels + kTransmitters, token.levels + l * kTransmitters);

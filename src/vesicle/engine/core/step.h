@@ -62,7 +62,8 @@ struct VesicleToken {
   double* levels;
   int64_t *rows, *outputs, *visited, *compared, *standin;  // (L, 4), (L, 4), (L), (L), (1)
   float* logits;                                           // (V) or null
-  int64_t wants;  // 0 nothing of the head, 1 logits, 2 the likeliest token alone
+  int64_t acting;  // bit a: transmitter a acts; the others rest
+  int64_t wants;   // 0 nothing of the head, 1 logits, 2 the likeliest token alone
   int64_t token;  // the likeliest, where asked for; -1 where a logit is not finite
 };
 
