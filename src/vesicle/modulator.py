@@ -69,7 +69,7 @@ def check_budget(budget: float) -> float:
         VesicleError: If it is not.
     """
     if isinstance(budget, bool | str) or not 0 < budget <= 1:
-        raise VesicleError(f"budget is {budget!r}; allowed: numbers above 0, up to 1")
+        raise VesicleError(f"budget is {budget!r}; allowed: above 0, up to 1")
     return float(budget)
 
 
