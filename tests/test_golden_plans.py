@@ -26,7 +26,7 @@ Arrays = dict[str, NDArray[np.generic]]
 
 
 def made(n_texts: int | None = None) -> Iterator[tuple[str, Arrays]]:
-    """For each of the first texts, what is decided of it, and the largest logits behind it at rest."""
+    """What is decided of each of the first texts, and the largest logits behind it at rest."""
     from vesicle import load_default_modulator
     from vesicle.engine import Engine
     from vesicle.phases import EVERYWHERE

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vesicle.effectors import DopaminePrecision, Effector, GabaSparsity, SerotoninDepth
 from vesicle.families import find_family
 from vesicle.modulator import Modulator
-from vesicle.plan import Plan, visible_blocks
+from vesicle.plan import FIELDS, ROW, Plan, numbers
+from vesicle.plan.rows import bounds
 from vesicle.predictors import CONTROLS, PREDICTORS, Levels, Predictor, PredictorConfig
 from vesicle.shapes import ModelShape
 
@@ -220,19 +221,24 @@ def tiny_modulator(
     return modulator.eval()
 
 
+DECIDED = tuple(field.name for field in FIELDS if not field.last_layer)
+"""Names of the fields that every layer has."""
+
+
 def random_plan(shape: ModelShape, t: int, rng: np.random.Generator) -> Plan:
-    """A valid Plan of t tokens that varies every field."""
-    n_layers = shape.n_layers
-    visible = visible_blocks(np.arange(t, dtype=np.int32))[:, None]
-    least = np.minimum(visible, 2)
-    return Plan(
-        channels=np.stack(
-            [rng.integers(w // 2, w + 1, (t, n_layers)) for w in shape.site_widths], axis=-1
-        ).astype(np.int32),
-        bits=rng.choice(np.array([16, 8, 4, 3, 2], np.int32), (t, n_layers, 4)),
-        ffn=rng.choice(np.array([0, 1, 2], np.int32), (t, n_layers), p=[0.1, 0.2, 0.7]),
-        attention=rng.choice(np.array([0, 1], np.int32), (t, n_layers), p=[0.2, 0.8]),
-        kv_blocks=rng.integers(
-            np.broadcast_to(least, (t, n_layers)), np.broadcast_to(visible, (t, n_layers)) + 1
-        ).astype(np.int32),
-    )
+    """A valid Plan of t tokens that varies every field that decides for a layer."""
+    positions, n_layers = np.arange(t, dtype=np.int32), shape.n_layers
+    low, high = bounds(shape, positions)
+    rows = np.zeros((t, n_layers), ROW)
+    numbers(rows)[:] = rng.integers(low, high.astype(np.int64) + 1)
+    for field in FIELDS:
+        if field.values:
+            rows[field.name] = rng.choice(np.array(field.values), rows[field.name].shape)
+        if field.last_layer:
+            rows[field.name] = 0
+    # Most of the work is done, so that what is done can be told from what is not.
+    widths = np.array(shape.site_widths, np.int32)
+    rows["channels"] = rng.integers(widths // 2, widths + 1, rows["channels"].shape)
+    rows["ffn"] = rng.choice([0, 1, 2], (t, n_layers), p=[0.1, 0.2, 0.7])
+    rows["attention"] = rng.choice([0, 1], (t, n_layers), p=[0.2, 0.8])
+    return Plan(rows=rows)

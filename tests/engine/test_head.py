@@ -1,7 +1,5 @@
 """The two-stage LM head: a screen by the leading four bits, then exact logits of the survivors."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -35,7 +33,7 @@ def engine_for(path: str, weights: str = "int8") -> Engine:
 def screened(engine: Engine, survivors: int) -> Plan:
     """Rest, but for the head, which two tokens of three screen."""
     head = np.where(np.arange(len(IDS)) % 3 > 0, survivors, 0).astype(np.int32)
-    return replace(Plan.rest(engine.shape, len(IDS)), head=head)
+    return Plan.rest(engine.shape, len(IDS)).with_fields(head=head)
 
 
 def decoded(engine: Engine, method: Method, prefill: int = 0) -> tuple[Sequence, list[int]]:
@@ -201,7 +199,7 @@ def test_64_survivors_hold_the_default_models_token(monkeypatch: pytest.MonkeyPa
     assert (best == head.multiply(x).argmax(-1)).float().mean() >= 0.99
 
     plan = Plan.rest(engine.shape, 200)
-    screen = replace(plan, head=np.full(200, 64, np.int32))
+    screen = plan.with_fields(head=np.full(200, 64, np.int32))
     first, second = engine.start(Replay(plan)), engine.start(Replay(screen))
     pairs = [engine.likeliest([(first, [i]), (second, [i])]) for i in ids]
     assert np.mean([a == b for a, b in pairs]) >= 0.99

@@ -14,7 +14,7 @@ from vesicle.engine import Engine, Sampling, Sequence
 from vesicle.engine.scheduler import Event, Failed, Finished, Request, Scheduler
 from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorAuthor
-from vesicle.plan import Author, Method, Replay, resting_attention, resting_ffn
+from vesicle.plan import Author, Method, Replay
 
 NEW = 8
 
@@ -54,17 +54,11 @@ class FailingAuthor(Author):
         self._perhaps("changes_after", [position])
         return super().changes_after(position)
 
-    def attention(self, layer: int, positions: Any) -> Any:
+    def attention(self, layer: int, positions: Any, rows: Any) -> None:
         self._perhaps("attention", positions, layer)
-        return resting_attention(self._shape, positions)
 
-    def release(self, layer: int, hidden: Tensor, positions: Any) -> Any:
-        self._perhaps("release", positions, layer)
-        return resting_ffn(self._shape, len(positions))
-
-    def head(self, hidden: Tensor, positions: Any) -> Any:
-        self._perhaps("head", positions)
-        return super().head(hidden, positions)
+    def ffn(self, layer: int, hidden: Tensor, positions: Any, rows: Any) -> None:
+        self._perhaps("ffn", positions, layer)
 
 
 class Faulty(Sampling):

@@ -75,8 +75,8 @@ def test_a_prompt_beyond_the_window_is_refused_before_it_is_read(
     [
         ({"method": "x"}, "method is 'x'; allowed: a Modulator, a Method such as"),
         ({"phases": "all"}, r"phases is 'all'; allowed: vesicle.Phases\(...\)"),
-        ({"budget": "0.8"}, "budget is '0.8'; allowed: numbers above 0, up to 1"),
-        ({"budget": True}, "budget is True; allowed: numbers above 0, up to 1"),
+        ({"budget": "0.8"}, "budget is '0.8'; allowed: above 0, up to 1"),
+        ({"budget": True}, "budget is True; allowed: above 0, up to 1"),
     ],
 )
 def test_what_decides_nothing_is_refused(engine: Engine, given: dict[str, Any], message: str):

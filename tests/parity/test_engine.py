@@ -14,12 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import random_plan, shape_of, tiny_control, tiny_model, tiny_modulator, tokens
+from tests.tiny import (
+    DECIDED,
+    random_plan,
+    shape_of,
+    tiny_control,
+    tiny_model,
+    tiny_modulator,
+    tokens,
+)
 from vesicle.cost import price, price_dense, price_tokens
 from vesicle.engine import Engine, Sequence, attention, linear
 from vesicle.errors import VesicleError
 from vesicle.modulator import Modulator
-from vesicle.plan import FIELDS, Dense, Equipment, Method, Plan, Replay
+from vesicle.plan import Dense, Equipment, Method, Plan, Replay
 from vesicle.predictors import CONTROLS, PREDICTORS
 from vesicle.reference.attach import attach
 
@@ -92,7 +100,7 @@ def test_a_modulator_at_rest_is_dense(model: Any, ids: Tensor):
     assert sequence.cost == price_dense(engine.shape, 70)
 
 
-@pytest.mark.parametrize("name", [*FIELDS, "all"])
+@pytest.mark.parametrize("name", [*DECIDED, "all"])
 @pytest.mark.parametrize("summary", ["mean", "bounds"])
 def test_execution(model: Any, ids: Tensor, rng: np.random.Generator, name: str, summary: str):
     """One Plan, both executors: each field alone, then all."""
