@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from tests.tiny import DECIDED, SHAPE, random_plan
 from vesicle.cost import (
     Cost,
-    flops_per_token,
     held_before,
     kv_bytes_peak,
     price,
@@ -100,8 +99,10 @@ def test_rest_is_dense(shape: ModelShape):
     assert price(Plan.rest(shape, 40), shape) == dense
     assert dense.flops_selection == dense.flops_standin == dense.flops_modulator == 0
     assert dense.kv_bytes_held == 40 * 3 * 2 * 24 * 4
-    by_token = [flops_per_token(shape, t + 1) for t in range(40)]
-    assert dense.flops_total == sum(by_token)
+    projections = sum(w * o for w, o in zip(shape.site_widths, shape.site_outputs, strict=True))
+    attention = sum(2 * shape.query_width * (t + 1) for t in range(40))
+    layers = 40 * shape.n_layers * projections + shape.n_layers * attention
+    assert dense.flops_total == 2 * (layers + 40 * shape.width * shape.vocabulary)
     assert dense.ratio(dense) == dict.fromkeys(dense.ratio(dense), 1.0)
 
 

@@ -14,7 +14,6 @@ A modulator is saved as `modulator.safetensors` (predictor and stand-ins) and `m
 from __future__ import annotations
 
 import copy
-import json
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -421,10 +420,6 @@ class Modulator(nn.Module):
                 f"cannot push to {repo_id!r}: {str(error).splitlines()[0]}"
             ) from error
         return str(address)
-
-    def describe(self) -> str:
-        """The configuration as indented JSON."""
-        return json.dumps(asdict(self.info), indent=2)
 
 
 def _dial(rows: list[Any]) -> Dial:
