@@ -600,6 +600,10 @@ class ModulatorAuthor(Author):
         """Where any transmitter acts."""
         return np.logical_or.reduce(self.acting(positions), axis=1)
 
+    def governs(self, position: int) -> bool:
+        """Whether any transmitter acts there."""
+        return bool(self.acting(np.array([position], np.int32)).any())
+
     def changes_after(self, position: int) -> int:
         """Where a prompt begins or ends, if some transmitter minds."""
         if self._rests or self._phases == EVERYWHERE:

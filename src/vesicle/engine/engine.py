@@ -596,7 +596,11 @@ class Engine:
     def _to_cuts(
         self, left: dict[int, Part], outcomes: dict[int, Outcome], wants: Wanted
     ) -> dict[int, list[Tensor]]:
-        """Run as much of each chunk as lies before the last eviction or change of phase in it.
+        """Run as much of each chunk as cannot be read together with what follows it.
+
+        That is what lies before the last eviction or change of phase in it; and of tokens about
+        which something is decided all but the last, where the native core takes them: they go
+        through it one at a time, so that no decision depends on how a text is cut into passes.
 
         Args:
             left: By place in the batch, what is to be read; what is read is taken off, and at least
@@ -612,7 +616,7 @@ class Engine:
             early = dict[int, Part]()
             for i, (sequence, ids) in list(left.items()):
                 try:
-                    n = sequence.cuts_at - sequence.length
+                    n = self._reach(sequence, len(ids))
                 except Exception as error:  # an author's, as in `_Pass.ask`
                     outcomes[i] = error
                     del left[i]
@@ -628,6 +632,13 @@ class Engine:
                 else:
                     outcomes[i] = outcome
                     del left[i]
+
+    def _reach(self, sequence: Sequence, n_wanted: int) -> int:
+        """How many of a sequence's next tokens one pass may read; `n_wanted` or more for all."""
+        if n_wanted > 1 and self._decoder is not None and sequence.author.governs(sequence.length):
+            if self._decoder.covers(sequence):
+                return 1
+        return sequence.cuts_at - sequence.length
 
     def _run(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
         """One pass; sequences that have come to an eviction then forget."""

@@ -63,6 +63,14 @@ class Author(ABC):
         """
         return FOREVER
 
+    def governs(self, position: int) -> bool:
+        """Whether anything is decided about the token at `position`, be it that it rests.
+
+        Such tokens take one route through the engine, one at a time, however a text is cut into
+        passes. True by default: what an author decides is not known here.
+        """
+        return True
+
     def turns(self, length: int) -> list[int]:
         """Where a sequence of `length` tokens was cut for `changes_after`, rising."""
         found, at = list[int](), self.changes_after(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ from vesicle.errors import VesicleError
 from vesicle.plan.author import Author, Equipment, Method
 from vesicle.plan.events import FOREVER
 from vesicle.plan.plan import Plan
-from vesicle.plan.rows import IntArray, Rows, resting_rows
+from vesicle.plan.rows import IntArray, Rows, numbers, resting_rows
 from vesicle.shapes import ModelShape
 
 if TYPE_CHECKING:
@@ -34,17 +35,26 @@ class Replay(Method):
     def author(self, shape: ModelShape) -> Author:
         """An author that reads the Plan's rows by position."""
         self.plan.check(shape)
-        return _ReplayAuthor(self.plan)
+        return _ReplayAuthor(self.plan, shape)
 
 
 class _ReplayAuthor(Author):
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, shape: ModelShape) -> None:
         self._plan, self._turns = plan, plan.turns
         if plan.forgets:
             self.retained = plan.retained
+        # Of each stretch between turns: whether anything in it is below rest.
+        rest = resting_rows(shape, np.arange(plan.n_tokens, dtype=np.int32))
+        below = (numbers(plan.rows) != numbers(rest)).any((1, 2))
+        edges = [0, *self._turns.tolist(), plan.n_tokens]
+        self._governed = [bool(below[a:b].any()) for a, b in pairwise(edges)]
 
     def fork(self, n_tokens: int) -> Author:
         return copy.copy(self)
+
+    def governs(self, position: int) -> bool:
+        at = int(np.searchsorted(self._turns, position, side="right"))
+        return position < self._plan.n_tokens and self._governed[at]
 
     def changes_after(self, position: int) -> int:
         at = int(np.searchsorted(self._turns, position, side="right"))
@@ -85,6 +95,9 @@ class _DenseAuthor(Author):
     @property
     def rests(self) -> bool:
         return True
+
+    def governs(self, position: int) -> bool:
+        return False
 
     def fork(self, n_tokens: int) -> Author:
         return copy.copy(self)
