@@ -47,6 +47,9 @@ _MOST_STEPS = 8
 _MOST_RATIO = 256
 """Query heads of a KV head that the core takes."""
 _BITS = 1 << np.arange(len(NAMES))
+_EXECUTED = ("channels", "bits", "ffn", "attention", "kv_blocks", "head")
+"""Fields that the core executes; tokens below rest in another one take the general path."""
+_OTHERS = [name for name in BY_NAME if name not in _EXECUTED]
 MOST_TOKENS = core.MOST_TOKENS
 NOTHING, LOGITS, LIKELIEST = 0, 1, 2
 
@@ -185,6 +188,8 @@ class Slot:
         self.plan[:n] = known
         if isinstance(author, ModulatorAuthor):
             self.levels[:n] = author.foreseen(positions[:n])
+        if any((known[name] != BY_NAME[name].rest).any() for name in _OTHERS):
+            return False
         packed = self._shape.stored_bits is not None
         return packed or bool((known["bits"] == FULL_BITS).all())
 
@@ -394,6 +399,7 @@ class Decoder:
         }
         if not (
             isinstance(modulator.predictor, LinearPredictor)
+            and not any(rule.field in _OTHERS for rule in author.rules)
             and all(map(_readable, _parts_of(modulator.predictor)))
             and all(len(ladder.steps) <= _MOST_STEPS for ladder in ladders)
             and (self._weights.packed or values <= {FULL_BITS})
