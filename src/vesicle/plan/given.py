@@ -42,7 +42,8 @@ class _ReplayAuthor(Author):
     def __init__(self, plan: Plan, shape: ModelShape) -> None:
         self._plan, self._turns = plan, plan.turns
         if plan.forgets:
-            self.retained = plan.retained
+            heads = (plan.n_tokens, plan.n_layers, shape.n_kv_heads)
+            self.retained = np.broadcast_to(plan.retained, heads)
         # Of each stretch between turns: whether anything in it is below rest.
         rest = resting_rows(shape, np.arange(plan.n_tokens, dtype=np.int32))
         below = (numbers(plan.rows) != numbers(rest)).any((1, 2))
