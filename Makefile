@@ -16,7 +16,7 @@ NATIVE_TESTS = tests/native/test_fuzz.py tests/native/test_damage.py tests/engin
 
 .DEFAULT_GOAL := help
 .PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow \
-	test-gpu test-kvpress test-oldest examples docs results clean
+	test-kvpress test-oldest examples docs results clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "%-18s %s\n", $$1, $$2}'
@@ -31,13 +31,13 @@ check: ## before every commit: format, lint, types, fast tests
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
-	$(PYTEST) -m "not slow and not gpu and not model"
+	$(PYTEST) -m "not slow and not model"
 
 parity: ## reference against engine, and causality
 	$(PYTEST) tests/parity
 
 test-slow: ## tests of more than half a minute
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m slow
 
 bench: ## this engine beside Hugging Face and llama.cpp, on this machine (needs the bench extra)
 	$(PYTHON) -m vesicle.cli bench --against hf,llamacpp --overhead
@@ -68,9 +68,6 @@ sanitize-threads: ## decode steps under checks of what threads share (GCC on Lin
 	$(CHECKED) -fsanitize=thread -I$(CORE) $(DRIVER) -o build/sanitize/threads
 	setarch -R build/sanitize/threads 60
 
-test-gpu: ## kernels on an NVIDIA GPU, or in Triton's interpreter where there is none (slow)
-	$(PYTEST) tests/gpu -m gpu
-
 test-kvpress: ## the bridge to NVIDIA's kvpress, in .venv-kvpress (made if missing; needs minutes)
 	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
 	.venv-kvpress/bin/pip install -q '.[kvpress]' pytest pytest-timeout pytest-xdist hypothesis
@@ -79,7 +76,7 @@ test-kvpress: ## the bridge to NVIDIA's kvpress, in .venv-kvpress (made if missi
 test-oldest: ## fast tests with the oldest transformers, in .venv-oldest (made if missing; needs minutes)
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q '.[test]' 'transformers==$(OLDEST)'
-	.venv-oldest/bin/python -m pytest -m "not slow and not gpu and not kvpress and not model"
+	.venv-oldest/bin/python -m pytest -m "not slow and not kvpress and not model"
 
 examples: ## run every example in order
 	@set -e; for example in examples/[0-9]*.py; do echo "== $$example"; $(PYTHON) "$$example"; done

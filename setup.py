@@ -9,6 +9,7 @@ resolve at run time to the runtime that PyTorch has loaded.
 """
 
 import os
+import runpy
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,14 @@ FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-con
 FLAGS += ["-Wno-psabi"]
 CORE = Path("src/vesicle/engine/core")
 OPTIONAL = os.environ.get("VESICLE_REQUIRE_NATIVE") != "1"
+ROW = CORE / "plan_row.h"
+
+
+def write_row() -> None:
+    """Write the layout of a Plan's row for C++, unless it is there already."""
+    header = runpy.run_path("src/vesicle/plan/layout.py", run_name="layout")["header"]()
+    if not ROW.exists() or ROW.read_text(encoding="utf-8") != header:
+        ROW.write_text(header, encoding="utf-8")
 
 
 class Build(build_ext):
@@ -53,6 +62,7 @@ class Build(build_ext):
         return path.with_name(f"{path.name.partition('.')[0]}.failed.txt")
 
 
+write_row()
 setup(
     cmdclass={"build_ext": Build},
     ext_modules=[

@@ -827,7 +827,7 @@ def test_public_names_are_lazy():
     code = (
         "import sys, vesicle\n"
         "assert 'torch' not in sys.modules\n"
-        "assert vesicle.Plan.__module__ == 'vesicle.plan'\n"
+        "assert vesicle.Plan.__module__ == 'vesicle.plan.plan'\n"
         "assert 'torch' not in sys.modules\n"
         "assert all(getattr(vesicle, name) is not None for name in vesicle.__all__)\n"
         "assert set(vesicle.__all__) <= set(dir(vesicle))\n"

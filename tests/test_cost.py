@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import SHAPE, random_plan
+from tests.tiny import DECIDED, SHAPE, random_plan
 from vesicle.cost import (
     Cost,
-    flops_per_token,
     held_before,
     kv_bytes_peak,
     price,
@@ -16,7 +15,7 @@ from vesicle.cost import (
     price_tokens,
     visited_positions,
 )
-from vesicle.plan import FIELDS, FOREVER, Plan, visible_blocks
+from vesicle.plan import FOREVER, Plan, visible_blocks
 from vesicle.shapes import ModelShape, Overhead
 
 TINY = ModelShape(
@@ -42,7 +41,7 @@ OVERHEAD = Overhead(
 
 def one_token(*, ffn: int = 2, attention: int = 1, kv_blocks: int = 2) -> Plan:
     """Position 37 of a one-layer model: two complete blocks, then six positions of its own."""
-    return Plan(
+    return Plan.of(
         channels=np.array([[[5, 6, 7, 9]]], np.int32),
         bits=np.array([[[16, 8, 16, 3]]], np.int32),
         ffn=np.array([[ffn]], np.int32),
@@ -100,8 +99,10 @@ def test_rest_is_dense(shape: ModelShape):
     assert price(Plan.rest(shape, 40), shape) == dense
     assert dense.flops_selection == dense.flops_standin == dense.flops_modulator == 0
     assert dense.kv_bytes_held == 40 * 3 * 2 * 24 * 4
-    by_token = [flops_per_token(shape, t + 1) for t in range(40)]
-    assert dense.flops_total == sum(by_token)
+    projections = sum(w * o for w, o in zip(shape.site_widths, shape.site_outputs, strict=True))
+    attention = sum(2 * shape.query_width * (t + 1) for t in range(40))
+    layers = 40 * shape.n_layers * projections + shape.n_layers * attention
+    assert dense.flops_total == 2 * (layers + 40 * shape.width * shape.vocabulary)
     assert dense.ratio(dense) == dict.fromkeys(dense.ratio(dense), 1.0)
 
 
@@ -167,7 +168,7 @@ def test_int8_keys_and_values_carry_scales():
 def test_a_screened_head():
     shape = replace(TINY, weight_bytes=4, stored_bits=4, head_bits=8)
     whole = price(one_token(), shape, first_position=37)
-    plan = replace(one_token(), head=np.array([3], np.int32))
+    plan = one_token().with_fields(head=np.array([3], np.int32))
     screened = price(plan, shape, first_position=37)
     assert screened.flops_head == 2 * 8 * (10 + 3)
     assert whole.weight_bytes - screened.weight_bytes == 8 * 10 * 9 // 8 - (
@@ -214,14 +215,14 @@ def test_visited_positions_are_those_attended_to():
 @settings(deadline=None, max_examples=80)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    name=st.sampled_from(list(FIELDS)),
+    name=st.sampled_from(list(DECIDED)),
     vectors=st.sampled_from([1, 2]),
 )
 def test_raising_any_field_never_lowers_the_cost(seed: int, name: str, vectors: int):
     """Up to 16 complete blocks; beyond, choosing nearly all costs more than reading all."""
     rng = np.random.default_rng(seed)
     plan, other = random_plan(SHAPE, 60, rng), random_plan(SHAPE, 60, rng)
-    more = replace(plan, **{name: np.maximum(getattr(plan, name), getattr(other, name))})
+    more = plan.with_fields(**{name: np.maximum(getattr(plan, name), getattr(other, name))})
     overhead = replace(OVERHEAD, selection_vectors=vectors)
     low, high = price(plan, SHAPE, overhead), price(more, SHAPE, overhead)
     assert low.flops_total <= high.flops_total
@@ -234,7 +235,7 @@ def test_raising_any_field_never_lowers_the_cost(seed: int, name: str, vectors: 
 def test_choosing_nearly_all_blocks_costs_more_than_reading_all(shape: ModelShape):
     """The one exception, so that no one is surprised: the estimate is paid whatever is read."""
     rest = Plan.rest(shape, 1024).tokens(1000)
-    fewer = replace(rest, kv_blocks=rest.kv_blocks - 1)
+    fewer = rest.with_fields(kv_blocks=rest.kv_blocks - 1)
     assert (
         price(fewer, shape, first_position=1000).flops_total
         > price(rest, shape, first_position=1000).flops_total
@@ -251,7 +252,7 @@ def test_by_hand_forgotten_entries():
     retained[:16, 0, 0], retained[8:24, 0, 1] = 34, 34
     retained[16:32, 0, 0] = 39
     retained[[*range(8), *range(24, 32)], 0, 1] = 39
-    plan = replace(Plan.rest(shape, 40), retained=retained)
+    plan = Plan.rest(shape, 40).with_fields(retained=retained)
     plan.check(shape)
     visited = np.array([*range(1, 36), *range(20, 25)])
     costs = price_tokens(plan, shape)
@@ -270,10 +271,10 @@ def test_blocks_are_chosen_among_what_is_left():
     shape = replace(SHAPE, n_layers=1)
     retained = np.full((70, 1, 1), FOREVER, np.int32)
     retained[:32, 0] = 63
-    rest = replace(Plan.rest(shape, 70), retained=retained)
+    rest = Plan.rest(shape, 70).with_fields(retained=retained)
     for asked, blocks, summaries in ((2, 2, 2), (3, 3, 0), (5, 3, 0)):
-        plan = replace(rest, kv_blocks=np.where(np.arange(70) == 69, asked, rest.kv_blocks[:, 0]))
-        plan = replace(plan, kv_blocks=plan.kv_blocks.astype(np.int32)[:, None])
+        blocks_read = np.where(np.arange(70) == 69, asked, rest.kv_blocks[:, 0])
+        plan = rest.with_fields(kv_blocks=blocks_read[:, None])
         read = price_tokens(plan, shape)["kv_bytes_read"][69]
         visited = 16 * (blocks - 1) + 6
         assert read == shape.position_bytes * visited + shape.summary_vector_bytes * summaries
@@ -282,7 +283,7 @@ def test_blocks_are_chosen_among_what_is_left():
 def test_entries_of_before_the_first_position_are_taken_to_be_held():
     retained = np.full((70, 3, 2), FOREVER, np.int32)
     retained[:16] = 31
-    plan = replace(Plan.rest(SHAPE, 70), retained=retained)
+    plan = Plan.rest(SHAPE, 70).with_fields(retained=retained)
     later = price(plan.tokens(40), SHAPE, first_position=40)
     assert later == price_dense(SHAPE, 30, first_position=40)
     early = price(plan.tokens(8), SHAPE, first_position=8)

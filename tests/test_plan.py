@@ -8,27 +8,31 @@ import pytest
 from tests.tiny import random_plan
 from vesicle.errors import VesicleError
 from vesicle.plan import (
+    EVENT,
     FIELDS,
     FOREVER,
-    TOKEN_FIELDS,
+    Author,
     Dense,
+    IntArray,
     Plan,
     PlanBuilder,
     Replay,
-    resting_attention,
-    resting_ffn,
+    Rows,
+    resting_rows,
     visible_blocks,
 )
+from vesicle.plan.events import forgetting, retained_by
 from vesicle.shapes import ModelShape
 
 T = 40
-NAMES = (*FIELDS, *TOKEN_FIELDS)
+NAMES = tuple(field.name for field in FIELDS)
+POSITIONS = np.arange(T, dtype=np.int32)
 
 
 @pytest.fixture
 def plan(shape: ModelShape, rng: np.random.Generator) -> Plan:
     head = rng.integers(0, shape.vocabulary + 1, T).astype(np.int32)
-    return replace(random_plan(shape, T, rng), head=head)
+    return random_plan(shape, T, rng).with_fields(head=head)
 
 
 def test_visible_blocks():
@@ -82,10 +86,11 @@ def test_check_names_field_value_and_allowed(
     plan: Plan, shape: ModelShape, name: str, value: int, allowed: str
 ):
     values = getattr(plan, name).copy()
-    where = (37, 1, 3)[: values.ndim]
-    values[where] = value
+    place = (37, 1, 3)[: values.ndim]
+    values[place] = value
+    where = (37, shape.n_layers - 1) if name == "head" else place
     with pytest.raises(VesicleError) as caught:
-        replace(plan, **{name: values}).check(shape)
+        plan.with_fields(**{name: values}).check(shape)
     assert str(caught.value) == f"plan field {name!r} is {value} at {where}; allowed: {allowed}"
 
 
@@ -94,15 +99,15 @@ def test_check_knows_each_sites_width_and_each_tokens_blocks(plan: Plan, shape: 
     channels[0, 0, 2] = 49  # fits ffn_out only
     blocks[3, 0] = 2  # one block is visible so early
     with pytest.raises(VesicleError, match=r"'channels' is 49 at \(0, 0, 2\); allowed: 1 to 48"):
-        replace(plan, channels=channels).check(shape)
+        plan.with_fields(channels=channels).check(shape)
     with pytest.raises(VesicleError, match=r"'kv_blocks' is 2 at \(3, 0\); allowed: 1 to 1"):
-        replace(plan, kv_blocks=blocks).check(shape)
+        plan.with_fields(kv_blocks=blocks).check(shape)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "ffn"])
 def test_check_refuses_a_wrong_shape(plan: Plan, shape: ModelShape, name: str):
     with pytest.raises(VesicleError, match=rf"plan field '{name}' has shape \(39,"):
-        replace(plan, **{name: getattr(plan, name)[1:]}).check(shape)
+        plan.with_fields(**{name: getattr(plan, name)[1:]}).check(shape)
 
 
 def test_check_refuses_another_depth(plan: Plan, shape: ModelShape):
@@ -110,14 +115,14 @@ def test_check_refuses_another_depth(plan: Plan, shape: ModelShape):
         plan.check(replace(shape, n_layers=5))
 
 
-@pytest.mark.parametrize("turns", [[0], [T], [7, 7], [9, 3], [-1, 4]])
+@pytest.mark.parametrize("turns", [[0], [T], [7, 7], [-1, 4]])
 def test_check_refuses_turns_that_do_not_rise(plan: Plan, shape: ModelShape, turns: list[int]):
     with pytest.raises(VesicleError, match=r"'turns' is \[.*\]; allowed: rising, 1 to 39"):
-        replace(plan, turns=np.array(turns, np.int32)).check(shape)
+        plan.with_fields(turns=np.array(turns, np.int32)).check(shape)
 
 
 def test_turns_are_kept(plan: Plan, shape: ModelShape, tmp_path: Path):
-    turned = replace(plan, turns=np.array([3, 13, 20], np.int32))
+    turned = plan.with_fields(turns=np.array([3, 13, 20], np.int32))
     turned.check(shape)
     turned.save(tmp_path / "plan.safetensors")
     assert Plan.load(tmp_path / "plan.safetensors").turns.tolist() == [3, 13, 20]
@@ -126,21 +131,20 @@ def test_turns_are_kept(plan: Plan, shape: ModelShape, tmp_path: Path):
     assert turned.equals(plan)  # they decide nothing
     author = Replay(turned).author(shape)
     assert [author.changes_after(n) for n in (0, 3, 4, 19, 20)] == [3, 13, 13, 20, FOREVER]
-    assert author.turns(20).tolist() == [3, 13]
+    assert author.turns(20) == [3, 13]
 
 
-def test_tokens_and_joined(plan: Plan):
+def test_tokens(plan: Plan):
     first, second = plan.tokens(0, 13), plan.tokens(13)
     assert (first.n_tokens, second.n_tokens) == (13, T - 13)
-    assert first.joined(second).equals(plan)
-    assert not second.joined(first).equals(plan)
+    assert np.array_equal(np.concatenate([first.rows, second.rows]), plan.rows)
     assert not first.equals(plan)
     assert plan.tokens(5, 5).n_tokens == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_sees_every_field(plan: Plan, shape: ModelShape, name: str):
-    assert not replace(plan, **{name: getattr(Plan.rest(shape, T), name)}).equals(plan)
+    assert not plan.with_fields(**{name: getattr(Plan.rest(shape, T), name)}).equals(plan)
 
 
 def test_save_and_load(plan: Plan, tmp_path: Path):
@@ -170,10 +174,25 @@ def test_a_plan_saved_before_the_head_was_a_field_has_the_whole_head(tmp_path: P
     from safetensors.numpy import save_file
 
     path = tmp_path / "a.safetensors"
-    old = {name: getattr(plan, name) for name in FIELDS}
+    old = {name: np.ascontiguousarray(getattr(plan, name)) for name in NAMES if name != "head"}
     save_file(old, path, metadata={"format": "vesicle-plan-1"})
-    assert Plan.load(path).equals(replace(plan, head=np.zeros(T, np.int32)))
-    assert Plan(**old).head.tolist() == [0] * T
+    assert Plan.load(path).equals(plan.with_fields(head=np.zeros(T, np.int32)))
+    assert Plan.of(**old).head.tolist() == [0] * T
+
+
+def test_a_plan_of_the_format_before_is_read(
+    tmp_path: Path, plan: Plan, forgetful: Plan, shape: ModelShape
+):
+    """With its head as (T,), what is retained as an array, and its turns."""
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(getattr(plan, name)) for name in NAMES}
+    arrays |= {"retained": forgetful.retained, "turns": np.array([5, 9], np.int32)}
+    save_file(arrays, tmp_path / "old", metadata={"format": "vesicle-plan-1"})
+    found = Plan.load(tmp_path / "old")
+    found.check(shape)
+    assert found.equals(forgetful)
+    assert found.turns.tolist() == [5, 9]
 
 
 def test_an_empty_plan_is_saved_too(shape: ModelShape, tmp_path: Path):
@@ -210,7 +229,7 @@ def test_another_safetensors_file_is_refused(tmp_path: Path, plan: Plan):
     from safetensors.numpy import save_file
 
     path = tmp_path / "a.safetensors"
-    arrays = {name: getattr(plan, name) for name in FIELDS}
+    arrays = {name: np.ascontiguousarray(getattr(plan, name)) for name in NAMES}
     stamp = {"format": "vesicle-plan-1"}
     save_file({"x": np.zeros(3)}, path)
     with pytest.raises(VesicleError, match="is not a vesicle plan"):
@@ -224,29 +243,38 @@ def test_another_safetensors_file_is_refused(tmp_path: Path, plan: Plan):
 
 
 def test_a_loaded_plan_of_wrong_rank_is_refused(tmp_path: Path, plan: Plan, shape: ModelShape):
+    from safetensors.numpy import save_file
+
     path = tmp_path / "a.safetensors"
-    replace(plan, ffn=plan.ffn[:, 0]).save(path)
+    arrays = {name: np.ascontiguousarray(plan.rows[name]) for name in NAMES}
+    arrays["ffn"] = np.ascontiguousarray(plan.ffn[:, 0])
+    save_file(arrays, path, metadata={"format": "vesicle-plan-2"})
     with pytest.raises(VesicleError, match="ffn"):
-        Plan.load(path).check(shape)
+        Plan.load(path)
+
+
+def write(author: Author, shape: ModelShape, positions: IntArray) -> Rows:
+    """What an author writes of tokens, layer by layer."""
+    rows = resting_rows(shape, positions)
+    for layer in range(shape.n_layers):
+        author.attention(layer, positions, rows[:, layer])
+        author.ffn(layer, None, positions, rows[:, layer])  # type: ignore[arg-type]
+    return rows
 
 
 def test_builder_collects_layers_and_chunks(plan: Plan, shape: ModelShape):
     author, builder = Replay(plan).author(shape), PlanBuilder(shape)
     for start, stop in ((0, 17), (17, 18), (18, T)):
-        positions = np.arange(start, stop, dtype=np.int32)
-        builder.chunk(len(positions))
-        for layer in range(shape.n_layers):
-            builder.attention(layer, author.attention(layer, positions))
-            builder.ffn(layer, author.release(layer, None, positions))  # type: ignore[arg-type]
-        builder.head(author.head(None, positions))  # type: ignore[arg-type]
+        builder.add(write(author, shape, np.arange(start, stop, dtype=np.int32)))
         assert builder.build().equals(plan.tokens(0, stop))
     assert PlanBuilder(shape).build().n_tokens == 0
 
 
 def test_replay_ends_with_its_plan(plan: Plan, shape: ModelShape):
     author = Replay(plan).author(shape)
+    rows = resting_rows(shape, POSITIONS[:2])[:, 0]
     with pytest.raises(VesicleError, match="the plan covers 40 tokens; token 40 was asked for"):
-        author.attention(0, np.array([39, 40], np.int32))
+        author.attention(0, np.array([39, 40], np.int32), rows)
 
 
 def test_replay_refuses_a_plan_that_does_not_fit(plan: Plan, shape: ModelShape):
@@ -257,18 +285,10 @@ def test_replay_refuses_a_plan_that_does_not_fit(plan: Plan, shape: ModelShape):
 def test_dense_rests(shape: ModelShape):
     author, positions = Dense().author(shape), np.arange(30, 35, dtype=np.int32)
     builder = PlanBuilder(shape)
-    builder.chunk(5)
-    for layer in range(shape.n_layers):
-        attention = author.attention(layer, positions)
-        ffn = author.release(layer, None, positions)  # type: ignore[arg-type]
-        assert attention.rest
-        assert ffn.rest
-        builder.attention(layer, attention)
-        builder.ffn(layer, ffn)
-    assert author.head(None, positions).tolist() == [0] * 5  # type: ignore[arg-type]
-    assert builder.build().equals(Plan.rest(shape, 35).tokens(30))  # the head needs no call
-    assert resting_attention(shape, positions[:0]).run.shape == (0,)
-    assert resting_ffn(shape, 0).channels.shape == (0, 2)
+    builder.add(write(author, shape, positions))
+    assert builder.build().equals(Plan.rest(shape, 35).tokens(30))
+    assert author.levels is None
+    assert author.rests
 
 
 # Entries that are forgotten ----------------------------------------------------------------------
@@ -280,7 +300,7 @@ def forgetful(plan: Plan, shape: ModelShape) -> Plan:
     retained = np.full((T, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
     retained[:16, 1] = 19
     retained[3:19, 2, 0], retained[16:32, 2, 1] = 39, 39
-    return replace(plan, retained=retained)
+    return plan.with_fields(retained=retained)
 
 
 def test_a_plan_without_retained_forgets_nothing(plan: Plan, shape: ModelShape):
@@ -288,25 +308,20 @@ def test_a_plan_without_retained_forgets_nothing(plan: Plan, shape: ModelShape):
     assert (plan.retained == FOREVER).all()
     assert not plan.forgets
     wide = np.full((T, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
-    assert replace(plan, retained=wide).equals(plan)
-    assert plan.equals(replace(plan, retained=wide))
-    assert not replace(plan, retained=wide).forgets
-    assert not replace(plan, retained=np.repeat(wide, 2, axis=2)).equals(
-        replace(plan, retained=wide)
-    )
+    assert plan.with_fields(retained=wide).equals(plan)
+    assert plan.equals(plan.with_fields(retained=wide))
+    assert not plan.with_fields(retained=wide).forgets
 
 
-def test_what_is_forgotten_is_cut_joined_compared_and_saved(
+def test_what_is_forgotten_is_cut_compared_and_saved(
     plan: Plan, forgetful: Plan, shape: ModelShape, tmp_path: Path
 ):
     forgetful.check(shape)
     assert forgetful.forgets
     assert not forgetful.equals(plan)
     assert not plan.equals(forgetful)
-    assert forgetful.tokens(0, 25).joined(forgetful.tokens(25)).equals(forgetful)
-    longer = plan.joined(forgetful)
-    assert (longer.retained[:T] == FOREVER).all()
-    assert (longer.retained[T:] == forgetful.retained).all()
+    parts = forgetful.tokens(0, 25).retained, forgetful.tokens(25).retained
+    assert (np.concatenate(parts) == forgetful.retained).all()
     forgetful.tokens(0, 39).check(shape)  # what goes later than the last token has no effect
     path = tmp_path / "plan"
     forgetful.save(path)
@@ -338,23 +353,55 @@ def test_check_refuses_what_pages_cannot_do(
     retained = np.full((T, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
     retained[where] = value
     with pytest.raises(VesicleError, match=line):
-        replace(plan, retained=retained).check(shape)
+        plan.with_fields(retained=retained).check(shape)
 
 
 def test_check_refuses_other_heads(plan: Plan, forgetful: Plan, shape: ModelShape):
-    with pytest.raises(VesicleError, match=r"plan field 'retained' has shape \(40, 3, 2\)"):
+    with pytest.raises(VesicleError, match="'retained' does not fit pages in layer 2"):
         forgetful.check(replace(shape, n_kv_heads=4))
-    short = replace(plan, retained=plan.retained[1:])
+    with pytest.raises(VesicleError, match=r"plan event 'kv_head' is 1 at \d; allowed: -1 to 0"):
+        forgetful.check(replace(shape, n_kv_heads=1))
     with pytest.raises(VesicleError, match=r"plan field 'retained' has shape \(39, 3, 1\)"):
-        short.check(shape)
+        plan.with_fields(retained=plan.retained[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("kind", 2, "0 to 1"),
+        ("layer", 3, "0 to 2"),
+        ("first", -1, "0 to 39"),
+        ("last", 40, "0 to 39"),
+        ("kv_head", 2, "-1 to 1"),
+    ],
+)
+def test_check_names_what_is_wrong_with_an_event(
+    forgetful: Plan, shape: ModelShape, name: str, value: int, allowed: str
+):
+    events = forgetful.events.copy()
+    events[name][1] = value
+    with pytest.raises(VesicleError) as caught:
+        replace(forgetful, events=events).check(shape)
+    assert str(caught.value) == f"plan event {name!r} is {value} at 1; allowed: {allowed}"
+
+
+def test_events_and_retained_say_the_same(rng: np.random.Generator):
+    for heads in (1, 3):
+        ends = np.array([40, 50, FOREVER], np.int32)
+        retained = rng.choice(ends, (30, 4, heads))
+        retained[:, 2] = FOREVER
+        events = forgetting(retained)
+        assert (np.sort(events, order=EVENT.names) == events).all()
+        assert (retained_by(events, 30, 4, heads) == retained).all()
+    assert len(forgetting(np.full((5, 2, 2), FOREVER, np.int32))) == 0
 
 
 def test_replay_and_builder_hand_it_on(plan: Plan, forgetful: Plan, shape: ModelShape):
     assert Replay(plan).author(shape).retained is None
     retained = Replay(forgetful).author(shape).retained
     builder = PlanBuilder(shape, retained)
-    builder.chunk(25)
-    builder.chunk(30)
+    for start, stop in ((0, 25), (25, 55)):
+        builder.add(resting_rows(shape, np.arange(start, stop, dtype=np.int32)))
     assert (builder.build().retained[:T] == forgetful.retained).all()
     assert (builder.build().retained[T:] == FOREVER).all()
     assert (builder.opening(9).build().retained == forgetful.retained[:9]).all()

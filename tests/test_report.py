@@ -86,7 +86,7 @@ def test_a_token_is_charged_with_the_pass_before_it(engine: Engine, token: int):
     rest = Plan.rest(engine.shape, PROMPT + NEW - 1)
     ffn = rest.ffn.copy()
     ffn[PROMPT - 1 + token] = FFN_SKIP
-    shares = answer_of(engine, Replay(replace(rest, ffn=ffn))).shares
+    shares = answer_of(engine, Replay(rest.with_fields(ffn=ffn))).shares
     assert [share < 1 for share in shares] == [place == token for place in range(NEW)]
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vesicle.effectors import DopaminePrecision, Effector, GabaSparsity, SerotoninDepth
 from vesicle.families import find_family
 from vesicle.modulator import Modulator
-from vesicle.plan import Plan, visible_blocks
+from vesicle.plan import FIELDS, ROW, Plan, numbers
+from vesicle.plan.rows import PLACES, bounds
 from vesicle.predictors import CONTROLS, PREDICTORS, Levels, Predictor, PredictorConfig
 from vesicle.shapes import ModelShape
 
@@ -220,19 +221,29 @@ def tiny_modulator(
     return modulator.eval()
 
 
+DECIDED = tuple(field.name for field in FIELDS if not field.last_layer)
+"""Names of the fields that every layer has."""
+
+
+_MOSTLY = {"ffn": [0.1, 0.2, 0.7], "attention": [0.2, 0.8]}
+"""Most modules run, so that what is done can be told from what is not."""
+
+
 def random_plan(shape: ModelShape, t: int, rng: np.random.Generator) -> Plan:
-    """A valid Plan of t tokens that varies every field."""
-    n_layers = shape.n_layers
-    visible = visible_blocks(np.arange(t, dtype=np.int32))[:, None]
-    least = np.minimum(visible, 2)
-    return Plan(
-        channels=np.stack(
-            [rng.integers(w // 2, w + 1, (t, n_layers)) for w in shape.site_widths], axis=-1
-        ).astype(np.int32),
-        bits=rng.choice(np.array([16, 8, 4, 3, 2], np.int32), (t, n_layers, 4)),
-        ffn=rng.choice(np.array([0, 1, 2], np.int32), (t, n_layers), p=[0.1, 0.2, 0.7]),
-        attention=rng.choice(np.array([0, 1], np.int32), (t, n_layers), p=[0.2, 0.8]),
-        kv_blocks=rng.integers(
-            np.broadcast_to(least, (t, n_layers)), np.broadcast_to(visible, (t, n_layers)) + 1
-        ).astype(np.int32),
-    )
+    """A valid Plan of t tokens that varies every field that decides for a layer."""
+    size = (t, shape.n_layers)
+    low, high = bounds(shape, np.arange(t, dtype=np.int32))
+    rows = np.zeros(size, ROW)
+    for field in FIELDS:
+        part = slice(PLACES[field.name], PLACES[field.name] + field.width)
+        if field.name == "channels":
+            found = [rng.integers(w // 2, w + 1, size) for w in shape.site_widths]
+            rows[field.name] = np.stack(found, axis=-1)
+        elif field.values:
+            rows[field.name] = rng.choice(np.array(field.values[::-1]), (*size, field.width))
+        elif field.name in _MOSTLY:
+            odds = _MOSTLY[field.name]
+            rows[field.name] = rng.choice(len(odds), size, p=odds)
+        elif not field.last_layer:
+            numbers(rows)[..., part] = rng.integers(low[..., part], high[..., part] + 1)
+    return Plan(rows=rows)

@@ -269,11 +269,3 @@ def price_dense_span(shape: ModelShape, start: int, stop: int, head: int) -> Cos
         return Cost()
     heads = np.arange(start, stop) >= head
     return price_dense(shape, stop - start, first_position=start, with_logits=heads)
-
-
-def flops_per_token(shape: ModelShape, context: int) -> int:
-    """Dense FLOPs of one token that attends to `context` positions, LM head included."""
-    layer = sum(w * o for w, o in zip(shape.site_widths, shape.site_outputs, strict=True))
-    return 2 * (
-        shape.n_layers * (layer + 2 * shape.query_width * context) + shape.width * shape.vocabulary
-    )

@@ -14,7 +14,6 @@ A modulator is saved as `modulator.safetensors` (predictor and stand-ins) and `m
 from __future__ import annotations
 
 import copy
-import json
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vesicle.effectors import EFFECTORS, DopaminePrecision, Effector, GabaSparsity, SerotoninDepth
+from vesicle.effectors.rules import Rules, decide
 from vesicle.errors import ModelError, VesicleError
 from vesicle.files import atomic_path, read_json, write_json
 from vesicle.folders import set_aside
@@ -35,18 +35,14 @@ from vesicle.models.hub import fetch, local_path
 from vesicle.phases import EVERYWHERE, Phases, Spans
 from vesicle.plan import (
     FOREVER,
-    AttentionDecision,
     Author,
     Equipment,
-    FfnDecision,
     FloatArray,
     IntArray,
     Method,
+    Rows,
     opening,
-    resting_attention,
-    resting_ffn,
     resting_rows,
-    visible_blocks,
 )
 from vesicle.predictors import PREDICTORS, Levels, Predictor, PredictorConfig, State
 from vesicle.shapes import ModelShape, Overhead
@@ -217,6 +213,11 @@ class Modulator(nn.Module):
     def gaba(self) -> GabaSparsity:
         """The GABA effector."""
         return self._gaba
+
+    def rules(self, shape: ModelShape) -> Rules:
+        """How all levels become decisions on a model of `shape`."""
+        each = (self._dopamine, self._serotonin, self._gaba)
+        return tuple(rule for effector in each for rule in effector.rules(shape))
 
     @property
     def equipment(self) -> Equipment:
@@ -420,10 +421,6 @@ class Modulator(nn.Module):
             ) from error
         return str(address)
 
-    def describe(self) -> str:
-        """The configuration as indented JSON."""
-        return json.dumps(asdict(self.info), indent=2)
-
 
 def _dial(rows: list[Any]) -> Dial:
     return [(float(budget), float(dial)) for budget, dial in rows]
@@ -537,11 +534,12 @@ class ModulatorAuthor(Author):
         self.dial = method.dial_position
         self._rests = method.at_rest
         self._shape = shape
+        self._rules = self.modulator.rules(shape)
         self._columns = [index(name) for name in self.modulator.predictor.config.transmitters]
         self._phases = EVERYWHERE if method.counts_prompt else method.phases
         self._prompts = Spans()
         self.state: State = {}
-        self._next: AttentionDecision | None = None
+        self._released: FloatArray | None = None  # (T, 5) by the layer before, if anything acts
         self._levels: list[FloatArray] = []
         self._pass: tuple[int, State] | None = None  # where the newest began, and the state there
 
@@ -551,14 +549,19 @@ class ModulatorAuthor(Author):
         return self._rests
 
     @property
-    def vocabulary(self) -> int:
-        """Words of the model that the sequence is of."""
-        return self._shape.vocabulary
+    def rules(self) -> Rules:
+        """How levels become decisions on the model that the sequence is of."""
+        return self._rules
 
     @property
     def reads_hidden(self) -> bool:
         """Whether levels depend on hidden states: not at rest, and not those of controls."""
         return not self._rests and isinstance(self.modulator.predictor, Predictor)
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether its predictor does."""
+        return bool(self.state)
 
     def prompt(self, start: int, stop: int) -> None:
         """Transmitters rest on the tokens `start` to `stop` as far as `phases` says so."""
@@ -576,7 +579,7 @@ class ModulatorAuthor(Author):
         other.state = {layer: carried.clone() for layer, carried in self.state.items()}
         other._levels = opening(self._levels, n_tokens)
         other._prompts = self._prompts.opening(n_tokens)
-        other._next = other._pass = None
+        other._released = other._pass = None
         return other
 
     def rewind(self, n_tokens: int) -> None:
@@ -597,6 +600,10 @@ class ModulatorAuthor(Author):
         """Where any transmitter acts."""
         return np.logical_or.reduce(self.acting(positions), axis=1)
 
+    def governs(self, position: int) -> bool:
+        """Whether any transmitter acts there."""
+        return bool(self.acting(np.array([position], np.int32)).any())
+
     def changes_after(self, position: int) -> int:
         """Where a prompt begins or ends, if some transmitter minds."""
         if self._rests or self._phases == EVERYWHERE:
@@ -604,7 +611,7 @@ class ModulatorAuthor(Author):
         edge = self._prompts.changes_after(position)
         return FOREVER if edge is None else edge
 
-    def planned(self, positions: IntArray) -> dict[str, IntArray] | None:
+    def planned(self, positions: IntArray) -> Rows | None:
         """At rest and for controls everything; else the leading tokens on which nothing acts."""
         if not self.reads_hidden and not self._rests:
             return plan_rows(self.modulator, self._shape, self.foreseen(positions), positions)
@@ -628,13 +635,13 @@ class ModulatorAuthor(Author):
         """Keep the levels (T, L, 5) of tokens for which an executor released them itself."""
         self._levels.append(levels)
 
-    def attention(self, layer: int, positions: IntArray) -> AttentionDecision:
-        """Decided by the previous layer's release; the first layer rests."""
-        if layer == 0 or self._next is None:
-            return resting_attention(self._shape, positions)
-        return self._next
+    def attention(self, layer: int, positions: IntArray, rows: Rows) -> None:
+        """Decided by what the layer before released; the first layer rests."""
+        if layer > 0 and self._released is not None:
+            last = layer == self._shape.n_layers - 1
+            decide(self._rules, self._released, positions, rows, next_layer=True, last_layer=last)
 
-    def release(self, layer: int, hidden: Tensor, positions: IntArray) -> FfnDecision:
+    def ffn(self, layer: int, hidden: Tensor, positions: IntArray, rows: Rows) -> None:
         """Release levels for the tokens' hidden states (T, D) and decide."""
         n = len(positions)
         if layer == 0:
@@ -642,13 +649,15 @@ class ModulatorAuthor(Author):
             self._levels.append(np.ones((n, self._shape.n_layers, len(NAMES))))
             self._acting = self.acting(positions)
         acting = self._acting
-        rows = np.nonzero(acting.any(1))[0]
-        if not len(rows):
-            self._next = None
-            return resting_ffn(self._shape, n)
+        governed = np.nonzero(acting.any(1))[0]
+        self._released = None
+        if not len(governed):
+            return
         table = np.ones((n, len(NAMES)))
-        table[rows[:, None], self._columns] = self._predict(
-            layer, hidden if len(rows) == n else hidden[torch.from_numpy(rows)], positions[rows]
+        table[governed[:, None], self._columns] = self._predict(
+            layer,
+            hidden if len(governed) == n else hidden[torch.from_numpy(governed)],
+            positions[governed],
         )
         table = np.where(acting, table.round(DECIMALS), 1.0)
         if not np.isfinite(table).all():
@@ -656,9 +665,9 @@ class ModulatorAuthor(Author):
                 f"levels of layer {layer} are not finite at a position from {positions[0]} to "
                 f"{positions[-1]}: the weights, the cache or the modulator are damaged"
             )
-        self._levels[-1][:, layer] = table
-        self._next = decide_attention(self.modulator, self._shape, table, positions)
-        return decide_ffn(self.modulator, self._shape, table)
+        self._levels[-1][:, layer] = self._released = table
+        last = layer == self._shape.n_layers - 1
+        decide(self._rules, table, positions, rows, next_layer=False, last_layer=last)
 
     def _predict(self, layer: int, hidden: Tensor, positions: IntArray) -> FloatArray:
         """The predictor's levels (T, A) for hidden states (T, D)."""
@@ -676,13 +685,6 @@ class ModulatorAuthor(Author):
             )
         return released[0].double().cpu().numpy()
 
-    def head(self, hidden: Tensor, positions: IntArray) -> IntArray:
-        """Decided by the last layer's release for the same tokens."""
-        if self._rests or not self.modulator.dopamine.head_survivors:
-            return np.zeros(len(positions), np.int32)
-        levels = self._levels[-1][-len(positions) :, -1, _DOPAMINE]
-        return self.modulator.dopamine.head(levels, self._shape.vocabulary)
-
     @property
     def levels(self) -> FloatArray:
         """Released levels (T, L, 5) so far."""
@@ -691,75 +693,29 @@ class ModulatorAuthor(Author):
         return np.concatenate(self._levels)
 
 
-_DOPAMINE, _SEROTONIN, _GABA = index("dopamine"), index("serotonin"), index("gaba")
-
-
-def decide_attention(
-    modulator: Modulator, shape: ModelShape, levels: FloatArray, positions: IntArray
-) -> AttentionDecision:
-    """The next layer's attention decision from levels (T, 5)."""
-    dopamine = levels[:, _DOPAMINE]
-    effector = modulator.dopamine
-    bits = effector.bits(dopamine)
-    return AttentionDecision(
-        channels=effector.channels(dopamine, slice(0, 2), np.array(shape.site_widths[:2])),
-        bits=np.repeat(bits[:, None], 2, axis=1),
-        run=modulator.serotonin.run(levels[:, _SEROTONIN]),
-        kv_blocks=modulator.gaba.blocks(levels[:, _GABA], visible_blocks(positions)),
-        rest=False,
-    )
-
-
-def decide_ffn(modulator: Modulator, shape: ModelShape, levels: FloatArray) -> FfnDecision:
-    """This layer's FFN decision from levels (T, 5)."""
-    dopamine = levels[:, _DOPAMINE]
-    effector = modulator.dopamine
-    bits = effector.bits(dopamine)
-    return FfnDecision(
-        channels=effector.channels(dopamine, slice(2, 4), np.array(shape.site_widths[2:])),
-        bits=np.repeat(bits[:, None], 2, axis=1),
-        module=modulator.serotonin.module(levels[:, _SEROTONIN]),
-        rest=False,
-    )
-
-
 def plan_rows(
     modulator: Modulator, shape: ModelShape, levels: FloatArray, positions: IntArray
-) -> dict[str, IntArray]:
-    """Rows of every field of a Plan from levels (T, L, 5) of tokens at `positions` (T,).
+) -> Rows:
+    """Rows (T, L) of a Plan from levels (T, L, 5) of tokens at `positions` (T,).
 
     Levels released by layer l govern FFN l and attention l + 1; the first attention layer rests.
     The LM head is screened where dopamine allows it; executors do so only if nothing but the
     likeliest token is asked for.
     """
-    t, n_layers, _ = levels.shape
-    ffn = decide_ffn(modulator, shape, levels.reshape(-1, len(NAMES)))
-    first = resting_attention(shape, positions)
-    later = decide_attention(
-        modulator,
-        shape,
-        levels[:, :-1].reshape(-1, len(NAMES)),
-        np.repeat(positions, n_layers - 1),
-    )
-
-    def layers(rest: IntArray, decided: IntArray) -> IntArray:
-        return np.concatenate([rest[:, None], decided.reshape(t, n_layers - 1, *rest.shape[1:])], 1)
-
-    dopamine, head = modulator.dopamine, np.zeros(t, np.int32)
-    if dopamine.head_survivors and shape.screens_head:
-        head = dopamine.head(levels[:, -1, _DOPAMINE], shape.vocabulary)
-    return {
-        "channels": np.concatenate(
-            [layers(first.channels, later.channels), ffn.channels.reshape(t, n_layers, 2)], axis=2
-        ),
-        "bits": np.concatenate(
-            [layers(first.bits, later.bits), ffn.bits.reshape(t, n_layers, 2)], axis=2
-        ),
-        "ffn": ffn.module.reshape(t, n_layers),
-        "attention": layers(first.run, later.run),
-        "kv_blocks": layers(first.kv_blocks, later.kv_blocks),
-        "head": head,
-    }
+    rows, rules = resting_rows(shape, positions), modulator.rules(shape)
+    for layer in range(shape.n_layers):
+        last = layer == shape.n_layers - 1
+        for released, next_layer in ((layer, False), (layer - 1, True)):
+            if released >= 0:
+                decide(
+                    rules,
+                    levels[:, released],
+                    positions,
+                    rows[:, layer],
+                    next_layer=next_layer,
+                    last_layer=last,
+                )
+    return rows
 
 
 def keep_modulator(folder: Path, say: Callable[[str], None]) -> None:

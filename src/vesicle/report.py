@@ -22,7 +22,7 @@ from rich.text import Text as Line
 from vesicle.cost import Cost, price_dense
 from vesicle.engine import Sequence, core
 from vesicle.engine.packed import PackedHead
-from vesicle.modulator import ModulatorAuthor, ModulatorMethod
+from vesicle.modulator import ModulatorMethod
 from vesicle.phases import ALL, GENERATED, PROMPT
 from vesicle.plan import Dense
 from vesicle.terminal import visible
@@ -242,10 +242,10 @@ def mean_levels(sequence: Sequence) -> dict[str, float] | None:
     """
     if isinstance(sequence.method, Dense):
         return dict.fromkeys(NAMES, REST)
-    levels, author = sequence.levels, sequence.author
-    if not len(levels) or not isinstance(author, ModulatorAuthor):
+    levels = sequence.levels
+    if not len(levels):
         return None
-    acting = author.acting(np.arange(len(levels), dtype=np.int32))
+    acting = sequence.author.acting(np.arange(len(levels), dtype=np.int32))
     return {
         name: float(levels[on, :, i].mean()) if on.any() else REST
         for i, (name, on) in enumerate(zip(NAMES, acting.T, strict=True))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.effectors.asking import decided
 from tests.effectors.test_effectors import read_channels
 from vesicle.effectors import DopaminePrecision, GabaSparsity, SerotoninDepth
 
@@ -29,33 +30,32 @@ def test_a_level_of_k_in_c_reads_k_channels(width: int):
 def test_bits():
     effector = DopaminePrecision(bits_ladder=LADDER)
     level = np.array([1.0, 0.9, 0.89, 0.7, 0.5, 0.31, 0.3, 0.1, 0.0])
-    assert effector.bits(level).tolist() == [16, 16, 8, 8, 4, 3, 3, 2, 2]
-    assert DopaminePrecision(bits_ladder=((0.0, 4),)).bits(np.array([1.0, 0.99])).tolist() == [
-        16,
-        4,
-    ]
+    assert decided(effector, level, "bits").tolist() == [16, 16, 8, 8, 4, 3, 3, 2, 2]
+    four = DopaminePrecision(bits_ladder=((0.0, 4),))
+    assert decided(four, np.array([1.0, 0.99]), "bits").tolist() == [16, 4]
+    assert decided(DopaminePrecision(), level, "bits").tolist() == [16] * 9
 
 
 def test_head():
     level = np.array([1.0, 0.9, 0.5, 0.0])
-    assert DopaminePrecision().head(level, 97).tolist() == [0, 0, 0, 0]
-    assert DopaminePrecision(head_survivors=8).head(level, 97).tolist() == [0, 8, 8, 8]
+    assert decided(DopaminePrecision(), level, "head").tolist() == [0, 0, 0, 0]
+    assert decided(DopaminePrecision(head_survivors=8), level, "head").tolist() == [0, 8, 8, 8]
     effector = DopaminePrecision(head_survivors=200, head_below=0.9)
-    assert effector.head(level, 97).tolist() == [0, 0, 97, 97]
+    assert decided(effector, level, "head").tolist() == [0, 0, 97, 97]
 
 
 def test_module_and_run():
     effector = SerotoninDepth(ffn_below=0.6, attention_below=0.4, bypass_below=0.2)
     level = np.array([1.0, 0.6, 0.59, 0.4, 0.39, 0.2, 0.19, 0.0])
-    assert effector.module(level).tolist() == [2, 2, 1, 1, 1, 1, 0, 0]
-    assert effector.run(level).tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert decided(effector, level, "ffn").tolist() == [2, 2, 1, 1, 1, 1, 0, 0]
+    assert decided(effector, level, "attention").tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
 
 
 def test_blocks():
     effector = GabaSparsity(least=3)
     visible = np.array([1, 2, 3, 10, 10, 10, 10], np.int32)
     level = np.array([0.0, 0.0, 0.0, 0.0, 0.3, 0.31, 1.0])
-    assert effector.blocks(level, visible).tolist() == [1, 2, 3, 3, 3, 4, 10]
+    assert decided(effector, level, "kv_blocks", visible=visible).tolist() == [1, 2, 3, 3, 3, 4, 10]
     assert (effector.vectors, GabaSparsity(summary="bounds").vectors) == (1, 2)
 
 
@@ -68,19 +68,7 @@ def test_soft_amounts_round_up_to_the_decision():
         assert (np.ceil(share * 80 - 1e-9) == read_channels(dopamine, level, site)).all()
     gaba = GabaSparsity(least=2)
     count = gaba.count(soft_level, torch.from_numpy(visible).double()).numpy()
-    assert (np.ceil(count - 1e-9) == gaba.blocks(level, visible)).all()
-
-
-def test_all_sites_at_once_are_each_alone():
-    effector, widths = (
-        DopaminePrecision(site_rates=(0.2, 0.5, 1.0, 2.0)),
-        np.array([48, 64, 48, 80]),
-    )
-    level = np.random.default_rng(0).uniform(0, 1, 50)
-    together = effector.channels(level, slice(0, 4), widths)
-    assert together.shape == (50, 4)
-    for site, width in enumerate(widths):
-        assert (together[:, site] == read_channels(effector, level, site, width)).all()
+    assert (np.ceil(count - 1e-9) == decided(gaba, level, "kv_blocks", visible=visible)).all()
 
 
 def test_ties_go_to_the_lower_channels():

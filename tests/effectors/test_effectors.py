@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.effectors.asking import decided
 from vesicle.blocks import rank_blocks, summarise
 from vesicle.effectors import EFFECTORS, DopaminePrecision, Effector, GabaSparsity, SerotoninDepth
 from vesicle.plan import FloatArray, IntArray
@@ -56,7 +57,7 @@ def read_channels(
     effector: DopaminePrecision, level: FloatArray, site: int, width: int = WIDTH
 ) -> IntArray:
     """Channels read at one site, (T,)."""
-    return effector.channels(level, slice(site, site + 1), np.array([width], np.int32))[:, 0]
+    return decided(effector, level, "channels", site, width=width)
 
 
 def dopamine(effector: DopaminePrecision, site: int = 3) -> Case:
@@ -69,7 +70,7 @@ def dopamine(effector: DopaminePrecision, site: int = 3) -> Case:
         rest={"channels": WIDTH, "bits": 16},
         decide=lambda level: {
             "channels": read_channels(effector, level, site),
-            "bits": effector.bits(level),
+            "bits": decided(effector, level, "bits", site),
         },
         soft=lambda level, heat: effector.mask(level, site, magnitude(), heat)[0],
         hard=hard,
@@ -80,13 +81,13 @@ def serotonin(effector: SerotoninDepth) -> Case:
     steps = (effector.bypass_below, effector.attention_below, effector.ffn_below)
 
     def hard(level: FloatArray) -> Tensor:
-        module, runs = effector.module(level), effector.run(level)
+        module, runs = (decided(effector, level, name) for name in ("ffn", "attention"))
         return torch.from_numpy(np.stack([module >= 1, runs == 1, module == 2], axis=1)).double()
 
     return Case(
         effector=effector,
-        rest={"module": 2, "run": 1},
-        decide=lambda level: {"module": effector.module(level), "run": effector.run(level)},
+        rest={"ffn": 2, "attention": 1},
+        decide=lambda level: {n: decided(effector, level, n) for n in ("ffn", "attention")},
         soft=lambda level, heat: torch.stack(
             [effector.mask(level, step, heat)[0] for step in steps], dim=-1
         ),
@@ -98,14 +99,17 @@ def gaba(effector: GabaSparsity) -> Case:
     seen = (rank() <= torch.from_numpy(VISIBLE)[None, :, None, None]).double()
     visible = torch.from_numpy(VISIBLE)[None]
 
+    def blocks(level: FloatArray) -> IntArray:
+        return decided(effector, level, "kv_blocks", visible=VISIBLE)
+
     def hard(level: FloatArray) -> Tensor:
-        count = torch.from_numpy(effector.blocks(level, VISIBLE))[None, :, None, None]
+        count = torch.from_numpy(blocks(level))[None, :, None, None]
         return ((rank() <= count).double() * seen)[0].flatten(1)
 
     return Case(
         effector=effector,
         rest={"blocks": VISIBLE},
-        decide=lambda level: {"blocks": effector.blocks(level, VISIBLE)},
+        decide=lambda level: {"blocks": blocks(level)},
         soft=lambda level, heat: (effector.mask(level, rank(), visible, heat) * seen)[0].flatten(1),
         hard=hard,
     )
@@ -157,7 +161,7 @@ def test_every_level_is_allowed_and_more_is_never_less(case: Case):
     for level in np.linspace(0, 1, 101):
         now = case.decide(np.full(T, level))
         for name, values in now.items():
-            assert (values >= (0 if name in ("module", "run") else 1)).all()
+            assert (values >= (0 if name in ("ffn", "attention") else 1)).all()
             assert (values <= case.rest[name]).all()
             if before is not None:
                 assert (values >= before[name]).all()

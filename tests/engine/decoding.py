@@ -3,7 +3,6 @@
 Shared by the tests of the native decoder and of the LM head.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +97,6 @@ def method_for(engine: Engine, kind: str, summary: str = "bounds", seed: int = 3
     if kind == "replay":
         plan = random_plan(engine.shape, len(IDS), np.random.default_rng(seed))
         if engine.shape.stored_bits is None:  # no planes of bits: fewer take the general path
-            plan = replace(plan, bits=np.full_like(plan.bits, 16))
+            plan = plan.with_fields(bits=np.full_like(plan.bits, 16))
         return Replay(plan, modulator.equipment)
     return ModulatorMethod(modulator, 0.5)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.engine.decoding import IDS, beside, method_for, modulator_for, native
+from tests.tiny import DECIDED
 from vesicle.cost import price_tokens
 from vesicle.engine import Engine, Sequence, core
 from vesicle.engine.linear import ChannelMajor, Projection
@@ -21,7 +22,7 @@ from vesicle.engine.packed import PackedPair, PackedWeight, _cuts, _high_part, _
 from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorMethod
 from vesicle.phases import Phases
-from vesicle.plan import FIELDS, Method, Plan, Replay
+from vesicle.plan import Method, Plan, Replay
 
 TOLERANCE = 1e-4
 """Logits of up to 8 in fp32: the same sums in another order, through 4 layers. Measured: 3e-5."""
@@ -415,7 +416,7 @@ def test_what_the_core_cannot_do_takes_the_general_path():
         for token in IDS[:3]:
             engine.forward([(sequence, [token])])
         assert all(
-            np.array_equal(getattr(sequence.plan, name), getattr(plan, name)) for name in FIELDS
+            np.array_equal(getattr(sequence.plan, name), getattr(plan, name)) for name in DECIDED
         )
         with pytest.raises(VesicleError, match="the plan covers 3 tokens; token 3 was asked for"):
             engine.forward([(sequence, [1])])

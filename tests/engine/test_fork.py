@@ -19,14 +19,11 @@ from vesicle.errors import CacheFullError, VesicleError
 from vesicle.evaluation.language_modelling import Together
 from vesicle.plan import (
     FFN_SKIP,
-    AttentionDecision,
     Author,
     Dense,
-    FfnDecision,
     Method,
     Replay,
-    resting_attention,
-    resting_ffn,
+    Rows,
 )
 from vesicle.predictors import CONTROLS
 from vesicle.shapes import ModelShape
@@ -186,16 +183,13 @@ class Counting(Author):
     def __init__(self, shape: ModelShape) -> None:
         self.shape, self.seen = shape, [0]
 
-    def attention(self, layer: int, positions: Any) -> AttentionDecision:
-        return resting_attention(self.shape, positions)
+    def attention(self, layer: int, positions: Any, rows: Rows) -> None:
+        return None
 
-    def release(self, layer: int, hidden: Tensor, positions: Any) -> FfnDecision:
-        decision = resting_ffn(self.shape, len(positions))
+    def ffn(self, layer: int, hidden: Tensor, positions: Any, rows: Rows) -> None:
         if layer == 0:
             self.seen += range(self.seen[-1] + 1, self.seen[-1] + len(positions) + 1)
-        decision.module[np.array(self.seen[-len(positions) :]) % 3 == 1] = FFN_SKIP
-        decision.rest = False
-        return decision
+        rows["ffn"][np.array(self.seen[-len(positions) :]) % 3 == 1] = FFN_SKIP
 
 
 class ForkingCounting(Counting):

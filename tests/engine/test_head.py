@@ -1,7 +1,5 @@
 """The two-stage LM head: a screen by the leading four bits, then exact logits of the survivors."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -35,7 +33,7 @@ def engine_for(path: str, weights: str = "int8") -> Engine:
 def screened(engine: Engine, survivors: int) -> Plan:
     """Rest, but for the head, which two tokens of three screen."""
     head = np.where(np.arange(len(IDS)) % 3 > 0, survivors, 0).astype(np.int32)
-    return replace(Plan.rest(engine.shape, len(IDS)), head=head)
+    return Plan.rest(engine.shape, len(IDS)).with_fields(head=head)
 
 
 def decoded(engine: Engine, method: Method, prefill: int = 0) -> tuple[Sequence, list[int]]:
@@ -126,16 +124,15 @@ def test_scoring_and_sampling_never_screen(path: str):
     engine = engine_for(path)
     method = Replay(screened(engine, 7))
     rest, scored = engine.start(), engine.start(method)
-    for cut in ((0, 30), (30, 31), (31, 32)):
-        ids = IDS[slice(*cut)]
-        (expected,), (logits,) = (engine.forward([(s, ids)], "all") for s in (rest, scored))
+    for token in IDS[:32]:  # one by one, since many at rest share products that round otherwise
+        (expected,), (logits,) = (engine.forward([(s, [token])], "all") for s in (rest, scored))
         assert torch.equal(logits, expected)
     assert scored.plan.head.tolist() == [0] * 32
     assert scored.cost == rest.cost
     sampling = Sampling(temperature=1.5, seed=3)
-    tokens, sequence = engine.generate(IDS[:20], method, max_new_tokens=20, sampling=sampling)
-    assert sequence.plan.head.tolist() == [0] * 39
-    assert tokens == engine.generate(IDS[:20], max_new_tokens=20, sampling=sampling)[0]
+    tokens, sequence = engine.generate(IDS[:1], method, max_new_tokens=38, sampling=sampling)
+    assert set(sequence.plan.head.tolist()) == {0}
+    assert tokens == engine.generate(IDS[:1], max_new_tokens=38, sampling=sampling)[0]
     _, greedy = engine.generate(IDS[:20], method, max_new_tokens=20)
     assert greedy.plan.head.tolist() == [0] * 19 + screened(engine, 7).head[19:39].tolist()
 
@@ -201,7 +198,7 @@ def test_64_survivors_hold_the_default_models_token(monkeypatch: pytest.MonkeyPa
     assert (best == head.multiply(x).argmax(-1)).float().mean() >= 0.99
 
     plan = Plan.rest(engine.shape, 200)
-    screen = replace(plan, head=np.full(200, 64, np.int32))
+    screen = plan.with_fields(head=np.full(200, 64, np.int32))
     first, second = engine.start(Replay(plan)), engine.start(Replay(screen))
     pairs = [engine.likeliest([(first, [i]), (second, [i])]) for i in ids]
     assert np.mean([a == b for a, b in pairs]) >= 0.99

@@ -14,7 +14,7 @@ from vesicle.engine import Engine, Sampling, Sequence
 from vesicle.engine.scheduler import Event, Failed, Finished, Request, Scheduler
 from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorAuthor
-from vesicle.plan import Author, Method, Replay, resting_attention, resting_ffn
+from vesicle.plan import Author, Method, Replay
 
 NEW = 8
 
@@ -54,17 +54,11 @@ class FailingAuthor(Author):
         self._perhaps("changes_after", [position])
         return super().changes_after(position)
 
-    def attention(self, layer: int, positions: Any) -> Any:
+    def attention(self, layer: int, positions: Any, rows: Any) -> None:
         self._perhaps("attention", positions, layer)
-        return resting_attention(self._shape, positions)
 
-    def release(self, layer: int, hidden: Tensor, positions: Any) -> Any:
-        self._perhaps("release", positions, layer)
-        return resting_ffn(self._shape, len(positions))
-
-    def head(self, hidden: Tensor, positions: Any) -> Any:
-        self._perhaps("head", positions)
-        return super().head(hidden, positions)
+    def ffn(self, layer: int, hidden: Tensor, positions: Any, rows: Any) -> None:
+        self._perhaps("ffn", positions, layer)
 
 
 class Faulty(Sampling):
@@ -127,7 +121,7 @@ BAD: dict[str, Callable[[Engine], Request]] = {
         f"{moment} at {where}": lambda e, moment=moment, at=at: Request(
             prompt=text(10, 6), method=Failing(moment, at), max_new_tokens=NEW
         )
-        for moment in ("planned", "releases", "changes_after", "attention", "release")
+        for moment in ("planned", "releases", "changes_after", "attention", "ffn")
         for where, at in (("once written", 12), ("the prompt", 9))
         if not (moment in ("planned", "changes_after") and where == "the prompt")
     },
@@ -136,7 +130,7 @@ BAD: dict[str, Callable[[Engine], Request]] = {
     ),
     "an error of our own": lambda e: Request(
         prompt=text(10, 6),
-        method=Failing("release", 12, error=VesicleError),
+        method=Failing("ffn", 12, error=VesicleError),
         max_new_tokens=NEW,
     ),
     "the first draw": lambda e: Request(prompt=text(10, 6), max_new_tokens=NEW, sampling=Faulty(1)),
@@ -165,9 +159,9 @@ def test_a_request_that_fails_fails_alone(bad: str, place: int):
 def test_what_a_request_failed_with_is_told():
     engine = Engine.from_model(tiny_model("llama", dtype=torch.float32))
     scheduler = Scheduler(engine, prefix_bytes=0)
-    scheduler.add(Request(prompt=text(10), method=Failing("release", 12), max_new_tokens=NEW))
+    scheduler.add(Request(prompt=text(10), method=Failing("ffn", 12), max_new_tokens=NEW))
     (failed,) = (e for e in scheduler.run() if isinstance(e, Failed))
-    assert str(failed.error) == "ValueError: release fails at 12"
+    assert str(failed.error) == "ValueError: ffn fails at 12"
     assert isinstance(failed.error.__cause__, ValueError)
 
 
@@ -272,14 +266,14 @@ def test_a_prompt_that_changes_after_it_was_added_does_not():
 def test_one_pass_of_the_engine():
     """`attempt` tells of each; `forward` raises, when the others have read their tokens."""
     engine = Engine.from_model(tiny_model("llama", dtype=torch.float32))
-    good, bad = engine.start(), engine.start(Failing("release", 2))
+    good, bad = engine.start(), engine.start(Failing("ffn", 2))
     found = engine.attempt([(good, text(5)), (bad, text(5))], "all")
     assert isinstance(found[1], ValueError)
     with pytest.raises(VesicleError, match="twice in one pass"):
         engine.attempt([(good, [1]), (good, [1])])
     assert torch.equal(found[0], engine.forward([(engine.start(), text(5))], "all")[0])
     assert (good.length, bad.length, bad.plan.n_tokens) == (5, 0, 0)
-    with pytest.raises(ValueError, match="release fails at 2"):
+    with pytest.raises(ValueError, match="ffn fails at 2"):
         engine.forward([(good, text(3, 2)), (bad, text(5))])
     assert (good.length, bad.length) == (8, 0)
     outcomes = engine.attempt([(good, []), (bad, [99]), (engine.start(), [1])])
@@ -303,19 +297,19 @@ def test_a_pass_that_was_broken_off_can_be_run_again(kind: str, monkeypatch: pyt
         return [engine.forward([(where, part)])[0] for part in parts]
 
     logits = read(expected)
-    release, left = ModulatorAuthor.release, [5]
+    decide, left = ModulatorAuthor.ffn, [5]
 
     def interrupted(self: Any, layer: int, *rest: Any) -> Any:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        return release(self, layer, *rest)
+        return decide(self, layer, *rest)
 
     found = []
     for part in (ids[:20], ids[20:33], *([i] for i in ids[33:])):
         left[0] = 2
         with monkeypatch.context() as patch:
-            patch.setattr(ModulatorAuthor, "release", interrupted)
+            patch.setattr(ModulatorAuthor, "ffn", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 engine.forward([(sequence, part)])
         assert sequence.plan.n_tokens == sequence.length == len(sequence.levels)
@@ -331,7 +325,7 @@ def test_the_native_path_has_not_begun_where_the_general_one_is_broken_off(
     monkeypatch: pytest.MonkeyPatch,
 ):
     engine = native("fp32")
-    sequence, other = engine.start(), engine.start(Failing("release", 30))
+    sequence, other = engine.start(), engine.start(Failing("ffn", 30))
     engine.forward([(sequence, IDS[:20]), (other, IDS[:20])])
 
     def broken(*_: Any) -> Any:

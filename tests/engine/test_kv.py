@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def executed(
 def blocks_plan(engine: Engine) -> Plan:
     """Rest, but for how many blocks are read."""
     varied = random_plan(engine.shape, 70, np.random.default_rng(3))
-    return replace(Plan.rest(engine.shape, 70), kv_blocks=varied.kv_blocks)
+    return Plan.rest(engine.shape, 70).with_fields(kv_blocks=varied.kv_blocks)
 
 
 @pytest.mark.parametrize("summary", ["mean", "bounds", "dense"])
@@ -120,7 +119,7 @@ def test_blocks_are_chosen_among_those_held(ids: Tensor, native: bool, monkeypat
     row, logits, read = ids[0].tolist(), [], []
     for evicted, count in (([], 2), ([1, 3], 2), ([1, 2, 3], 2), ([1, 2, 3], 5)):
         blocks[69] = count
-        sequence = engine.start(Replay(replace(rest, kv_blocks=blocks.copy())))
+        sequence = engine.start(Replay(rest.with_fields(kv_blocks=blocks.copy())))
         engine.forward([(sequence, row[:69])])
         without(sequence, evicted)
         logits += engine.forward([(sequence, row[69:])])

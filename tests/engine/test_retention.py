@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -192,7 +191,7 @@ def test_two_evictions_in_one_chunk(engine: Engine):
     shape = engine.shape
     retained = np.full((70, shape.n_layers, shape.n_kv_heads), 2**31 - 1, np.int32)
     retained[:16], retained[16:32] = 35, 50
-    method = Replay(replace(Plan.rest(shape, 70), retained=retained))
+    method = Replay(Plan.rest(shape, 70).with_fields(retained=retained))
     with closing(engine.start(method)) as whole, closing(engine.start(method)) as pieces:
         expected = [engine.forward([(pieces, [token])])[0] for token in ROW[:70]]
         (logits,) = engine.forward([(whole, ROW[:70])], "all")

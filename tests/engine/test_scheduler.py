@@ -400,10 +400,10 @@ def test_a_pass_that_fails_takes_its_requests_and_no_others(
 class Broken(Author):
     """It cannot decide."""
 
-    def attention(self, layer: int, positions: Any) -> Any:
+    def attention(self, layer: int, positions: Any, rows: Any) -> None:
         raise VesicleError("undecided")
 
-    def release(self, layer: int, hidden: Any, positions: Any) -> Any:
+    def ffn(self, layer: int, hidden: Any, positions: Any, rows: Any) -> None:
         raise AssertionError("it has failed before, and is asked no more")
 
 

@@ -1,6 +1,5 @@
 """Configs in every spelling give the rotary phases, the window and the logits of transformers."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,9 +154,8 @@ def test_spellings(model_type: str, name: str, saved: dict[str, Path], tmp_path:
     close(executed(engine, ids, Dense())[0], model(ids).logits[0], FP64)
     shape = engine.shape
     # Blocks of the cache are not chosen: a score 1e-7 from another would flip a choice.
-    plan = replace(
-        random_plan(shape, 70, np.random.default_rng(0)),
-        kv_blocks=Plan.rest(shape, 70).kv_blocks,
+    plan = random_plan(shape, 70, np.random.default_rng(0)).with_fields(
+        kv_blocks=Plan.rest(shape, 70).kv_blocks
     )
     method = Replay(plan, tiny_modulator(shape).equipment)
     with attach(model, method):

@@ -10,11 +10,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -265,6 +267,7 @@ struct Model {
 
 struct ModulatorStorage {
   std::vector<float> weight, offset, log_slope, place_weight;
+  std::vector<VesicleRule> rules;
   VesicleModulator view{};
   ModulatorStorage(Random& r, const VesicleModel& m) {
     VesicleModulator& v = view;
@@ -279,21 +282,52 @@ struct ModulatorStorage {
     v.offset = offset.data();
     v.log_slope = log_slope.data();
     v.place_weight = place_weight.data();
-    v.least = r.between(2, 4);
-    v.head_survivors = r.chance(0.5) ? r.between(1, m.vocabulary) : 0;
     v.pressure = r.uniform(-1, 1);
-    for (double& rate : v.rates) rate = r.uniform(0.1f, 1.2f);
-    v.floor = r.uniform(0.05f, 0.5f);
-    v.bypass_below = r.uniform(0, 0.2f);
-    v.ffn_below = r.uniform(0.2f, 0.5f);
-    v.attention_below = r.uniform(0, 0.5f);
-    v.head_below = r.uniform(0.2f, 1);
-    v.steps = 3;
-    const double levels[] = {0.7, 0.5, 0.0};
-    const int32_t bits[] = {16, 4, 2}, columns[] = {0, 1, 2};
-    std::copy(levels, levels + 3, v.step_levels);
-    std::copy(bits, bits + 3, v.step_bits);
+    const int32_t columns[] = {0, 1, 2};
     std::copy(columns, columns + 3, v.columns);
+    const int64_t widths[4] = {m.width, m.heads * m.size, m.width, m.ffn_width};
+    const double floor = r.uniform(0.05f, 0.5f), bypass = r.uniform(0, 0.2f);
+    for (int32_t site = 0; site < 4; ++site) {
+      share(number(offsetof(VesiclePlanRow, channels)) + site, 0, site < 2, widths[site], r.uniform(0.1f, 1.2f), floor, 0);
+      ladder(number(offsetof(VesiclePlanRow, bits)) + site, 0, site < 2, {{1.0, 16}, {0.7, 16}, {0.5, 4}}, 2);
+    }
+    ladder(number(offsetof(VesiclePlanRow, ffn)), 1, false, {{r.uniform(0.2f, 0.5f), 2}, {bypass, 1}}, 0);
+    ladder(number(offsetof(VesiclePlanRow, attention)), 1, true, {{r.uniform(0, 0.5f), 1}}, 0);
+    share(number(offsetof(VesiclePlanRow, kv_blocks)), 2, true, 0, 1, 0, r.between(2, 4));
+    const int64_t survivors = r.chance(0.5) ? r.between(1, m.vocabulary) : 0;
+    ladder(number(offsetof(VesiclePlanRow, head)), 0, false, {{r.uniform(0.2f, 1), 0}}, static_cast<int32_t>(survivors));
+    rules.back().last = 1;
+    v.rules = rules.data();
+    v.n_rules = rules.size();
+  }
+
+  static int32_t number(size_t offset) { return static_cast<int32_t>(offset / sizeof(int32_t)); }
+
+  void share(int32_t number, int32_t transmitter, bool next, int64_t width, double rate, double floor, int64_t least) {
+    VesicleRule rule{};
+    rule.number = number;
+    rule.transmitter = transmitter;
+    rule.next = next;
+    rule.width = width;
+    rule.rate = rate;
+    rule.floor = floor;
+    rule.least = least;
+    rule.steps = -1;
+    rules.push_back(rule);
+  }
+
+  void ladder(int32_t number, int32_t transmitter, bool next, std::vector<std::pair<double, int32_t>> steps,
+              int32_t below) {
+    VesicleRule rule{};
+    rule.number = number;
+    rule.transmitter = transmitter;
+    rule.next = next;
+    for (const auto& step : steps) {
+      rule.levels[rule.steps] = step.first;
+      rule.values[rule.steps++] = step.second;
+    }
+    rule.below = below;
+    rules.push_back(rule);
   }
 };
 
@@ -306,8 +340,7 @@ struct Sequence {
   std::vector<float> cosine, sine;
   std::vector<ModulatorStorage> modulator;  // none or one
   bool ffn_standin, attention_standin;
-  std::vector<int32_t> channels, bits, module, run, kv_blocks;
-  int32_t head;
+  std::vector<VesiclePlanRow> plan;
 
   Sequence(Random& r, Model& model, int64_t* free_block) {
     const VesicleModel& m = model.view;
@@ -362,23 +395,27 @@ struct Sequence {
     const int32_t each[] = {16, 8, 4, 3, 2};
     const int32_t same = r.chance(0.5) ? 16 : 0;
     for (int64_t l = 0; l < L; ++l) {
-      for (int64_t width : widths) {
-        channels.push_back(static_cast<int32_t>(r.chance(0.3) ? width : r.chance(0.1) ? 1 : r.between(1, width)));
-        bits.push_back(same ? same : each[r.between(0, 4)]);
+      VesiclePlanRow row{};
+      for (int64_t site = 0; site < 4; ++site) {
+        const int64_t width = widths[site];
+        row.channels[site] = static_cast<int32_t>(r.chance(0.3) ? width : r.chance(0.1) ? 1 : r.between(1, width));
+        row.bits[site] = same ? same : each[r.between(0, 4)];
       }
-      module.push_back(static_cast<int32_t>(r.chance(0.6) ? 2 : r.between(0, 1)));
-      run.push_back(r.chance(0.8));
-      kv_blocks.push_back(static_cast<int32_t>(
-          r.chance(0.4) ? visible : r.between(std::min<int64_t>(2, visible), visible)));
+      row.ffn = static_cast<int32_t>(r.chance(0.6) ? 2 : r.between(0, 1));
+      row.attention = r.chance(0.8);
+      row.kv_blocks = static_cast<int32_t>(
+          r.chance(0.4) ? visible : r.between(std::min<int64_t>(2, visible), visible));
+      plan.push_back(row);
     }
-    head = static_cast<int32_t>(r.chance(0.5) ? 0 : r.between(1, m.vocabulary));
+    plan.back().head = static_cast<int32_t>(r.chance(0.5) ? 0 : r.between(1, m.vocabulary));
   }
 };
 
 // All that the core says about a token.
 struct Result {
   std::vector<float> hidden, logits;
-  std::vector<int32_t> plan;  // channels, bits, module, run, kv_blocks, head, and the likeliest token
+  std::vector<VesiclePlanRow> plan;
+  int64_t likeliest = -1;
   std::vector<double> levels;
   std::vector<int64_t> counts;  // rows, outputs, visited, compared, standin
   std::vector<char> pages;      // the own blocks and all summaries
@@ -393,6 +430,7 @@ struct Result {
     compare("hidden", hidden, other.hidden);
     compare("logits", logits, other.logits);
     compare("plan", plan, other.plan);
+    if (likeliest != other.likeliest) names += " likeliest";
     compare("levels", levels, other.levels);
     compare("counts", counts, other.counts);
     compare("pages", pages, other.pages);
@@ -413,15 +451,11 @@ std::vector<Result> step(Model& model, std::vector<Sequence>& sequences, const s
   for (int64_t i = 0; i < n; ++i) {
     Sequence& s = sequences[who[i]];
     Result& r = results[i];
-    for (const auto* part : {&s.channels, &s.bits, &s.module, &s.run, &s.kv_blocks})
-      r.plan.insert(r.plan.end(), part->begin(), part->end());
-    r.plan.push_back(s.head);
-    r.plan.push_back(-1);
+    r.plan = s.plan;
     r.hidden.assign(m.width, NAN);
     if (s.wants == 1) r.logits.assign(m.vocabulary, NAN);
     r.levels.assign(L * kLevels, 1.0);
     r.counts.assign(L * 10 + 1, 0);
-    int32_t* plan = r.plan.data();
     int64_t* counts = r.counts.data();
     VesicleToken& t = tokens[i];
     t = VesicleToken{};
@@ -442,12 +476,7 @@ std::vector<Result> step(Model& model, std::vector<Sequence>& sequences, const s
     t.modulator = s.modulator.empty() ? nullptr : &s.modulator[0].view;
     t.ffn_standin = s.ffn_standin ? &model.ffn_standin.view : nullptr;
     t.attention_standin = s.attention_standin ? &model.attention_standin.view : nullptr;
-    t.channels = plan;
-    t.bits = plan + 4 * L;
-    t.module = plan + 8 * L;
-    t.run = plan + 9 * L;
-    t.kv_blocks = plan + 10 * L;
-    t.head = plan + 11 * L;
+    t.plan = r.plan.data();
     t.levels = r.levels.data();
     t.rows = counts;
     t.outputs = counts + 4 * L;
@@ -463,7 +492,7 @@ std::vector<Result> step(Model& model, std::vector<Sequence>& sequences, const s
     Sequence& s = sequences[who[i]];
     Result& r = results[i];
     if (s.wants == 2) {
-      r.plan.back() = static_cast<int32_t>(tokens[i].token);
+      r.likeliest = tokens[i].token;
       CHECK(tokens[i].token >= 0 && tokens[i].token < m.vocabulary, "%lld", (long long)tokens[i].token);
     }
     std::vector<std::vector<char>> written = s.summaries;

@@ -6,7 +6,7 @@ on to the next token. In half of the steps the general path does without native 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def random_plan(shape: ModelShape, t: int, rng: np.random.Generator) -> Plan:
     bits = rng.choice(np.array([16, 8, 4, 3, 2], np.int32), (*size, 4))
     some = rng.integers(np.minimum(visible, 2), visible + 1)
     survivors = rng.integers(1, shape.vocabulary + 1, t)
-    return Plan(
+    return Plan.of(
         channels=np.stack(channels, axis=-1).astype(np.int32),
         bits=bits if shape.stored_bits and rng.integers(2) else np.full_like(bits, 16),
         ffn=rng.choice(np.array([0, 1, 2], np.int32), size, p=[0.1, 0.2, 0.7]),
@@ -207,7 +207,7 @@ class Case:
             assert plan.equals(b.plan)
             planned = a.method.plan.tokens(start, start + 1)
             head = planned.head if greedy and self.engine.shape.screens_head else 0 * planned.head
-            assert plan.equals(replace(planned, head=head))
+            assert plan.equals(planned.with_fields(head=head))
             for name in a.token_costs:
                 if name != "weight_bytes" or self.engine.shape == self.other.shape:
                     assert a.token_costs[name][-1] == b.token_costs[name][-1], name

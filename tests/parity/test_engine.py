@@ -14,12 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import random_plan, shape_of, tiny_control, tiny_model, tiny_modulator, tokens
+from tests.tiny import (
+    DECIDED,
+    random_plan,
+    shape_of,
+    tiny_control,
+    tiny_model,
+    tiny_modulator,
+    tokens,
+)
 from vesicle.cost import price, price_dense, price_tokens
 from vesicle.engine import Engine, Sequence, attention, linear
 from vesicle.errors import VesicleError
 from vesicle.modulator import Modulator
-from vesicle.plan import FIELDS, Dense, Equipment, Method, Plan, Replay
+from vesicle.plan import Dense, Equipment, Method, Plan, Replay
 from vesicle.predictors import CONTROLS, PREDICTORS
 from vesicle.reference.attach import attach
 
@@ -92,7 +100,7 @@ def test_a_modulator_at_rest_is_dense(model: Any, ids: Tensor):
     assert sequence.cost == price_dense(engine.shape, 70)
 
 
-@pytest.mark.parametrize("name", [*FIELDS, "all"])
+@pytest.mark.parametrize("name", [*DECIDED, "all"])
 @pytest.mark.parametrize("summary", ["mean", "bounds"])
 def test_execution(model: Any, ids: Tensor, rng: np.random.Generator, name: str, summary: str):
     """One Plan, both executors: each field alone, then all."""
@@ -100,7 +108,7 @@ def test_execution(model: Any, ids: Tensor, rng: np.random.Generator, name: str,
     varied = random_plan(shape, 70, rng)
     plan = varied
     if name != "all":
-        plan = replace(Plan.rest(shape, 70), **{name: getattr(varied, name)})
+        plan = Plan.rest(shape, 70).with_fields(**{name: getattr(varied, name)})
     equipment = tiny_modulator(shape, summary=summary).equipment
     method = Replay(plan, equipment)
     engine = Engine.from_model(model)
@@ -174,7 +182,7 @@ def test_the_only_running_token_of_a_chunk_sees_no_later_one(llama: Any, ids: Te
     rest = Plan.rest(engine.shape, 70)
     runs = rest.attention.copy()
     runs[[t for t in (50, 51, 52) if t != 50 + running], 1] = 0
-    method = Replay(replace(rest, attention=runs), tiny_modulator(engine.shape).equipment)
+    method = Replay(rest.with_fields(attention=runs), tiny_modulator(engine.shape).equipment)
     logits, _ = executed(engine, ids, method, (50, 53))
     close(logits, reference(llama, ids, method)[0], FP64)
 
@@ -287,7 +295,7 @@ def test_skipped_weights_are_not_read(model: Any, ids: Tensor):
     ffn, runs = rest.ffn.copy(), rest.attention.copy()
     ffn[:, 1], ffn[:, 2], runs[:, 2] = 0, 1, 0
     equipment = tiny_modulator(engine.shape).equipment
-    method = Replay(replace(rest, ffn=ffn, attention=runs), equipment)
+    method = Replay(rest.with_fields(ffn=ffn, attention=runs), equipment)
     before, _ = executed(engine, ids, method)
     layers = engine._weights.layers
     for weight in (layers[1].ffn_in, layers[1].ffn_out, layers[2].ffn_in, layers[2].attention_out):
@@ -323,7 +331,7 @@ def test_skipped_blocks_are_not_read(ids: Tensor, dtype: torch.dtype):
     rest = Plan.rest(engine.shape, 70)
     blocks = rest.kv_blocks.copy()
     blocks[69] = 2
-    method = Replay(replace(rest, kv_blocks=blocks))
+    method = Replay(rest.with_fields(kv_blocks=blocks))
     logits = []
     for poison in (False, True):
         sequence = engine.start(method)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tiny import shape_of, tiny_model, tiny_modulator
+from tests.tiny import DECIDED, shape_of, tiny_model, tiny_modulator
 from vesicle.families import find_family
 from vesicle.families.base import LayerModules
 from vesicle.nested import NestedWeight
-from vesicle.plan import FIELDS, Equipment, Plan, Replay
+from vesicle.plan import Equipment, Plan, Replay
 from vesicle.reference.attach import attach
 
 TOKEN, LAYER = 61, 1
@@ -53,7 +52,7 @@ def planned(shape: Any, edits: tuple[Edit, ...]) -> Plan:
     for name, site, value in edits:
         values = getattr(plan, name).copy()
         values[(TOKEN, LAYER) if site is None else (TOKEN, LAYER, site)] = value
-        plan = replace(plan, **{name: values})
+        plan = plan.with_fields(**{name: values})
     plan.check(shape)
     return plan
 
@@ -147,7 +146,7 @@ def replace_modules(
 
 
 def test_every_field_is_edited():
-    assert {edit[0] for edits in EDITS.values() for edit in edits} == set(FIELDS)
+    assert {edit[0] for edits in EDITS.values() for edit in edits} == set(DECIDED)
     assert {name for name, _, _ in EDITS["together"]} == {"channels", "bits", "kv_blocks"}
 
 
@@ -174,8 +173,8 @@ def test_a_field_does_what_it_says(variant: tuple[str, str], ids: Tensor, name: 
 def test_in_the_last_layer_other_tokens_do_not_notice(llama: Any, ids: Tensor, name: str):
     shape = shape_of(llama)
     plan = planned(shape, EDITS[name])
-    last = Plan(
-        **{n: np.roll(getattr(plan, n), 1, axis=1) for n in FIELDS}  # layer 1 becomes layer 2
+    last = Plan.of(
+        **{n: np.roll(getattr(plan, n), 1, axis=1) for n in DECIDED}  # layer 1 becomes layer 2
     )
     own = llama(ids).logits
     with attach(llama, Replay(last, tiny_modulator(shape).equipment)):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.decoding import modulator_for, tiny
+from tests.engine.decoding import method_for, modulator_for, native, tiny
 from tests.tiny import shape_of, tiny_control, tiny_modulator, tokens
 from vesicle.cost import price_tokens
 from vesicle.engine import Engine, Sequence
 from vesicle.errors import VesicleError
-from vesicle.modulator import Modulator
+from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.phases import EVERYWHERE, Phases
 from vesicle.plan import Dense, Method, Plan, Replay
 from vesicle.predictors import CONTROLS
@@ -111,6 +111,32 @@ def test_a_replay_ends_its_passes_where_the_first_run_did(
     assert torch.equal(logits, replayed)
     assert again.plan.equals(plan)
     assert again.plan.turns.tolist() == plan.turns.tolist()
+
+
+NATIVE = [
+    *(("int4", "fp16", kind) for kind in ("stand-ins", "ladder", "replay")),
+    *(("int8", "int8", kind) for kind in ("stand-ins", "ladder", "replay")),
+    *(("fp32", "fp32", kind) for kind in ("stand-ins", "replay")),  # its weights have no planes
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("weights", "kv", "kind"), NATIVE)
+def test_where_something_is_decided_pieces_change_no_bit(
+    weights: str, kv: str, kind: str, way: str
+):
+    """On the engine that users have: Plans, levels, counted work and logits are equal."""
+    engine = native(weights, kv)
+    method = method_for(engine, kind)
+    method = method if kind == "replay" else ModulatorMethod(method.modulator, 0.5, EVERYWHERE)
+    whole, logits = read(engine, method, None, [N])
+    pieces, again = read(engine, method, None, WAYS[way])
+    assert torch.equal(logits, again)
+    assert pieces.plan.equals(whole.plan)
+    assert np.array_equal(pieces.levels, whole.levels)
+    assert pieces.cost == whole.cost
+    whole.close()
+    pieces.close()
 
 
 def test_generate_says_what_the_prompt_is(llama: Any):

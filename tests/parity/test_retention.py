@@ -1,7 +1,6 @@
 """What is forgotten is gone: the engine's smaller cache against the reference's hidden keys."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch import Tensor
 
 from tests.engine.decoding import IDS, beside, modulator_for, native
 from tests.parity.test_engine import FP32, FP64, SAME, close, counted, executed, reference
-from tests.tiny import random_plan, shape_of, tiny_modulator, tokens
+from tests.tiny import DECIDED, random_plan, shape_of, tiny_modulator, tokens
 from vesicle.cost import kv_bytes_peak, price
 from vesicle.engine import Engine, Sequence
 from vesicle.families import cache_argument, find_cache
-from vesicle.plan import FIELDS, FOREVER, Dense, Method, Plan, Replay
+from vesicle.plan import FOREVER, Dense, Method, Plan, Replay
 from vesicle.reference.attach import attach
 from vesicle.retention import Retention
 from vesicle.shapes import ModelShape
@@ -54,7 +53,7 @@ def forgetful_plan(shape: ModelShape, t: int, rng: np.random.Generator) -> Plan:
                 held = np.nonzero(retained[:complete, layer, head] == FOREVER)[0]
                 gone = rng.permutation(held)[: min(n, len(held) // 16 * 16)]
                 retained[gone, layer, head] = length - 1
-    plan = replace(random_plan(shape, t, rng), retained=retained)
+    plan = random_plan(shape, t, rng).with_fields(retained=retained)
     plan.check(shape)
     return plan
 
@@ -197,8 +196,7 @@ def modulated(engine: Engine) -> Method:
 INNER: dict[str, Callable[[Engine], Method]] = {
     "dense": lambda engine: Dense(),
     "replay": lambda engine: Replay(
-        replace(
-            random_plan(engine.shape, len(IDS), np.random.default_rng(3)),
+        random_plan(engine.shape, len(IDS), np.random.default_rng(3)).with_fields(
             bits=np.full((len(IDS), engine.shape.n_layers, 4), 16, np.int32),
         ),
         modulator_for(engine.shape, "stand-ins").equipment,
@@ -226,7 +224,7 @@ def test_native_decoding(weights: str, kv: str, kind: str, rng: np.random.Genera
         )
         same = all(
             (getattr(twin.plan, name)[-1] == getattr(sequence.plan, name)[-1]).all()
-            for name in FIELDS
+            for name in DECIDED
         )
         assert same or kind == "modulator"  # a level may round to the other side of a threshold
         far += not same or bool((logits - expected).abs().max() > 1e-3 * expected.abs().max())

@@ -1,15 +1,18 @@
 """Effector: turns a transmitter's level into decisions (discrete) and into masks (differentiable).
 
-The hard side runs in NumPy float64, for both executors, so that one level gives one decision
-everywhere. The soft side runs in torch inside the reference while training; as its temperature
-falls the mask tends to the hard decision.
+The hard side is a few `rules`, data that one function evaluates for both executors, so that one
+level gives one decision everywhere. The soft side runs in torch inside the reference while
+training; as its temperature falls the mask tends to the hard decision.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
+
+from vesicle.effectors.rules import Rules
+from vesicle.shapes import ModelShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,10 @@ class Effector(ABC):
     """
 
     transmitter: ClassVar[str]
+
+    @abstractmethod
+    def rules(self, shape: ModelShape) -> Rules:
+        """How levels become decisions on a model of `shape`."""
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration, as JSON writes it."""

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from vesicle.effectors.base import Effector
-from vesicle.plan import FULL_BITS, SITES, FloatArray, IntArray
+from vesicle.effectors.rules import Ladder, Rules, Share
+from vesicle.plan import FULL_BITS, SITES
+from vesicle.shapes import ModelShape
 
 BITS = (16, 8, 4, 3, 2)
 _NO_LADDER = ((0.0, FULL_BITS),)
@@ -73,27 +75,26 @@ class DopaminePrecision(Effector):
         if not 0 <= self.head_below <= 1:
             raise ValueError(f"head_below is {self.head_below}; allowed: 0 to 1")
 
-    def channels(self, level: FloatArray, sites: slice, widths: IntArray) -> IntArray:
-        """Channels read, (T, S), at the S sites of a slice of `plan.SITES`, `widths` (S,) wide."""
-        rates = np.array(self.site_rates[sites])
-        share = np.clip(1.0 - rates * (1.0 - level[:, None]), self.floor, 1.0)
-        # The small offset keeps a level of exactly k / C at k channels in spite of rounding.
-        return np.ceil(share * widths - 1e-9).astype(np.int32)
-
-    def bits(self, level: FloatArray) -> IntArray:
-        """Weight bits, (T,); always 16 at level 1."""
-        result = np.full(level.shape, FULL_BITS, np.int32)
-        if self.bits_ladder == _NO_LADDER:
-            return result
-        below = level < 1.0
-        for least, bits in reversed(self.bits_ladder):
-            result = np.where(below & (level >= least), bits, result).astype(np.int32)
-        return result
-
-    def head(self, level: FloatArray, vocabulary: int) -> IntArray:
-        """Survivors of a screened LM head, (T,); 0, the whole head, always at level 1."""
-        survivors = min(self.head_survivors, vocabulary)
-        return np.where(level < self.head_below, survivors, 0).astype(np.int32)
+    def rules(self, shape: ModelShape) -> Rules:
+        """Channels and bits at the four sites, and the screened LM head."""
+        found: list[Share | Ladder] = []
+        ladder = self.bits_ladder
+        top = () if ladder == _NO_LADDER else ((1.0, FULL_BITS),)
+        for site, width in enumerate(shape.site_widths):
+            place: Any = {
+                "column": site,
+                "transmitter": self.transmitter,
+                "next_layer": site < 2,
+            }
+            rate = self.site_rates[site]
+            found += [
+                Share(field="channels", rate=rate, floor=self.floor, width=width, **place),
+                Ladder(field="bits", steps=(*top, *ladder[:-1]), below=ladder[-1][1], **place),
+            ]
+        survivors = min(self.head_survivors, shape.vocabulary) if shape.screens_head else 0
+        steps = ((self.head_below, 0),)
+        head = Ladder(field="head", transmitter=self.transmitter, steps=steps, below=survivors)
+        return (*found, head)
 
     def share(self, level: Tensor, site: int) -> Tensor:
         """Differentiable share of channels kept, same shape as `level`."""

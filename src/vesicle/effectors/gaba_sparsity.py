@@ -17,12 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vesicle.effectors.base import Effector
-from vesicle.plan import FloatArray, IntArray
+from vesicle.effectors.rules import VISIBLE, Rules, Share
+from vesicle.shapes import ModelShape
 
 SUMMARIES = ("mean", "bounds")
 
@@ -52,10 +52,17 @@ class GabaSparsity(Effector):
         """Summary vectors per block."""
         return 1 if self.summary == "mean" else 2
 
-    def blocks(self, level: FloatArray, visible: IntArray) -> IntArray:
-        """Blocks read, (T,), of `visible` (T,)."""
-        count = np.ceil(level * visible - 1e-9).astype(np.int32)
-        return np.clip(count, np.minimum(visible, self.least), visible).astype(np.int32)
+    def rules(self, shape: ModelShape) -> Rules:
+        """Blocks read of those that are visible."""
+        blocks = Share(
+            field="kv_blocks",
+            transmitter=self.transmitter,
+            next_layer=True,
+            rate=1.0,
+            width=VISIBLE,
+            least=self.least,
+        )
+        return (blocks,)
 
     def count(self, level: Tensor, visible: Tensor) -> Tensor:
         """Differentiable number of blocks read, same shape as `level`."""

@@ -12,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vesicle.effectors.base import Effector
-from vesicle.plan import FFN_BIG, FFN_SKIP, FFN_SMALL, FloatArray, IntArray
+from vesicle.effectors.rules import Ladder, Rules
+from vesicle.plan import FFN_BIG, FFN_SKIP, FFN_SMALL
+from vesicle.shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +45,15 @@ class SerotoninDepth(Effector):
                 "they must rise in that order within [0, 1]"
             )
 
-    def module(self, level: FloatArray) -> IntArray:
-        """FFN module, (T,): 0 skip, 1 small, 2 big."""
-        module = np.where(level < self.ffn_below, FFN_SMALL, FFN_BIG)
-        return np.where(level < self.bypass_below, FFN_SKIP, module).astype(np.int32)
-
-    def run(self, level: FloatArray) -> IntArray:
-        """Whether the next attention layer runs, (T,)."""
-        return (level >= self.attention_below).astype(np.int32)
+    def rules(self, shape: ModelShape) -> Rules:
+        """The FFN's module, and whether the next layer's attention runs."""
+        ffn = ((self.ffn_below, FFN_BIG), (self.bypass_below, FFN_SMALL))
+        runs = ((self.attention_below, 1),)
+        who = self.transmitter
+        return (
+            Ladder(field="ffn", transmitter=who, steps=ffn, below=FFN_SKIP),
+            Ladder(field="attention", transmitter=who, next_layer=True, steps=runs, below=0),
+        )
 
     def mask(self, level: Tensor, step: float, temperature: float) -> Tensor:
         """Soft probability that a step of the ladder is passed.

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vesicle.effectors.rules import Ladder, Share
 from vesicle.engine import core
 from vesicle.engine.counters import Counters
 from vesicle.engine.linear import ChannelMajor, Projection
@@ -30,7 +31,8 @@ from vesicle.engine.rotary import Rotary
 from vesicle.engine.weights import Weights
 from vesicle.families.base import DecoderConfig
 from vesicle.modulator import ModulatorAuthor
-from vesicle.plan import BLOCK, FULL_BITS, resting_rows
+from vesicle.plan import BLOCK, FULL_BITS, ROW, check_rows, resting_rows
+from vesicle.plan.rows import BY_NAME, PLACES
 from vesicle.predictors.linear import LinearPredictor
 from vesicle.standins import StandIns
 from vesicle.transmitters import NAMES, index
@@ -41,10 +43,13 @@ if TYPE_CHECKING:
 _ROWS = 32
 """Tokens that a slot records before they are added to the Plan."""
 _MOST_STEPS = 8
-"""Steps of a ladder of bits that the core takes."""
+"""Steps of a ladder that the core takes."""
 _MOST_RATIO = 256
 """Query heads of a KV head that the core takes."""
 _BITS = 1 << np.arange(len(NAMES))
+_EXECUTED = ("channels", "bits", "ffn", "attention", "kv_blocks", "head")
+"""Fields that the core executes; tokens below rest in another one take the general path."""
+_OTHERS = [name for name in BY_NAME if name not in _EXECUTED]
 MOST_TOKENS = core.MOST_TOKENS
 NOTHING, LOGITS, LIKELIEST = 0, 1, 2
 
@@ -57,14 +62,7 @@ class Slot:
         shape = sequence.engine.shape
         layers, sites = shape.n_layers, 4
         self._shape = shape
-        self.plan = {
-            "channels": np.empty((_ROWS, layers, sites), np.int32),
-            "bits": np.empty((_ROWS, layers, sites), np.int32),
-            "ffn": np.empty((_ROWS, layers), np.int32),
-            "attention": np.empty((_ROWS, layers), np.int32),
-            "kv_blocks": np.empty((_ROWS, layers), np.int32),
-            "head": np.empty(_ROWS, np.int32),
-        }
+        self.plan = np.zeros((_ROWS, layers), ROW)
         # What the structures point to is held here, for as long as they point to it.
         self._standins: list[Tensor] = []
         self._predictor: list[Tensor] = []
@@ -85,12 +83,7 @@ class Slot:
         self._pairs = [
             (name, array, array.strides[0])
             for name, array in (
-                ("channels", self.plan["channels"]),
-                ("bits", self.plan["bits"]),
-                ("module", self.plan["ffn"]),
-                ("run", self.plan["attention"]),
-                ("kv_blocks", self.plan["kv_blocks"]),
-                ("head", self.plan["head"]),
+                ("plan", self.plan),
                 ("levels", self.levels),
                 ("rows", self.rows),
                 ("outputs", self.outputs),
@@ -180,22 +173,25 @@ class Slot:
         """Fill the rows of the next tokens with what is known of them."""
         position = sequence.length
         positions = np.arange(position, position + _ROWS, dtype=np.int32)
-        plan, self._planned = self.plan, _ROWS
-        if not self._releases:
-            known = sequence.author.planned(positions)
-            if known is None:
-                self._planned = 0
-                return False
-            n = self._planned = len(known["head"])
-            for name, values in known.items():
-                plan[name][:n] = values
-            if isinstance(sequence.author, ModulatorAuthor):
-                self.levels[:n] = sequence.author.foreseen(positions[:n])
-            packed = self._shape.stored_bits is not None
-            return packed or bool((plan["bits"][:n] == FULL_BITS).all())
-        for name, rows in resting_rows(self._shape, positions).items():
-            plan[name][:] = rows
-        return True
+        self._planned = _ROWS
+        if self._releases:
+            self.plan[:] = resting_rows(self._shape, positions)
+            return True
+        author = sequence.author
+        known = author.planned(positions)
+        if known is None:
+            self._planned = 0
+            return False
+        n = self._planned = len(known)
+        if not author.rests:
+            check_rows(known, self._shape, positions[:n])
+        self.plan[:n] = known
+        if isinstance(author, ModulatorAuthor):
+            self.levels[:n] = author.foreseen(positions[:n])
+        if any((known[name] != BY_NAME[name].rest).any() for name in _OTHERS):
+            return False
+        packed = self._shape.stored_bits is not None
+        return packed or bool((known["bits"] == FULL_BITS).all())
 
     def _summarise(self, sequence: Sequence, summarise: Callable[[core.Token], None]) -> None:
         """Bring the summaries of complete blocks up to date, where blocks may be chosen.
@@ -261,9 +257,7 @@ class Slot:
         n, self.used, self._planned = self.used, 0, 0
         if n == 0:
             return
-        sequence.builder.chunk(n)
-        for name, rows in sequence.builder.newest.items():
-            rows[:] = self.plan[name][:n]
+        sequence.builder.add(self.plan[:n].copy())
         if isinstance(sequence.author, ModulatorAuthor):
             sequence.author.adopt(self.levels[:n].copy())
         counters = Counters(self._shape, n)
@@ -278,7 +272,7 @@ class Slot:
         if self._releases:
             counters.released(sequence.overhead, self._shape.n_layers)
         for row in np.nonzero(self.heads[:n])[0]:
-            counters.head(slice(row, row + 1), self.plan["head"][row : row + 1])
+            counters.head(slice(row, row + 1), self.plan["head"][row : row + 1, -1])
         sequence.counted.append(counters.totals(slice(0, n)))
         for array in (self.rows, self.outputs, self.visited, self.compared, self.standin):
             array[:n] = 0
@@ -399,12 +393,16 @@ class Decoder:
         if not isinstance(author, ModulatorAuthor) or not author.reads_hidden:
             return sequence.slot().knows(sequence)
         modulator = author.modulator
-        ladder = modulator.dopamine.bits_ladder
+        ladders = [rule for rule in author.rules if isinstance(rule, Ladder)]
+        values = {
+            v for r in ladders if r.field == "bits" for v in (r.below, *dict(r.steps).values())
+        }
         if not (
             isinstance(modulator.predictor, LinearPredictor)
+            and not any(rule.field in _OTHERS for rule in author.rules)
             and all(map(_readable, _parts_of(modulator.predictor)))
-            and len(ladder) <= _MOST_STEPS
-            and (self._weights.packed or all(bits == FULL_BITS for _, bits in ladder))
+            and all(len(ladder.steps) <= _MOST_STEPS for ladder in ladders)
+            and (self._weights.packed or values <= {FULL_BITS})
         ):
             return False
         acting = author.acting(np.array([sequence.length], np.int32))[0]
@@ -521,30 +519,44 @@ def _modulator_parts(author: ModulatorAuthor) -> core.ModulatorParts:
     modulator, dial = author.modulator, author.dial
     predictor = modulator.predictor
     assert isinstance(predictor, LinearPredictor)
-    dopamine, serotonin, gaba = modulator.dopamine, modulator.serotonin, modulator.gaba
+    rules = (core.Rule * len(author.rules))(*map(_rule, author.rules))
     parts = core.ModulatorParts(
         weight=predictor.weight.data_ptr(),
         offset=predictor.offset.data_ptr(),
         log_slope=predictor.log_slope.data_ptr(),
         place_weight=predictor.position_weight.data_ptr(),
         released=len(predictor.config.transmitters),
-        least=gaba.least,
-        head_survivors=min(dopamine.head_survivors, author.vocabulary),
         pressure=math.log((1 - dial) / dial) if dial < 1 else -math.inf,
-        floor=dopamine.floor,
-        ffn_below=serotonin.ffn_below,
-        attention_below=serotonin.attention_below,
-        bypass_below=serotonin.bypass_below,
-        head_below=dopamine.head_below,
+        rules=ctypes.addressof(rules),
+        n_rules=len(rules),
     )
+    parts.kept = rules  # for as long as they are pointed to
     for i, name in enumerate(predictor.config.transmitters):
         parts.columns[i] = index(name)
-    for i, rate in enumerate(dopamine.site_rates):
-        parts.rates[i] = rate
-    for i, (level, bits) in enumerate(dopamine.bits_ladder):
-        parts.step_levels[i], parts.step_bits[i] = level, bits
-    parts.steps = len(dopamine.bits_ladder)
     return parts
+
+
+def _rule(rule: Share | Ladder) -> core.Rule:
+    field = BY_NAME[rule.field]
+    found = core.Rule(
+        number=PLACES[rule.field] + rule.column,
+        transmitter=index(rule.transmitter),
+        next=rule.next_layer,
+        last=field.last_layer,
+        steps=-1,
+    )
+    if isinstance(rule, Share):
+        found.width, found.least, found.rate, found.floor = (
+            rule.width,
+            rule.least,
+            rule.rate,
+            rule.floor,
+        )
+        return found
+    found.steps, found.below = len(rule.steps), rule.below
+    for i, (level, value) in enumerate(rule.steps):
+        found.levels[i], found.values[i] = level, value
+    return found
 
 
 def _dense_format(weight: Tensor) -> int:

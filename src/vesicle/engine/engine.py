@@ -51,25 +51,27 @@ from vesicle.engine.weights import Weights, from_folder, from_model
 from vesicle.errors import CacheFullError, ModelError, VesicleError
 from vesicle.families.base import ACTIVATIONS
 from vesicle.models.text import Text, end_ids, token_ids
-from vesicle.modulator import Modulator, ModulatorAuthor, served
+from vesicle.modulator import Modulator, served
 from vesicle.phases import ALL, GENERATED, PROMPT, Phases, Spans
 from vesicle.plan import (
     BLOCK,
     FFN_BIG,
     FFN_SMALL,
     FOREVER,
-    AttentionDecision,
     Author,
     Dense,
-    FfnDecision,
     FloatArray,
     IntArray,
     Method,
     Plan,
     PlanBuilder,
+    Rows,
+    check_rows,
+    resting_rows,
 )
 from vesicle.retention import eviction_lengths, held_entries
 from vesicle.shapes import ModelShape
+from vesicle.transmitters import NAMES
 
 CHUNK = 2048
 """Prompt tokens of a prefill pass, unless a caller says otherwise."""
@@ -193,17 +195,15 @@ class Sequence:
         """What was decided for every token."""
         with self.engine.lock:
             self.settle()
-            plan = self.builder.build()
-            return replace(plan, turns=self.author.turns(plan.n_tokens))
+            return self.builder.build(self.author.turns(self.length))
 
     @property
     def levels(self) -> FloatArray:
         """Released levels (T, L, 5); empty (0, L, 5) for methods that have none."""
         with self.engine.lock:
             self.settle()
-            if isinstance(self.author, ModulatorAuthor):
-                return self.author.levels
-        return np.ones((0, self.cache.n_layers, 5))
+            levels = self.author.levels
+        return np.ones((0, self.cache.n_layers, len(NAMES))) if levels is None else levels
 
     @property
     def token_costs(self) -> dict[str, NDArray[np.int64]]:
@@ -596,7 +596,11 @@ class Engine:
     def _to_cuts(
         self, left: dict[int, Part], outcomes: dict[int, Outcome], wants: Wanted
     ) -> dict[int, list[Tensor]]:
-        """Run as much of each chunk as lies before the last eviction or change of phase in it.
+        """Run as much of each chunk as cannot be read together with what follows it.
+
+        That is what lies before the last eviction or change of phase in it; and of tokens about
+        which something is decided all but the last, where the native core takes them: they go
+        through it one at a time, so that no decision depends on how a text is cut into passes.
 
         Args:
             left: By place in the batch, what is to be read; what is read is taken off, and at least
@@ -612,7 +616,7 @@ class Engine:
             early = dict[int, Part]()
             for i, (sequence, ids) in list(left.items()):
                 try:
-                    n = sequence.cuts_at - sequence.length
+                    n = self._reach(sequence, len(ids))
                 except Exception as error:  # an author's, as in `_Pass.ask`
                     outcomes[i] = error
                     del left[i]
@@ -628,6 +632,13 @@ class Engine:
                 else:
                     outcomes[i] = outcome
                     del left[i]
+
+    def _reach(self, sequence: Sequence, n_wanted: int) -> int:
+        """How many of a sequence's next tokens one pass may read; `n_wanted` or more for all."""
+        if n_wanted > 1 and self._decoder is not None and sequence.author.governs(sequence.length):
+            if self._decoder.covers(sequence):
+                return 1
+        return sequence.cuts_at - sequence.length
 
     def _run(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
         """One pass; sequences that have come to an eviction then forget."""
@@ -840,6 +851,10 @@ def _broken_off(sequence: Sequence) -> None:
     sequence.author.rewind(sequence.length)
 
 
+def _attention(number: int, positions: IntArray, rows: Rows, author: Author) -> None:
+    author.attention(number, positions, rows)
+
+
 class _Pass:
     """One forward pass over N tokens of a ragged batch."""
 
@@ -857,8 +872,10 @@ class _Pass:
             n += len(ids)
             start = sequence.length
             self.positions.append(np.arange(start, start + len(ids), dtype=np.int32))
-            sequence.builder.chunk(len(ids))
         self.all_positions = np.concatenate(self.positions)
+        self.plan = resting_rows(engine.shape, self.all_positions)
+        for sequence, rows in zip(self.sequences, self.rows, strict=True):
+            sequence.builder.add(self.plan[rows])
         self.counters = Counters(engine.shape, n)
         self.rotation = engine._rotary.at(self.all_positions)
         self.masks = Masks()
@@ -871,6 +888,8 @@ class _Pass:
             hidden = self.layer(number, hidden)
             if len(self.failed) == len(self.batch):
                 break
+        self.screens = self.plan["head"][:, -1].copy()
+        self.plan["head"] = 0  # unless it is screened below
         found: list[Outcome] = []
         for i in range(len(self.batch)):
             if i in self.failed:
@@ -881,25 +900,32 @@ class _Pass:
                 found.append(self.logits(i, hidden, wants))
         return found
 
-    def ask(self, i: int, question: Callable[[Author], _T]) -> _T:
-        """An author's answer; one that fails is at rest from then on, so that the others go on.
+    def ask(self, i: int, number: int, question: Callable[[Author], None]) -> None:
+        """Have an author write its rows of layer `number`, and check them.
 
-        Nothing of another sequence depends on what it decides.
+        One that fails is at rest from then on, so that the others go on: nothing of another
+        sequence depends on what it decides.
         """
+        author, positions = self.authors[i], self.positions[i]
         try:
-            return question(self.authors[i])
+            question(author)
+            if not author.rests:
+                rows = self.plan[self.rows[i], number : number + 1]
+                check_rows(rows, self.engine.shape, positions, [number])
         except Exception as error:  # whatever an author of anyone's making may raise
             self.failed[i] = error
             self.authors[i] = Dense().author(self.engine.shape)
-            return question(self.authors[i])
+            self.plan[self.rows[i]] = resting_rows(self.engine.shape, positions)
 
     def layer(self, number: int, hidden: Tensor) -> Tensor:
         """One decoder layer, hidden (N, D)."""
         config = self.engine.config
-        decision = self.decide(number)
-        after = hidden + self.attention(number, hidden, decision)
-        ffn = self.release(number, after)
-        return after + self.normed_ffn(number, hidden if config.parallel_residual else after, ffn)
+        decided = self.plan[:, number]
+        self.decide_attention(number)
+        after = hidden + self.attention(number, hidden, decided)
+        self.decide_ffn(number, after)
+        before = hidden if config.parallel_residual else after
+        return after + self.normed_ffn(number, before, decided)
 
     def logits(self, i: int, hidden: Tensor, wanted: Literal["last", "all", "none"]) -> Tensor:
         """Logits of sequence i's last, all or none of its tokens, from hidden (N, D)."""
@@ -911,31 +937,21 @@ class _Pass:
     def likeliest(self, i: int, hidden: Tensor) -> Outcome:
         """Id () of the word most likely to follow sequence i's last token, from hidden (N, D).
 
-        Or the error, if a logit is not finite or the author cannot say how to find it.
+        Or the error, if a logit is not finite.
         """
-        engine, sequence, stop = self.engine, self.sequences[i], self.rows[i].stop
+        engine, stop = self.engine, self.rows[i].stop
         head, last = engine._weights.head, slice(stop - 1, stop)
         position = int(self.positions[i][-1])
-        m = 0
-        if engine.shape.screens_head:
-            m = self.ask(
-                i, lambda author: int(author.head(hidden[last], self.positions[i][-1:])[0])
-            )
-        if i in self.failed:
-            return self.failed[i]
+        m = int(self.screens[stop - 1]) if engine.shape.screens_head else 0
         if m == 0 or not isinstance(head, PackedHead):
             return _largest(self.logits(i, hidden, "last")[0], position)
-        ranked = np.zeros(len(self.positions[i]), np.int32)
-        ranked[-1] = m
-        sequence.builder.head(ranked)
+        self.plan["head"][stop - 1, -1] = m
         self.counters.head(last, m)
         ids, logits = survivors(engine._final_norm(hidden[last]), head, m)
         place = _largest(logits[0], position)
         return ids[0, place] if isinstance(place, Tensor) else place
 
-    def bulk(
-        self, x: Tensor, sites: slice, channels: IntArray, bits: IntArray, whole: bool
-    ) -> Tensor:
+    def bulk(self, x: Tensor, sites: slice, decided: Rows, whole: bool) -> Tensor:
         """Normed inputs (N, D) of a module, in the number format that computes it fastest.
 
         Many tokens that read all of a packed weight share one matrix product, which gains nothing
@@ -944,36 +960,37 @@ class _Pass:
         Args:
             x: The inputs.
             sites: Of the module, in the order of `plan.SITES`.
-            channels: (N, 2) read there.
-            bits: (N, 2) likewise.
+            decided: (N,) rows of the layer.
             whole: Whether the module runs for all tokens.
         """
         shape = self.engine.shape
         if shape.stored_bits is None or len(x) < MANY or not whole:
             return x
+        channels, bits = decided["channels"][:, sites], decided["bits"][:, sites]
         full = (channels >= shape.site_widths[sites]).all() and bits.min() >= shape.stored_bits
         return x.to(bulk_dtype()) if full else x
 
-    def normed_ffn(self, number: int, hidden: Tensor, decision: FfnDecision) -> Tensor:
+    def normed_ffn(self, number: int, hidden: Tensor, decided: Rows) -> Tensor:
         """The FFN's contribution to the residual stream, (N, D), from its input before the norm."""
         config, w = self.engine.config, self.engine._weights.layers[number]
         norm = w.ffn_norm
         x = normalise(hidden, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
-        big = bool((decision.module == FFN_BIG).all())
-        x = self.bulk(x, slice(2, 4), decision.channels, decision.bits, big)
-        return self.ffn(number, x, decision)
+        big = bool((decided["ffn"] == FFN_BIG).all())
+        x = self.bulk(x, slice(2, 4), decided, big)
+        return self.ffn(number, x, decided)
 
-    def attention(self, number: int, hidden: Tensor, decision: AttentionDecision) -> Tensor:
+    def attention(self, number: int, hidden: Tensor, decided: Rows) -> Tensor:
         """Attention's contribution to the residual stream, (N, D)."""
         engine = self.engine
         config, shape, w = engine.config, engine.shape, engine._weights.layers[number]
         norm = w.attention_norm
         x = normalise(hidden, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
-        runs = decision.run == 1
-        x = self.bulk(x, slice(0, 2), decision.channels, decision.bits, bool(runs.all()))
+        runs = decided["attention"] == 1
+        channels, bits = decided["channels"], decided["bits"]
+        x = self.bulk(x, slice(0, 2), decided, bool(runs.all()))
         kv, n = shape.kv_width, len(runs)
         if runs.all():
-            joint, read = project(x, w.attention_in, decision.channels[:, 0], decision.bits[:, 0])
+            joint, read = project(x, w.attention_in, channels[:, 0], bits[:, 0])
         else:
             # Skipped tokens compute values and keys alone: the leading outputs.
             joint = x.new_zeros(n, w.attention_in.n_out)
@@ -984,15 +1001,15 @@ class _Pass:
                     part, read[chosen] = project(
                         x[index],
                         w.attention_in,
-                        decision.channels[chosen, 0],
-                        decision.bits[chosen, 0],
+                        channels[chosen, 0],
+                        bits[chosen, 0],
                         columns,
                     )
                     joint[index, : part.shape[1]] = part
         outputs = (
             w.attention_in.n_out if runs.all() else np.where(runs, w.attention_in.n_out, 2 * kv)
         )
-        self.counters.projection(0, number, read, outputs, decision.bits[:, 0])
+        self.counters.projection(0, number, read, outputs, bits[:, 0])
 
         size = shape.head_size
         values = joint[:, :kv].view(n, shape.n_kv_heads, size)
@@ -1027,7 +1044,7 @@ class _Pass:
                 cache,
                 number,
                 positions[active],
-                decision.kv_blocks[rows][active],
+                decided["kv_blocks"][rows][active],
                 engine._scale,
                 sequence.equipment.summary,
                 self.masks,
@@ -1039,92 +1056,65 @@ class _Pass:
             else:
                 mixed[torch.from_numpy(index)] = out
         if runs.all():
-            out, read = project(
-                mixed, w.attention_out, decision.channels[:, 1], decision.bits[:, 1]
-            )
-            self.counters.projection(1, number, read, w.attention_out.n_out, decision.bits[:, 1])
+            out, read = project(mixed, w.attention_out, channels[:, 1], bits[:, 1])
+            self.counters.projection(1, number, read, w.attention_out.n_out, bits[:, 1])
             return out
         result = torch.zeros_like(hidden)
         read = np.zeros(n, np.int32)
         if runs.any():
             index = torch.from_numpy(np.nonzero(runs)[0])
             result[index], read[runs] = project(
-                mixed[index], w.attention_out, decision.channels[runs, 1], decision.bits[runs, 1]
+                mixed[index], w.attention_out, channels[runs, 1], bits[runs, 1]
             )
-        self.counters.projection(1, number, read, w.attention_out.n_out, decision.bits[:, 1])
+        self.counters.projection(1, number, read, w.attention_out.n_out, bits[:, 1])
         self.stand_in("attention", number, x, ~runs, result)
         return result
 
-    def decide(self, number: int) -> AttentionDecision:
-        """Ask the authors, record, and join their decisions (N, ...)."""
-        n = len(self.batch)
-        parts = [self.ask(i, partial(self.decide_one, number, i)) for i in range(n)]
-        if len(parts) == 1:
-            return parts[0]
-        return AttentionDecision(
-            channels=np.concatenate([p.channels for p in parts]),
-            bits=np.concatenate([p.bits for p in parts]),
-            run=np.concatenate([p.run for p in parts]),
-            kv_blocks=np.concatenate([p.kv_blocks for p in parts]),
-            rest=all(p.rest for p in parts),
-        )
+    def decide_attention(self, number: int) -> None:
+        """Have the authors write their rows (N,) of a layer, as far as its attention goes."""
+        for i, (rows, positions) in enumerate(zip(self.rows, self.positions, strict=True)):
+            target = self.plan[rows, number]
+            self.ask(i, number, partial(_attention, number, positions, target))
 
-    def decide_one(self, number: int, i: int, author: Author) -> AttentionDecision:
-        """Ask for sequence i's attention decision and record it."""
-        part = author.attention(number, self.positions[i])
-        self.sequences[i].builder.attention(number, part)
-        return part
+    def decide_ffn(self, number: int, hidden: Tensor) -> None:
+        """Give the authors their hidden states, from (N, D), and have them write the rest."""
+        for i in range(len(self.batch)):
+            self.ask(i, number, partial(self.decide_one, number, hidden, i))
 
-    def release(self, number: int, hidden: Tensor) -> FfnDecision:
-        """Give the authors their hidden states, record, and join their decisions."""
-        n = len(self.batch)
-        parts = [self.ask(i, partial(self.release_one, number, hidden, i)) for i in range(n)]
-        if len(parts) == 1:
-            return parts[0]
-        return FfnDecision(
-            channels=np.concatenate([p.channels for p in parts]),
-            bits=np.concatenate([p.bits for p in parts]),
-            module=np.concatenate([p.module for p in parts]),
-            rest=all(p.rest for p in parts),
-        )
+    def decide_one(self, number: int, hidden: Tensor, i: int, author: Author) -> None:
+        """As `decide_ffn`, for sequence i; and count what its predictor does."""
+        rows, positions = self.rows[i], self.positions[i]
+        author.ffn(number, hidden[rows], positions, self.plan[rows, number])
+        released = author.releases(positions)
+        self.counters.modulator(rows, released, self.sequences[i].overhead)
 
-    def release_one(self, number: int, hidden: Tensor, i: int, author: Author) -> FfnDecision:
-        """Ask for sequence i's FFN decision, from hidden (N, D), and record it."""
-        sequence, rows, positions = self.sequences[i], self.rows[i], self.positions[i]
-        part = author.release(number, hidden[rows], positions)
-        sequence.builder.ffn(number, part)
-        self.counters.modulator(rows, author.releases(positions), sequence.overhead)
-        return part
-
-    def ffn(self, number: int, x: Tensor, decision: FfnDecision) -> Tensor:
+    def ffn(self, number: int, x: Tensor, decided: Rows) -> Tensor:
         """The FFN's contribution to the residual stream, (N, D), from its normed input."""
-        big = decision.module == FFN_BIG
+        big = decided["ffn"] == FFN_BIG
         if big.all():
-            return self.big_ffn(number, x, decision, None)
+            return self.big_ffn(number, x, decided, None)
         result = torch.zeros_like(x)
         if big.any():
             rows = np.nonzero(big)[0].astype(np.int32)
             index = torch.from_numpy(rows)
-            result[index] = self.big_ffn(number, x[index], decision, rows)
-        self.stand_in("ffn", number, x, decision.module == FFN_SMALL, result)
+            result[index] = self.big_ffn(number, x[index], decided, rows)
+        self.stand_in("ffn", number, x, decided["ffn"] == FFN_SMALL, result)
         return result
 
-    def big_ffn(
-        self, number: int, x: Tensor, decision: FfnDecision, rows: IntArray | None
-    ) -> Tensor:
+    def big_ffn(self, number: int, x: Tensor, decided: Rows, rows: IntArray | None) -> Tensor:
         """The FFN itself on the tokens `rows` (all for None), x (len(rows), D)."""
         engine, w = self.engine, self.engine._weights.layers[number]
         tokens = slice(None) if rows is None else rows
-        channels, bits = decision.channels[tokens], decision.bits[tokens]
-        inner, read = project(x, w.ffn_in, channels[:, 0], bits[:, 0])
-        self.counters.projection(2, number, read, w.ffn_in.n_out, bits[:, 0], tokens)
+        channels, bits = decided["channels"][tokens], decided["bits"][tokens]
+        inner, read = project(x, w.ffn_in, channels[:, 2], bits[:, 2])
+        self.counters.projection(2, number, read, w.ffn_in.n_out, bits[:, 2], tokens)
         if engine.shape.gated:
             gate, up = inner.chunk(2, dim=-1)
             inner = engine._activation(gate) * up
         else:
             inner = engine._activation(inner)
-        out, read = project(inner, w.ffn_out, channels[:, 1], bits[:, 1])
-        self.counters.projection(3, number, read, w.ffn_out.n_out, bits[:, 1], tokens)
+        out, read = project(inner, w.ffn_out, channels[:, 3], bits[:, 3])
+        self.counters.projection(3, number, read, w.ffn_out.n_out, bits[:, 3], tokens)
         return out
 
     def stand_in(

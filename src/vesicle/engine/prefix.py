@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 
 from vesicle.engine.engine import Engine, Sequence
 from vesicle.errors import VesicleError
-from vesicle.modulator import ModulatorAuthor, ModulatorMethod
+from vesicle.modulator import ModulatorMethod
 from vesicle.plan import BLOCK, Dense, IntArray, Method
 
 
@@ -166,9 +166,10 @@ def _whole(sequence: Sequence) -> bool:
 
     Neither entries forgotten nor a predictor's state carried on.
     """
-    author, cache = sequence.author, sequence.cache
-    carried = isinstance(author, ModulatorAuthor) and bool(author.state)
-    return not carried and bool((cache.n_blocks == -(-sequence.length // BLOCK)).all())
+    cache = sequence.cache
+    return not sequence.author.carries_state and bool(
+        (cache.n_blocks == -(-sequence.length // BLOCK)).all()
+    )
 
 
 def _common(first: IntArray, second: IntArray) -> int:

@@ -71,7 +71,8 @@ def plan_from_levels(modulator: Modulator, shape: ModelShape, levels: FloatArray
     """
     positions = np.arange(len(levels), dtype=np.int32)
     rows = plan_rows(modulator, shape, levels.round(DECIMALS), positions)
-    return Plan(**{**rows, "head": np.zeros(len(levels), np.int32)})
+    rows["head"] = 0
+    return Plan(rows=rows)
 
 
 def released(modulator: Modulator, n_tokens: int) -> FloatArray:

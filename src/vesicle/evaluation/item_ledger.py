@@ -60,8 +60,8 @@ class ItemLedger(Ledger):
         levels = np.where(self._rests, 1.0, levels)
         rows = plan_rows(self.modulator, self.shape, levels.round(DECIMALS), positions)
         if not self._screens:
-            rows["head"][:] = 0
-        return Plan(**rows)
+            rows["head"] = 0
+        return Plan(rows=rows)
 
     def _executed(self, levels: FloatArray) -> int:
         return int(self._totals(self.plan(levels), self._overhead, self.items).sum())

@@ -33,23 +33,22 @@ from vesicle.effectors import GabaSparsity
 from vesicle.effectors.dopamine_precision import largest
 from vesicle.errors import ModelError, VesicleError
 from vesicle.families import find_cache, find_family
-from vesicle.modulator import Modulator, ModulatorAuthor, ModulatorMethod, served
+from vesicle.modulator import Modulator, ModulatorMethod, served
 from vesicle.nested import NestedWeight
 from vesicle.phases import Phases
 from vesicle.plan import (
     FFN_BIG,
     FFN_SMALL,
     FULL_BITS,
-    AttentionDecision,
     Author,
-    FfnDecision,
     FloatArray,
     IntArray,
     Method,
     Plan,
     PlanBuilder,
-    resting_attention,
-    resting_ffn,
+    Rows,
+    check_rows,
+    resting_rows,
 )
 from vesicle.predictors import State
 from vesicle.reference.attention import BASES, PREFIX, RULE, BlockRule, register
@@ -200,7 +199,7 @@ class Run:
     @property
     def plans(self) -> list[Plan]:
         """One Plan per sequence of the batch."""
-        return [builder.build() for builder in self._builders]
+        return [self._plan(i) for i in range(len(self._builders))]
 
     @property
     def plan(self) -> Plan:
@@ -211,12 +210,18 @@ class Run:
         """
         if len(self._builders) != 1:
             raise VesicleError(f"the batch has {len(self._builders)} sequences; use .plans")
-        return self._builders[0].build()
+        return self._plan(0)
+
+    def _plan(self, i: int) -> Plan:
+        plan = self._builders[i].build()
+        if not self._authors:
+            return plan
+        return self._builders[i].build(self._authors[i].turns(plan.n_tokens))
 
     @property
     def levels(self) -> list[FloatArray]:
         """Released levels, one (T, L, 5) per sequence; empty for methods that have none."""
-        return [a.levels for a in self._authors if isinstance(a, ModulatorAuthor)]
+        return [a.levels for a in self._authors if a.levels is not None]
 
     @property
     def cost(self) -> Cost:
@@ -243,6 +248,7 @@ class _Pass:
         self.run = run
         self.positions = torch.zeros(0)  # (B, T)
         self.numpy_positions: list[IntArray] = []  # per sequence, padding left out
+        self.rows: list[Rows] = []  # (T_i, L) per sequence, of this pass
         self.starts: list[int] = []
         self.offsets: tuple[int, ...] = ()
         self.forgetting: list[IntArray | None] = []  # `Author.retained` of those that forgot
@@ -318,9 +324,10 @@ class _Pass:
             a.retained if a.retained is not None and len(p) and a.retained.min() < p[-1] else None
             for a, p in zip(run._authors, self.numpy_positions, strict=run._soft is None)
         ]
-        for builder, p in zip(run._builders, self.numpy_positions, strict=True):
+        self.rows = [resting_rows(run.shape, p) for p in self.numpy_positions]
+        for builder, table in zip(run._builders, self.rows, strict=True):
             if run._soft is None:
-                builder.chunk(len(p))
+                builder.add(table)
         for author, offset in zip(run._authors, self.offsets, strict=run._soft is None):
             author.prompt(max(0, past - offset), run._prompt_slots - offset)
         if run._soft is not None:
@@ -336,34 +343,39 @@ class _Pass:
         self.entries = Entries(self.cache)
         self.mask = self.cache = None
 
-    def attention(self, layer: int) -> list[AttentionDecision]:
-        """Ask every author, record, and return the decisions."""
-        run = self.run
-        decisions = []
-        for author, builder, p in zip(
-            run._authors, run._builders, self.numpy_positions, strict=True
+    def attention(self, layer: int) -> list[Rows]:
+        """Ask every author for a layer's attention; its rows (T_i,), per sequence."""
+        for author, table, p in zip(
+            self.run._authors, self.rows, self.numpy_positions, strict=True
         ):
-            decision = author.attention(layer, p) if len(p) else resting_attention(run.shape, p)
-            builder.attention(layer, decision)
-            decisions.append(decision)
-        return decisions
+            if len(p):
+                author.attention(layer, p, table[:, layer])
+        return self.checked(layer)
 
-    def release(self, layer: int, hidden: Tensor) -> list[FfnDecision]:
-        """Give every author its tokens' hidden states; record and return the decisions."""
-        run = self.run
-        decisions = []
-        for i, (author, builder, p) in enumerate(
-            zip(run._authors, run._builders, self.numpy_positions, strict=True)
+    def ffn(self, layer: int, hidden: Tensor) -> list[Rows]:
+        """Give every author its tokens' hidden states; the layer's rows (T_i,), per sequence."""
+        for i, (author, table, p) in enumerate(
+            zip(self.run._authors, self.rows, self.numpy_positions, strict=True)
         ):
-            rows = hidden[i, self.starts[i] :]
-            decision = (
-                author.release(layer, rows.detach().cpu(), p)
-                if len(p)
-                else resting_ffn(run.shape, 0)
-            )
-            builder.ffn(layer, decision)
-            decisions.append(decision)
-        return decisions
+            if len(p):
+                own = hidden[i, self.starts[i] :].detach().cpu()
+                author.ffn(layer, own, p, table[:, layer])
+        found = self.checked(layer)
+        for table in self.rows:
+            table["head"] = 0  # the whole head runs
+        return found
+
+    def checked(self, layer: int) -> list[Rows]:
+        """The rows of a layer, which may be executed."""
+        run = self.run
+        for author, table, p in zip(run._authors, self.rows, self.numpy_positions, strict=True):
+            if len(p) and not author.rests:
+                check_rows(table[:, layer : layer + 1], run.shape, p, [layer])
+        return [table[:, layer] for table in self.rows]
+
+    def at_rest(self) -> bool:
+        """Whether nothing differs by construction, so that the model may run as it is."""
+        return all(author.rests for author in self.run._authors)
 
     def retained(self, layer: int) -> list[IntArray | None] | None:
         """Each sequence's (S, G) for a layer; None where this pass would see no difference."""
@@ -386,8 +398,7 @@ class _LayerHooks:
         self.run, self.number, self.layer = run, number, layer
         self.modules = run._family.modules(layer)
         self.parallel = run._decoder.parallel_residual
-        self.attention_decision: list[AttentionDecision] = []
-        self.ffn_decision: list[FfnDecision] = []
+        self.decided: list[Rows] = []  # of this layer, per sequence
         self.levels_attention: Tensor | None = None
         self.levels_ffn: Tensor | None = None
         self.attention_input = torch.zeros(0)
@@ -433,12 +444,12 @@ class _LayerHooks:
             if "gaba" in self.run._modulator.predictor.config.transmitters:
                 rule = self.rule(None, level[..., _GABA])
         else:
-            decisions = self.attention_decision = state.attention(self.number)
+            decided = self.decided = state.attention(self.number)
             retained = state.retained(self.number)
-            if all(d.rest for d in decisions) and retained is None:
+            if state.at_rest() and retained is None:
                 return None
-            masked = self.keep_channels(0, hidden, [d.channels[:, 0] for d in decisions])
-            blocks = state.column([d.kv_blocks for d in decisions], 1 << 30, hidden.device)
+            masked = self.keep_channels(0, hidden)
+            blocks = state.column([rows["kv_blocks"] for rows in decided], 1 << 30, hidden.device)
             whole = blocks >= state.positions // 16 + 1
             seen = retained is None and bool(whole.all())
             rule = None if seen else self.rule(blocks, None, retained)
@@ -472,11 +483,7 @@ class _LayerHooks:
             if self.levels_attention is None:
                 return None
             return (args[0] * self.soft_channels(1, args[0], self.levels_attention),)
-        if all(d.rest for d in self.attention_decision):
-            return None
-        return (
-            self.keep_channels(1, args[0], [d.channels[:, 1] for d in self.attention_decision]),
-        )
+        return (self.keep_channels(1, args[0]),)
 
     def after_attention(
         self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any]
@@ -493,8 +500,9 @@ class _LayerHooks:
                 assert standin is not None
                 other = standin.apply_layer(self.number, self.attention_input)
                 result = runs * result + (1 - runs) * other
-        elif not all(d.rest for d in self.attention_decision):
-            runs = self.run._pass.column([d.run for d in self.attention_decision], 1, result.device)
+        else:
+            parts = [rows["attention"] for rows in self.decided]
+            runs = self.run._pass.column(parts, 1, result.device)
             if not bool(runs.all()):
                 other = (
                     torch.zeros_like(result)
@@ -511,7 +519,7 @@ class _LayerHooks:
         state = self.run._pass
         hidden = args[0] + self.attention_output if self.parallel else args[0]
         if self.run._soft is None:
-            self.ffn_decision = state.release(self.number, hidden)
+            self.decided = state.ffn(self.number, hidden)
             return
         state.levels = self.run._modulator.release(
             self.number, hidden, state.positions, state.dial, state.state
@@ -524,17 +532,13 @@ class _LayerHooks:
         if self.run._soft is not None:
             assert self.levels_ffn is not None
             return (args[0] * self.soft_channels(2, args[0], self.levels_ffn),)
-        if all(d.rest for d in self.ffn_decision):
-            return None
-        return (self.keep_channels(2, args[0], [d.channels[:, 0] for d in self.ffn_decision]),)
+        return (self.keep_channels(2, args[0]),)
 
     def before_ffn_out(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         if self.run._soft is not None:
             assert self.levels_ffn is not None
             return (args[0] * self.soft_channels(3, args[0], self.levels_ffn),)
-        if all(d.rest for d in self.ffn_decision):
-            return None
-        return (self.keep_channels(3, args[0], [d.channels[:, 1] for d in self.ffn_decision]),)
+        return (self.keep_channels(3, args[0]),)
 
     def after_ffn(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         standin = self.run.method.equipment.ffn_standin
@@ -552,9 +556,7 @@ class _LayerHooks:
                     output.dtype
                 ).unsqueeze(-1)
             return big * output + (1 - big) * small
-        if all(d.rest for d in self.ffn_decision):
-            return None
-        choice = self.run._pass.column([d.module for d in self.ffn_decision], 2, output.device)
+        choice = self.run._pass.column([rows["ffn"] for rows in self.decided], 2, output.device)
         if bool((choice == FFN_BIG).all()):
             return None
         small = (
@@ -568,9 +570,9 @@ class _LayerHooks:
 
     # Precision
 
-    def keep_channels(self, site: int, x: Tensor, counts: list[IntArray]) -> Tensor:
+    def keep_channels(self, site: int, x: Tensor) -> Tensor:
         """X (B, T, C) with all but the largest contributions zeroed; x itself if all are kept."""
-        width = x.shape[-1]
+        width, counts = x.shape[-1], [rows["channels"][:, site] for rows in self.decided]
         if all((c >= width).all() for c in counts):
             return x
         keep = self.run._pass.column(counts, width, x.device)
@@ -600,14 +602,7 @@ class _LayerHooks:
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
             if self.run._soft is not None:
                 return None
-            if site < 2:
-                if all(d.rest for d in self.attention_decision):
-                    return None
-                parts = [d.bits[:, site] for d in self.attention_decision]
-            else:
-                if all(d.rest for d in self.ffn_decision):
-                    return None
-                parts = [d.bits[:, site - 2] for d in self.ffn_decision]
+            parts = [rows["bits"][:, site] for rows in self.decided]
             if all((p == FULL_BITS).all() for p in parts):
                 return None
             assert isinstance(module, nn.Linear)

@@ -5,7 +5,8 @@ PyTorch, brings its own threads, and chooses among the processor's instruction s
 loaded. Where it is missing (no compiler, another platform) every caller has a PyTorch path with the
 same results, and one line says so, and why.
 
-The structures mirror `step.h`; their sizes are compared when the library is loaded.
+The structures mirror `step.h`; their sizes, and the fields of a Plan's row, are compared when the
+library is loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from vesicle.engine import native
 from vesicle.engine.packed import PackedHead, PackedWeight
 from vesicle.plan import IntArray
+from vesicle.plan.layout import digest
 
 MOST_TOKENS = 16
 """Tokens that one decode step takes."""
@@ -79,17 +81,29 @@ class Model(ctypes.Structure):
     ]
 
 
+class Rule(ctypes.Structure):
+    """Mirrors `VesicleRule`."""
+
+    _fields_ = [
+        *_fields(_INT, "number", "transmitter", "next", "last"),
+        *_fields(_LONG, "width", "least"),
+        *_fields(_DOUBLE, "rate", "floor"),
+        ("steps", _LONG),
+        ("levels", _DOUBLE * 8),
+        ("values", _INT * 8),
+        *_fields(_INT, "below", "unused"),
+    ]
+
+
 class ModulatorParts(ctypes.Structure):
     """Mirrors `VesicleModulator`."""
 
     _fields_ = [
         *_fields(_POINTER, "weight", "offset", "log_slope", "place_weight"),
-        *_fields(_LONG, "released", "least", "head_survivors", "steps"),
+        ("released", _LONG),
         ("pressure", _DOUBLE),
-        ("rates", _DOUBLE * 4),
-        *_fields(_DOUBLE, "floor", "ffn_below", "attention_below", "bypass_below", "head_below"),
-        ("step_levels", _DOUBLE * 8),
-        ("step_bits", _INT * 8),
+        ("rules", _POINTER),
+        ("n_rules", _LONG),
         ("columns", _INT * 8),
     ]
 
@@ -102,15 +116,16 @@ class Token(ctypes.Structure):
         ("place", _DOUBLE),
         *_fields(_POINTER, "hidden", "cosine", "sine", "tables", "starts", "held", "summaries"),
         *_fields(_POINTER, "modulator", "ffn_standin", "attention_standin"),
-        *_fields(_POINTER, "channels", "bits", "module", "run", "kv_blocks", "head", "levels"),
+        *_fields(_POINTER, "plan", "levels"),
         *_fields(_POINTER, "rows", "outputs", "visited", "compared", "standin", "logits"),
         *_fields(_LONG, "acting", "wants", "token"),
     ]
 
 
-_MIRRORS = (Projection, Layer, StandIn, Model, ModulatorParts, Token)
+_MIRRORS = (Projection, Layer, StandIn, Model, Rule, ModulatorParts, Token)
 _SIGNATURES: native.Signatures = {
     "vesicle_sizes": (_LONG, [_LONG]),
+    "vesicle_plan_layout": (ctypes.c_uint64, []),
     "vesicle_instructions": (ctypes.c_char_p, [ctypes.c_char_p]),
     "vesicle_step": (None, [_POINTER, _POINTER, _LONG, _LONG]),
     "vesicle_summarise": (None, [_POINTER, _POINTER, _LONG]),
@@ -132,6 +147,8 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
                 f"{core._name} is of another version: its {mirror.__name__} takes {size} bytes, "
                 f"not {ctypes.sizeof(mirror)}; install again"
             )
+    if core.vesicle_plan_layout() != digest():
+        return None, f"{core._name} is of another version: its Plan has other fields; install again"
     return core, ""
 
 

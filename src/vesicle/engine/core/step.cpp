@@ -196,9 +196,17 @@ void multiply(const Kernels* k, const VesicleProjection& w, const int32_t* bits,
   }
 }
 
-int32_t channels_read(double level, double rate, double floor, int64_t width) {
-  const double share = std::min(1.0, std::max(floor, 1.0 - rate * (1.0 - level)));
-  return static_cast<int32_t>(std::ceil(share * width - 1e-9));
+// What a rule makes of a level; see effectors/rules.py.
+int32_t decided(const VesicleRule& rule, double level, int64_t visible) {
+  if (rule.steps >= 0) {
+    for (int64_t i = 0; i < rule.steps; ++i)
+      if (level >= rule.levels[i]) return rule.values[i];
+    return rule.below;
+  }
+  const int64_t width = rule.width ? rule.width : visible;
+  const double share = std::min(1.0, std::max(rule.floor, 1.0 - rule.rate * (1.0 - level)));
+  const int64_t count = static_cast<int64_t>(std::ceil(share * width - 1e-9));
+  return static_cast<int32_t>(std::min(width, std::max(std::min(width, rule.least), count)));
 }
 
 float from_half(const uint8_t* at) {
@@ -277,7 +285,8 @@ struct Lane {
   float *residual, *after, *normed;
   Activation in;
   // Decisions for the layer at hand: attention for this layer, FFN for this layer.
-  int32_t channels[4], bits[4], module, run, blocks, head;
+  VesiclePlanRow row;
+  int32_t blocks, head;
 };
 
 struct Step {
@@ -303,26 +312,26 @@ struct Step {
   bool reports(int64_t thread) const { return !alone() || thread == 0; }
 
   void attention_decision(Lane& lane, const VesicleToken& token, int64_t l) {
-    std::copy(token.channels + 4 * l, token.channels + 4 * l + 2, lane.channels);
-    std::copy(token.bits + 4 * l, token.bits + 4 * l + 2, lane.bits);
-    lane.run = token.run[l];
-    lane.blocks = std::min(token.kv_blocks[l], token.held[l]);
+    const VesiclePlanRow& planned = token.plan[l];
+    std::copy(planned.channels, planned.channels + 2, lane.row.channels);
+    std::copy(planned.bits, planned.bits + 2, lane.row.bits);
+    lane.row.attention = planned.attention;
+    lane.blocks = std::min(planned.kv_blocks, token.held[l]);
   }
 
-  // The linear predictor and the effectors' decisions, as in predictors/ and effectors/: the FFN of layer l and the
-  // attention of the next.
+  // The linear predictor and the effectors' rules, as in predictors/ and effectors/rules.py: the FFN of layer l and the
+  // attention of the next. Threads that share a token each decide into a row of their own, and read none of the Plan's
+  // that one of them writes.
   void release(Lane& lane, VesicleToken& token, int64_t l, bool reports) {
     const int64_t width = model->width, next = l + 1;
-    int32_t* planned = token.channels + 4 * l;
     const VesicleModulator* m = token.modulator;
     if (!m) {
-      lane.channels[2] = planned[2];
-      lane.channels[3] = planned[3];
-      lane.bits[2] = token.bits[4 * l + 2];
-      lane.bits[3] = token.bits[4 * l + 3];
-      lane.module = token.module[l];
+      const VesiclePlanRow& planned = token.plan[l];
+      std::copy(planned.channels + 2, planned.channels + 4, lane.row.channels + 2);
+      std::copy(planned.bits + 2, planned.bits + 4, lane.row.bits + 2);
+      lane.row.ffn = planned.ffn;
       if (next < model->n_layers) attention_decision(lane, token, next);
-      lane.head = *token.head;
+      else lane.head = planned.head;
       return;
     }
     const double scale = 1.0 / std::sqrt(static_cast<double>(k->dot(lane.after, lane.after, width)) / width + 1e-6);
@@ -340,40 +349,16 @@ struct Step {
       std::fill(levels, levels + kTransmitters, 1.0);
       lane.after[0] = NAN;
     }
-    const double dopamine = levels[kDopamine], serotonin = levels[kSerotonin];
-    int32_t bits = kFullBits;
-    for (int64_t i = m->steps - 1; i >= 0; --i)
-      if (dopamine < 1.0 && dopamine >= m->step_levels[i]) bits = m->step_bits[i];
-    lane.bits[2] = lane.bits[3] = bits;
-    lane.channels[2] = channels_read(dopamine, m->rates[2], m->floor, width);
-    lane.channels[3] = channels_read(dopamine, m->rates[3], m->floor, model->ffn_width);
-    lane.module = serotonin < m->bypass_below ? 0 : serotonin < m->ffn_below ? kSmall : kBig;
-    if (reports) {
-      planned[2] = lane.channels[2];
-      planned[3] = lane.channels[3];
-      token.bits[4 * l + 2] = token.bits[4 * l + 3] = bits;
-      token.module[l] = lane.module;
-    }
-    if (next == model->n_layers) {
-      lane.head = m->head_survivors && dopamine < m->head_below && token.wants == 2
-                      ? static_cast<int32_t>(m->head_survivors) : 0;
-      return;
-    }
-    lane.channels[0] = channels_read(dopamine, m->rates[0], m->floor, width);
-    lane.channels[1] = channels_read(dopamine, m->rates[1], m->floor, model->heads * model->size);
-    lane.bits[0] = lane.bits[1] = bits;
-    lane.run = serotonin >= m->attention_below;
     const int64_t visible = token.position / kBlock + 1;
-    const int64_t wanted = static_cast<int64_t>(std::ceil(levels[kGaba] * visible - 1e-9));
-    const int64_t blocks = std::min(visible, std::max(std::min(visible, m->least), wanted));
-    lane.blocks = static_cast<int32_t>(std::min<int64_t>(blocks, token.held[next]));
-    if (reports) {
-      planned[4] = lane.channels[0];
-      planned[5] = lane.channels[1];
-      token.bits[4 * next] = token.bits[4 * next + 1] = bits;
-      token.run[next] = lane.run;
-      token.kv_blocks[next] = static_cast<int32_t>(blocks);
+    for (const VesicleRule* r = m->rules; r < m->rules + m->n_rules; ++r) {
+      const int64_t layer = r->next ? next : l;
+      if (layer == model->n_layers || (r->last && layer + 1 < model->n_layers)) continue;
+      const int32_t value = decided(*r, levels[r->transmitter], visible);
+      reinterpret_cast<int32_t*>(&lane.row)[r->number] = value;
+      if (reports && !r->last) reinterpret_cast<int32_t*>(&token.plan[layer])[r->number] = value;
     }
+    if (next < model->n_layers) lane.blocks = std::min(lane.row.kv_blocks, token.held[next]);
+    else lane.head = token.wants == 2 ? lane.row.head : 0;
   }
 
   // Calls f(token) for the tokens that this thread prepares, and meets the others where they share.
@@ -399,7 +384,7 @@ struct Step {
   void site(int64_t thread, const VesicleProjection& w, int s, const int64_t* which, Activation* const* x,
             int64_t count, Output* out) {
     int32_t bits[kMaxTokens];
-    for (int64_t i = 0; i < count; ++i) bits[which[i]] = lane(thread, which[i]).bits[s];
+    for (int64_t i = 0; i < count; ++i) bits[which[i]] = lane(thread, which[i]).row.bits[s];
     multiply(k, w, bits, x, which, count, n, out, thread, pool->threads());
   }
 
@@ -438,7 +423,7 @@ struct Step {
 
   void finish_ffn(int64_t thread, int64_t t) {
     Lane& a = lane(thread, t);
-    residual(&ffn_out, t, a.module == kBig, a.module == kSmall && tokens[t].ffn_standin, a.after, a.residual);
+    residual(&ffn_out, t, a.row.ffn == kBig, a.row.ffn == kSmall && tokens[t].ffn_standin, a.after, a.residual);
   }
 
   void layer(int64_t thread, int64_t l) {
@@ -458,16 +443,16 @@ struct Step {
         attention_decision(a, tokens[t], 0);
       }
       k->normalise(a.residual, w.attention_gain, model->eps, width, a.in.room(width));
-      if (!a.run) std::memcpy(a.normed, a.in.x, width * sizeof(float));
-      const int32_t rows = a.in.prepare(k, width, a.channels[0], packed(w.value_key));
-      if (reports(thread)) count_rows(tokens[t], l, 0, rows, 2 * kv + (a.run ? q_width : 0));
+      if (!a.row.attention) std::memcpy(a.normed, a.in.x, width * sizeof(float));
+      const int32_t rows = a.in.prepare(k, width, a.row.channels[0], packed(w.value_key));
+      if (reports(thread)) count_rows(tokens[t], l, 0, rows, 2 * kv + (a.row.attention ? q_width : 0));
     });
     int64_t count = select(thread, [](Lane&) { return true; }, which, x);
     site(thread, w.value_key, 0, which, x, count, &value_key);
-    count = select(thread, [](Lane& a) { return a.run != 0; }, which, x);
+    count = select(thread, [](Lane& a) { return a.row.attention != 0; }, which, x);
     site(thread, w.query, 0, which, x, count, &query);
     for (int64_t t = 0; t < n; ++t)
-      if (!lane(thread, t).run && tokens[t].attention_standin) standin_down(thread, tokens[t].attention_standin, l, t);
+      if (!lane(thread, t).row.attention && tokens[t].attention_standin) standin_down(thread, tokens[t].attention_standin, l, t);
     pool->barrier();
 
     // 2. Attention, shared out by blocks.
@@ -477,54 +462,54 @@ struct Step {
     // 3. Its output projection.
     each(thread, [&](int64_t t) {
       Lane& a = lane(thread, t);
-      if (!a.run) return;
+      if (!a.row.attention) return;
       merge(t, a.blocks, a.in.room(q_width));
-      const int32_t rows = a.in.prepare(k, q_width, a.channels[1], packed(w.attention_out));
+      const int32_t rows = a.in.prepare(k, q_width, a.row.channels[1], packed(w.attention_out));
       if (reports(thread)) count_rows(tokens[t], l, 1, rows, width);
     });
-    count = select(thread, [](Lane& a) { return a.run != 0; }, which, x);
+    count = select(thread, [](Lane& a) { return a.row.attention != 0; }, which, x);
     site(thread, w.attention_out, 1, which, x, count, &attention_out);
     for (int64_t t = 0; t < n; ++t)
-      if (!lane(thread, t).run && tokens[t].attention_standin)
+      if (!lane(thread, t).row.attention && tokens[t].attention_standin)
         standin_up(thread, tokens[t].attention_standin, l, t, &attention_out);
     pool->barrier();
 
     // 4. Release, then the FFN's gate and up projections.
     each(thread, [&](int64_t t) {
       Lane& a = lane(thread, t);
-      residual(&attention_out, t, a.run, !a.run && tokens[t].attention_standin, a.residual, a.after);
-      if (reports(thread) && !a.run && tokens[t].attention_standin) *tokens[t].standin += tokens[t].attention_standin->rank;
+      residual(&attention_out, t, a.row.attention, !a.row.attention && tokens[t].attention_standin, a.residual, a.after);
+      if (reports(thread) && !a.row.attention && tokens[t].attention_standin) *tokens[t].standin += tokens[t].attention_standin->rank;
       release(a, tokens[t], l, reports(thread));
-      if (a.module == 0) return;
+      if (a.row.ffn == 0) return;
       k->normalise(a.after, w.ffn_gain, model->eps, width, a.in.room(width));
-      if (a.module == kSmall) {
+      if (a.row.ffn == kSmall) {
         std::memcpy(a.normed, a.in.x, width * sizeof(float));
         if (reports(thread) && tokens[t].ffn_standin) *tokens[t].standin += tokens[t].ffn_standin->rank;
         return;
       }
-      const int32_t rows = a.in.prepare(k, width, a.channels[2], packed(w.ffn_in));
+      const int32_t rows = a.in.prepare(k, width, a.row.channels[2], packed(w.ffn_in));
       if (reports(thread)) count_rows(tokens[t], l, 2, rows, 2 * inner_width);
     });
-    count = select(thread, [](Lane& a) { return a.module == kBig; }, which, x);
+    count = select(thread, [](Lane& a) { return a.row.ffn == kBig; }, which, x);
     site(thread, w.ffn_in, 2, which, x, count, &ffn_in);
     for (int64_t t = 0; t < n; ++t)
-      if (lane(thread, t).module == kSmall && tokens[t].ffn_standin) standin_down(thread, tokens[t].ffn_standin, l, t);
+      if (lane(thread, t).row.ffn == kSmall && tokens[t].ffn_standin) standin_down(thread, tokens[t].ffn_standin, l, t);
     pool->barrier();
 
     // 5. Its down projection.
     each(thread, [&](int64_t t) {
       Lane& a = lane(thread, t);
-      if (a.module != kBig) return;
+      if (a.row.ffn != kBig) return;
       float* gate = a.in.room(2 * inner_width);
       ffn_in.fetch(k, t, n, threads, 2 * inner_width, gate);
       k->silu_gate(gate, gate + inner_width, inner_width);
-      const int32_t rows = a.in.prepare(k, inner_width, a.channels[3], packed(w.ffn_out));
+      const int32_t rows = a.in.prepare(k, inner_width, a.row.channels[3], packed(w.ffn_out));
       if (reports(thread)) count_rows(tokens[t], l, 3, rows, width);
     });
-    count = select(thread, [](Lane& a) { return a.module == kBig; }, which, x);
+    count = select(thread, [](Lane& a) { return a.row.ffn == kBig; }, which, x);
     site(thread, w.ffn_out, 3, which, x, count, &ffn_out);
     for (int64_t t = 0; t < n; ++t)
-      if (lane(thread, t).module == kSmall && tokens[t].ffn_standin)
+      if (lane(thread, t).row.ffn == kSmall && tokens[t].ffn_standin)
         standin_up(thread, tokens[t].ffn_standin, l, t, &ffn_out);
     pool->barrier();
   }
@@ -557,7 +542,7 @@ struct Step {
   }
 
   bool chooses(int64_t thread, int64_t t, int64_t l) {
-    return lane(thread, t).run && lane(thread, t).blocks < tokens[t].held[l];
+    return lane(thread, t).row.attention && lane(thread, t).blocks < tokens[t].held[l];
   }
 
   // Estimated scores (heads, row) of the blocks before the newest of a token that is to choose among them.
@@ -631,7 +616,7 @@ struct Step {
     int64_t total = 0;
     bool choosing = false;
     for (int64_t t = 0; t < n; ++t) {
-      total += lane(thread, t).run ? lane(thread, t).blocks : 1;
+      total += lane(thread, t).row.attention ? lane(thread, t).blocks : 1;
       choosing = choosing || chooses(thread, t, l);
     }
     if (choosing) {
@@ -645,7 +630,7 @@ struct Step {
     for (int64_t t = 0; t < n; ++t) {
       const Lane& a = lane(thread, t);
       const VesicleToken& token = tokens[t];
-      const int64_t blocks = a.run ? a.blocks : 1, held = token.held[l], step = segment(blocks);
+      const int64_t blocks = a.row.attention ? a.blocks : 1, held = token.held[l], step = segment(blocks);
       const int32_t** listed = nullptr;
       for (int64_t from = 0; from < blocks; from += step) {
         if (unit + from < first || unit + from >= last) continue;
@@ -662,7 +647,7 @@ struct Step {
             k->store(&view, format, g, token.tables[l * token.room + own], slot, key + g * size, vk + g * size);
           if (token.summaries && slot == kBlock - 1) summarise(view, token, l, own);
         }
-        if (!a.run) continue;
+        if (!a.row.attention) continue;
         if (!listed) {
           queries(thread, token, l, t);
           listed = list_blocks(thread, t, l);
@@ -778,7 +763,7 @@ struct Step {
       Lane& a = lane(thread, t);
       if (reports(thread)) {
         std::memcpy(tokens[t].hidden, a.residual, width * sizeof(float));
-        *tokens[t].head = tokens[t].wants == 2 && w.format == kPacked8 ? a.head : 0;
+        tokens[t].plan[model->n_layers - 1].head = tokens[t].wants == 2 && w.format == kPacked8 ? a.head : 0;
       }
       if (!tokens[t].wants) return;
       k->normalise(a.residual, model->final_gain, model->eps, width, a.in.room(width));
@@ -1056,10 +1041,13 @@ int64_t clamp_threads(int64_t threads) { return std::max<int64_t>(1, std::min(th
 
 extern "C" {
 
+uint64_t vesicle_plan_layout() { return kPlanLayout; }  // lets Python check its rows
+
 int64_t vesicle_sizes(int64_t which) {  // lets Python check its mirrors
-  const int64_t sizes[] = {sizeof(VesicleProjection), sizeof(VesicleLayer),     sizeof(VesicleStandIn),
-                           sizeof(VesicleModel),      sizeof(VesicleModulator), sizeof(VesicleToken)};
-  return which >= 0 && which < 6 ? sizes[which] : -1;
+  const int64_t sizes[] = {sizeof(VesicleProjection), sizeof(VesicleLayer), sizeof(VesicleStandIn),
+                           sizeof(VesicleModel),      sizeof(VesicleRule),  sizeof(VesicleModulator),
+                           sizeof(VesicleToken)};
+  return which >= 0 && which < 7 ? sizes[which] : -1;
 }
 
 // Limits the instruction set (generic, avx2, avx512; null for the best). Returns the name in use, or null.

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "plan_row.h"
+
 extern "C" {
 
 enum VesicleFormat : int32_t { kDense32 = 0, kDenseBf16 = 1, kPacked4 = 2, kPacked8 = 3 };
@@ -38,16 +40,27 @@ struct VesicleModel {
   int64_t kv_format, summary_format, page_stride;
 };
 
-// The linear predictor and what the effectors make of its levels.
-struct VesicleModulator {
-  const float *weight, *offset, *log_slope, *place_weight;
-  int64_t released, least, head_survivors, steps;
-  double pressure, rates[4], floor, ffn_below, attention_below, bypass_below, head_below;
-  double step_levels[8];  // the bits of the first step whose level is at most dopamine's
-  int32_t step_bits[8], columns[8];
+// What becomes of one number of a row; see effectors/rules.py.
+struct VesicleRule {
+  int32_t number, transmitter, next, last;  // `next`: in the layer after; `last`: in the last layer alone
+  int64_t width, least;                     // of a share; a width of 0 is the blocks that are visible
+  double rate, floor;
+  int64_t steps;  // of a ladder; -1 for a share
+  double levels[8];
+  int32_t values[8], below, unused;
 };
 
-// One token of one sequence. Arrays are by layer; those of the Plan come filled and are overwritten where the
+// The linear predictor and what is made of its levels.
+struct VesicleModulator {
+  const float *weight, *offset, *log_slope, *place_weight;
+  int64_t released;
+  double pressure;
+  const VesicleRule* rules;
+  int64_t n_rules;
+  int32_t columns[8];
+};
+
+// One token of one sequence. Arrays are by layer; the rows of the Plan come filled and are overwritten where the
 // modulator decides.
 struct VesicleToken {
   int64_t id, position, room, vectors, room_summaries;
@@ -58,7 +71,7 @@ struct VesicleToken {
   void* const* summaries;  // (L) of complete blocks (G, room_summaries / 16, vectors, K, 16), kept up to date; or null
   const VesicleModulator* modulator;      // null: nothing is released
   const VesicleStandIn *ffn_standin, *attention_standin;  // null: skipped outright
-  int32_t *channels, *bits, *module, *run, *kv_blocks, *head;
+  VesiclePlanRow* plan;
   double* levels;
   int64_t *rows, *outputs, *visited, *compared, *standin;  // (L, 4), (L, 4), (L), (L), (1)
   float* logits;                                           // (V) or null

@@ -1,0 +1,85 @@
+"""The Plan: what is computed for each token in each layer, and the interface of whoever decides it.
+
+Whoever decides writes a Plan (a modulator, a control, an oracle, a saved file); whoever computes
+executes it (the reference, the engine). A Plan holds discrete facts only, in two tables. One row
+for each of T tokens in each of L layers:
+
+===========  ==========  =====================================================================
+field        attribute   meaning
+===========  ==========  =====================================================================
+channels     (T, L, 4)   input channels read, largest magnitude first, at each site
+bits         (T, L, 4)   weight bits read at each site: 16 (the stored weights), 8, 4, 3 or 2
+ffn          (T, L)      FFN module: 0 skip, 1 small (stand-in), 2 big
+attention    (T, L)      1 attention runs, 0 its stand-in; keys and values are written either way
+kv_blocks    (T, L)      blocks of 16 cached positions that the query reads, per KV head
+head         (T,)        LM head: 0 whole; m screens it by leading bits, then ranks the m best
+===========  ==========  =====================================================================
+
+and events between tokens: which entries of the cache end, and where passes had to end.
+
+The four *sites* are the distinct inputs of a layer's projections: `attention_in` (queries, keys,
+values), `attention_out`, `ffn_in` (gate and up) and `ffn_out` (down).
+
+Causality: every decision about token t is a function of tokens up to t. A Plan fills layer by
+layer, and a pass in one piece, in chunks or token by token fills it with the same values.
+
+`head` is of the last layer. It is 0 wherever the whole head ran: where logits were needed for more
+than the likeliest token, and where the head is not stored in planes of bits.
+
+A new decision is a line in `layout.FIELDS`, a price in `cost.py` and its execution.
+"""
+
+from vesicle.plan.author import Author, Equipment, Method
+from vesicle.plan.builder import PlanBuilder, opening
+from vesicle.plan.events import EVENT, FOREVER, FORGET, TURN, Events
+from vesicle.plan.given import Dense, Replay
+from vesicle.plan.layout import FIELDS, Field
+from vesicle.plan.plan import Plan
+from vesicle.plan.rows import (
+    BLOCK,
+    FFN_BIG,
+    FFN_SKIP,
+    FFN_SMALL,
+    ROW,
+    SITES,
+    FloatArray,
+    IntArray,
+    Rows,
+    check_rows,
+    numbers,
+    resting_rows,
+    visible_blocks,
+)
+from vesicle.shapes import FULL_BITS
+
+__all__ = [
+    "BLOCK",
+    "EVENT",
+    "FFN_BIG",
+    "FFN_SKIP",
+    "FFN_SMALL",
+    "FIELDS",
+    "FOREVER",
+    "FORGET",
+    "FULL_BITS",
+    "ROW",
+    "SITES",
+    "TURN",
+    "Author",
+    "Dense",
+    "Equipment",
+    "Events",
+    "Field",
+    "FloatArray",
+    "IntArray",
+    "Method",
+    "Plan",
+    "PlanBuilder",
+    "Replay",
+    "Rows",
+    "check_rows",
+    "numbers",
+    "opening",
+    "resting_rows",
+    "visible_blocks",
+]

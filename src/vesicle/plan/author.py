@@ -1,0 +1,196 @@
+"""Who writes Plans: an Author for one sequence, and the Method that makes authors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesicle.errors import VesicleError
+from vesicle.plan.events import FOREVER
+from vesicle.plan.rows import FloatArray, IntArray, Rows
+from vesicle.shapes import ModelShape, Overhead
+from vesicle.transmitters import NAMES
+
+if TYPE_CHECKING:
+    import torch
+
+    from vesicle.standins import StandIns
+
+
+class Author(ABC):
+    """Writes the Plan of one sequence as it is computed.
+
+    An executor calls, for each pass over the next T tokens and for each layer in order, `attention`
+    and then `ffn`, each with the layer's rows (T,), which come at rest: an author writes what is to
+    differ. What it writes is checked before it is executed. State (a recurrent predictor's, say)
+    lives in the author, so one author serves one sequence; a sequence that goes on from within
+    another has its `fork`.
+
+    Attributes:
+        retained: (S, L, G) the last position whose query may read each of the first S entries, as
+            `Plan.retained`; later ones stay forever. None, the default, if nothing is forgotten. It
+            is known before the first token and does not change.
+    """
+
+    retained: IntArray | None = None
+
+    @property
+    def rests(self) -> bool:
+        """Whether every decision is at rest by construction, so that none need be asked for."""
+        return False
+
+    @property
+    def levels(self) -> FloatArray | None:
+        """Released levels (T, L, 5) of the tokens so far; None, by default, of a method of none."""
+        return None
+
+    def prompt(self, start: int, stop: int) -> None:
+        """Be told that the coming tokens `start` to `stop` are prompt (see `vesicle.phases`).
+
+        Authors that treat all tokens alike have no use for it.
+        """
+        return None
+
+    def changes_after(self, position: int) -> int:
+        """The next position from which on tokens are decided in another way; `FOREVER` if none.
+
+        Executors cut their passes there, so that tokens at rest do not take the route of those
+        that are not.
+        """
+        return FOREVER
+
+    def governs(self, position: int) -> bool:
+        """Whether anything is decided about the token at `position`, be it that it rests.
+
+        Such tokens take one route through the engine, one at a time, however a text is cut into
+        passes. True by default: what an author decides is not known here.
+        """
+        return True
+
+    def turns(self, length: int) -> list[int]:
+        """Where a sequence of `length` tokens was cut for `changes_after`, rising."""
+        found, at = list[int](), self.changes_after(0)
+        while at < length:
+            found.append(at)
+            at = self.changes_after(at)
+        return found
+
+    def releases(self, positions: IntArray) -> NDArray[np.bool_]:
+        """(T,) at which of `positions` (T,) the method's predictor runs, which costs something."""
+        return np.ones(len(positions), bool)
+
+    def acting(self, positions: IntArray) -> NDArray[np.bool_]:
+        """(T, 5) which transmitters are released, and act, at `positions` (T,); none by default."""
+        return np.zeros((len(positions), len(NAMES)), bool)
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether it knows more of earlier tokens than is left when a sequence is cut back."""
+        return False
+
+    def fork(self, n_tokens: int) -> Author:
+        """An author of its own that stands where this one stood after its first `n_tokens` tokens.
+
+        Both go on alone. It knows all that this one knew there: its state, `retained`, and which of
+        the first `n_tokens` tokens are prompt. An author without state may return a copy of itself.
+
+        By default refused, since what an author carries is not known here: state that is shared or
+        dropped would decide otherwise, without a word.
+
+        Raises:
+            VesicleError: If the author cannot tell what it was after `n_tokens`.
+        """
+        raise VesicleError(
+            f"a sequence under {type(self).__name__} cannot be forked; give the author a method "
+            "fork(n_tokens), or start a new sequence"
+        )
+
+    def rewind(self, n_tokens: int) -> None:
+        """Be told that a pass was broken off: only the first `n_tokens` tokens have been read.
+
+        Authors that carry nothing from token to token have no use for it.
+        """
+        return None
+
+    def planned(self, positions: IntArray) -> Rows | None:
+        """What is decided for coming tokens whatever their hidden states will be.
+
+        Args:
+            positions: (T,) of the coming tokens.
+
+        Returns:
+            Rows (T', L) of the first T' <= T of the tokens; None, the default, for an author that
+            must see hidden states.
+
+        Raises:
+            VesicleError: If nothing is decided for the first of them.
+        """
+        return None
+
+    @abstractmethod
+    def attention(self, layer: int, positions: IntArray, rows: Rows) -> None:
+        """Decide the attention of a layer.
+
+        Args:
+            layer: Its number.
+            positions: (T,) of the tokens.
+            rows: (T,) of the layer, at rest. To be written: `channels` and `bits` at the sites 0
+                and 1, `attention` and `kv_blocks`.
+        """
+
+    @abstractmethod
+    def ffn(self, layer: int, hidden: torch.Tensor, positions: IntArray, rows: Rows) -> None:
+        """Read the tokens' hidden states and decide the FFN of a layer.
+
+        Args:
+            layer: Its number.
+            hidden: (T, D) the residual stream after the layer's self-attention.
+            positions: (T,) of the tokens.
+            rows: (T,) of the layer. To be written: `channels` and `bits` at the sites 2 and 3,
+                `ffn`, and in the last layer `head`, which acts where nothing but the likeliest
+                token is asked for.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equipment:
+    """What an executor needs, beside the model, to run a method's Plans.
+
+    Attributes:
+        ffn_standin: Where tokens go whose FFN is small.
+        attention_standin: Where tokens go whose attention is skipped.
+        summary: How KV blocks are summarised to choose among them: `mean` or `bounds`.
+    """
+
+    ffn_standin: StandIns | None = None
+    attention_standin: StandIns | None = None
+    summary: str = "mean"
+
+
+class Method(ABC):
+    """Anything that can write Plans for a model.
+
+    A modulator, a control, an oracle, a saved Plan.
+    """
+
+    @abstractmethod
+    def author(self, shape: ModelShape) -> Author:
+        """A fresh author for one sequence on a model of `shape`."""
+
+    @property
+    def equipment(self) -> Equipment:
+        """What executors need to run its Plans; nothing by default."""
+        return Equipment()
+
+    def overhead(self, shape: ModelShape) -> Overhead:
+        """What the method adds to the model's own work; by default its equipment alone."""
+        ffn, attention = self.equipment.ffn_standin, self.equipment.attention_standin
+        return Overhead(
+            ffn_standin_rank=ffn.rank if ffn else 0,
+            attention_standin_rank=attention.rank if attention else 0,
+            selection_vectors=1 if self.equipment.summary == "mean" else 2,
+        )

@@ -1,0 +1,79 @@
+"""The PlanBuilder: collects rows pass by pass."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesicle.plan.events import Events, forgetting, sorted_events, turns_at
+from vesicle.plan.plan import Plan
+from vesicle.plan.rows import ROW, IntArray, Rows
+from vesicle.shapes import ModelShape
+
+_T = TypeVar("_T", bound=np.generic)
+
+
+def opening(pieces: list[NDArray[_T]], n_rows: int) -> list[NDArray[_T]]:
+    """Views of the first `n_rows` rows of arrays that follow one another."""
+    views = []
+    for piece in pieces:
+        if n_rows <= 0:
+            break
+        views.append(piece[:n_rows])
+        n_rows -= len(piece)
+    return views
+
+
+class PlanBuilder:
+    """Collects the rows of one sequence into a Plan.
+
+    An executor adds the table of each pass when it begins it, and fills it in as it goes.
+    """
+
+    def __init__(self, shape: ModelShape, retained: IntArray | None = None) -> None:
+        """Start with no tokens.
+
+        Args:
+            shape: Of the model.
+            retained: As `Author.retained` tells.
+        """
+        self._shape = shape
+        self._retained = retained
+        self._passes: list[Rows] = []
+
+    def add(self, rows: Rows) -> None:
+        """Take the rows (T, L) of the next T tokens, which the executor may still fill in."""
+        self._passes.append(rows)
+
+    def drop(self) -> None:
+        """Forget the newest pass, which was broken off."""
+        self._passes.pop()
+
+    def opening(self, n_tokens: int) -> PlanBuilder:
+        """A builder of its own that begins with the first `n_tokens` rows.
+
+        `head` is whole there: who takes a token over is not asked for its logits.
+        """
+        other = PlanBuilder(self._shape, self._retained)
+        other._passes = [rows.copy() for rows in opening(self._passes, n_tokens)]
+        for rows in other._passes:
+            rows["head"] = 0
+        return other
+
+    def build(self, turns: list[int] | None = None) -> Plan:
+        """The Plan so far.
+
+        Args:
+            turns: Before which positions passes had to end.
+        """
+        none = np.zeros((0, self._shape.n_layers), ROW)
+        rows = np.concatenate([none, *self._passes])
+        return Plan(rows=rows, events=self._events(len(rows), turns or []))
+
+    def _events(self, n_tokens: int, turns: list[int]) -> Events:
+        found = turns_at(turns).tolist()
+        if self._retained is not None:
+            found += forgetting(self._retained[:n_tokens]).tolist()
+        return sorted_events(found)

@@ -1,0 +1,150 @@
+"""Events of a Plan: what happens between its tokens, in order of position.
+
+An event of kind `FORGET` at position p is the end of entries `first` to `last` of the cache, the
+keys and values of those tokens in one layer and KV head: queries before p may read them, those from
+p on may not, and their memory is free. `kv_head` is -1 where all KV heads forget them.
+
+An event of kind `TURN` is no decision. It tells that a pass had to end before position p, since
+tokens were decided in another way from there on (a prompt at rest ends, say). Arithmetic on many
+tokens rounds otherwise than on one, so that a replay which is to write the same text ends its
+passes there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesicle.errors import VesicleError
+from vesicle.plan.rows import BLOCK, IntArray
+
+FOREVER = 2**31 - 1
+"""Of an entry that is never forgotten."""
+FORGET, TURN = 0, 1
+KINDS = (FORGET, TURN)
+ALL_HEADS = -1
+
+_NAMES = ("position", "layer", "first", "last", "kv_head", "kind", "value")
+EVENT = np.dtype([(name, np.int32) for name in _NAMES])
+N_EVENT = len(_NAMES)
+Events = NDArray[np.void]
+"""A structured array of `EVENT`, sorted."""
+
+
+def sorted_events(found: list[tuple[int, ...]]) -> Events:
+    """A table of events, given in any order."""
+    return np.array(sorted(found), EVENT)
+
+
+def turns_at(positions: list[int]) -> Events:
+    """Turns before these positions."""
+    return sorted_events([(position, -1, -1, -1, ALL_HEADS, TURN, 0) for position in positions])
+
+
+def forgetting(retained: IntArray) -> Events:
+    """The events that forget entries.
+
+    Args:
+        retained: (S, L, G or 1) the last position whose query may read each entry; `FOREVER` for
+            those that stay.
+    """
+    return sorted_events(list(_runs(retained)))
+
+
+def _runs(retained: IntArray) -> Iterator[tuple[int, ...]]:
+    """An event for every run of entries that end together."""
+    for layer in np.nonzero((retained != FOREVER).any((0, 2)))[0].tolist():
+        table = retained[:, layer]
+        together = bool((table == table[:, :1]).all())
+        for head in range(1 if together else table.shape[1]):
+            column = table[:, head]
+            edges = np.concatenate([[0], np.nonzero(np.diff(column))[0] + 1, [len(column)]])
+            for first, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+                if column[first] != FOREVER:
+                    which = ALL_HEADS if together else head
+                    yield int(column[first]) + 1, layer, first, stop - 1, which, FORGET, 0
+
+
+def retained_by(
+    events: Events, n_tokens: int, n_layers: int, n_heads: int | None = None
+) -> IntArray:
+    """(T, L, G or 1) the last position whose query may read each entry.
+
+    The inverse of `forgetting`. G is `n_heads`, by default as many as events name; 1 where they
+    name none. Where nothing is forgotten it takes no memory.
+    """
+    forget = events[events["kind"] == FORGET]
+    named = int(forget["kv_head"].max(initial=ALL_HEADS))
+    # A model of one KV head names none, and one column would stand for all.
+    heads = 1 if named == ALL_HEADS else n_heads or max(named + 1, 2)
+    whole = np.broadcast_to(np.int32(FOREVER), (n_tokens, n_layers, heads))
+    if not len(forget):
+        return whole
+    retained = whole.copy()
+    for position, layer, first, last, head, _, _ in forget.tolist():
+        chosen = slice(None) if head == ALL_HEADS else head
+        retained[first : last + 1, layer, chosen] = position - 1
+    return retained
+
+
+def check_events(events: Events, n_tokens: int, n_layers: int, n_heads: int) -> None:
+    """Refuse events that no cache of pages can follow.
+
+    Entries are forgotten a page at a time: an entry outlives its own block of 16, and at a time all
+    KV heads of a layer forget as many entries, a multiple of 16.
+
+    Raises:
+        VesicleError: With the field, the value and what is allowed.
+    """
+    forget = events["kind"] == FORGET
+    bounds: dict[str, tuple[int, int]] = {
+        "kind": (min(KINDS), max(KINDS)),
+        "layer": (0, n_layers - 1),
+        "first": (0, n_tokens - 1),
+        "last": (0, n_tokens - 1),
+        "kv_head": (ALL_HEADS, n_heads - 1),
+    }
+    for name, (low, high) in bounds.items():
+        values = events[name]
+        bad = ((values < low) | (values > high)) & (forget | (name == "kind"))
+        if bad.any():
+            raise VesicleError(
+                f"plan event {name!r} is {values[bad][0]} at {int(bad.argmax())}; "
+                f"allowed: {low} to {high}"
+            )
+    turns = events["position"][events["kind"] == TURN]
+    edges = np.concatenate([[0], turns, [n_tokens]])
+    if len(turns) and (np.diff(edges) < 1).any():
+        raise VesicleError(
+            f"plan field 'turns' is {turns.tolist()}; allowed: rising, 1 to {n_tokens - 1}"
+        )
+    check_retained(retained_by(events, n_tokens, n_layers, n_heads))
+
+
+def check_retained(retained: IntArray) -> None:
+    """Refuse ends of entries (T, L, G) that pages cannot follow; see `check_events`.
+
+    Raises:
+        VesicleError: With the value and what is allowed.
+    """
+    t, name = len(retained), "plan field 'retained'"
+    own = np.arange(t, dtype=np.int32) // BLOCK * BLOCK + BLOCK - 1
+    bad = retained < own[:, None, None]
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise VesicleError(
+            f"{name} is {retained[where]} at {where}; allowed: {own[where[0]]} and above, the "
+            f"end of its block of {BLOCK}"
+        )
+    # What is forgotten after the last token has no effect here, and may be a part of its kind.
+    ends = np.sort(np.where(retained < t, retained, FOREVER), axis=0)
+    ends = np.concatenate([ends, np.full((-t % BLOCK, *ends.shape[1:]), FOREVER, np.int32)])
+    groups = ends.reshape(-1, BLOCK, *ends.shape[1:])
+    torn = ((groups != groups[:, :1]).any((0, 1)) | (ends != ends[..., :1]).any(0)).any(-1)
+    if torn.any():
+        raise VesicleError(
+            f"{name} does not fit pages in layer {int(torn.argmax())}; allowed: at a time, "
+            f"all KV heads of a layer forget as many entries, a multiple of {BLOCK}"
+        )

@@ -1,0 +1,113 @@
+"""Methods that decide nothing themselves: a Plan that is replayed, and the dense model."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vesicle.errors import VesicleError
+from vesicle.plan.author import Author, Equipment, Method
+from vesicle.plan.events import FOREVER
+from vesicle.plan.plan import Plan
+from vesicle.plan.rows import IntArray, Rows, numbers, resting_rows
+from vesicle.shapes import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Replay(Method):
+    """Executes a saved Plan again; asking for a token beyond its end is an error."""
+
+    def __init__(self, plan: Plan, equipment: Equipment | None = None) -> None:
+        """Replay `plan` with the equipment of the method that wrote it."""
+        self.plan = plan
+        self._equipment = equipment or Equipment()
+
+    @property
+    def equipment(self) -> Equipment:
+        """As given."""
+        return self._equipment
+
+    def author(self, shape: ModelShape) -> Author:
+        """An author that reads the Plan's rows by position."""
+        self.plan.check(shape)
+        return _ReplayAuthor(self.plan, shape)
+
+
+class _ReplayAuthor(Author):
+    def __init__(self, plan: Plan, shape: ModelShape) -> None:
+        self._plan, self._turns = plan, plan.turns
+        if plan.forgets:
+            heads = (plan.n_tokens, plan.n_layers, shape.n_kv_heads)
+            self.retained = np.broadcast_to(plan.retained, heads)
+        # Of each stretch between turns: whether anything in it is below rest.
+        rest = resting_rows(shape, np.arange(plan.n_tokens, dtype=np.int32))
+        below = (numbers(plan.rows) != numbers(rest)).any((1, 2))
+        edges = [0, *self._turns.tolist(), plan.n_tokens]
+        self._governed = [bool(below[a:b].any()) for a, b in pairwise(edges)]
+
+    def fork(self, n_tokens: int) -> Author:
+        return copy.copy(self)
+
+    def governs(self, position: int) -> bool:
+        at = int(np.searchsorted(self._turns, position, side="right"))
+        return position < self._plan.n_tokens and self._governed[at]
+
+    def changes_after(self, position: int) -> int:
+        at = int(np.searchsorted(self._turns, position, side="right"))
+        return int(self._turns[at]) if at < len(self._turns) else FOREVER
+
+    def planned(self, positions: IntArray) -> Rows | None:
+        if len(positions):
+            self._check(int(positions[0]))
+        rows: Rows = self._plan.rows[positions[positions < self._plan.n_tokens]]
+        return rows
+
+    def _check(self, position: int) -> None:
+        if position >= self._plan.n_tokens:
+            raise VesicleError(
+                f"the plan covers {self._plan.n_tokens} tokens; token {position} was asked for"
+            )
+
+    def attention(self, layer: int, positions: IntArray, rows: Rows) -> None:
+        self._check(int(positions[-1]))
+        rows[:] = self._plan.rows[positions, layer]
+
+    def ffn(self, layer: int, hidden: torch.Tensor, positions: IntArray, rows: Rows) -> None:
+        return None  # the whole row stands already
+
+
+class Dense(Method):
+    """Everything at rest, and nothing read or predicted: the dense model."""
+
+    def author(self, shape: ModelShape) -> Author:
+        """An author that always rests."""
+        return _DenseAuthor(shape)
+
+
+class _DenseAuthor(Author):
+    def __init__(self, shape: ModelShape) -> None:
+        self._shape = shape
+
+    @property
+    def rests(self) -> bool:
+        return True
+
+    def governs(self, position: int) -> bool:
+        return False
+
+    def fork(self, n_tokens: int) -> Author:
+        return copy.copy(self)
+
+    def planned(self, positions: IntArray) -> Rows | None:
+        return resting_rows(self._shape, positions)
+
+    def attention(self, layer: int, positions: IntArray, rows: Rows) -> None:
+        return None
+
+    def ffn(self, layer: int, hidden: torch.Tensor, positions: IntArray, rows: Rows) -> None:
+        return None
