@@ -11,6 +11,7 @@ resolve at run time to the runtime that PyTorch has loaded.
 import os
 import runpy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -34,6 +35,18 @@ def write_row() -> None:
 
 class Build(build_ext):
     """Leaves the reason of a failed build where the library would lie."""
+
+    def build_extensions(self) -> None:
+        """As setuptools does, with as many files at a time as there are processors."""
+        one_by_one = self.compiler.compile
+
+        def compile_all(sources: list[str], **settings: object) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                parts = list(pool.map(lambda source: one_by_one([source], **settings), sources))
+            return [built for part in parts for built in part]
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         """As setuptools does, with a note where it fails."""
