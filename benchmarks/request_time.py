@@ -3,7 +3,7 @@
     python benchmarks/request_time.py --text FILE --prompt 1024,4096 --budget 0.7 --rounds 5
 
 A request is a prompt of so many tokens of the text and so many new ones; its time is that to the
-first token and that of the passes after it, without loading. Every budget is one contender, 1 is
+first token and that of the passes after it (`decode_seconds`), without loading. Every budget is one contender, 1 is
 rest; `default` is the modulator's own; a name such as `0.7/all` adds `--phase all`. Rounds go
 through all contenders in turn, and the ratio to rest is taken within each round.
 """
@@ -47,26 +47,36 @@ def timed(prompt: Path, new: int, budgets: list[str], rounds: int) -> dict[str, 
     """Medians over rounds, in seconds, by contender; and times over rest's."""
     contenders = ["1", *budgets]
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    decoding: dict[str, list[float]] = {name: [] for name in contenders}
     shares: dict[str, dict[str, float]] = {}
     answer: dict[str, object] = {}
     for _ in range(rounds):
         for name in contenders:
             answer = run(prompt, new, name)
             seconds[name].append(answer["seconds"])
+            decoding[name].append(answer["decode_seconds"])
             shares[name] = answer["shares"]
     return {
         "prompt_tokens": answer["prompt_tokens"],
         "new_tokens": answer["new_tokens"],
         "seconds": {name: round(statistics.median(s), 3) for name, s in seconds.items()},
+        "decode_seconds": {name: round(statistics.median(s), 3) for name, s in decoding.items()},
         "rounds": {name: [round(x, 3) for x in s] for name, s in seconds.items()},
-        "over_rest": {
-            name: round(statistics.median(a / b for a, b in zip(s, seconds["1"], strict=True)), 3)
-            for name, s in seconds.items()
-        },
+        "over_rest": over_rest(seconds),
+        "decode_over_rest": over_rest(decoding),
         "shares": shares,
         "processor": platform.processor() or platform.machine(),
         "instructions": core.instructions(),
         "threads": core.threads(),
+    }
+
+
+def over_rest(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Median over rounds of the ratio to rest within the round."""
+    rest = seconds["1"]
+    return {
+        name: round(statistics.median(a / b for a, b in zip(s, rest, strict=True)), 3)
+        for name, s in seconds.items()
     }
 
 
@@ -82,6 +92,7 @@ def run(prompt: Path, new: int, name: str) -> dict[str, object]:
     decode_s = passes / out["decode_tokens_per_s"] if passes > 0 else 0.0
     return {
         "seconds": out["first_token_ms"] / 1e3 + decode_s,
+        "decode_seconds": decode_s,
         "prompt_tokens": out["prompt_tokens"],
         "new_tokens": len(out["tokens"]),
         "shares": {phase: part["share"] for phase, part in out["by_phase"].items()},
