@@ -3,9 +3,9 @@
     python benchmarks/request_time.py --text FILE --prompt 1024,4096 --budget 0.7 --rounds 5
 
 A request is a prompt of so many tokens of the text and so many new ones; its time is that to the
-first token and that of the passes after it (`decode_seconds`), without loading. Every budget is one contender, 1 is
-rest; `default` is the modulator's own; a name such as `0.7/all` adds `--phase all`. Rounds go
-through all contenders in turn, and the ratio to rest is taken within each round.
+first token and that of the passes after it (`decode_seconds`), without loading. Every budget is one
+contender, 1 is rest; `default` is the modulator's own; a name such as `0.7/all` adds `--phase all`.
+Rounds go through all contenders in turn, and the ratio to rest is taken within each round.
 """
 
 from __future__ import annotations
