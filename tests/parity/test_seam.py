@@ -1,16 +1,29 @@
 """Whoever writes rows, no executor sees a row that it could not execute."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.engine.decoding import IDS, tiny
-from tests.tiny import shape_of
+from tests.engine.decoding import IDS, modulator_for, tiny
+from tests.tiny import SHAPE, random_plan, shape_of
 from vesicle.engine import Engine, Sequence
 from vesicle.errors import VesicleError
-from vesicle.plan import Author, IntArray, Method, Rows, resting_rows
+from vesicle.modulator import Modulator
+from vesicle.phases import EVERYWHERE
+from vesicle.plan import (
+    FFN_SKIP,
+    FOREVER,
+    Author,
+    IntArray,
+    Method,
+    Plan,
+    Replay,
+    Rows,
+    resting_rows,
+)
 from vesicle.reference.attach import attach
 from vesicle.shapes import ModelShape
 
@@ -108,3 +121,110 @@ def test_a_good_row_passes(rng: np.random.Generator):
     engine.forward([(sequence, IDS[: TOKEN + 5])])
     assert sequence.plan.channels[TOKEN, -1, 0] == 1
     sequence.plan.check(engine.shape)
+
+
+class Late(Method):
+    """Changes a layer's attention after it has run."""
+
+    def author(self, shape: ModelShape) -> Author:
+        return LateAuthor()
+
+
+class LateAuthor(Author):
+    def attention(self, layer: int, positions: IntArray, rows: Rows) -> None:
+        return None
+
+    def ffn(self, layer: int, hidden: Any, positions: IntArray, rows: Rows) -> None:
+        if layer == 1:
+            rows["attention"] = 0
+
+
+def test_what_has_run_is_not_decided_again():
+    model = tiny()
+    engine = Engine.from_model(model)
+    sequence = engine.start(Late())
+    with pytest.raises(VesicleError, match="the attention of layer 1 is changed after it has run"):
+        engine.forward([(sequence, IDS[:5])])
+    assert sequence.length == sequence.plan.n_tokens == 0
+    with (
+        attach(model, Late()),
+        pytest.raises(VesicleError, match="attention of layer 1"),
+        torch.no_grad(),
+    ):
+        model(torch.tensor([IDS[:5]]))
+
+
+class Shortly(Method):
+    """Knows beforehand what the first tokens do, and skips FFNs of the others."""
+
+    def author(self, shape: ModelShape) -> Author:
+        return ShortlyAuthor(shape)
+
+
+class ShortlyAuthor(LateAuthor):
+    def __init__(self, shape: ModelShape) -> None:
+        self._shape = shape
+
+    def planned(self, positions: IntArray) -> Rows | None:
+        return resting_rows(self._shape, positions[positions < 5])
+
+    def ffn(self, layer: int, hidden: Any, positions: IntArray, rows: Rows) -> None:
+        rows["ffn"] = FFN_SKIP
+
+
+@pytest.mark.parametrize("sizes", [[9], [1] * 9, [3, 6]])
+def test_an_author_is_asked_for_what_it_did_not_plan(sizes: list[int]):
+    engine = Engine.from_model(tiny(), weights="int4")
+    sequence, at = engine.start(Shortly()), 0
+    for size in sizes:
+        engine.forward([(sequence, IDS[at : at + size])])
+        at += size
+    assert (sequence.plan.ffn[:5] == 2).all()
+    assert (sequence.plan.ffn[5:] == FFN_SKIP).all()
+
+
+@pytest.mark.parametrize("below", [True, False])
+def test_a_replay_that_is_too_short_reads_nothing(below: bool, rng: np.random.Generator):
+    engine = Engine.from_model(tiny(), weights="int4")
+    plan = random_plan(engine.shape, 16, rng) if below else Plan.rest(engine.shape, 16)
+    sequence = engine.start(Replay(plan))
+    with pytest.raises(VesicleError, match="the plan covers 16 tokens; token 16 was asked for"):
+        engine.forward([(sequence, IDS[:20])])
+    assert sequence.length == 0
+    engine.forward([(sequence, IDS[:16])])
+    assert sequence.plan.equals(plan)
+
+
+@pytest.mark.parametrize("logits", ["none", "last", "all"])
+def test_levels_that_are_no_numbers_are_told_within_a_prompt(logits: Any):
+    """In the last layer of an inner token, whose result nobody would see."""
+    engine = Engine.from_model(tiny(), weights="int4")
+    modulator = modulator_for(engine.shape, "stand-ins")
+    modulator.predictor.position_weight.data[-1] = torch.nan
+    sequence = engine.start(modulator, 0.5, EVERYWHERE)
+    with pytest.raises(VesicleError, match="not finite"):
+        engine.forward([(sequence, IDS[:8])], logits)
+
+
+def test_dense_weights_refuse_every_step_of_a_ladder():
+    """Of two steps at one level the first counts."""
+    engine = Engine.from_model(tiny())
+    modulator = modulator_for(engine.shape, "plain")
+    ladder = ((0.5, 4), (0.5, 16), (0.0, 16))
+    dopamine = replace(modulator.dopamine, bits_ladder=ladder)
+    method = Modulator(
+        modulator.predictor, {**modulator.effectors, "dopamine": dopamine}, modulator.info
+    ).at(0.5)
+    assert not engine._decoder.covers(engine.start(method))
+
+
+def test_what_is_forgotten_after_the_end_can_be_replayed():
+    """Of four KV heads two forget, but only after the Plan's last token."""
+    shape = replace(SHAPE, n_heads=8, n_kv_heads=4)
+    retained = np.full((40, shape.n_layers, 4), FOREVER, np.int32)
+    retained[:16, 1, :2] = 60
+    plan = Plan.rest(shape, 40).with_fields(retained=retained)
+    plan.check(shape)
+    author = Replay(plan).author(shape)
+    assert np.array_equal(author.retained, retained)
+    assert plan.equals(Plan.rest(shape, 40).with_fields(retained=retained[..., :2]))

@@ -98,7 +98,21 @@ class Slot:
         self._modulator: core.ModulatorParts | None = None
         self._least = 0
         self._releases = False
+        self._follows: bool | None = None
         self.token.vectors = sequence.overhead.selection_vectors
+
+    def follows(self, author: ModulatorAuthor, packed: bool) -> bool:
+        """Whether the core evaluates all rules of an author, which do not change."""
+        if self._follows is None:
+            ladders = [rule for rule in author.rules if isinstance(rule, Ladder)]
+            bits = [rule for rule in ladders if rule.field == "bits"]
+            values = {value for rule in bits for _, value in (*rule.steps, (0, rule.below))}
+            self._follows = (
+                not any(rule.field in _OTHERS for rule in author.rules)
+                and all(len(ladder.steps) <= _MOST_STEPS for ladder in ladders)
+                and (packed or values <= {FULL_BITS})
+            )
+        return self._follows
 
     def knows(self, sequence: Sequence) -> bool:
         """Whether the author says what the next token does without seeing hidden states."""
@@ -183,6 +197,8 @@ class Slot:
             self._planned = 0
             return False
         n = self._planned = len(known)
+        if n == 0:
+            return False
         if not author.rests:
             check_rows(known, self._shape, positions[:n])
         self.plan[:n] = known
@@ -246,6 +262,10 @@ class Slot:
             whole = nn.functional.pad(made, (0, 0, 0, 0, 0, -made.shape[1] % BLOCK))
             turned = whole.unflatten(1, (-1, BLOCK)).permute(0, 1, 3, 4, 2)
             room[:, : turned.shape[1]] = turned
+
+    def sound(self) -> bool:
+        """Whether levels were released from numbers, as the newest residual stream tells."""
+        return not self._releases or bool(self.hidden.isfinite().all())
 
     def done(self, head: bool) -> None:
         """Count the token that the core has just run."""
@@ -393,16 +413,10 @@ class Decoder:
         if not isinstance(author, ModulatorAuthor) or not author.reads_hidden:
             return sequence.slot().knows(sequence)
         modulator = author.modulator
-        ladders = [rule for rule in author.rules if isinstance(rule, Ladder)]
-        values = {
-            v for r in ladders if r.field == "bits" for v in (r.below, *dict(r.steps).values())
-        }
         if not (
             isinstance(modulator.predictor, LinearPredictor)
-            and not any(rule.field in _OTHERS for rule in author.rules)
             and all(map(_readable, _parts_of(modulator.predictor)))
-            and all(len(ladder.steps) <= _MOST_STEPS for ladder in ladders)
-            and (self._weights.packed or values <= {FULL_BITS})
+            and sequence.slot().follows(author, self._weights.packed)
         ):
             return False
         acting = author.acting(np.array([sequence.length], np.int32))[0]

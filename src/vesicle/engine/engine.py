@@ -69,6 +69,7 @@ from vesicle.plan import (
     check_rows,
     resting_rows,
 )
+from vesicle.plan.rows import bounds, check_kept, of_attention
 from vesicle.retention import eviction_lengths, held_entries
 from vesicle.shapes import ModelShape
 from vesicle.transmitters import NAMES
@@ -531,7 +532,8 @@ class Engine:
                 exceeded, or a sequence is closed or given twice.
 
         Where a call is refused for one of these, nothing has changed. What an author raises comes
-        after the pass: its own sequence stands where it stood, the others have read their tokens.
+        after the pass: its own sequence stands before the tokens that it was deciding about, the
+        others have read theirs.
         """
         with self.lock:
             self._check(batch)
@@ -680,6 +682,8 @@ class Engine:
                 sequence.token_ids += ids
                 # The core gives no token where a logit is not finite.
                 lost = wants == LIKELIEST and int(result) < 0
+                # Levels that are no numbers would be taken for rest.
+                lost = lost or not sequence.slot().sound()
                 found[i] = not_finite(sequence.length - 1) if lost else result
         return found
 
@@ -735,6 +739,7 @@ class Engine:
         sequence.cache.check_open()
         self.check_tokens(ids)
         self._check_window(sequence.length + len(ids))
+        sequence.author.check(sequence.length + len(ids))
 
     def _check_window(self, n_tokens: int) -> None:
         if n_tokens > self.config.context_window:
@@ -874,6 +879,7 @@ class _Pass:
             self.positions.append(np.arange(start, start + len(ids), dtype=np.int32))
         self.all_positions = np.concatenate(self.positions)
         self.plan = resting_rows(engine.shape, self.all_positions)
+        self.limits: tuple[IntArray, IntArray] | None = None  # of its numbers, once needed
         for sequence, rows in zip(self.sequences, self.rows, strict=True):
             sequence.builder.add(self.plan[rows])
         self.counters = Counters(engine.shape, n)
@@ -910,12 +916,21 @@ class _Pass:
         try:
             question(author)
             if not author.rests:
-                rows = self.plan[self.rows[i], number : number + 1]
-                check_rows(rows, self.engine.shape, positions, [number])
+                self.check(i, number)
         except Exception as error:  # whatever an author of anyone's making may raise
             self.failed[i] = error
             self.authors[i] = Dense().author(self.engine.shape)
             self.plan[self.rows[i]] = resting_rows(self.engine.shape, positions)
+
+    def check(self, i: int, number: int) -> None:
+        """Refuse rows of layer `number` that sequence i may not have."""
+        if self.limits is None:
+            self.limits = bounds(self.engine.shape, self.all_positions)
+        here = self.rows[i], slice(number, number + 1)
+        low, high = (limit[here] for limit in self.limits)
+        check_rows(
+            self.plan[here], self.engine.shape, self.positions[i], [number], limits=(low, high)
+        )
 
     def layer(self, number: int, hidden: Tensor) -> Tensor:
         """One decoder layer, hidden (N, D)."""
@@ -1084,7 +1099,10 @@ class _Pass:
     def decide_one(self, number: int, hidden: Tensor, i: int, author: Author) -> None:
         """As `decide_ffn`, for sequence i; and count what its predictor does."""
         rows, positions = self.rows[i], self.positions[i]
-        author.ffn(number, hidden[rows], positions, self.plan[rows, number])
+        decided = self.plan[rows, number]
+        before = of_attention(decided)
+        author.ffn(number, hidden[rows], positions, decided)
+        check_kept(decided, before, number)
         released = author.releases(positions)
         self.counters.modulator(rows, released, self.sequences[i].overhead)
 

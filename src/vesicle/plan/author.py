@@ -63,6 +63,14 @@ class Author(ABC):
         """
         return FOREVER
 
+    def check(self, stop: int) -> None:
+        """Refuse tokens up to `stop` before any of them is read; by default none is refused.
+
+        Raises:
+            VesicleError: If it cannot decide about all of them.
+        """
+        return None
+
     def governs(self, position: int) -> bool:
         """Whether anything is decided about the token at `position`, be it that it rests.
 

@@ -41,6 +41,7 @@ class PlanBuilder:
         """
         self._shape = shape
         self._retained = retained
+        self._forgetting: Events | None = None
         self._passes: list[Rows] = []
 
     def add(self, rows: Rows) -> None:
@@ -74,6 +75,10 @@ class PlanBuilder:
 
     def _events(self, n_tokens: int, turns: list[int]) -> Events:
         found = turns_at(turns).tolist()
-        if self._retained is not None:
-            found += forgetting(self._retained[:n_tokens]).tolist()
-        return sorted_events(found)
+        if self._retained is None:
+            return sorted_events(found)
+        if n_tokens < len(self._retained):
+            return sorted_events(found + forgetting(self._retained[:n_tokens]).tolist())
+        if self._forgetting is None:  # the same from here on
+            self._forgetting = forgetting(self._retained)
+        return sorted_events(found + self._forgetting.tolist()) if found else self._forgetting

@@ -85,7 +85,8 @@ def retained_by(
     retained = whole.copy()
     for position, layer, first, last, head, _, _ in forget.tolist():
         chosen = slice(None) if head == ALL_HEADS else head
-        retained[first : last + 1, layer, chosen] = position - 1
+        entries = retained[first : last + 1, layer, chosen]
+        np.minimum(entries, position - 1, out=entries)
     return retained
 
 
@@ -101,6 +102,7 @@ def check_events(events: Events, n_tokens: int, n_layers: int, n_heads: int) -> 
     forget = events["kind"] == FORGET
     bounds: dict[str, tuple[int, int]] = {
         "kind": (min(KINDS), max(KINDS)),
+        "position": (1, FOREVER),
         "layer": (0, n_layers - 1),
         "first": (0, n_tokens - 1),
         "last": (0, n_tokens - 1),

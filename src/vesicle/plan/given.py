@@ -10,7 +10,7 @@ import numpy as np
 
 from vesicle.errors import VesicleError
 from vesicle.plan.author import Author, Equipment, Method
-from vesicle.plan.events import FOREVER
+from vesicle.plan.events import FOREVER, retained_by
 from vesicle.plan.plan import Plan
 from vesicle.plan.rows import IntArray, Rows, numbers, resting_rows
 from vesicle.shapes import ModelShape
@@ -42,8 +42,8 @@ class _ReplayAuthor(Author):
     def __init__(self, plan: Plan, shape: ModelShape) -> None:
         self._plan, self._turns = plan, plan.turns
         if plan.forgets:
-            heads = (plan.n_tokens, plan.n_layers, shape.n_kv_heads)
-            self.retained = np.broadcast_to(plan.retained, heads)
+            size = (plan.n_tokens, plan.n_layers, shape.n_kv_heads)
+            self.retained = np.broadcast_to(retained_by(plan.events, *size), size)
         # Of each stretch between turns: whether anything in it is below rest.
         rest = resting_rows(shape, np.arange(plan.n_tokens, dtype=np.int32))
         below = (numbers(plan.rows) != numbers(rest)).any((1, 2))
@@ -52,6 +52,10 @@ class _ReplayAuthor(Author):
 
     def fork(self, n_tokens: int) -> Author:
         return copy.copy(self)
+
+    def check(self, stop: int) -> None:
+        if stop > self._plan.n_tokens:
+            self._check(self._plan.n_tokens)
 
     def governs(self, position: int) -> bool:
         at = int(np.searchsorted(self._turns, position, side="right"))

@@ -137,10 +137,11 @@ class Plan:
             return False
         if not self.forgets and not other.forgets:
             return True
-        mine, others = self.retained, other.retained
-        if mine.shape != others.shape and 1 not in (mine.shape[2], others.shape[2]):
-            return False
-        return bool((mine == others).all())  # one column may stand for all heads
+        heads = max(self.retained.shape[2], other.retained.shape[2])
+        mine, others = (
+            retained_by(plan.events, plan.n_tokens, plan.n_layers, heads) for plan in (self, other)
+        )
+        return bool((mine == others).all())  # one column stands for all heads
 
     def check(self, shape: ModelShape) -> None:
         """Refuse a Plan that does not fit a model.

@@ -28,6 +28,30 @@ FFN_SKIP, FFN_SMALL, FFN_BIG = 0, 1, 2
 ROW = np.dtype([(f.name, np.int32, (f.width,) if f.width > 1 else ()) for f in FIELDS])
 PLACES = places()
 BY_NAME = {field.name: field for field in FIELDS}
+_WITH_ATTENTION = [
+    *(PLACES[name] + site for name in ("channels", "bits") for site in (0, 1)),
+    PLACES["attention"],
+    PLACES["kv_blocks"],
+]
+
+
+def of_attention(rows: Rows) -> IntArray:
+    """(T, n) a copy of the numbers in rows (T,) that are due before attention runs."""
+    found: IntArray = numbers(rows)[:, _WITH_ATTENTION]
+    return found
+
+
+def check_kept(rows: Rows, before: IntArray, layer: int) -> None:
+    """Refuse rows (T,) whose attention is no longer what `of_attention` gave before it ran.
+
+    Raises:
+        VesicleError: Naming the layer.
+    """
+    if (of_attention(rows) != before).any():
+        raise VesicleError(
+            f"the attention of layer {layer} is changed after it has run; an author writes "
+            "channels and bits of sites 0 and 1, attention and kv_blocks in `attention`"
+        )
 
 
 def visible_blocks(positions: IntArray) -> IntArray:
@@ -63,7 +87,11 @@ def bounds(
 
 
 def check_rows(
-    rows: Rows, shape: ModelShape, positions: IntArray, layers: Iterable[int] | None = None
+    rows: Rows,
+    shape: ModelShape,
+    positions: IntArray,
+    layers: Iterable[int] | None = None,
+    limits: tuple[IntArray, IntArray] | None = None,
 ) -> None:
     """Refuse rows that no executor may see, whoever wrote them.
 
@@ -72,13 +100,14 @@ def check_rows(
         shape: Of the model.
         positions: (T,), rising.
         layers: Of the columns; all by default.
+        limits: What `bounds` gives for them, where it is known.
 
     Raises:
         VesicleError: With the field, the value, where it is, and what is allowed.
     """
     found = numbers(rows)
     chosen = list(range(shape.n_layers) if layers is None else layers)
-    low, high = bounds(shape, positions, chosen)
+    low, high = limits or bounds(shape, positions, chosen)
     bad = (found < low) | (found > high)
     for field in FIELDS:
         if field.values:

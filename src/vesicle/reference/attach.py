@@ -50,6 +50,7 @@ from vesicle.plan import (
     check_rows,
     resting_rows,
 )
+from vesicle.plan.rows import check_kept, of_attention
 from vesicle.predictors import State
 from vesicle.reference.attention import BASES, PREFIX, RULE, BlockRule, register
 from vesicle.reference.continuity import Entries, check_mask
@@ -359,7 +360,9 @@ class _Pass:
         ):
             if len(p):
                 own = hidden[i, self.starts[i] :].detach().cpu()
+                before = of_attention(table[:, layer])
                 author.ffn(layer, own, p, table[:, layer])
+                check_kept(table[:, layer], before, layer)
         found = self.checked(layer)
         for table in self.rows:
             table["head"] = 0  # the whole head runs
