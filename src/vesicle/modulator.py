@@ -528,6 +528,8 @@ class ModulatorAuthor(Author):
         state: What the predictor carries from token to token, by layer.
     """
 
+    bounded = True  # rules clip, and effectors have checked their ladders
+
     def __init__(self, method: ModulatorMethod, shape: ModelShape) -> None:
         """Start a sequence."""
         self.modulator = method.modulator

@@ -44,6 +44,11 @@ class Author(ABC):
         return False
 
     @property
+    def bounded(self) -> bool:
+        """Whether its rows are valid by construction, and need not be checked one by one."""
+        return False
+
+    @property
     def levels(self) -> FloatArray | None:
         """Released levels (T, L, 5) of the tokens so far; None, by default, of a method of none."""
         return None

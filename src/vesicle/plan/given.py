@@ -39,6 +39,8 @@ class Replay(Method):
 
 
 class _ReplayAuthor(Author):
+    bounded = True  # the whole Plan was checked
+
     def __init__(self, plan: Plan, shape: ModelShape) -> None:
         self._plan, self._turns = plan, plan.turns
         if plan.forgets:
@@ -94,6 +96,8 @@ class Dense(Method):
 
 
 class _DenseAuthor(Author):
+    bounded = True
+
     def __init__(self, shape: ModelShape) -> None:
         self._shape = shape
 

@@ -372,7 +372,7 @@ class _Pass:
         """The rows of a layer, which may be executed."""
         run = self.run
         for author, table, p in zip(run._authors, self.rows, self.numpy_positions, strict=True):
-            if len(p) and not author.rests:
+            if len(p) and not author.bounded:
                 check_rows(table[:, layer : layer + 1], run.shape, p, [layer])
         return [table[:, layer] for table in self.rows]
 
