@@ -797,6 +797,23 @@ def test_a_wrong_option_names_its_value(vesicle: Run, words: str, named: str):
     assert err.count("\n") == 1
 
 
+def test_a_budget_that_cannot_be_met_is_told(capsys: pytest.CaptureFixture[str]):
+    from vesicle import load_default_modulator
+    from vesicle.commands.run import _tell_reach
+    from vesicle.phases import Phases
+
+    modulator = load_default_modulator()
+    _tell_reach(modulator, 0.8, Phases())
+    _tell_reach(modulator, 1.0, Phases.parse(["prompt"]))
+    assert capsys.readouterr().err == ""
+    _tell_reach(modulator, 0.05, Phases())
+    assert (
+        "--budget 0.05 is below what this modulator reaches, about 0.25" in capsys.readouterr().err
+    )
+    _tell_reach(modulator, 0.7, Phases.parse(["prompt"]))
+    assert "no transmitter acts on them" in capsys.readouterr().err
+
+
 def test_help_and_version_do_not_wait_for_torch(vesicle: Run):
     assert vesicle("--version")[:2] == (0, "vesicle 0.1.0\n")
     assert vesicle() == vesicle("--help")

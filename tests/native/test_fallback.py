@@ -28,7 +28,7 @@ def _loaded_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     core.load.cache_clear()
-    native.library.cache_clear()
+    native.load.cache_clear()
 
 
 @pytest.mark.parametrize(("stem", "fallback", "effect"), BOTH)
@@ -87,9 +87,9 @@ def test_it_is_told_when_it_is_loaded(
     else:
         monkeypatch.setenv(native.DISABLE, "1")  # who wants that need not be told
     core.load.cache_clear()
-    native.library.cache_clear()
+    native.load.cache_clear()
     assert core.load() is None
-    assert native.library() is None
+    assert native.load() is None
     lines = [str(w.message) for w in recwarn]
     assert [line[:22] for line in lines] == ["the native core is mis", "the native kernels are"][
         : 2 * missing

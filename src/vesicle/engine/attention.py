@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks
 from vesicle.engine.cache import SequenceCache
-from vesicle.engine.native import library
+from vesicle.engine.native import load as library
 from vesicle.plan import BLOCK, IntArray, visible_blocks
 
 

@@ -199,7 +199,7 @@ class Slot:
         n = self._planned = len(known)
         if n == 0:
             return False
-        if not author.rests:
+        if not author.bounded:
             check_rows(known, self._shape, positions[:n])
         self.plan[:n] = known
         if isinstance(author, ModulatorAuthor):

@@ -681,9 +681,8 @@ class Engine:
                 sequence.cache.advance(1)
                 sequence.token_ids += ids
                 # The core gives no token where a logit is not finite.
-                lost = wants == LIKELIEST and int(result) < 0
-                # Levels that are no numbers would be taken for rest.
-                lost = lost or not sequence.slot().sound()
+                # Otherwise levels that are no numbers would be taken for rest.
+                lost = int(result) < 0 if wants == LIKELIEST else not sequence.slot().sound()
                 found[i] = not_finite(sequence.length - 1) if lost else result
         return found
 

@@ -91,7 +91,7 @@ def _not_built(stem: str) -> str:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def load() -> ctypes.CDLL | None:
     """The loaded kernels, or None where they are absent or disabled."""
     found, _ = open_library("_native", _SIGNATURES)
     line = fallback() if found is None else None
