@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vesicle.engine import core
+from vesicle.engine.native import load as library
 from vesicle.engine.packed import PackedHead, PackedPair, PackedWeight
 from vesicle.nested import NestedWeight
 from vesicle.plan import FULL_BITS, IntArray
