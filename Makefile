@@ -45,10 +45,10 @@ bench: ## this engine beside Hugging Face and llama.cpp, on this machine (needs 
 arm: ## the kernels compile for 64-bit ARM, with and without dot products (needs a cross compiler)
 	@for source in $$(find src -name '*.cpp' | sort); do for cpu in armv8-a armv8.2-a+dotprod; do \
 		echo "$$cpu $$source"; \
-		$(ARM_CXX) -march=$$cpu -O3 -std=c++17 -fPIC -fopenmp -c -o /dev/null "$$source" || exit 1; \
+		$(ARM_CXX) -march=$$cpu -O3 -std=c++17 -fPIC -c -o /dev/null "$$source" || exit 1; \
 	done; done
 
-test-arm: ## decode steps on an emulated 64-bit ARM core (needs a cross compiler and qemu-user)
+test-arm: ## passes on an emulated 64-bit ARM core (needs a cross compiler and qemu-user)
 	mkdir -p build/arm
 	$(ARM_CXX) -O2 -std=c++17 -static -pthread -I$(CORE) $(DRIVER) -o build/arm/driver
 	$(ARM_RUN) build/arm/driver 40
@@ -56,14 +56,12 @@ test-arm: ## decode steps on an emulated 64-bit ARM core (needs a cross compiler
 sanitize: ## the native code under checks of memory and undefined behaviour (GCC on Linux; minutes)
 	mkdir -p build/sanitize
 	$(CHECKED) $(MEMORY) -shared $(CORE)/*.cpp -o build/sanitize/_core.so
-	$(CHECKED) $(MEMORY) -fopenmp -c src/vesicle/engine/native.cpp -o build/sanitize/native.o
-	$(CHECKED) $(MEMORY) -shared build/sanitize/native.o -o build/sanitize/_native.so
 	$(CHECKED) $(MEMORY) -I$(CORE) tests/native/driver.cpp build/sanitize/_core.so \
 		-Wl,-rpath,'$$ORIGIN' -o build/sanitize/driver
 	$(FILLED) build/sanitize/driver 100
 	$(FILLED) LD_PRELOAD="$(RUNTIMES)" VESICLE_LIBRARIES=build/sanitize $(PYTEST) $(NATIVE_TESTS)
 
-sanitize-threads: ## decode steps under checks of what threads share (GCC on Linux)
+sanitize-threads: ## passes under checks of what threads share (GCC on Linux)
 	mkdir -p build/sanitize
 	$(CHECKED) -fsanitize=thread -I$(CORE) $(DRIVER) -o build/sanitize/threads
 	setarch -R build/sanitize/threads 60

@@ -1,11 +1,9 @@
-"""Builds the engine's two native libraries; everything else about the package is in pyproject.toml.
+"""Builds the engine's native core; everything else about the package is in pyproject.toml.
 
-Both are plain shared libraries loaded with ctypes, and both are optional: without a C++ compiler
-the installation succeeds, a text file in place of the library says what went wrong, and the engine
-runs its PyTorch paths. With VESICLE_REQUIRE_NATIVE=1 the installation fails instead. `_core` runs
-decode steps on threads of its own, for every instruction set that it knows. `_native` serves
-prefill on PyTorch's threads: `-fopenmp` is given to the compiler alone, so that OpenMP symbols
-resolve at run time to the runtime that PyTorch has loaded.
+It is a plain shared library loaded with ctypes, with threads of its own, for every instruction set
+that it knows; and it is optional: without a C++ compiler the installation succeeds, a text file in
+place of the library says what went wrong, and the engine runs in PyTorch. With
+VESICLE_REQUIRE_NATIVE=1 the installation fails instead.
 """
 
 import os
@@ -79,14 +77,6 @@ write_row()
 setup(
     cmdclass={"build_ext": Build},
     ext_modules=[
-        Extension(
-            "vesicle.engine._native",
-            sources=["src/vesicle/engine/native.cpp"],
-            depends=[(CORE / "exponential.h").as_posix()],
-            language="c++",
-            extra_compile_args=[*FLAGS, "-fopenmp"],
-            optional=OPTIONAL,
-        ),
         Extension(
             "vesicle.engine._core",
             sources=[path.as_posix() for path in sorted(CORE.glob("*.cpp"))],

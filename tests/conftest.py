@@ -10,24 +10,25 @@ import pytest
 import torch
 
 from tests.tiny import CONFIGS, SHAPE, tiny_model, tiny_modulator, tokens
-from vesicle.engine import core, native
+from vesicle.engine import core
+from vesicle.engine.core import library
 from vesicle.modulator import Modulator
 from vesicle.shapes import ModelShape
 
 
 def pytest_configure() -> None:
     """Where native code is required, nothing may be skipped or run in PyTorch for want of it."""
-    if os.environ.get(native.REQUIRE) != "1":
+    if os.environ.get(library.REQUIRE) != "1":
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reason follows
         wanted, found = os.environ.get(core.INSTRUCTIONS), core.instructions()
-    problem = core.fallback() or native.fallback()
+    problem = core.fallback()
     if problem is None and wanted not in (None, found):
         problem = f"{core.INSTRUCTIONS} is {wanted!r}, and the native core runs {found}"
     if problem is not None:
         pytest.exit(
-            f"{native.REQUIRE} is 1, but {problem}", returncode=pytest.ExitCode.TESTS_FAILED
+            f"{library.REQUIRE} is 1, but {problem}", returncode=pytest.ExitCode.TESTS_FAILED
         )
 
 

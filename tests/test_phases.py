@@ -63,9 +63,6 @@ def test_spans(steps: list[tuple[int, int]], cut: int):
         at += length
     positions = np.arange(80, dtype=np.int32)
     assert spans.contains(positions).tolist() == plain
-    for position in range(79):
-        changes = [p for p in range(position + 1, 80) if plain[p] != plain[p - 1]]
-        assert spans.changes_after(position) == (changes[0] if changes else None)
     assert spans.opening_prompt == plain.index(False)
     opening = [p and i < cut for i, p in enumerate(plain)]
     assert spans.opening(cut).contains(positions).tolist() == opening

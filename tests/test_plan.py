@@ -115,25 +115,6 @@ def test_check_refuses_another_depth(plan: Plan, shape: ModelShape):
         plan.check(replace(shape, n_layers=5))
 
 
-@pytest.mark.parametrize("turns", [[0], [T], [7, 7], [-1, 4]])
-def test_check_refuses_turns_that_do_not_rise(plan: Plan, shape: ModelShape, turns: list[int]):
-    with pytest.raises(VesicleError, match=r"'turns' is \[.*\]; allowed: rising, 1 to 39"):
-        plan.with_fields(turns=np.array(turns, np.int32)).check(shape)
-
-
-def test_turns_are_kept(plan: Plan, shape: ModelShape, tmp_path: Path):
-    turned = plan.with_fields(turns=np.array([3, 13, 20], np.int32))
-    turned.check(shape)
-    turned.save(tmp_path / "plan.safetensors")
-    assert Plan.load(tmp_path / "plan.safetensors").turns.tolist() == [3, 13, 20]
-    first, second = turned.tokens(0, 13), turned.tokens(13)
-    assert (first.turns.tolist(), second.turns.tolist()) == ([3], [7])
-    assert turned.equals(plan)  # they decide nothing
-    author = Replay(turned).author(shape)
-    assert [author.changes_after(n) for n in (0, 3, 4, 19, 20)] == [3, 13, 13, 20, FOREVER]
-    assert author.turns(20) == [3, 13]
-
-
 def test_tokens(plan: Plan):
     first, second = plan.tokens(0, 13), plan.tokens(13)
     assert (first.n_tokens, second.n_tokens) == (13, T - 13)
@@ -183,7 +164,7 @@ def test_a_plan_saved_before_the_head_was_a_field_has_the_whole_head(tmp_path: P
 def test_a_plan_of_the_format_before_is_read(
     tmp_path: Path, plan: Plan, forgetful: Plan, shape: ModelShape
 ):
-    """With its head as (T,), what is retained as an array, and its turns."""
+    """With its head as (T,), what is retained as an array, and where passes had to end."""
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(getattr(plan, name)) for name in NAMES}
@@ -192,7 +173,18 @@ def test_a_plan_of_the_format_before_is_read(
     found = Plan.load(tmp_path / "old")
     found.check(shape)
     assert found.equals(forgetful)
-    assert found.turns.tolist() == [5, 9]
+
+
+def test_events_that_tell_nothing_any_more_are_passed_over(
+    tmp_path: Path, forgetful: Plan, shape: ModelShape
+):
+    """Plans once told where passes had to end."""
+    turn = np.array([(7, -1, -1, -1, -1, 1, 0)], forgetful.events.dtype)
+    events = np.concatenate([turn, forgetful.events])
+    Plan(rows=forgetful.rows, events=events).save(tmp_path / "plan.safetensors")
+    found = Plan.load(tmp_path / "plan.safetensors")
+    found.check(shape)
+    assert np.array_equal(found.events, forgetful.events)
 
 
 def test_an_empty_plan_is_saved_too(shape: ModelShape, tmp_path: Path):
@@ -368,7 +360,7 @@ def test_check_refuses_other_heads(plan: Plan, forgetful: Plan, shape: ModelShap
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("kind", 2, "0 to 1"),
+        ("kind", 2, "0 to 0"),
         ("layer", 3, "0 to 2"),
         ("first", -1, "0 to 39"),
         ("last", 40, "0 to 39"),

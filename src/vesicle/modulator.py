@@ -34,7 +34,6 @@ from vesicle.models.finite import check_finite
 from vesicle.models.hub import fetch, local_path
 from vesicle.phases import EVERYWHERE, Phases, Spans
 from vesicle.plan import (
-    FOREVER,
     Author,
     Equipment,
     FloatArray,
@@ -601,17 +600,6 @@ class ModulatorAuthor(Author):
     def releases(self, positions: IntArray) -> NDArray[np.bool_]:
         """Where any transmitter acts."""
         return np.logical_or.reduce(self.acting(positions), axis=1)
-
-    def governs(self, position: int) -> bool:
-        """Whether any transmitter acts there."""
-        return bool(self.acting(np.array([position], np.int32)).any())
-
-    def changes_after(self, position: int) -> int:
-        """Where a prompt begins or ends, if some transmitter minds."""
-        if self._rests or self._phases == EVERYWHERE:
-            return FOREVER
-        edge = self._prompts.changes_after(position)
-        return FOREVER if edge is None else edge
 
     def planned(self, positions: IntArray) -> Rows | None:
         """At rest and for controls everything; else the leading tokens on which nothing acts."""

@@ -148,14 +148,6 @@ class Spans:
             found |= (positions >= start) & (positions < stop)
         return found
 
-    def changes_after(self, position: int) -> int | None:
-        """The first position behind `position` that is of the other phase; None if there is none.
-
-        As far as is known: what follows the last span is generated.
-        """
-        edges = (edge for span in self._spans for edge in span)
-        return next((edge for edge in edges if edge > position), None)
-
     def opening(self, n_tokens: int) -> Spans:
         """A copy of what lies in the first `n_tokens` positions."""
         other = Spans()

@@ -50,7 +50,7 @@ def tiny(family: str = "llama") -> Any:
 
 def native(weights: str, kv: str = "fp32", family: str = "llama") -> Engine:
     engine = Engine.from_model(tiny(family), weights=weights, kv=kv)
-    assert engine._decoder is not None
+    assert engine._native is not None
     return engine
 
 
@@ -62,7 +62,7 @@ def beside(engine: Engine, weights: str, family: str = "llama") -> Engine:
     """
     form = "fp32" if weights == "bf16" else weights
     other = Engine.from_model(tiny(family), weights=form, kv=engine.pool.kv)
-    other._decoder, other.pool = None, engine.pool
+    other._native, other.pool = None, engine.pool
     return other
 
 

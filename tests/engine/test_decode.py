@@ -65,7 +65,7 @@ def steps(
     if prefill:
         engine.forward([(a, IDS[:prefill])], "none")
     for t in range(prefill, prefill + STEPS):
-        assert engine._decoder.covers(a)
+        assert engine._native.reach(a)
         b = other.start(method)
         b.cache = a.cache.fork(t)
         with switch or nullcontext():
@@ -410,9 +410,9 @@ def test_what_the_core_cannot_do_takes_the_general_path():
     plan = Plan.rest(dense.shape, 3)
     plan.bits[1] = 4
     for engine, covered in ((packed, True), (dense, False)):
-        assert engine._decoder.covers(engine.start(method_for(engine, "ladder"))) == covered
+        assert bool(engine._native.reach(engine.start(method_for(engine, "ladder")))) == covered
         sequence = engine.start(Replay(plan))
-        assert engine._decoder.covers(sequence) == covered
+        assert engine._native.reach(sequence) == (3 if covered else 0)
         for token in IDS[:3]:
             engine.forward([(sequence, [token])])
         assert all(

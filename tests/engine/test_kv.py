@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.tiny import random_plan, tiny_model, tiny_modulator
 from vesicle.cost import price
-from vesicle.engine import Engine, Sequence, attention
+from vesicle.engine import Engine, Sequence
 from vesicle.engine.pool import block_bytes
 from vesicle.errors import CacheFullError, VesicleError
 from vesicle.plan import Dense, Method, Plan, Replay
@@ -69,11 +69,11 @@ def test_every_format_is_close_to_fp32_and_priced_as_counted(kv: str, summary: s
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
-def test_chosen_blocks_run_natively_in_every_format(kv: str, ids: Tensor, monkeypatch):
+def test_chosen_blocks_run_natively_in_every_format(kv: str, ids: Tensor):
     engine = Engine.from_model(tiny_model("llama", dtype=torch.float32), kv=kv)
     method = Replay(blocks_plan(engine))
     first, a = executed(engine, ids, method)
-    monkeypatch.setattr(attention, "library", lambda: None)
+    engine._native = None
     second, b = executed(engine, ids, method)
     assert (first - second).abs().max() < 2e-3
     assert a.cost == b.cost
@@ -108,11 +108,11 @@ def test_a_token_after_eviction_sees_what_is_left(ids: Tensor):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_blocks_are_chosen_among_those_held(ids: Tensor, native: bool, monkeypatch):
+def test_blocks_are_chosen_among_those_held(ids: Tensor, native: bool):
     """Evicted are those that would not have been read: nothing changes but the summaries read."""
-    if not native:
-        monkeypatch.setattr(attention, "library", lambda: None)
     engine = Engine.from_model(tiny_model("llama", dtype=torch.float32))
+    if not native:
+        engine._native = None
     rest = Plan.rest(engine.shape, 70)
     blocks = rest.kv_blocks.copy()
     blocks[69] = 2  # the first and the query's own

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import random_plan, tiny_model, tiny_modulator, tokens
-from vesicle.engine import Engine, Sampling
+from vesicle.engine import Engine, Sampling, core
 from vesicle.engine.scheduler import Event, Failed, Finished, Request, Scheduler, Token
 from vesicle.errors import CacheFullError, VesicleError
 from vesicle.phases import EVERYWHERE, Phases
 from vesicle.plan import BLOCK, Author, Dense, Replay
 
+needs_core = pytest.mark.skipif(not core.available(), reason="the native core is not built here")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
 
@@ -78,7 +79,9 @@ def ends(events: list[Event]) -> dict[int, Finished]:
     return {event.request_id: event for event in events if isinstance(event, Finished)}
 
 
-def is_what_it_is_alone(engine: Engine, request: Request, end: Finished) -> None:
+def is_what_it_is_alone(
+    engine: Engine, request: Request, end: Finished, *, exactly: bool = False
+) -> None:
     """Tokens, Plan, levels, and the counted cost of every token that was not reused."""
     expected, alone = engine.generate(
         request.prompt,
@@ -92,7 +95,8 @@ def is_what_it_is_alone(engine: Engine, request: Request, end: Finished) -> None
     assert end.tokens == expected
     assert end.reason == ("length" if len(expected) == request.max_new_tokens else "stop")
     assert end.sequence.plan.equals(alone.plan)
-    np.testing.assert_allclose(end.sequence.levels, alone.levels, atol=3e-6)
+    tolerance = 0 if exactly else 3e-6
+    np.testing.assert_allclose(end.sequence.levels, alone.levels, rtol=0, atol=tolerance)
     costs, n = end.sequence.token_costs, end.reused_tokens
     for name, values in alone.token_costs.items():
         assert not costs[name][:n].any(), name
@@ -131,18 +135,25 @@ def test_each_request_gets_what_it_gets_alone(
         is_what_it_is_alone(engine, request, done[number])
 
 
+@pytest.mark.parametrize("prefix_bytes", [0, None], ids=["no reuse", "reuse"])
+@pytest.mark.parametrize("chunk", [13, 512])
+@pytest.mark.parametrize("weights", ["int4", "int8"])
 @pytest.mark.parametrize("kv", ["fp16", "int8"])
-def test_packed_requests_get_what_they_get_alone(kv: str):
-    """Prompts are cut as `generate` cuts them, so that passes take the same routes."""
+@needs_core
+def test_packed_requests_get_to_the_bit_what_they_get_alone(
+    kv: str, weights: str, chunk: int, prefix_bytes: int | None
+):
     model = tiny_model("llama", dtype=torch.float32)
-    engine = Engine.from_model(model, weights="int4", kv=kv)
-    scheduler = Scheduler(engine, max_running=4, prefix_bytes=0)
+    engine = Engine.from_model(model, weights=weights, kv=kv)
+    scheduler = Scheduler(engine, max_running=4, chunk=chunk, prefix_bytes=prefix_bytes)
     requests = mixed(engine)
     ids = [scheduler.add(request) for request in requests]
     done = ends(list(scheduler.run()))
+    scheduler.close()
     assert engine.pool.blocks_in_use == 0
+    assert (sum(end.reused_tokens for end in done.values()) > 0) == (prefix_bytes is None)
     for number, request in zip(ids, requests, strict=True):
-        is_what_it_is_alone(engine, request, done[number])
+        is_what_it_is_alone(engine, request, done[number], exactly=True)
 
 
 def test_texts_go_on_while_a_long_prompt_is_read(engine: Engine):

@@ -135,7 +135,7 @@ def test_what_is_pointed_to_is_held():
     with closing(engine.start(ModulatorMethod(modulator, 0.5))) as sequence:
         engine.forward([(sequence, IDS[:START])], "none")
         engine.forward([(sequence, [IDS[START]])])
-        slot = sequence.slot()
+        slot = sequence.buffer()
         pointers = {
             slot._modulator.weight,
             slot._modulator.offset,
@@ -162,7 +162,7 @@ def test_rows_of_a_batch_that_reaches_further(lengths: tuple[int, ...]):
     sequences = [engine.start() for _ in lengths]
     for sequence, n in zip(sequences, lengths, strict=True):
         engine.forward([(sequence, (IDS * 4)[:n])], "none")
-    rotary = engine._decoder._rotary
+    rotary = engine._native._rotary
     addresses, seen = rotary.addresses, []
     rotary.addresses = lambda position: seen.append(addresses(position)) or seen[-1]
     logits = engine.forward([(s, [IDS[n % 50]]) for s, n in zip(sequences, lengths, strict=True)])

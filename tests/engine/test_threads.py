@@ -29,7 +29,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     if request.param != "general":
         return native(request.param)
     engine = native("fp32")
-    engine._decoder = None
+    engine._native = None
     return engine
 
 

@@ -4,7 +4,8 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,49 +13,37 @@ import torch
 
 from tests.engine.decoding import tiny
 from tests.tiny import tiny_model
-from vesicle.engine import Engine, core, native
-from vesicle.engine.decode import uncovered
-
-BOTH = [
-    ("_core", core.fallback, "running in PyTorch, slower"),
-    ("_native", native.fallback, "prompts below rest run in PyTorch, slower"),
-]
+from vesicle.engine import Engine, core
+from vesicle.engine.core import library
+from vesicle.engine.native import uncovered
 
 
 @pytest.fixture(autouse=True)
 def _loaded_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is loaded is remembered: not what these tests pretend."""
-    monkeypatch.delenv(native.DISABLE, raising=False)
+    monkeypatch.delenv(library.DISABLE, raising=False)
     yield
     monkeypatch.undo()
     core.load.cache_clear()
-    native.load.cache_clear()
 
 
-@pytest.mark.parametrize(("stem", "fallback", "effect"), BOTH)
-def test_each_reason_is_told(
-    stem: str,
-    fallback: Callable[[], str | None],
-    effect: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-):
+def test_each_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def line() -> str:
-        found = fallback()
+        found = core.fallback()
         assert found is not None
         assert "\n" not in found
-        assert found.endswith(effect)
+        assert found.endswith("running in PyTorch, slower")
         return found
 
-    monkeypatch.setenv(native.LIBRARIES, str(tmp_path))
-    assert f"{tmp_path} has no {stem}*.so; was there no C++ compiler at installation?" in line()
-    note = tmp_path / f"{stem}.failed.txt"
+    monkeypatch.setenv(library.LIBRARIES, str(tmp_path))
+    assert f"{tmp_path} has no _core*.so; was there no C++ compiler at installation?" in line()
+    note = tmp_path / "_core.failed.txt"
     note.write_text("command 'g++' failed: No such file or directory\n")
     assert "its build failed at installation: command 'g++' failed: No such file" in line()
-    library = tmp_path / f"{stem}.so"
-    library.write_bytes(b"no library")
-    assert f"{library} cannot be loaded: " in line()
-    monkeypatch.setenv(native.DISABLE, "1")
+    broken = tmp_path / "_core.so"
+    broken.write_bytes(b"no library")
+    assert f"{broken} cannot be loaded: " in line()
+    monkeypatch.setenv(library.DISABLE, "1")
     assert "VESICLE_NO_NATIVE is 1" in line()
 
 
@@ -83,17 +72,13 @@ def test_it_is_told_when_it_is_loaded(
     missing: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ):
     if missing:
-        monkeypatch.setenv(native.LIBRARIES, str(tmp_path))
+        monkeypatch.setenv(library.LIBRARIES, str(tmp_path))
     else:
-        monkeypatch.setenv(native.DISABLE, "1")  # who wants that need not be told
+        monkeypatch.setenv(library.DISABLE, "1")  # who wants that need not be told
     core.load.cache_clear()
-    native.load.cache_clear()
     assert core.load() is None
-    assert native.load() is None
     lines = [str(w.message) for w in recwarn]
-    assert [line[:22] for line in lines] == ["the native core is mis", "the native kernels are"][
-        : 2 * missing
-    ]
+    assert [line[:26] for line in lines] == ["the native core is missing"] * missing
 
 
 @pytest.mark.skipif(not core.available(), reason="the native core is not built here")
@@ -110,15 +95,15 @@ def test_what_the_core_does_not_cover_is_told():
     assert Engine.from_model(tiny(), dtype=torch.float64).uncovered == "weights are fp64"
     assert Engine.from_model(tiny(), kv="fp64").uncovered == "keys and values are fp64"
     neox = Engine.from_model(tiny_model("gpt_neox_parallel"), dtype=torch.float32)
-    assert neox.uncovered == "the model's norms are not RMSNorm"
-    assert neox._decoder is None
-    assert uncovered(neox._weights, neox.config, neox.pool) == neox.uncovered
+    assert neox.uncovered is None
+    half = replace(neox.config, activation="mish")
+    assert uncovered(neox._weights, half, neox.pool) == "the model's activation is 'mish'"
 
 
-@pytest.mark.parametrize("variable", [native.DISABLE, core.INSTRUCTIONS])
+@pytest.mark.parametrize("variable", [library.DISABLE, core.INSTRUCTIONS])
 def test_tests_fail_without_native_code_where_it_is_required(variable: str, tmp_path: Path):
-    value = "1" if variable == native.DISABLE else "none-such"
-    environment = os.environ | {native.REQUIRE: "1", variable: value}
+    value = "1" if variable == library.DISABLE else "none-such"
+    environment = os.environ | {library.REQUIRE: "1", variable: value}
     root = Path(__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-n0", "-q", "--collect-only", "tests/test_plan.py"],

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from tests.tiny import randomise
-from vesicle.engine import Engine, Sequence, attention, core, linear
+from vesicle.engine import Engine, Sequence, core
 from vesicle.plan import Equipment, Plan, Replay, visible_blocks
 from vesicle.shapes import ModelShape
 from vesicle.standins import StandIns
@@ -111,8 +111,6 @@ def without_native(disabled: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if disabled:
             patch.setattr(core, "available", lambda: False)
-            patch.setattr(linear, "library", lambda: None)
-            patch.setattr(attention, "library", lambda: None)
         yield
 
 
@@ -150,11 +148,11 @@ class Case:
             model.to((torch.float32, torch.bfloat16, torch.float16)[rng.integers(3)])
         kv = str(rng.choice(["fp32", "fp16", "bf16", "int8"]))
         engine = Engine.from_model(model, weights=weights, kv=kv, kv_capacity=1 << 26)
-        assert engine._decoder is not None
+        assert engine._native is not None
         # The decoder computes in fp32 with bf16 weights, as the general path does with fp32 ones.
         form = "fp32" if weights == "bf16" else weights
         other = Engine.from_model(model, weights=form, kv=kv, kv_capacity=1 << 26)
-        other._decoder, other.pool = None, engine.pool
+        other._native, other.pool = None, engine.pool
         case = cls(engine, other, [], rng)
         for _ in range(rng.integers(1, 17 if seed % 3 == 0 else 5)):
             sequence = engine.start(random_method(engine.shape, rng))

@@ -24,7 +24,7 @@ from tests.tiny import (
     tokens,
 )
 from vesicle.cost import price, price_dense, price_tokens
-from vesicle.engine import Engine, Sequence, attention, linear
+from vesicle.engine import Engine, Sequence, core, linear
 from vesicle.errors import VesicleError
 from vesicle.modulator import Modulator
 from vesicle.plan import Dense, Equipment, Method, Plan, Replay
@@ -245,47 +245,21 @@ def test_generate_is_the_references(model: Any):
 
 
 @pytest.mark.parametrize("summary", ["mean", "bounds"])
-def test_native_kernels_are_the_torch_path(
-    family: str, ids: Tensor, monkeypatch: pytest.MonkeyPatch, summary: str
-):
+def test_the_native_core_is_the_torch_pass(family: str, ids: Tensor, summary: str):
     model = tiny_model(family, dtype=torch.float32)
     engine = Engine.from_model(model)
-    equipment = tiny_modulator(engine.shape, summary=summary).equipment
-    method = Replay(random_plan(engine.shape, 70, np.random.default_rng(3)), equipment)
+    equipment = tiny_modulator(engine.shape, summary=summary, dtype=torch.float32).equipment
+    plan = random_plan(engine.shape, 70, np.random.default_rng(3))
+    method = Replay(plan.with_fields(bits=np.full_like(plan.bits, 16)), equipment)
+    if core.available():
+        assert engine._native is not None
+        assert engine._native.reach(engine.start(method)) == 70
     first, a = executed(engine, ids, method, (40,))
-    without_kernels(monkeypatch)
+    engine._native = None
     second, b = executed(engine, ids, method, (40,))
     close(first, second, FP32)
     assert a.cost == b.cost
     counted(a, engine)
-
-
-def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (linear, attention):
-        monkeypatch.setattr(module, "library", lambda: None)
-
-
-@pytest.mark.parametrize("columns", [None, 24])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-def test_native_projections_are_the_torch_path(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, columns: int | None, bias: bool
-):
-    """Whole bfloat16 models differ by more: one rounding moves a channel over the threshold."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 80, generator=generator).to(dtype) for n in (60, 48))
-    x[7] = x[7].sign()  # nothing but ties
-    added = torch.randn(48, generator=generator).to(dtype) if bias else None
-    w = linear.ChannelMajor.stack([weight], [added])
-    counts = np.random.default_rng(0).integers(1, 81, 60).astype(np.int32)
-    counts[7], bits = 33, np.full(60, 16, np.int32)
-    first, read = linear.project(x, w, counts, bits, columns)
-    without_kernels(monkeypatch)
-    second, expected = linear.project(x, w, counts, bits, columns)
-    assert (read == expected).all()
-    assert (read == counts).all()
-    # Sums of up to 80 products of size 1: one rounding of the result.
-    close(first, second, 1e-4 if dtype == torch.float32 else 0.3)
 
 
 def test_skipped_weights_are_not_read(model: Any, ids: Tensor):

@@ -213,7 +213,7 @@ def test_native_decoding(weights: str, kv: str, kind: str, rng: np.random.Genera
     other = beside(engine, weights)
     method = Retention(random_kept(engine.shape, 67, rng), 67, INNER[kind](engine))
     sequence = engine.start(method)
-    assert engine._decoder.covers(sequence)
+    assert engine._native.reach(sequence)
     engine.forward([(sequence, IDS[:60])], "none")
     far = 0
     for token in IDS[60:110]:

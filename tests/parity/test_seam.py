@@ -215,7 +215,7 @@ def test_dense_weights_refuse_every_step_of_a_ladder():
     method = Modulator(
         modulator.predictor, {**modulator.effectors, "dopamine": dopamine}, modulator.info
     ).at(0.5)
-    assert not engine._decoder.covers(engine.start(method))
+    assert not engine._native.reach(engine.start(method))
 
 
 def test_what_is_forgotten_after_the_end_can_be_replayed():

@@ -22,7 +22,7 @@ def announce_fallback(engine: Engine) -> None:
     from vesicle.engine import core
 
     if core.available() and engine.uncovered is not None:
-        notice(f"decoding runs in PyTorch, slower: {engine.uncovered}")
+        notice(f"the model runs in PyTorch, slower: {engine.uncovered}")
 
 
 def machine_rows() -> list[tuple[str, str]]:
@@ -30,7 +30,7 @@ def machine_rows() -> list[tuple[str, str]]:
     import torch
 
     from vesicle.bench.machine import hardware, usable_cores
-    from vesicle.engine import core, native
+    from vesicle.engine import core
     from vesicle.report import scaled
 
     _load_core()  # a row says what it found
@@ -38,10 +38,8 @@ def machine_rows() -> list[tuple[str, str]]:
     memory = found["memory_bytes"]
     size = "" if memory is None else f", {scaled(memory, 'B')} of memory"
     name = core.instructions()
-    if name is None:
-        engine = f"PyTorch alone: {core.fallback()}"
-    else:
-        engine = "; ".join(filter(None, (f"native core, {name} instructions", native.fallback())))
+    missing = f"PyTorch alone: {core.fallback()}"
+    engine = missing if name is None else f"native core, {name} instructions"
     return [
         ("engine", engine),
         ("threads", f"{torch.get_num_threads()}; usable cores: {len(usable_cores())}"),
@@ -56,15 +54,14 @@ def _load_core() -> list[str]:
 
     An instruction set that is not there is told once, when the core is loaded.
     """
-    from vesicle.engine import core, native
+    from vesicle.engine import core
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         core.load()
-    limits = [str(w.message) for w in caught if core.INSTRUCTIONS in str(w.message)]
     if (line := core.fallback()) is not None:
-        return [line]  # kernels for prompts are of use beside the core alone
-    return limits + [line for line in (native.fallback(),) if line is not None]
+        return [line]
+    return [str(w.message) for w in caught if core.INSTRUCTIONS in str(w.message)]
 
 
 def _gpu() -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vesicle.engine.engine import Engine, Sequence
+from vesicle.engine.engine import Engine
 from vesicle.engine.generation import Generation
 from vesicle.engine.sampling import Sampling
+from vesicle.engine.sequence import Sequence
 
 __all__ = ["Engine", "Generation", "Sampling", "Sequence"]

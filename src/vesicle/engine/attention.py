@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks
 from vesicle.engine.cache import SequenceCache
-from vesicle.engine.native import load as library
 from vesicle.plan import BLOCK, IntArray, visible_blocks
 
 
@@ -91,41 +90,15 @@ def _choose(
 
     (T,) summaries (G, N, V, K) compared.
     """
-    t, h, k = query.shape
     most = int(n_blocks.max())
-    kernels = library()
-    if kernels is None or query.dtype != torch.float32 or query.is_cuda:
-        rank = rank_blocks(
-            query.transpose(0, 1)[None], summaries[None], torch.from_numpy(slots)[None], scale
-        )[0]  # (T, G, N)
-        chosen = rank <= torch.from_numpy(n_blocks)[:, None, None]
-        number = torch.arange(rank.shape[-1]).expand_as(rank)
-        listed = torch.where(chosen, number, 1 << 30).sort(-1).values[..., :most]
-        compared = np.where(n_blocks < visible, slots // BLOCK, 0)
-        return listed.to(torch.int32).contiguous(), compared.astype(np.int32)
-    query = query.contiguous()
-    g, _, vectors, _ = summaries.shape
-    listed = torch.empty(t, g, most, dtype=torch.int32)
-    compared = np.empty(t, np.int32)
-    n_blocks = np.ascontiguousarray(n_blocks, np.int32)
-    slots = np.ascontiguousarray(slots, np.int32)
-    kernels.vesicle_choose_blocks_f32(
-        query.data_ptr(),
-        summaries.data_ptr(),
-        n_blocks.ctypes.data,
-        slots.ctypes.data,
-        t,
-        h,
-        g,
-        k,
-        summaries.stride(0) // (vectors * k),
-        vectors,
-        most,
-        scale,
-        listed.data_ptr(),
-        compared.ctypes.data,
-    )
-    return listed, compared
+    rank = rank_blocks(
+        query.transpose(0, 1)[None], summaries[None], torch.from_numpy(slots)[None], scale
+    )[0]  # (T, G, N)
+    chosen = rank <= torch.from_numpy(n_blocks)[:, None, None]
+    number = torch.arange(rank.shape[-1]).expand_as(rank)
+    listed = torch.where(chosen, number, 1 << 30).sort(-1).values[..., :most]
+    compared = np.where(n_blocks < visible, slots // BLOCK, 0)
+    return listed.to(torch.int32).contiguous(), compared.astype(np.int32)
 
 
 def _used(listed: Tensor, slots: IntArray, n_blocks: IntArray) -> tuple[IntArray, Tensor, IntArray]:
@@ -185,44 +158,6 @@ def _blockwise(
     scale: float,
 ) -> tuple[Tensor, IntArray]:
     """Attention over listed blocks (T, G, most), the first n_blocks[t] of them valid."""
-    t, h, k = query.shape
-    kernels = library()
-    if kernels is None or query.dtype != torch.float32 or query.is_cuda:
-        return _blockwise_torch(query, keys, values, listed, n_blocks, slots, scale)
-    query = query.contiguous()
-    out = torch.empty(t, h * k)
-    visited = np.empty(t, np.int32)
-    n_blocks = np.ascontiguousarray(n_blocks, np.int32)
-    slots = np.ascontiguousarray(slots, np.int32)
-    kernels.vesicle_block_attention_f32(
-        query.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        listed.data_ptr(),
-        n_blocks.ctypes.data,
-        slots.ctypes.data,
-        t,
-        h,
-        listed.shape[1],
-        k,
-        keys.shape[1],
-        listed.shape[2],
-        scale,
-        out.data_ptr(),
-        visited.ctypes.data,
-    )
-    return out, visited
-
-
-def _blockwise_torch(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    listed: Tensor,
-    n_blocks: IntArray,
-    slots: IntArray,
-    scale: float,
-) -> tuple[Tensor, IntArray]:
     t, h, k = query.shape
     g = listed.shape[1]
     out = query.new_empty(t, g, h // g, k)

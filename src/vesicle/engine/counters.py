@@ -71,21 +71,17 @@ class Counters:
         self._visited[:], self._compared[:] = visited.T, compared.T
         self._standin[:] = standin
 
-    def released(self, overhead: Overhead, n_layers: int) -> None:
-        """`modulator` for all layers and tokens."""
-        self._modulator_flops += n_layers * overhead.modulator_flops
-        self._modulator_bytes += n_layers * overhead.modulator_bytes
+    def released(self, overhead: Overhead, rows: slice, released: NDArray[np.bool_]) -> None:
+        """A predictor run in all layers, at those of the tokens `rows` (T,) where it did."""
+        layers = self._shape.n_layers
+        self._modulator_flops[rows] += released * layers * overhead.modulator_flops
+        self._modulator_bytes[rows] += released * layers * overhead.modulator_bytes
 
     def stand_in(self, tokens: IntArray, rank: int) -> None:
         """A stand-in of `rank` run for tokens."""
         self._standin[tokens] += rank
 
-    def modulator(self, rows: slice, released: NDArray[np.bool_], overhead: Overhead) -> None:
-        """One layer's release, at those of the tokens `rows` where it took place."""
-        self._modulator_flops[rows] += released * overhead.modulator_flops
-        self._modulator_bytes[rows] += released * overhead.modulator_bytes
-
-    def head(self, rows: slice, survivors: IntArray | int = 0) -> None:
+    def head(self, rows: slice | NDArray[np.intp], survivors: IntArray | int = 0) -> None:
         """The LM head run for rows: whole, or screened with that many rows read again."""
         shape = self._shape
         again = np.zeros(len(self._head_rows[rows]), np.int64) + survivors

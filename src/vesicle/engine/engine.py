@@ -16,63 +16,43 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vesicle.cost import Cost, flops_of, price_dense_tokens
-from vesicle.engine.attention import Masks, attend
-from vesicle.engine.cache import SequenceCache
-from vesicle.engine.counters import Counters
-from vesicle.engine.decode import (
+from vesicle.engine.generation import Generation
+from vesicle.engine.linear import normalise
+from vesicle.engine.native import (
+    ALL_LOGITS,
     LIKELIEST,
     LOGITS,
     MOST_TOKENS,
     NOTHING,
-    Decoder,
-    Slot,
+    NativeCore,
     uncovered,
 )
-from vesicle.engine.generation import Generation
-from vesicle.engine.linear import MANY, bulk_dtype, normalise, project, survivors
-from vesicle.engine.packed import PackedHead
 from vesicle.engine.pool import BlockPool, default_capacity, kv_dtype, with_kv
 from vesicle.engine.prompt import Prompt, checked_count, checked_ends, is_chat, prompt_ids
 from vesicle.engine.rotary import Rotary
-from vesicle.engine.sampling import Sampling, not_finite
+from vesicle.engine.sampling import Sampling
+from vesicle.engine.sequence import Outcome, Part, Sequence, Wanted
+from vesicle.engine.torch_pass import TorchPass
 from vesicle.engine.weights import Weights, from_folder, from_model
 from vesicle.errors import CacheFullError, ModelError, VesicleError
 from vesicle.families.base import ACTIVATIONS
 from vesicle.models.text import Text, end_ids, token_ids
 from vesicle.modulator import Modulator, served
-from vesicle.phases import ALL, GENERATED, PROMPT, Phases, Spans
+from vesicle.phases import Phases
 from vesicle.plan import (
-    BLOCK,
-    FFN_BIG,
-    FFN_SMALL,
-    FOREVER,
-    Author,
     Dense,
-    FloatArray,
-    IntArray,
     Method,
-    Plan,
-    PlanBuilder,
-    Rows,
-    check_rows,
-    resting_rows,
 )
-from vesicle.plan.rows import bounds, check_kept, of_attention
-from vesicle.retention import eviction_lengths, held_entries
 from vesicle.shapes import ModelShape
-from vesicle.transmitters import NAMES
 
 CHUNK = 2048
 """Prompt tokens of a prefill pass, unless a caller says otherwise."""
@@ -83,200 +63,6 @@ MOST_THREADS = 512
 
 
 _T = TypeVar("_T")
-
-
-class Sequence:
-    """One text being processed.
-
-    Its method's author, its cache, its Plan and its counted cost so far. Its cache is freed by
-    `close`, or when the sequence is dropped.
-
-    Attributes:
-        prompts: Which of its tokens are prompt (see `vesicle.phases`).
-        taken_over: Leading tokens that a fork has from another sequence, whose work they are.
-        evicts_at: The next length at which entries of the cache are forgotten; `FOREVER` for none.
-    """
-
-    def __init__(self, engine: Engine, method: Method, author: Author | None = None) -> None:
-        """Empty; use `Engine.start`, or `Engine.fork`, which brings an author."""
-        shape = engine.shape
-        self.engine = engine
-        self.method = method
-        self.equipment = method.equipment
-        self.overhead = method.overhead(shape)
-        self.author = author or method.author(shape)
-        self.builder = PlanBuilder(shape, self.author.retained)
-        self.cache = SequenceCache(engine.pool, shape.n_layers)
-        self.prompts = Spans()
-        self.taken_over = 0
-        self.evicts_at = FOREVER
-        self._evictions = eviction_lengths(self.author.retained)
-        self._most_bytes = 0
-        self.await_eviction()
-        self.token_ids: list[int] = []
-        self.counted: list[dict[str, NDArray[np.int64]]] = []
-        self._slot: Slot | None = None
-
-    def slot(self) -> Slot:
-        """What the native decoder knows of this sequence."""
-        if self._slot is None:
-            self._slot = Slot(self)
-        return self._slot
-
-    def settle(self) -> None:
-        """Bring Plan, levels and counts up to date with what the native decoder has run."""
-        if self._slot is not None:
-            with self.engine.lock:
-                self._slot.settle(self)
-
-    def begin_prompt(self, n_tokens: int, *, scored: bool = True) -> None:
-        """Say that the next `n_tokens` tokens are a prompt; the method decides what that changes.
-
-        Args:
-            n_tokens: Of the prompt.
-            scored: Whether anybody asks what follows the prompt. Its last token is then the first
-                of the generated ones.
-        """
-        self.settle()  # what was decided ahead may not hold any more
-        stop = self.length + n_tokens - scored
-        self.prompts.add(self.length, stop)
-        self.author.prompt(self.length, stop)
-
-    def phase(self, name: str) -> NDArray[np.bool_]:
-        """(T,) which of its tokens are of a phase: `prompt`, `generated` or `all`."""
-        prompt = self.prompts.contains(np.arange(self.length, dtype=np.int32))
-        return {PROMPT: prompt, GENERATED: ~prompt, ALL: np.ones(self.length, bool)}[name]
-
-    @property
-    def released(self) -> NDArray[np.bool_]:
-        """(T,) at which of its tokens the method's predictor ran."""
-        return self.author.releases(np.arange(self.length, dtype=np.int32))
-
-    @property
-    def cuts_at(self) -> int:
-        """The next length at which a pass must end; `FOREVER` for none."""
-        return min(self.evicts_at, self.author.changes_after(self.length))
-
-    def await_eviction(self) -> None:
-        """Find the next length at which entries are forgotten."""
-        later = (n for n in self._evictions if n > self.cache.length)
-        self.evicts_at = next(later, FOREVER)
-
-    def evict(self) -> None:
-        """Forget the entries that no query from here on may read, and free their memory."""
-        retained, length = self.author.retained, self.cache.length
-        assert retained is not None
-        self._most_bytes = self.kv_bytes_peak
-        for layer in range(self.cache.n_layers):
-            held = held_entries(retained, layer, length)
-            complete = held[0] < length // BLOCK * BLOCK  # as many in each head
-            self.cache.compact(layer, held[:, complete])
-        self.await_eviction()
-
-    @property
-    def kv_bytes_peak(self) -> int:
-        """The most bytes of keys and values that it ever held."""
-        return max(self._most_bytes, self.cache.bytes_held)
-
-    @property
-    def length(self) -> int:
-        """Tokens processed."""
-        return self.cache.length
-
-    def close(self) -> None:
-        """Free its cache.
-
-        Plan, levels and counted work stay; it takes no more tokens, and holds no bytes.
-        """
-        with self.engine.lock:
-            self.cache.free()
-
-    @property
-    def plan(self) -> Plan:
-        """What was decided for every token."""
-        with self.engine.lock:
-            self.settle()
-            return self.builder.build(self.author.turns(self.length))
-
-    @property
-    def levels(self) -> FloatArray:
-        """Released levels (T, L, 5); empty (0, L, 5) for methods that have none."""
-        with self.engine.lock:
-            self.settle()
-            levels = self.author.levels
-        return np.ones((0, self.cache.n_layers, len(NAMES))) if levels is None else levels
-
-    @property
-    def token_costs(self) -> dict[str, NDArray[np.int64]]:
-        """Counted work of each token (T,), by field of `Cost`."""
-        with self.engine.lock:
-            self.settle()
-            if not self.counted:
-                return {}
-            return {k: np.concatenate([c[k] for c in self.counted]) for k in self.counted[0]}
-
-    @property
-    def dense_token_costs(self) -> dict[str, NDArray[np.int64]]:
-        """What the same work on each token (T,) costs the dense model, by field of `Cost`.
-
-        The LM head is priced where it ran. Tokens taken over cost nothing, here as there.
-        """
-        counted, n = self.token_costs, self.taken_over
-        if not counted:
-            return {}
-        ran = counted["flops_head"][n:] > 0  # a head that runs multiplies something
-        dense = price_dense_tokens(self.engine.shape, n, ran)
-        return {k: np.concatenate([np.zeros(n, np.int64), v]) for k, v in dense.items()}
-
-    @property
-    def token_shares(self) -> FloatArray:
-        """(T,) FLOPs of each token over the dense model's; NaN for tokens taken over."""
-        with self.engine.lock:  # both of the same tokens
-            executed, dense = flops_of(self.token_costs), flops_of(self.dense_token_costs)
-        shares = np.full(len(dense), np.nan)
-        return np.divide(executed, dense, out=shares, where=dense > 0)
-
-    def cost_of(self, tokens: slice | NDArray[np.bool_]) -> Cost:
-        """Counted work of some of the tokens, without the cache held."""
-        return Cost(**{name: int(v[tokens].sum()) for name, v in self.token_costs.items()})
-
-    @property
-    def cost(self) -> Cost:
-        """Counted work of all tokens, and the cache held now."""
-        with self.engine.lock:
-            return replace(self.cost_of(slice(None)), kv_bytes_held=self.cache.bytes_held)
-
-    def dense_cost_of(self, tokens: slice | NDArray[np.bool_]) -> Cost:
-        """What the same work on some of the tokens costs the dense model, without the cache."""
-        return Cost(**{name: int(v[tokens].sum()) for name, v in self.dense_token_costs.items()})
-
-    @property
-    def dense_cost(self) -> Cost:
-        """What the same work on all tokens costs the dense model, and the cache that it holds.
-
-        `cost.ratio(dense_cost)` gives the share of each quantity.
-        """
-        shape = self.engine.shape
-        with self.engine.lock:
-            held = shape.n_layers * shape.position_bytes * self.length
-            return replace(self.dense_cost_of(slice(None)), kv_bytes_held=held)
-
-    @property
-    def share(self) -> float:
-        """Executed FLOPs over the dense model's for the same work; 1 before the first token.
-
-        Exactly 1 at rest, whatever logits were asked for and however passes were cut.
-        """
-        with self.engine.lock:  # both of the same tokens
-            executed, dense = self.cost.flops_total, self.dense_cost.flops_total
-        return executed / dense if dense else 1.0
-
-
-Part = tuple[Sequence, list[int]]
-"""A sequence and its next tokens."""
-Outcome = Tensor | Exception
-"""What a pass computed for a sequence, or why it could not."""
-Wanted = Literal["last", "all", "none", "likeliest"]
 
 
 class Engine:
@@ -322,7 +108,7 @@ class Engine:
         self.pool = BlockPool(shape, kv, kv_capacity, self.device)
         self._rotary = Rotary(loaded.config, self.dtype)
         self._scale = 1 / math.sqrt(shape.head_size)
-        self._decoder = Decoder.build(loaded, self.config, self.pool, self._scale)
+        self._native = NativeCore.build(loaded, self.config, self.pool, self._scale)
         self._activation = ACTIVATIONS[loaded.config.activation]
         self._text, self._folder, self._ends = text, folder, frozenset(ends)
         self.lock = threading.RLock()
@@ -600,9 +386,8 @@ class Engine:
     ) -> dict[int, list[Tensor]]:
         """Run as much of each chunk as cannot be read together with what follows it.
 
-        That is what lies before the last eviction or change of phase in it; and of tokens about
-        which something is decided all but the last, where the native core takes them: they go
-        through it one at a time, so that no decision depends on how a text is cut into passes.
+        That is what lies before the last eviction in it, and what the native
+        core takes less of than that.
 
         Args:
             left: By place in the batch, what is to be read; what is read is taken off, and at least
@@ -619,7 +404,7 @@ class Engine:
             for i, (sequence, ids) in list(left.items()):
                 try:
                     n = self._reach(sequence, len(ids))
-                except Exception as error:  # an author's, as in `_Pass.ask`
+                except Exception as error:  # an author's, as in `Asked`
                     outcomes[i] = error
                     del left[i]
                     continue
@@ -637,26 +422,25 @@ class Engine:
 
     def _reach(self, sequence: Sequence, n_wanted: int) -> int:
         """How many of a sequence's next tokens one pass may read; `n_wanted` or more for all."""
-        if n_wanted > 1 and self._decoder is not None and sequence.author.governs(sequence.length):
-            if self._decoder.covers(sequence):
-                return 1
-        return sequence.cuts_at - sequence.length
+        cut = sequence.evicts_at - sequence.length
+        reach = self._native.reach(sequence) if self._native is not None else 0
+        return min(reach, cut) if reach else cut
 
     def _run(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
         """One pass; sequences that have come to an eviction then forget."""
-        decoder, found = self._decoder, dict[int, Outcome]()
-        native, general = list[int](), list[int]()
+        core, found = self._native, dict[int, Outcome]()
+        native, other = list[int](), list[int]()
         for i, (sequence, ids) in enumerate(batch):
             try:
-                covered = decoder is not None and len(ids) == 1 and decoder.covers(sequence)
-            except Exception as error:  # an author's, as in `_Pass.ask`
+                covered = core is not None and len(ids) <= core.reach(sequence)
+            except Exception as error:  # an author's, as in `Asked`
                 found[i] = error
                 continue
-            (native if covered else general).append(i)
+            (native if covered else other).append(i)
         # What may be broken off comes first, so that nothing has changed then.
-        found |= zip(general, self._general([batch[i] for i in general], wants), strict=True)
-        if decoder is not None:
-            found |= self._native(decoder, batch, native, wants)
+        found |= zip(other, self._run_torch([batch[i] for i in other], wants), strict=True)
+        if core is not None:
+            found |= self._run_native(core, batch, native, wants)
         for i, (sequence, _) in enumerate(batch):
             if sequence.length == sequence.evicts_at:
                 try:
@@ -665,47 +449,39 @@ class Engine:
                     found[i] = error
         return [found[i] for i in range(len(batch))]
 
-    def _native(
-        self, decoder: Decoder, batch: list[Part], places: list[int], wanted: Wanted
+    def _run_native(
+        self, native: NativeCore, batch: list[Part], places: list[int], wanted: Wanted
     ) -> dict[int, Outcome]:
-        """Run those places of a batch that the native decoder takes; outcomes by place."""
+        """Run those places of a batch that the native core takes; outcomes by place."""
         found = dict[int, Outcome]()
-        wants = {"none": NOTHING, "likeliest": LIKELIEST}.get(wanted, LOGITS)
-        for start in range(0, len(places), MOST_TOKENS):
-            part = places[start : start + MOST_TOKENS]
+        wants = {"none": NOTHING, "likeliest": LIKELIEST, "all": ALL_LOGITS}.get(wanted, LOGITS)
+        for part in _together(places, [len(batch[i][1]) for i in places]):
             for i in part:
-                batch[i][0].cache.reserve(1)
-            results = decoder.step([(batch[i][0], batch[i][1][0]) for i in part], wants)
-            for i, result in zip(part, results, strict=True):
-                sequence, ids = batch[i]
-                sequence.cache.advance(1)
-                sequence.token_ids += ids
-                # The core gives no token where a logit is not finite.
-                # Otherwise levels that are no numbers would be taken for rest.
-                lost = int(result) < 0 if wants == LIKELIEST else not sequence.slot().sound()
-                found[i] = not_finite(sequence.length - 1) if lost else result
+                batch[i][0].cache.reserve(len(batch[i][1]))
+            found |= zip(part, native.run([batch[i] for i in part], wants), strict=True)
         return found
 
-    def _general(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
-        """Run any batch: for each sequence the logits (T, V) wanted, or the likeliest id ()."""
+    def _run_torch(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
+        """Run any batch in PyTorch."""
         if not batch:
             return []
         for sequence, ids in batch:
             sequence.settle()
             sequence.cache.reserve(len(ids))
-        run = _Pass(self, batch)
+        run = TorchPass(self, batch)
         try:
             results = run.outcomes(wants)
         except BaseException:  # perhaps an interrupt
             for sequence, _ in batch:
-                _broken_off(sequence)
+                sequence.break_off()
             raise
         for i, ((sequence, ids), rows) in enumerate(zip(batch, run.rows, strict=True)):
-            if i in run.failed:
-                _broken_off(sequence)
+            if i in run.asked.failed:
+                sequence.break_off()
                 continue
             sequence.cache.advance(len(ids))
             sequence.token_ids += ids
+            sequence.builder.add(run.plan[rows])
             sequence.counted.append(run.counters.totals(rows))
         return results
 
@@ -837,314 +613,21 @@ class Engine:
         return Generation(list(tokens), sequence)
 
 
+def _together(places: list[int], tokens: list[int]) -> Iterator[list[int]]:
+    """The places by passes, each of `MOST_TOKENS` tokens at most."""
+    part, total = list[int](), 0
+    for place, n in zip(places, tokens, strict=True):
+        if total + n > MOST_TOKENS:
+            yield part
+            part, total = [], 0
+        part.append(place)
+        total += n
+    if part:
+        yield part
+
+
 def _result(outcome: Outcome) -> Tensor:
     """What was computed, if nothing went wrong."""
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
-
-
-def _largest(logits: Tensor, position: int) -> Outcome:
-    """The place () of the largest of logits (V,), or an error if one of them is not finite."""
-    return logits.argmax() if bool(logits.isfinite().all()) else not_finite(position)
-
-
-def _broken_off(sequence: Sequence) -> None:
-    """Forget the pass that a sequence was in; its cache does so by itself."""
-    sequence.builder.drop()
-    sequence.author.rewind(sequence.length)
-
-
-def _attention(number: int, positions: IntArray, rows: Rows, author: Author) -> None:
-    author.attention(number, positions, rows)
-
-
-class _Pass:
-    """One forward pass over N tokens of a ragged batch."""
-
-    def __init__(self, engine: Engine, batch: list[tuple[Sequence, list[int]]]) -> None:
-        self.engine = engine
-        self.batch = batch
-        self.sequences = [sequence for sequence, _ in batch]
-        self.authors = [sequence.author for sequence in self.sequences]
-        self.failed: dict[int, Exception] = {}
-        self.rows: list[slice] = []
-        self.positions: list[IntArray] = []
-        n = 0
-        for sequence, ids in batch:
-            self.rows.append(slice(n, n + len(ids)))
-            n += len(ids)
-            start = sequence.length
-            self.positions.append(np.arange(start, start + len(ids), dtype=np.int32))
-        self.all_positions = np.concatenate(self.positions)
-        self.plan = resting_rows(engine.shape, self.all_positions)
-        self.limits: tuple[IntArray, IntArray] | None = None  # of its numbers, once needed
-        for sequence, rows in zip(self.sequences, self.rows, strict=True):
-            sequence.builder.add(self.plan[rows])
-        self.counters = Counters(engine.shape, n)
-        self.rotation = engine._rotary.at(self.all_positions)
-        self.masks = Masks()
-
-    def outcomes(self, wants: Wanted) -> list[Outcome]:
-        """Run; for each sequence the logits (T, V) wanted, or the likeliest id (), or an error."""
-        ids = [i for _, part in self.batch for i in part]
-        hidden = self.engine._weights.embed(torch.tensor(ids))
-        for number in range(self.engine.shape.n_layers):
-            hidden = self.layer(number, hidden)
-            if len(self.failed) == len(self.batch):
-                break
-        self.screens = self.plan["head"][:, -1].copy()
-        self.plan["head"] = 0  # unless it is screened below
-        found: list[Outcome] = []
-        for i in range(len(self.batch)):
-            if i in self.failed:
-                found.append(self.failed[i])
-            elif wants == "likeliest":
-                found.append(self.likeliest(i, hidden))
-            else:
-                found.append(self.logits(i, hidden, wants))
-        return found
-
-    def ask(self, i: int, number: int, question: Callable[[Author], None]) -> None:
-        """Have an author write its rows of layer `number`, and check them.
-
-        One that fails is at rest from then on, so that the others go on: nothing of another
-        sequence depends on what it decides.
-        """
-        author, positions = self.authors[i], self.positions[i]
-        try:
-            question(author)
-            if not author.bounded:
-                self.check(i, number)
-        except Exception as error:  # whatever an author of anyone's making may raise
-            self.failed[i] = error
-            self.authors[i] = Dense().author(self.engine.shape)
-            self.plan[self.rows[i]] = resting_rows(self.engine.shape, positions)
-
-    def check(self, i: int, number: int) -> None:
-        """Refuse rows of layer `number` that sequence i may not have."""
-        if self.limits is None:
-            self.limits = bounds(self.engine.shape, self.all_positions)
-        here = self.rows[i], slice(number, number + 1)
-        low, high = (limit[here] for limit in self.limits)
-        check_rows(
-            self.plan[here], self.engine.shape, self.positions[i], [number], limits=(low, high)
-        )
-
-    def layer(self, number: int, hidden: Tensor) -> Tensor:
-        """One decoder layer, hidden (N, D)."""
-        config = self.engine.config
-        decided = self.plan[:, number]
-        self.decide_attention(number)
-        after = hidden + self.attention(number, hidden, decided)
-        self.decide_ffn(number, after)
-        before = hidden if config.parallel_residual else after
-        return after + self.normed_ffn(number, before, decided)
-
-    def logits(self, i: int, hidden: Tensor, wanted: Literal["last", "all", "none"]) -> Tensor:
-        """Logits of sequence i's last, all or none of its tokens, from hidden (N, D)."""
-        rows = self.rows[i]
-        chosen = {"last": slice(rows.stop - 1, rows.stop), "all": rows, "none": slice(0, 0)}[wanted]
-        self.counters.head(chosen)
-        return self.engine._weights.logits(self.engine._final_norm(hidden[chosen]))
-
-    def likeliest(self, i: int, hidden: Tensor) -> Outcome:
-        """Id () of the word most likely to follow sequence i's last token, from hidden (N, D).
-
-        Or the error, if a logit is not finite.
-        """
-        engine, stop = self.engine, self.rows[i].stop
-        head, last = engine._weights.head, slice(stop - 1, stop)
-        position = int(self.positions[i][-1])
-        m = int(self.screens[stop - 1]) if engine.shape.screens_head else 0
-        if m == 0 or not isinstance(head, PackedHead):
-            return _largest(self.logits(i, hidden, "last")[0], position)
-        self.plan["head"][stop - 1, -1] = m
-        self.counters.head(last, m)
-        ids, logits = survivors(engine._final_norm(hidden[last]), head, m)
-        place = _largest(logits[0], position)
-        return ids[0, place] if isinstance(place, Tensor) else place
-
-    def bulk(self, x: Tensor, sites: slice, decided: Rows, whole: bool) -> Tensor:
-        """Normed inputs (N, D) of a module, in the number format that computes it fastest.
-
-        Many tokens that read all of a packed weight share one matrix product, which gains nothing
-        from activations in fp32.
-
-        Args:
-            x: The inputs.
-            sites: Of the module, in the order of `plan.SITES`.
-            decided: (N,) rows of the layer.
-            whole: Whether the module runs for all tokens.
-        """
-        shape = self.engine.shape
-        if shape.stored_bits is None or len(x) < MANY or not whole:
-            return x
-        channels, bits = decided["channels"][:, sites], decided["bits"][:, sites]
-        full = (channels >= shape.site_widths[sites]).all() and bits.min() >= shape.stored_bits
-        return x.to(bulk_dtype()) if full else x
-
-    def normed_ffn(self, number: int, hidden: Tensor, decided: Rows) -> Tensor:
-        """The FFN's contribution to the residual stream, (N, D), from its input before the norm."""
-        config, w = self.engine.config, self.engine._weights.layers[number]
-        norm = w.ffn_norm
-        x = normalise(hidden, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
-        big = bool((decided["ffn"] == FFN_BIG).all())
-        x = self.bulk(x, slice(2, 4), decided, big)
-        return self.ffn(number, x, decided)
-
-    def attention(self, number: int, hidden: Tensor, decided: Rows) -> Tensor:
-        """Attention's contribution to the residual stream, (N, D)."""
-        engine = self.engine
-        config, shape, w = engine.config, engine.shape, engine._weights.layers[number]
-        norm = w.attention_norm
-        x = normalise(hidden, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
-        runs = decided["attention"] == 1
-        channels, bits = decided["channels"], decided["bits"]
-        x = self.bulk(x, slice(0, 2), decided, bool(runs.all()))
-        kv, n = shape.kv_width, len(runs)
-        if runs.all():
-            joint, read = project(x, w.attention_in, channels[:, 0], bits[:, 0])
-        else:
-            # Skipped tokens compute values and keys alone: the leading outputs.
-            joint = x.new_zeros(n, w.attention_in.n_out)
-            read = np.zeros(n, np.int32)
-            for chosen, columns in ((runs, None), (~runs, 2 * kv)):
-                if chosen.any():
-                    index = torch.from_numpy(np.nonzero(chosen)[0])
-                    part, read[chosen] = project(
-                        x[index],
-                        w.attention_in,
-                        channels[chosen, 0],
-                        bits[chosen, 0],
-                        columns,
-                    )
-                    joint[index, : part.shape[1]] = part
-        outputs = (
-            w.attention_in.n_out if runs.all() else np.where(runs, w.attention_in.n_out, 2 * kv)
-        )
-        self.counters.projection(0, number, read, outputs, bits[:, 0])
-
-        size = shape.head_size
-        values = joint[:, :kv].view(n, shape.n_kv_heads, size)
-        keys_queries = joint[:, kv:].view(n, shape.n_kv_heads + shape.n_heads, size)
-        if w.query_norm is not None and w.key_norm is not None:
-            keys_queries = keys_queries.to(hidden.dtype)
-            keys, queries = keys_queries.split((shape.n_kv_heads, shape.n_heads), dim=1)
-            keys_queries = torch.cat(
-                [
-                    normalise(keys, w.key_norm.weight, None, config.norm_eps, True),
-                    normalise(queries, w.query_norm.weight, None, config.norm_eps, True),
-                ],
-                dim=1,
-            )
-        if config.rotary_layers[number]:
-            keys_queries = engine._rotary.rotate(keys_queries, self.rotation)
-        keys, queries = keys_queries.split((shape.n_kv_heads, shape.n_heads), dim=1)
-
-        mixed = x.new_empty(n, shape.query_width)
-        for sequence, rows, positions in zip(
-            self.sequences, self.rows, self.positions, strict=True
-        ):
-            cache = sequence.cache
-            cache.append(number, keys[rows].transpose(0, 1), values[rows].transpose(0, 1))
-            active = runs[rows]
-            if not active.any():
-                continue
-            whole = bool(active.all())
-            index = np.arange(rows.start, rows.stop)[active]
-            out, visited, compared = attend(
-                (queries[rows] if whole else queries[torch.from_numpy(index)]).to(x.dtype),
-                cache,
-                number,
-                positions[active],
-                decided["kv_blocks"][rows][active],
-                engine._scale,
-                sequence.equipment.summary,
-                self.masks,
-            )
-            vectors = sequence.overhead.selection_vectors
-            self.counters.attention(number, index, visited, compared, vectors)
-            if whole:
-                mixed[rows] = out
-            else:
-                mixed[torch.from_numpy(index)] = out
-        if runs.all():
-            out, read = project(mixed, w.attention_out, channels[:, 1], bits[:, 1])
-            self.counters.projection(1, number, read, w.attention_out.n_out, bits[:, 1])
-            return out
-        result = torch.zeros_like(hidden)
-        read = np.zeros(n, np.int32)
-        if runs.any():
-            index = torch.from_numpy(np.nonzero(runs)[0])
-            result[index], read[runs] = project(
-                mixed[index], w.attention_out, channels[runs, 1], bits[runs, 1]
-            )
-        self.counters.projection(1, number, read, w.attention_out.n_out, bits[:, 1])
-        self.stand_in("attention", number, x, ~runs, result)
-        return result
-
-    def decide_attention(self, number: int) -> None:
-        """Have the authors write their rows (N,) of a layer, as far as its attention goes."""
-        for i, (rows, positions) in enumerate(zip(self.rows, self.positions, strict=True)):
-            target = self.plan[rows, number]
-            self.ask(i, number, partial(_attention, number, positions, target))
-
-    def decide_ffn(self, number: int, hidden: Tensor) -> None:
-        """Give the authors their hidden states, from (N, D), and have them write the rest."""
-        for i in range(len(self.batch)):
-            self.ask(i, number, partial(self.decide_one, number, hidden, i))
-
-    def decide_one(self, number: int, hidden: Tensor, i: int, author: Author) -> None:
-        """As `decide_ffn`, for sequence i; and count what its predictor does."""
-        rows, positions = self.rows[i], self.positions[i]
-        decided = self.plan[rows, number]
-        before = None if author.bounded else of_attention(decided)
-        author.ffn(number, hidden[rows], positions, decided)
-        if before is not None:
-            check_kept(decided, before, number)
-        released = author.releases(positions)
-        self.counters.modulator(rows, released, self.sequences[i].overhead)
-
-    def ffn(self, number: int, x: Tensor, decided: Rows) -> Tensor:
-        """The FFN's contribution to the residual stream, (N, D), from its normed input."""
-        big = decided["ffn"] == FFN_BIG
-        if big.all():
-            return self.big_ffn(number, x, decided, None)
-        result = torch.zeros_like(x)
-        if big.any():
-            rows = np.nonzero(big)[0].astype(np.int32)
-            index = torch.from_numpy(rows)
-            result[index] = self.big_ffn(number, x[index], decided, rows)
-        self.stand_in("ffn", number, x, decided["ffn"] == FFN_SMALL, result)
-        return result
-
-    def big_ffn(self, number: int, x: Tensor, decided: Rows, rows: IntArray | None) -> Tensor:
-        """The FFN itself on the tokens `rows` (all for None), x (len(rows), D)."""
-        engine, w = self.engine, self.engine._weights.layers[number]
-        tokens = slice(None) if rows is None else rows
-        channels, bits = decided["channels"][tokens], decided["bits"][tokens]
-        inner, read = project(x, w.ffn_in, channels[:, 2], bits[:, 2])
-        self.counters.projection(2, number, read, w.ffn_in.n_out, bits[:, 2], tokens)
-        if engine.shape.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = engine._activation(gate) * up
-        else:
-            inner = engine._activation(inner)
-        out, read = project(inner, w.ffn_out, channels[:, 3], bits[:, 3])
-        self.counters.projection(3, number, read, w.ffn_out.n_out, bits[:, 3], tokens)
-        return out
-
-    def stand_in(
-        self, kind: str, number: int, x: Tensor, chosen: NDArray[np.bool_], result: Tensor
-    ) -> None:
-        """Write the stand-ins' outputs for the chosen tokens into `result` (N, D)."""
-        for sequence, rows in zip(self.sequences, self.rows, strict=True):
-            index = np.arange(rows.start, rows.stop)[chosen[rows]]
-            equipment = sequence.equipment
-            standin = equipment.ffn_standin if kind == "ffn" else equipment.attention_standin
-            if standin is None or not len(index):  # a method without stand-ins skips outright
-                continue
-            where = torch.from_numpy(index)
-            result[where] = standin.apply_layer(number, x[where])
-            self.counters.stand_in(index, standin.rank)

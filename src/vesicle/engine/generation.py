@@ -8,7 +8,7 @@ from vesicle.cost import Cost
 from vesicle.plan import FloatArray, Plan
 
 if TYPE_CHECKING:
-    from vesicle.engine.engine import Sequence
+    from vesicle.engine.sequence import Sequence
 
 
 class Generation(NamedTuple):

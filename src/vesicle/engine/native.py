@@ -1,108 +1,332 @@
-"""Loads the native libraries, once; says whether they are there, and why not.
+"""Passes in the native core: the next tokens of one or several sequences in one call.
 
-They are built at installation by `setup.py`. Where one is missing (no compiler, another platform)
-every caller has a PyTorch path with the same results.
+The core (`engine.core`) knows every family of `vesicle.families`, packed, fp32 and bf16 weights,
+and every KV format but fp64. It releases levels with the linear predictor and decides as the
+effectors do; authors that know their decisions beforehand hand them over (`Author.planned`), and
+all others are asked between the halves of each layer. What a token gets does not depend on how a
+text is cut into passes, nor on who else is in them.
+
+What it does not execute - fp64, fewer bits of a dense store - runs in PyTorch (`torch_pass`). Both
+count alike, and tests hold their Plans and logits together.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-import warnings
-from pathlib import Path
-from typing import Any
+import weakref
+from typing import TYPE_CHECKING
 
-import torch  # noqa: F401  # loaded first: its OpenMP runtime resolves the library's symbols
+import numpy as np
+import torch
+from torch import Tensor
 
-Signatures = dict[str, tuple[Any, list[Any]]]
-"""Result and arguments of each function of a library."""
+from vesicle.engine import core
+from vesicle.engine.asked import Asked
+from vesicle.engine.chunk import OTHERS, ChunkBuffer, Decides, parts_of, readable
+from vesicle.engine.linear import ChannelMajor, Projection
+from vesicle.engine.packed import PackedHead, PackedPair, PackedWeight
+from vesicle.engine.pool import BlockPool
+from vesicle.engine.rotary import Rotary
+from vesicle.engine.sampling import not_finite
+from vesicle.engine.weights import Weights
+from vesicle.families.base import Affine, DecoderConfig
+from vesicle.modulator import ModulatorAuthor
+from vesicle.predictors.linear import LinearPredictor
 
-_POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_LINEAR = [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE] + [_POINTER] * 3
-_SIGNATURES: Signatures = {
-    "vesicle_sparse_linear_f32": (None, _LINEAR),
-    "vesicle_sparse_linear_bf16": (None, _LINEAR),
-    "vesicle_choose_blocks_f32": (
-        None,
-        [_POINTER] * 4 + [_SIZE] * 7 + [_FLOAT] + [_POINTER] * 2,
-    ),
-    "vesicle_block_attention_f32": (
-        None,
-        [_POINTER] * 6 + [_SIZE] * 6 + [_FLOAT] + [_POINTER] * 2,
-    ),
-}
-DISABLE = "VESICLE_NO_NATIVE"
-"""Environment variable that, set to 1, forces the PyTorch path."""
-REQUIRE = "VESICLE_REQUIRE_NATIVE"
-"""Environment variable that, set to 1, makes missing native code an error: of an installation, and
-of the tests."""
-LIBRARIES = "VESICLE_LIBRARIES"
-"""Environment variable: a folder with other builds of the native libraries, checked ones say."""
+if TYPE_CHECKING:
+    from vesicle.engine.sequence import Outcome, Part, Sequence
+
+_MOST_RATIO = 256
+"""Query heads of a KV head that the core takes."""
+MOST_TOKENS = core.MOST_TOKENS
+NOTHING, LOGITS, LIKELIEST, ALL_LOGITS = range(4)
 
 
-def folder() -> Path:
-    """Where the native libraries are looked for."""
-    return Path(os.environ.get(LIBRARIES) or Path(__file__).parent)
+class NativeCore:
+    """Runs passes of up to 128 tokens, of one or several sequences, natively."""
 
+    def __init__(
+        self, weights: Weights, config: DecoderConfig, pool: BlockPool, scale: float
+    ) -> None:
+        """Use `build`."""
+        library = core.load()
+        assert library is not None
+        self._library, self._weights, self._pool = library, weights, pool
+        shape = config.shape
+        self._shape = shape
+        self._kept: list[Tensor] = []  # fp32 copies, which the structures point to
+        self._rotary = Rotary(config, torch.float32)
+        self._layers = (core.Layer * shape.n_layers)()
+        for number, (layer, w) in enumerate(zip(self._layers, weights.layers, strict=True)):
+            if isinstance(w.attention_in, PackedPair):
+                layer.value_key, layer.query = map(core.describe, w.attention_in.parts)
+            else:
+                split = 2 * shape.kv_width
+                layer.value_key = self._projection(w.attention_in, 0, split)
+                layer.query = self._projection(w.attention_in, split, w.attention_in.n_out)
+            layer.attention_out = self._projection(w.attention_out)
+            layer.ffn_in, layer.ffn_out = self._projection(w.ffn_in), self._projection(w.ffn_out)
+            layer.attention_norm = self._norm(w.attention_norm)
+            layer.ffn_norm = self._norm(w.ffn_norm)
+            layer.query_norm, layer.key_norm = self._norm(w.query_norm), self._norm(w.key_norm)
+            layer.rotates = config.rotary_layers[number]
+        self._model = core.Model(
+            n_layers=shape.n_layers,
+            width=shape.width,
+            heads=shape.n_heads,
+            kv_heads=shape.n_kv_heads,
+            size=shape.head_size,
+            ffn_width=shape.ffn_width,
+            vocabulary=shape.vocabulary,
+            eps=config.norm_eps,
+            scale=scale,
+            layers=ctypes.addressof(self._layers),
+            rms=config.rms_norm,
+            parallel=config.parallel_residual,
+            gated=shape.gated,
+            activation=core.ACTIVATIONS[config.activation],
+            rotated=2 * len(config.rotary_frequencies),
+            final_norm=self._norm(weights.final_norm),
+            embedding=self._head(weights.embedding, None),
+            head=self._head(weights.head, weights.head_bias),
+            keys=pool.keys.data_ptr(),
+            values=pool.values.data_ptr(),
+            key_scales=core.address(pool.key_scales),
+            value_scales=core.address(pool.value_scales),
+            kv_format=core.KV_FORMATS[pool.keys.dtype],
+            summary_format=_summary_format(pool),
+            # Keys, then values. Strides say nothing about an axis of one head.
+            page_stride=2 * pool.keys[0, 0].numel(),
+        )
+        self._chunks = (core.Chunk * core.MOST_TOKENS)()
+        self._pass = library.vesicle_open()
+        weakref.finalize(self, library.vesicle_close, self._pass).atexit = False
 
-def disabled() -> bool:
-    """Whether native code is not wanted."""
-    return os.environ.get(DISABLE) == "1"
+    def _summarise(self, chunk: core.Chunk) -> None:
+        """Summarise all complete blocks of a sequence."""
+        self._library.vesicle_summarise(
+            ctypes.addressof(self._model), ctypes.addressof(chunk), core.threads()
+        )
 
+    def _fp32(self, tensor: Tensor | None) -> int | None:
+        """Address of a small tensor's numbers in fp32."""
+        if tensor is None:
+            return None
+        self._kept.append(tensor.float().contiguous())
+        return self._kept[-1].data_ptr()
 
-def open_library(stem: str, signatures: Signatures) -> tuple[ctypes.CDLL | None, str]:
-    """Load a library and declare its functions.
+    def _norm(self, norm: Affine | None) -> core.Norm:
+        if norm is None:
+            return core.Norm()
+        return core.Norm(gain=self._fp32(norm.weight), bias=self._fp32(norm.bias))
 
-    Args:
-        stem: What its file's name begins with.
-        signatures: Of its functions.
+    def _projection(
+        self, weight: Projection, start: int = 0, stop: int | None = None
+    ) -> core.Projection:
+        """A projection, or outputs `start:stop` of a dense one."""
+        if isinstance(weight, PackedWeight):
+            return core.describe(weight)
+        assert isinstance(weight, ChannelMajor)
+        size, bias = weight.weight.element_size(), weight.bias
+        return core.Projection(
+            data=weight.weight.data_ptr() + start * size,
+            bias=self._fp32(None if bias is None else bias[start:stop]),
+            n_in=weight.n_in,
+            n_out=(weight.n_out if stop is None else stop) - start,
+            stride=weight.n_out,
+            format=_dense_format(weight.weight),
+        )
 
-    Returns:
-        The library, or None and the reason.
-    """
-    if disabled():
-        return None, f"{DISABLE} is 1"
-    reason = _not_built(stem)
-    for path in sorted(folder().glob(f"{stem}*.so")):
+    def _head(self, head: Tensor | PackedHead, bias: Tensor | None) -> core.Projection:
+        """The LM head or the embedding."""
+        if isinstance(head, PackedHead):
+            return core.describe(head)
+        return core.Projection(
+            data=head.data_ptr(),
+            bias=self._fp32(bias),
+            n_in=head.shape[1],
+            n_out=head.shape[0],
+            stride=head.shape[1],
+            format=_dense_format(head),
+        )
+
+    @classmethod
+    def build(
+        cls, weights: Weights, config: DecoderConfig, pool: BlockPool, scale: float
+    ) -> NativeCore | None:
+        """The core for these weights and pages, or None where it does not cover them."""
+        covered = uncovered(weights, config, pool) is None
+        return cls(weights, config, pool, scale) if covered else None
+
+    def reach(self, sequence: Sequence) -> int:
+        """How many of a sequence's next tokens a pass may take; 0 if it cannot execute the next."""
+        author, equipment, buffer = sequence.author, sequence.equipment, sequence.buffer()
+        for standin in (equipment.ffn_standin, equipment.attention_standin):
+            if not all(map(readable, parts_of(standin))):
+                return 0
+        decides = Decides.BEFORE
+        if isinstance(author, ModulatorAuthor) and author.reads_hidden:
+            if author.acting(np.array([sequence.length], np.int32)).any():
+                decides = self._who(author, buffer)
+        buffer.turn(sequence, decides)
+        room = buffer.room(sequence)
+        if room == 0 and decides is Decides.BEFORE:  # it has to see hidden states
+            decides = Decides.ASKED
+            buffer.turn(sequence, decides)
+            room = buffer.room(sequence)
+        return 0 if decides is Decides.ASKED and not self._may_ask else room
+
+    def _who(self, author: ModulatorAuthor, buffer: ChunkBuffer) -> Decides:
+        """Whether the core decides as a modulator does, or its author has to be asked."""
+        predictor = author.modulator.predictor
+        if (
+            isinstance(predictor, LinearPredictor)
+            and all(map(readable, parts_of(predictor)))
+            and buffer.follows(author, self._weights.packed)
+        ):
+            return Decides.CORE
+        return Decides.ASKED
+
+    @property
+    def _may_ask(self) -> bool:
+        """Whether the core executes whatever may be answered."""
+        return self._weights.packed and not OTHERS
+
+    def run(self, batch: list[Part], wants: int) -> list[Outcome]:
+        """One pass over the next tokens of each sequence; room for them has been reserved.
+
+        Args:
+            batch: Sequences and their next token ids, `MOST_TOKENS` at most in all.
+            wants: `NOTHING` of the head, the last token's `LOGITS`, the `LIKELIEST` token to follow
+                it, or `ALL_LOGITS`.
+
+        Returns:
+            For each sequence, logits (1, V) or (T, V), the likeliest token's id (), or (0, V); or
+            what went wrong.
+        """
+        sizes = [{LOGITS: 1, ALL_LOGITS: len(ids)}.get(wants, 0) for _, ids in batch]
+        logits = torch.empty(sum(sizes), self._shape.vocabulary).split(sizes)
+        # First, since growing would move the rows that other tokens point to.
+        self._rotary.reach(max(sequence.length + len(ids) for sequence, ids in batch))
+        for (sequence, ids), rows in zip(batch, logits, strict=True):
+            buffer = sequence.buffer()
+            buffer.prepare(sequence, ids, self._rotary.addresses(sequence.length), self._summarise)
+            buffer.chunk.wants = wants
+            buffer.chunk.logits = rows.data_ptr() if len(rows) else None
+        asked = [i for i, (sequence, _) in enumerate(batch) if sequence.buffer().asks]
         try:
-            library = ctypes.CDLL(str(path))
-            for name, (result, arguments) in signatures.items():
-                function = getattr(library, name)
-                function.restype, function.argtypes = result, arguments
-        except OSError as error:
-            reason = f"{path} cannot be loaded: {error}"
-        except AttributeError as error:
-            reason = f"{path} is of another version: {error}"
-        else:
-            return library, ""
-    return None, reason
+            failed = self._ask(batch, asked) if asked else self._stages(batch, 0, self._end)
+        except BaseException:  # perhaps an interrupt
+            for part in batch:
+                _break_off(part)
+            raise
+        heads = {NOTHING: 0, ALL_LOGITS: core.MOST_TOKENS}.get(wants, 1)
+        found: list[Outcome] = []
+        for i, (sequence, ids) in enumerate(batch):
+            if i in failed:
+                _break_off(batch[i])
+                found.append(failed[i])
+                continue
+            buffer = sequence.buffer()
+            buffer.chunk.lost, buffer.chunk.likeliest = (
+                self._chunks[i].lost,
+                self._chunks[i].likeliest,
+            )
+            lost = buffer.lost  # otherwise levels that are no numbers would be taken for rest
+            if wants == LIKELIEST and buffer.chunk.likeliest < 0:  # where a logit is not finite
+                lost = len(ids) - 1
+            start = sequence.length
+            sequence.cache.advance(len(ids))
+            sequence.token_ids += ids
+            buffer.done(sequence, heads)
+            if lost >= 0:
+                found.append(not_finite(start + lost))
+            else:
+                token = torch.tensor(buffer.chunk.likeliest)
+                found.append(token if wants == LIKELIEST else logits[i])
+        return found
+
+    @property
+    def _end(self) -> int:
+        """Stages of a pass: attention and FFN of each layer by turns, and the head."""
+        return 2 * self._shape.n_layers + 1
+
+    def _stages(self, batch: list[Part], first: int, last: int) -> dict[int, Exception]:
+        """Run stages `first` to `last` of a pass."""
+        if first == 0:
+            for i, (sequence, _) in enumerate(batch):
+                self._chunks[i] = sequence.buffer().chunk
+        self._library.vesicle_pass(
+            self._pass,
+            ctypes.addressof(self._model),
+            ctypes.addressof(self._chunks),
+            len(batch),
+            first,
+            last,
+            core.threads(),
+        )
+        return {}
+
+    def _ask(self, batch: list[Part], asked: list[int]) -> dict[int, Exception]:
+        """Run a pass and ask some of its authors before each stage; what went wrong, by place."""
+        sequences = [batch[i][0] for i in asked]
+        lengths = [len(batch[i][1]) for i in asked]
+        hidden = torch.empty(sum(lengths), self._shape.width).split(lengths)
+        for sequence, rows in zip(sequences, hidden, strict=True):
+            sequence.buffer().chunk.hidden = rows.data_ptr()
+        parts = [(s.buffer(), s.buffer().next(n)) for s, n in zip(sequences, lengths, strict=True)]
+        asking = Asked(
+            self._shape,
+            [sequence.author for sequence in sequences],
+            [
+                np.arange(sequence.length, sequence.length + n, dtype=np.int32)
+                for sequence, n in zip(sequences, lengths, strict=True)
+            ],
+            [buffer.plan[part] for buffer, part in parts],
+        )
+        try:
+            for layer in range(self._shape.n_layers):
+                asking.attention(layer)
+                self._stages(batch, 2 * layer, 2 * layer + 1)
+                asking.ffn(layer, list(hidden))
+                self._stages(batch, 2 * layer + 1, 2 * layer + 2)
+            self._stages(batch, self._end - 1, self._end)
+            for (buffer, part), released in zip(parts, asking.released, strict=True):
+                buffer.released[part] = released
+        finally:
+            for sequence in sequences:
+                sequence.buffer().chunk.hidden = None
+        return {asked[i]: error for i, error in asking.failed.items()}
 
 
-def _not_built(stem: str) -> str:
-    """Why there is no such file, as far as the installation has left word."""
-    try:
-        cause = (folder() / f"{stem}.failed.txt").read_text(encoding="utf-8").strip()
-    except OSError:
-        cause = "was there no C++ compiler at installation?"
-    else:
-        cause = f"its build failed at installation: {cause}"
-    return f"{folder()} has no {stem}*.so; {cause}"
+def _break_off(part: Part) -> None:
+    """Have a sequence forget the pass that it was in."""
+    sequence, ids = part
+    sequence.buffer().drop(len(ids))
+    sequence.break_off()
 
 
-@functools.cache
-def load() -> ctypes.CDLL | None:
-    """The loaded kernels, or None where they are absent or disabled."""
-    found, _ = open_library("_native", _SIGNATURES)
-    line = fallback() if found is None else None
-    if line is not None and not disabled():
-        warnings.warn(line, stacklevel=2)
-    return found
+def uncovered(weights: Weights, config: DecoderConfig, pool: BlockPool) -> str | None:
+    """What the core does not cover about these weights and pages, in a few words; None for nothing.
+
+    That there is no core comes first.
+    """
+    dtype = weights.dtype
+    ratio = config.shape.n_heads // config.shape.n_kv_heads
+    known = {
+        "the native core is missing": core.available(),
+        f"weights are {weights.format}": weights.packed or dtype in (torch.float32, torch.bfloat16),
+        f"weights are on {weights.device}": weights.device.type == "cpu",
+        f"keys and values are {pool.kv}": pool.keys.dtype in core.KV_FORMATS,
+        f"the model's activation is {config.activation!r}": (config.activation in core.ACTIVATIONS),
+        f"{ratio} query heads share a KV head, and {_MOST_RATIO} may": ratio <= _MOST_RATIO,
+    }
+    return next((what for what, fine in known.items() if not fine), None)
 
 
-def fallback() -> str | None:
-    """What to tell where there are no kernels, in one line; None where there are."""
-    found, reason = open_library("_native", _SIGNATURES)
-    if found is not None:
-        return None
-    return f"the native kernels are missing: {reason}; prompts below rest run in PyTorch, slower"
+def _dense_format(weight: Tensor) -> int:
+    return core.DENSE32 if weight.dtype == torch.float32 else core.DENSE_BF16
+
+
+def _summary_format(pool: BlockPool) -> int:
+    return core.KV_FORMATS[torch.float16 if pool.keys.dtype == torch.int8 else pool.keys.dtype]

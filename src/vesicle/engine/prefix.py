@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vesicle.engine.engine import Engine, Sequence
+from vesicle.engine.engine import Engine
+from vesicle.engine.sequence import Sequence
 from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorMethod
 from vesicle.plan import BLOCK, Dense, IntArray, Method

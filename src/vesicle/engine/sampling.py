@@ -70,7 +70,8 @@ class Sampling:
         below = torch.where(wide == wide.max(), 0.0, wide - wide.max())
         chances = (below / self.temperature).softmax(-1)
         if self.top_p < 1:
-            ordered, tokens = chances.sort(descending=True)
+            tokens = wide.sort(descending=True).indices  # where chances round to the same
+            ordered = chances[tokens]
             kept = ordered.cumsum(-1) - ordered < self.top_p
             kept[0] = True
             chances = torch.zeros_like(chances).scatter(0, tokens[kept], ordered[kept])
@@ -86,3 +87,8 @@ def not_finite(position: int) -> VesicleError:
     return VesicleError(
         f"logits are not finite at position {position}: the weights or the cache are damaged"
     )
+
+
+def likeliest_of(logits: Tensor, position: int) -> Tensor | VesicleError:
+    """The place () of the largest of logits (V,), or an error if one of them is not finite."""
+    return logits.argmax() if bool(logits.isfinite().all()) else not_finite(position)

@@ -35,10 +35,11 @@ import numpy as np
 from torch import Tensor
 
 from vesicle.cost import Cost
-from vesicle.engine.engine import Engine, Sequence, Wanted
+from vesicle.engine.engine import Engine
 from vesicle.engine.prefix import PrefixIndex
 from vesicle.engine.prompt import Prompt, checked_ends
 from vesicle.engine.sampling import Sampling
+from vesicle.engine.sequence import Sequence, Wanted
 from vesicle.errors import CacheFullError, VesicleError
 from vesicle.modulator import Modulator
 from vesicle.phases import Phases

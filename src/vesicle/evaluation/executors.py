@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vesicle.cost import Cost, price, price_dense_span
 from vesicle.engine import Engine
 from vesicle.engine.engine import CHUNK
-from vesicle.engine.engine import Sequence as EngineSequence
+from vesicle.engine.sequence import Sequence as EngineSequence
 from vesicle.errors import VesicleError
 from vesicle.evaluation.language_modelling import model_shape
 from vesicle.evaluation.memory import peak_bytes, reset_peak

@@ -7,10 +7,8 @@ as that begins alike too (`Engine.fork`). The rest of each is read side by side,
 What stands before a continuation is its prompt (see `vesicle.phases`). Texts share what they begin
 with as far as its tokens are of the same phase in all of them.
 
-The LM head runs for the positions that are scored, and for up to `MANY` - 1 before them: the engine
-computes passes of fewer tokens by another route, which rounds activations (see `docs/engine.md`),
-so each text has `MANY` tokens in a pass if it has that many. Where passes are cut changes rounding
-and nothing else.
+The LM head runs for the positions that are scored. Where passes are cut, and who is beside whom,
+changes nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +23,7 @@ from torch import Tensor
 from vesicle.cost import Cost
 from vesicle.engine import Engine
 from vesicle.engine.engine import CHUNK
-from vesicle.engine.engine import Sequence as EngineSequence
-from vesicle.engine.linear import MANY
+from vesicle.engine.sequence import Sequence as EngineSequence
 from vesicle.errors import VesicleError
 from vesicle.evaluation.lm_eval_tally import Tally
 from vesicle.modulator import ModulatorMethod
@@ -34,6 +31,8 @@ from vesicle.plan import Method
 
 _SIDE_BY_SIDE = 512
 """Tokens of a pass with logits, which take 100 MB in fp32 at a vocabulary of 49152."""
+_WORTHWHILE = 32
+"""Tokens from which on reading them once for several texts pays for keeping them apart."""
 _PASS = 64
 """About as many tokens as a pass takes time for what does not depend on its tokens."""
 
@@ -62,7 +61,7 @@ class _Text:
     Attributes:
         ids: Token ids that are read; the last of a continuation is not.
         continuations: All that end there; of one length, where a prompt is treated otherwise.
-        head: Position from where on logits are needed; below 0 where the text is short.
+        head: Position from where on logits are needed.
     """
 
     ids: list[int]
@@ -162,7 +161,7 @@ class Scorer:
                 continue
             common = (one.common(text, phased=self._phased) for one in group.texts)
             shared = min(group.shared, text.head, *common)
-            if shared < MANY or not self._forks:
+            if shared < _WORTHWHILE or not self._forks:
                 shared = 0
             texts = [*group.texts, text]
             tokens = sum(len(t.ids) - shared for t in texts)
@@ -185,14 +184,12 @@ class Scorer:
         """
         shared, text = group.shared, group.texts[0]
         ids = text.ids
-        if shared < MANY:
+        if shared < _WORTHWHILE:
             return None
         start = 0
         if before is not None and last is not None:
             start = min(last.common(text, phased=self._phased), before.length, shared)
-        if start < shared:
-            start = min(start, shared - MANY)
-        if before is not None and start >= MANY and self._forks:
+        if before is not None and start >= _WORTHWHILE and self._forks:
             base = self._engine.fork(before, start)
         else:
             base, start = self._engine.start(self._method), 0
@@ -219,7 +216,7 @@ class Scorer:
             sequences = [engine.fork(base) for _ in group.texts]
         for sequence, text in zip(sequences, group.texts, strict=True):
             sequence.begin_prompt(text.prompt - start, scored=False)
-        heads = [t.head if t.head - start >= MANY else start for t in group.texts]
+        heads = [text.head for text in group.texts]
         triples = list(zip(sequences, group.texts, heads, strict=True))
         middles = [(s, t.ids[start:head]) for s, t, head in triples if head > start]
         if middles:
@@ -268,7 +265,7 @@ def _texts(wanted: Mapping[tuple[int, ...], list[Continuation]], phased: bool) -
             kinds.setdefault(len(end.ids) if phased else 0, []).append(end)
         for _, ends in sorted(kinds.items()):
             longest = max(len(end.ids) for end in ends)
-            yield _Text(list(inputs), ends, len(inputs) - max(MANY, longest))
+            yield _Text(list(inputs), ends, len(inputs) - longest)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

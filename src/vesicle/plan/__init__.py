@@ -31,7 +31,7 @@ A new decision is a line in `layout.FIELDS`, a price in `cost.py` and its execut
 
 from vesicle.plan.author import Author, Equipment, Method
 from vesicle.plan.builder import PlanBuilder, opening
-from vesicle.plan.events import EVENT, FOREVER, FORGET, TURN, Events
+from vesicle.plan.events import EVENT, FOREVER, FORGET, Events
 from vesicle.plan.given import Dense, Replay
 from vesicle.plan.layout import FIELDS, Field
 from vesicle.plan.plan import Plan
@@ -64,7 +64,6 @@ __all__ = [
     "FULL_BITS",
     "ROW",
     "SITES",
-    "TURN",
     "Author",
     "Dense",
     "Equipment",

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesicle.errors import VesicleError
-from vesicle.plan.events import FOREVER
 from vesicle.plan.rows import FloatArray, IntArray, Rows
 from vesicle.shapes import ModelShape, Overhead
 from vesicle.transmitters import NAMES
@@ -60,14 +59,6 @@ class Author(ABC):
         """
         return None
 
-    def changes_after(self, position: int) -> int:
-        """The next position from which on tokens are decided in another way; `FOREVER` if none.
-
-        Executors cut their passes there, so that tokens at rest do not take the route of those
-        that are not.
-        """
-        return FOREVER
-
     def check(self, stop: int) -> None:
         """Refuse tokens up to `stop` before any of them is read; by default none is refused.
 
@@ -75,22 +66,6 @@ class Author(ABC):
             VesicleError: If it cannot decide about all of them.
         """
         return None
-
-    def governs(self, position: int) -> bool:
-        """Whether anything is decided about the token at `position`, be it that it rests.
-
-        Such tokens take one route through the engine, one at a time, however a text is cut into
-        passes. True by default: what an author decides is not known here.
-        """
-        return True
-
-    def turns(self, length: int) -> list[int]:
-        """Where a sequence of `length` tokens was cut for `changes_after`, rising."""
-        found, at = list[int](), self.changes_after(0)
-        while at < length:
-            found.append(at)
-            at = self.changes_after(at)
-        return found
 
     def releases(self, positions: IntArray) -> NDArray[np.bool_]:
         """(T,) at which of `positions` (T,) the method's predictor runs, which costs something."""

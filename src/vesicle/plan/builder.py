@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vesicle.plan.events import Events, forgetting, sorted_events, turns_at
+from vesicle.plan.events import EVENT, Events, forgetting
 from vesicle.plan.plan import Plan
 from vesicle.plan.rows import ROW, IntArray, Rows
 from vesicle.shapes import ModelShape
@@ -63,22 +63,17 @@ class PlanBuilder:
             rows["head"] = 0
         return other
 
-    def build(self, turns: list[int] | None = None) -> Plan:
-        """The Plan so far.
-
-        Args:
-            turns: Before which positions passes had to end.
-        """
+    def build(self) -> Plan:
+        """The Plan so far."""
         none = np.zeros((0, self._shape.n_layers), ROW)
         rows = np.concatenate([none, *self._passes])
-        return Plan(rows=rows, events=self._events(len(rows), turns or []))
+        return Plan(rows=rows, events=self._events(len(rows)))
 
-    def _events(self, n_tokens: int, turns: list[int]) -> Events:
-        found = turns_at(turns).tolist()
+    def _events(self, n_tokens: int) -> Events:
         if self._retained is None:
-            return sorted_events(found)
+            return np.zeros(0, EVENT)
         if n_tokens < len(self._retained):
-            return sorted_events(found + forgetting(self._retained[:n_tokens]).tolist())
+            return forgetting(self._retained[:n_tokens])
         if self._forgetting is None:  # the same from here on
             self._forgetting = forgetting(self._retained)
-        return sorted_events(found + self._forgetting.tolist()) if found else self._forgetting
+        return self._forgetting

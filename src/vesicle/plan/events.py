@@ -3,11 +3,6 @@
 An event of kind `FORGET` at position p is the end of entries `first` to `last` of the cache, the
 keys and values of those tokens in one layer and KV head: queries before p may read them, those from
 p on may not, and their memory is free. `kv_head` is -1 where all KV heads forget them.
-
-An event of kind `TURN` is no decision. It tells that a pass had to end before position p, since
-tokens were decided in another way from there on (a prompt at rest ends, say). Arithmetic on many
-tokens rounds otherwise than on one, so that a replay which is to write the same text ends its
-passes there too.
 """
 
 from __future__ import annotations
@@ -22,8 +17,7 @@ from vesicle.plan.rows import BLOCK, IntArray
 
 FOREVER = 2**31 - 1
 """Of an entry that is never forgotten."""
-FORGET, TURN = 0, 1
-KINDS = (FORGET, TURN)
+FORGET = 0
 ALL_HEADS = -1
 
 _NAMES = ("position", "layer", "first", "last", "kv_head", "kind", "value")
@@ -36,11 +30,6 @@ Events = NDArray[np.void]
 def sorted_events(found: list[tuple[int, ...]]) -> Events:
     """A table of events, given in any order."""
     return np.array(sorted(found), EVENT)
-
-
-def turns_at(positions: list[int]) -> Events:
-    """Turns before these positions."""
-    return sorted_events([(position, -1, -1, -1, ALL_HEADS, TURN, 0) for position in positions])
 
 
 def forgetting(retained: IntArray) -> Events:
@@ -99,9 +88,8 @@ def check_events(events: Events, n_tokens: int, n_layers: int, n_heads: int) -> 
     Raises:
         VesicleError: With the field, the value and what is allowed.
     """
-    forget = events["kind"] == FORGET
     bounds: dict[str, tuple[int, int]] = {
-        "kind": (min(KINDS), max(KINDS)),
+        "kind": (FORGET, FORGET),
         "position": (1, FOREVER),
         "layer": (0, n_layers - 1),
         "first": (0, n_tokens - 1),
@@ -110,18 +98,12 @@ def check_events(events: Events, n_tokens: int, n_layers: int, n_heads: int) -> 
     }
     for name, (low, high) in bounds.items():
         values = events[name]
-        bad = ((values < low) | (values > high)) & (forget | (name == "kind"))
+        bad = (values < low) | (values > high)
         if bad.any():
             raise VesicleError(
                 f"plan event {name!r} is {values[bad][0]} at {int(bad.argmax())}; "
                 f"allowed: {low} to {high}"
             )
-    turns = events["position"][events["kind"] == TURN]
-    edges = np.concatenate([[0], turns, [n_tokens]])
-    if len(turns) and (np.diff(edges) < 1).any():
-        raise VesicleError(
-            f"plan field 'turns' is {turns.tolist()}; allowed: rising, 1 to {n_tokens - 1}"
-        )
     check_retained(retained_by(events, n_tokens, n_layers, n_heads))
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vesicle.errors import VesicleError
 from vesicle.plan.author import Author, Equipment, Method
-from vesicle.plan.events import FOREVER, retained_by
+from vesicle.plan.events import retained_by
 from vesicle.plan.plan import Plan
-from vesicle.plan.rows import IntArray, Rows, numbers, resting_rows
+from vesicle.plan.rows import IntArray, Rows, resting_rows
 from vesicle.shapes import ModelShape
 
 if TYPE_CHECKING:
@@ -42,15 +41,10 @@ class _ReplayAuthor(Author):
     bounded = True  # the whole Plan was checked
 
     def __init__(self, plan: Plan, shape: ModelShape) -> None:
-        self._plan, self._turns = plan, plan.turns
+        self._plan = plan
         if plan.forgets:
             size = (plan.n_tokens, plan.n_layers, shape.n_kv_heads)
             self.retained = np.broadcast_to(retained_by(plan.events, *size), size)
-        # Of each stretch between turns: whether anything in it is below rest.
-        rest = resting_rows(shape, np.arange(plan.n_tokens, dtype=np.int32))
-        below = (numbers(plan.rows) != numbers(rest)).any((1, 2))
-        edges = [0, *self._turns.tolist(), plan.n_tokens]
-        self._governed = [bool(below[a:b].any()) for a, b in pairwise(edges)]
 
     def fork(self, n_tokens: int) -> Author:
         return copy.copy(self)
@@ -58,14 +52,6 @@ class _ReplayAuthor(Author):
     def check(self, stop: int) -> None:
         if stop > self._plan.n_tokens:
             self._check(self._plan.n_tokens)
-
-    def governs(self, position: int) -> bool:
-        at = int(np.searchsorted(self._turns, position, side="right"))
-        return position < self._plan.n_tokens and self._governed[at]
-
-    def changes_after(self, position: int) -> int:
-        at = int(np.searchsorted(self._turns, position, side="right"))
-        return int(self._turns[at]) if at < len(self._turns) else FOREVER
 
     def planned(self, positions: IntArray) -> Rows | None:
         if len(positions):
@@ -104,9 +90,6 @@ class _DenseAuthor(Author):
     @property
     def rests(self) -> bool:
         return True
-
-    def governs(self, position: int) -> bool:
-        return False
 
     def fork(self, n_tokens: int) -> Author:
         return copy.copy(self)

@@ -1,8 +1,7 @@
 """The Plan: the discrete decisions of one sequence, in two tables.
 
 `rows` has one row for each of T tokens in each of L layers; its fields are listed in `layout.py`.
-`events` holds what happens between tokens: entries of the cache that end, and where passes had to
-end; see `events.py`.
+`events` holds what happens between tokens: entries of the cache that end; see `events.py`.
 """
 
 from __future__ import annotations
@@ -20,19 +19,18 @@ from vesicle.files import atomic_path
 from vesicle.plan.events import (
     EVENT,
     N_EVENT,
-    TURN,
     Events,
     check_events,
     forgetting,
     retained_by,
-    sorted_events,
-    turns_at,
 )
 from vesicle.plan.rows import BY_NAME, ROW, IntArray, Rows, check_rows, numbers, resting_rows
 from vesicle.shapes import ModelShape
 
 _FORMAT, _OLD_FORMAT = "vesicle-plan-2", "vesicle-plan-1"
 _EVENTS = "events"
+_TURN = 1
+"""A kind of event that was written once, and tells nothing that matters any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +69,10 @@ class Plan:
         return plan if retained is None else plan.with_fields(retained=retained)
 
     def with_fields(self, **fields: NDArray[Any]) -> Plan:
-        """This Plan with other values of some fields, or another `retained` or `turns`."""
+        """This Plan with other values of some fields, or another `retained`."""
         rows, events = self.rows.copy(), self.events
         if "retained" in fields:
-            kept = events[events["kind"] == TURN].tolist()
-            found = forgetting(_whole(fields.pop("retained"), "retained", rows.shape))
-            events = sorted_events(kept + found.tolist())
-        if "turns" in fields:
-            kept = events[events["kind"] != TURN].tolist()
-            events = sorted_events(kept + turns_at(list(fields.pop("turns"))).tolist())
+            events = forgetting(_whole(fields.pop("retained"), "retained", rows.shape))
         for name, values in fields.items():
             _fill(rows, name, values)
         return Plan(rows=rows, events=events)
@@ -97,15 +90,9 @@ class Plan:
         return retained_by(self.events, self.n_tokens, self.n_layers)
 
     @property
-    def turns(self) -> IntArray:
-        """(n,) rising: before which positions passes had to end."""
-        turns: IntArray = self.events["position"][self.events["kind"] == TURN]
-        return turns
-
-    @property
     def forgets(self) -> bool:
         """Whether any entry is ever forgotten."""
-        return bool((self.events["kind"] != TURN).any())
+        return len(self.events) > 0
 
     @property
     def n_tokens(self) -> int:
@@ -126,10 +113,7 @@ class Plan:
         """The rows `start:stop`, whose entries end at the positions at which they end here."""
         start, stop, _ = slice(start, stop).indices(self.n_tokens)
         plan = Plan(rows=self.rows[start:stop])
-        turns = [turn - start for turn in self.turns.tolist() if start < turn < stop]
-        if not self.forgets:
-            return Plan(rows=plan.rows, events=turns_at(turns)) if turns else plan
-        return plan.with_fields(retained=self.retained[start:stop], turns=np.array(turns))
+        return plan.with_fields(retained=self.retained[start:stop]) if self.forgets else plan
 
     def equals(self, other: Plan) -> bool:
         """Whether every decision is the same."""
@@ -191,25 +175,18 @@ class Plan:
         if missing or unknown:
             what = f"no {missing[0]!r}" if missing else f"an unknown field {min(unknown)!r}"
             raise VesicleError(f"plan {path} has {what}")
-        if written == _OLD_FORMAT:
-            return _from_old(arrays)
+        # Where passes had to end was once of consequence.
+        arrays.pop("turns", None)
+        if written == _OLD_FORMAT:  # an array for what is retained; the whole head by default
+            return Plan.of(**arrays)
         events = arrays.pop(_EVENTS, np.zeros((0, N_EVENT), np.int32))
         if events.ndim != 2 or events.shape[1] != N_EVENT:
             raise VesicleError(f"plan field {_EVENTS!r} has shape {events.shape}")
         if "head" in arrays and arrays["head"].ndim == 2:
             arrays["head"] = arrays["head"][:, -1]
         found = np.ascontiguousarray(events).view(EVENT)[:, 0]
+        found = found[found["kind"] != _TURN]
         return Plan(rows=Plan.of(**arrays).rows, events=np.sort(found, order=EVENT.names))
-
-
-def _from_old(arrays: dict[str, IntArray]) -> Plan:
-    """A Plan of the format that had an array for what is retained.
-
-    One of before `head` was a field has the whole head; one without `retained` forgets nothing.
-    """
-    turns = arrays.pop("turns", np.zeros(0, np.int32))
-    plan = Plan.of(**arrays)
-    return plan.with_fields(turns=turns) if len(turns) else plan
 
 
 def _fill(rows: Rows, name: str, values: NDArray[Any]) -> None:

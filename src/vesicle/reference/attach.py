@@ -214,10 +214,7 @@ class Run:
         return self._plan(0)
 
     def _plan(self, i: int) -> Plan:
-        plan = self._builders[i].build()
-        if not self._authors:
-            return plan
-        return self._builders[i].build(self._authors[i].turns(plan.n_tokens))
+        return self._builders[i].build()
 
     @property
     def levels(self) -> list[FloatArray]:

@@ -1,12 +1,12 @@
-"""The native core: packed products and whole decode steps in C++, loaded with ctypes.
+"""The native core: packed products and whole passes in C++, loaded with ctypes.
 
 The library is built at installation by `setup.py`, from this folder. It is not compiled against
 PyTorch, brings its own threads, and chooses among the processor's instruction sets when it is
 loaded. Where it is missing (no compiler, another platform) every caller has a PyTorch path with the
 same results, and one line says so, and why.
 
-The structures mirror `step.h`; their sizes, and the fields of a Plan's row, are compared when the
-library is loaded.
+The structures mirror `interface.h`; their sizes, and the fields of a Plan's row, are compared when
+the library is loaded.
 """
 
 from __future__ import annotations
@@ -21,17 +21,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vesicle.engine import native
+from vesicle.engine.core import library
 from vesicle.engine.packed import PackedHead, PackedWeight
 from vesicle.plan import IntArray
 from vesicle.plan.layout import digest
 
-MOST_TOKENS = 16
-"""Tokens that one decode step takes."""
+MOST_TOKENS = 128
+"""Tokens that one pass takes."""
 INSTRUCTIONS = "VESICLE_INSTRUCTIONS"
 """Environment variable that limits the instruction set: generic, avx2, avx512, neon."""
 _INSTRUCTIONS = ("generic", "neon", "avx2", "avx512")
 DENSE32, DENSE_BF16, PACKED4, PACKED8 = range(4)
+ACTIVATIONS = {
+    "silu": 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_fast": 2,
+    "gelu_pytorch_tanh": 2,
+    "relu": 3,
+}
 KV_FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -51,12 +59,18 @@ class Projection(ctypes.Structure):
     ]
 
 
+class Norm(ctypes.Structure):
+    """Mirrors `VesicleNorm`."""
+
+    _fields_ = _fields(_POINTER, "gain", "bias")
+
+
 class Layer(ctypes.Structure):
     """Mirrors `VesicleLayer`."""
 
     _fields_ = [
         *_fields(Projection, "value_key", "query", "attention_out", "ffn_in", "ffn_out"),
-        *_fields(_POINTER, "attention_gain", "ffn_gain", "query_gain", "key_gain"),
+        *_fields(Norm, "attention_norm", "ffn_norm", "query_norm", "key_norm"),
         *_fields(_LONG, "rotates"),
     ]
 
@@ -74,7 +88,9 @@ class Model(ctypes.Structure):
         *_fields(_LONG, "n_layers", "width", "heads", "kv_heads", "size", "ffn_width"),
         *_fields(_LONG, "vocabulary"),
         *_fields(_FLOAT, "eps", "scale"),
-        *_fields(_POINTER, "layers", "final_gain"),
+        *_fields(_LONG, "rms", "parallel", "gated", "activation", "rotated"),
+        ("layers", _POINTER),
+        ("final_norm", Norm),
         *_fields(Projection, "embedding", "head"),
         *_fields(_POINTER, "keys", "values", "key_scales", "value_scales"),
         *_fields(_LONG, "kv_format", "summary_format", "page_stride"),
@@ -108,36 +124,38 @@ class ModulatorParts(ctypes.Structure):
     ]
 
 
-class Token(ctypes.Structure):
-    """Mirrors `VesicleToken`."""
+class Chunk(ctypes.Structure):
+    """Mirrors `VesicleChunk`."""
 
     _fields_ = [
-        *_fields(_LONG, "id", "position", "room", "vectors", "room_summaries"),
-        ("place", _DOUBLE),
-        *_fields(_POINTER, "hidden", "cosine", "sine", "tables", "starts", "held", "summaries"),
-        *_fields(_POINTER, "modulator", "ffn_standin", "attention_standin"),
+        ("ids", _POINTER),
+        *_fields(_LONG, "n", "position", "room", "vectors", "room_summaries"),
+        *_fields(_POINTER, "cosine", "sine", "tables", "starts", "held", "summaries"),
+        *_fields(_POINTER, "modulator", "acting", "ffn_standin", "attention_standin"),
         *_fields(_POINTER, "plan", "levels"),
-        *_fields(_POINTER, "rows", "outputs", "visited", "compared", "standin", "logits"),
-        *_fields(_LONG, "acting", "wants", "token"),
+        *_fields(_POINTER, "rows", "outputs", "visited", "compared", "standin"),
+        *_fields(_POINTER, "hidden", "logits"),
+        *_fields(_LONG, "wants", "likeliest", "lost"),
     ]
 
 
-_MIRRORS = (Projection, Layer, StandIn, Model, Rule, ModulatorParts, Token)
-_SIGNATURES: native.Signatures = {
+_MIRRORS = (Projection, Norm, Layer, StandIn, Model, Rule, ModulatorParts, Chunk)
+_SIGNATURES: library.Signatures = {
     "vesicle_sizes": (_LONG, [_LONG]),
     "vesicle_plan_layout": (ctypes.c_uint64, []),
     "vesicle_instructions": (ctypes.c_char_p, [ctypes.c_char_p]),
-    "vesicle_step": (None, [_POINTER, _POINTER, _LONG, _LONG]),
+    "vesicle_open": (_POINTER, []),
+    "vesicle_close": (None, [_POINTER]),
+    "vesicle_pass": (None, [_POINTER] * 3 + [_LONG] * 4),
     "vesicle_summarise": (None, [_POINTER, _POINTER, _LONG]),
     "vesicle_multiply": (None, [_POINTER] * 4 + [_LONG, _POINTER, _POINTER, _LONG]),
     "vesicle_head": (None, [_POINTER, _POINTER, _LONG, _INT, _POINTER, _LONG]),
-    "vesicle_unpack": (None, [_POINTER, _INT, _POINTER, _LONG, _INT, _LONG]),
 }
 
 
 def _open() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason."""
-    core, reason = native.open_library("_core", _SIGNATURES)
+    core, reason = library.open_library("_core", _SIGNATURES)
     if core is None:
         return None, reason
     sizes = [core.vesicle_sizes(i) for i in range(len(_MIRRORS))]
@@ -157,7 +175,7 @@ def load() -> ctypes.CDLL | None:
     """The loaded library, or None where it is absent, disabled or of another version."""
     core, _ = _open()
     if core is None:
-        if not native.disabled():
+        if not library.disabled():
             warnings.warn(str(fallback()), stacklevel=2)
         return None
     wanted = os.environ.get(INSTRUCTIONS)
@@ -266,18 +284,4 @@ def head_multiply(x: Tensor, head: PackedHead, bits: int, out: Tensor) -> None:
     assert core is not None
     core.vesicle_head(
         ctypes.byref(describe(head)), x.data_ptr(), len(x), bits, out.data_ptr(), threads()
-    )
-
-
-def unpack(weight: PackedWeight, out: Tensor, bits: int = 16) -> None:
-    """Write a packed weight (in, out) to a contiguous fp32 or bf16 tensor."""
-    core = load()
-    assert core is not None
-    core.vesicle_unpack(
-        ctypes.byref(describe(weight)),
-        bits,
-        out.data_ptr(),
-        out.stride(0),
-        out.dtype == torch.bfloat16,
-        threads(),
     )

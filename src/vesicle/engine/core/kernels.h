@@ -9,18 +9,26 @@ constexpr int64_t kGroup = 32;    // input channels that share a scale
 constexpr int64_t kTile = 128;    // outputs side by side in a packed projection
 constexpr int64_t kHeadTile = 16; // the same for the LM head
 constexpr int64_t kBlock = 16;    // positions of a KV block
-constexpr int64_t kMaxTokens = 16;
+constexpr int64_t kMaxTokens = 128;  // of a pass
 
 enum KvFormat : int32_t { kF32 = 0, kF16 = 1, kBf16 = 2, kI8 = 3 };
 
-// Activations of one token at one site, quantized per group of 32 channels; only chosen channels are listed.
+// Activations of one token at one site, quantized per group of 32 channels; only chosen channels are listed. Those of
+// `step` tokens lie side by side, group by group, as products of many tokens read them.
 struct Quantized {
-  int8_t* codes;   // (groups * 32), the chosen channels of each group first, padded with zeros to quads
-  uint8_t* rows;   // (groups * 32), their rows within the group; padding repeats a chosen row
-  uint8_t* quads;  // (groups), quads of chosen channels
-  float* scales;   // (groups)
-  float* sums;     // (groups), scale times the sum of the codes
-  bool dense;      // every channel is chosen: rows are 0..31 in every group
+  int8_t* codes_;   // (groups, step, 32), the chosen channels of each group first, padded with zeros to quads
+  uint8_t* rows_;   // (groups, step, 32), their rows within the group; padding repeats a chosen row
+  uint8_t* quads_;  // (groups, step), quads of chosen channels
+  float* scales_;   // (groups, step)
+  float* sums_;     // (groups, step), scale times the sum of the codes
+  int64_t step;
+  bool dense;  // every channel is chosen: rows are 0..31 in every group
+
+  int8_t* codes(int64_t g) const { return codes_ + g * step * kGroup; }
+  uint8_t* rows(int64_t g) const { return rows_ + g * step * kGroup; }
+  uint8_t& quads(int64_t g) const { return quads_[g * step]; }
+  float& scale(int64_t g) const { return scales_[g * step]; }
+  float& sum(int64_t g) const { return sums_[g * step]; }
 };
 
 // How codes are read: b bits of the stored S.
@@ -54,19 +62,35 @@ struct Kernels {
                    int64_t n);
   void (*rows_bf16)(const float* x, const int32_t* rows, int64_t n_rows, const uint16_t* w, int64_t stride,
                     float* y, int64_t n);
-  void (*normalise)(const float* x, const float* gain, float eps, int64_t n, float* y);
+  // The same for tokens that read every channel, which share the reading; `every` lists 0 to n_in - 1.
+  void (*strips_f32)(const float* const* x, int64_t tokens, const int32_t* every, int64_t n_in, const float* w,
+                     int64_t stride, float* const* y, int64_t n);
+  void (*strips_bf16)(const float* const* x, int64_t tokens, const int32_t* every, int64_t n_in, const uint16_t* w,
+                      int64_t stride, float* const* y, int64_t n);
   void (*add)(float* y, const float* x, int64_t n);
   float (*dot)(const float* a, const float* b, int64_t n);
   float (*dot_bf16)(const float* a, const uint16_t* b, int64_t n);
-  void (*silu_gate)(float* gate, const float* up, int64_t n);
-  void (*rotate)(float* x, int64_t heads, int64_t size, const float* cosine, const float* sine);
+  void (*normalise)(const float* x, const float* gain, float eps, int64_t n, float* y);
+  // LayerNorm; `bias` may be null.
+  void (*standardise)(const float* x, const float* gain, const float* bias, float eps, int64_t n, float* y);
+  // x = activation(x), times `up` unless that is null; kinds as in interface.h.
+  void (*activate)(int64_t kind, float* x, const float* up, int64_t n);
+  // The leading `rotated` numbers of each head.
+  void (*rotate)(float* x, int64_t heads, int64_t size, int64_t rotated, const float* cosine, const float* sine);
   // Unnormalised attention of all query heads, `ratio` to a KV head, over n listed blocks of each KV head.
   //   blocks (KV heads): lists of pool blocks, `listed` long, to be read next beyond n; all positions of a block
   //   count but in the n-th, where `tail` do.
-  //   out (heads, size), top (heads), total (heads). Returns positions read by one head.
+  //   out (heads, size), top (heads), total (heads), room (16, heads). Returns positions read by one head.
   int64_t (*attend)(const KvView* kv, int32_t format, const float* query, int64_t ratio, float scale,
                     const int32_t* const* blocks, int64_t n, int64_t listed, int64_t tail, float* out, float* top,
-                    float* total);
+                    float* total, float* room);
+  // The same of several tokens that read the same n blocks, in each KV head: of the last one the first tails[t]
+  // positions, or all where `tails` is null.
+  //   query, out (KV heads, tokens, ratio, size); top, total (KV heads, tokens, ratio)
+  //   room (32 (size + tokens ratio))
+  void (*attend_together)(const KvView* kv, int32_t format, const float* query, int64_t tokens, int64_t ratio,
+                          float scale, const int32_t* blocks, int64_t n, const int64_t* tails, float* out, float* top,
+                          float* total, float* room);
   // Writes one position's key and value (K) of KV head g into a page.
   void (*store)(const KvView* kv, int32_t format, int64_t g, int64_t block, int64_t slot, const float* key,
                 const float* value);
@@ -81,9 +105,6 @@ struct Kernels {
   void (*add_softmax)(const float* scores, int64_t n, float scale, float* mass, float* scratch);
   // The largest of x[0:n]; NaN where any is not finite.
   float (*largest)(const float* x, int64_t n);
-  // Writes `columns` outputs of a tile for all n_in channels as fp32 or bf16, channel-major with `stride`.
-  void (*unpack_tile)(const uint8_t* high, const uint8_t* rest, int64_t width, int64_t groups, int64_t n_in,
-                      int64_t columns, const Precision* precision, void* out, int64_t stride, bool bf16);
 };
 
 const Kernels* kernels_generic();

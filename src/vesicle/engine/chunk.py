@@ -1,0 +1,404 @@
+"""What the native core is handed of a sequence, and what it has recorded of its last tokens.
+
+That lies here until somebody asks for it: adding it to the Plan token by token would take longer
+than the arithmetic of a layer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vesicle.effectors.rules import Ladder, Share
+from vesicle.engine import core
+from vesicle.engine.counters import Counters
+from vesicle.engine.pool import summary_dtype
+from vesicle.modulator import ModulatorAuthor
+from vesicle.plan import BLOCK, FULL_BITS, ROW, check_rows, resting_rows
+from vesicle.plan.rows import BY_NAME, PLACES
+from vesicle.predictors.linear import LinearPredictor
+from vesicle.standins import StandIns
+from vesicle.transmitters import NAMES, index
+
+if TYPE_CHECKING:
+    from vesicle.engine.sequence import Sequence
+
+_ROWS = core.MOST_TOKENS
+"""Tokens that a buffer records before they are added to the Plan: as many as a pass may take."""
+_MOST_STEPS = 8
+"""Steps of a ladder that the core takes."""
+_BITS = 1 << np.arange(len(NAMES))
+_EXECUTED = ("channels", "bits", "ffn", "attention", "kv_blocks", "head")
+"""Fields that the core executes; tokens below rest in another one run in PyTorch."""
+OTHERS = [name for name in BY_NAME if name not in _EXECUTED]
+"""Fields that it does not."""
+
+
+class Decides(enum.Enum):
+    """Who decides about the next tokens."""
+
+    BEFORE = "planned beforehand"
+    CORE = "released by the core"
+    ASKED = "the author, layer by layer"
+
+
+class ChunkBuffer:
+    """What one sequence hands to the core, and what the core has recorded of its last tokens."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        """For a sequence whose author the core covers."""
+        shape = sequence.engine.shape
+        layers, sites = shape.n_layers, 4
+        self._shape = shape
+        self.plan = np.zeros((_ROWS, layers), ROW)
+        # What the structures point to is held here, for as long as they point to it.
+        self._standins: list[Tensor] = []
+        self._predictor: list[Tensor] = []
+        self.levels = np.ones((_ROWS, layers, len(NAMES)))
+        self.rows = np.zeros((_ROWS, layers, sites), np.int64)
+        self.outputs = np.zeros((_ROWS, layers, sites), np.int64)
+        self.visited = np.zeros((_ROWS, layers), np.int64)
+        self.compared = np.zeros((_ROWS, layers), np.int64)
+        self.standin = np.zeros(_ROWS, np.int64)
+        self.heads = np.zeros(_ROWS, np.int64)
+        self.used = self._planned = 0
+        self.released = np.zeros(_ROWS, bool)
+        self._ids = np.zeros(_ROWS, np.int32)
+        self._acting = np.zeros(_ROWS, np.int64)
+        self._summaries = np.zeros(layers, np.uint64)
+        self._summarised: tuple[int, int] | None = None
+        self._room: Tensor | None = None  # (L, G, groups of 16, V, K, 16) summaries, turned
+        self._tables: object = None
+        self.chunk = core.Chunk(ids=self._ids.ctypes.data, acting=self._acting.ctypes.data)
+        self._pairs = [
+            (name, array, array.strides[0])
+            for name, array in (
+                ("plan", self.plan),
+                ("levels", self.levels),
+                ("rows", self.rows),
+                ("outputs", self.outputs),
+                ("visited", self.visited),
+                ("compared", self.compared),
+                ("standin", self.standin),
+            )
+        ]
+        self._addresses = [(n, array.ctypes.data, stride) for n, array, stride in self._pairs]
+        self._ffn_standin: core.StandIn | None = None
+        self._attention_standin: core.StandIn | None = None
+        self._modulator: core.ModulatorParts | None = None
+        self._least = 2
+        self._decides = Decides.BEFORE
+        self._follows: bool | None = None
+        self.chunk.vectors = sequence.overhead.selection_vectors
+
+    def follows(self, author: ModulatorAuthor, packed: bool) -> bool:
+        """Whether the core evaluates all rules of an author, which do not change."""
+        if self._follows is None:
+            ladders = [rule for rule in author.rules if isinstance(rule, Ladder)]
+            bits = [rule for rule in ladders if rule.field == "bits"]
+            values = {value for rule in bits for _, value in (*rule.steps, (0, rule.below))}
+            self._follows = (
+                not any(rule.field in OTHERS for rule in author.rules)
+                and all(len(ladder.steps) <= _MOST_STEPS for ladder in ladders)
+                and (packed or values <= {FULL_BITS})
+            )
+        return self._follows
+
+    def room(self, sequence: Sequence) -> int:
+        """How many of the next tokens it has rows for; 0 where nothing is known of the next one."""
+        if self.used == self._planned:
+            self.settle(sequence)
+            self._plan_ahead(sequence)
+        return self._planned - self.used
+
+    def turn(self, sequence: Sequence, decides: Decides) -> None:
+        """Say who decides about the next tokens."""
+        if decides is self._decides:
+            return
+        self.settle(sequence)
+        self._decides = decides
+        self.chunk.modulator = _where(self._modulator) if decides is Decides.CORE else None
+
+    @property
+    def asks(self) -> bool:
+        """Whether the author is asked layer by layer."""
+        return self._decides is Decides.ASKED
+
+    def _follow(self, sequence: Sequence) -> None:
+        """Point to where parameters lie now: they may have been replaced, or moved and back."""
+        equipment = sequence.equipment
+        standins = equipment.ffn_standin, equipment.attention_standin
+        now = [p for standin in standins for p in parts_of(standin)]
+        if not _same_places(now, self._standins):
+            self._standins = [p.detach() for p in now]
+            self._ffn_standin, self._attention_standin = map(_stand_in, standins)
+            self.chunk.ffn_standin = _where(self._ffn_standin)
+            self.chunk.attention_standin = _where(self._attention_standin)
+        author = sequence.author
+        if self._decides is not Decides.CORE or not isinstance(author, ModulatorAuthor):
+            return
+        now = parts_of(author.modulator.predictor)
+        if not _same_places(now, self._predictor):
+            self._predictor = [p.detach() for p in now]
+            self._modulator = _modulator_parts(author)
+            self._least = author.modulator.gaba.least
+        self.chunk.modulator = _where(self._modulator)
+
+    def prepare(
+        self,
+        sequence: Sequence,
+        ids: list[int],
+        rotation: tuple[int, int],
+        summarise: Callable[[core.Chunk], None],
+    ) -> None:
+        """Set the structure for the next tokens, for which there is `room`.
+
+        Args:
+            sequence: Whose slot this is.
+            ids: Of the tokens.
+            rotation: Addresses of the cosines and sines of their positions.
+            summarise: Fills the structure's summaries.
+        """
+        self._follow(sequence)
+        position, cache, n = sequence.length, sequence.cache, len(ids)
+        chunk, i = self.chunk, self.used
+        for name, start, stride in self._addresses:
+            setattr(chunk, name, start + i * stride)
+        self._ids[:n] = ids
+        chunk.n, chunk.position = n, position
+        if self._decides is Decides.CORE:
+            acting = sequence.author.acting(np.arange(position, position + n, dtype=np.int32))
+            self._acting[:n] = acting @ _BITS
+            self.released[i : i + n] = acting.any(1)
+        chunk.cosine, chunk.sine = rotation
+        tables = cache.tables
+        if tables is not self._tables:
+            self._tables = tables
+            chunk.tables, chunk.starts = tables.ctypes.data, cache.starts.ctypes.data
+            chunk.room = tables.shape[1]
+        chunk.held = cache.n_blocks.ctypes.data
+        self._summarise(sequence, n, summarise)
+
+    def _plan_ahead(self, sequence: Sequence) -> None:
+        """Fill the rows of the next tokens with what is known of them, as far as the core goes."""
+        position = sequence.length
+        positions = np.arange(position, position + _ROWS, dtype=np.int32)
+        self._planned = 0
+        if self._decides is not Decides.BEFORE:
+            self._planned = _ROWS
+            self.plan[:] = resting_rows(self._shape, positions)
+            return
+        author = sequence.author
+        known = author.planned(positions)
+        if known is None or not len(known):
+            return
+        n = len(known)
+        if not author.bounded:
+            check_rows(known, self._shape, positions[:n])
+        if any((known[name] != BY_NAME[name].rest).any() for name in OTHERS):
+            return
+        if self._shape.stored_bits is None and not (known["bits"] == FULL_BITS).all():
+            return
+        self.plan[:n], self._planned = known, n
+        if isinstance(author, ModulatorAuthor):
+            self.levels[:n] = author.foreseen(positions[:n])
+
+    def _summarise(
+        self, sequence: Sequence, n: int, summarise: Callable[[core.Chunk], None]
+    ) -> None:
+        """Bring the summaries of complete blocks up to date, where the next n tokens may choose.
+
+        The core adds those of blocks that it completes itself.
+        """
+        position, cache = sequence.length, sequence.cache
+        block = position // BLOCK
+        if self._decides is not Decides.BEFORE:
+            needed = (position + n - 1) // BLOCK + 1 > self._least
+        elif self.chunk.summaries:
+            needed = True
+        else:
+            blocks = self.plan["kv_blocks"][self.used : self._planned]
+            visible = np.arange(position, position + len(blocks)) // BLOCK + 1
+            needed = bool((blocks < visible[:, None]).any())
+        if not needed:
+            self.chunk.summaries = None
+            return
+        room = self._room
+        if room is None or int(cache.n_blocks.max()) > room.shape[2] * BLOCK:
+            self._summarised = None
+        if self._summarised != (block, cache.evictions):
+            self._make_summaries(sequence, summarise)
+        # Blocks are complete when tokens are written into their last places.
+        self._summarised = ((position + n) // BLOCK, cache.evictions)
+
+    def _make_summaries(self, sequence: Sequence, summarise: Callable[[core.Chunk], None]) -> None:
+        """Summarise all complete blocks, 16 blocks' numbers side by side, with room for more."""
+        cache, shape, chunk = sequence.cache, self._shape, self.chunk
+        groups = max(4, 2 * (int(cache.n_blocks.max()) // BLOCK + 1))
+        # Zeros, since whole groups are compared, beyond the last block too.
+        self._room = torch.zeros(
+            shape.n_layers,
+            shape.n_kv_heads,
+            groups,
+            chunk.vectors,
+            shape.head_size,
+            BLOCK,
+            dtype=summary_dtype(cache.pool.kv),
+        )
+        for layer, room in enumerate(self._room):
+            self._summaries[layer] = room.data_ptr()
+        chunk.room_summaries = groups * BLOCK
+        chunk.summaries = self._summaries.ctypes.data
+        kind, layers = sequence.equipment.summary, range(shape.n_layers)
+        if not all(cache.has_summaries(layer, kind) for layer in layers):
+            return summarise(chunk)
+        for layer, room in zip(layers, self._room, strict=True):  # a prefill has made them
+            made = cache.summaries(layer, kind)  # (G, N, V, K)
+            whole = nn.functional.pad(made, (0, 0, 0, 0, 0, -made.shape[1] % BLOCK))
+            turned = whole.unflatten(1, (-1, BLOCK)).permute(0, 1, 3, 4, 2)
+            room[:, : turned.shape[1]] = turned
+
+    def next(self, n: int) -> slice:
+        """The places of the next n tokens in `plan` and `released`."""
+        return slice(self.used, self.used + n)
+
+    @property
+    def lost(self) -> int:
+        """The first token of the last pass whose levels were released from no numbers; else -1."""
+        return int(self.chunk.lost) if self._decides is Decides.CORE else -1
+
+    def done(self, sequence: Sequence, heads: int) -> None:
+        """Count the tokens that the core has just run, and at how many it ran the head."""
+        n, start = self.chunk.n, self.used
+        self.heads[start : start + n] = np.arange(n) >= n - heads
+        self.used += n
+        if self.asks:  # what an author has said itself is not to be told it again
+            self.settle(sequence)
+
+    def drop(self, n: int) -> None:
+        """Forget what was recorded of the next n tokens, whose pass was broken off."""
+        self._planned = self.used  # an author may plan otherwise now
+        self._clear(self.next(n))
+
+    def settle(self, sequence: Sequence) -> None:
+        """Add the recorded tokens to the sequence's Plan, levels and counts."""
+        n, self.used, self._planned = self.used, 0, 0
+        if n == 0:
+            return
+        sequence.builder.add(self.plan[:n].copy())
+        if isinstance(sequence.author, ModulatorAuthor) and not self.asks:
+            sequence.author.adopt(self.levels[:n].copy())
+        counters = Counters(self._shape, n)
+        counters.adopt(
+            rows=self.rows[:n],
+            outputs=self.outputs[:n],
+            bits=self.plan["bits"][:n],
+            visited=self.visited[:n],
+            compared=self.compared[:n],
+            standin=self.standin[:n],
+        )
+        counters.released(sequence.overhead, slice(0, n), self.released[:n])
+        ran = np.nonzero(self.heads[:n])[0]
+        counters.head(ran, self.plan["head"][ran, -1])
+        sequence.counted.append(counters.totals(slice(0, n)))
+        self._clear(slice(0, n))
+
+    def _clear(self, tokens: slice) -> None:
+        for array in (self.rows, self.outputs, self.visited, self.compared, self.standin):
+            array[tokens] = 0
+        self.levels[tokens] = 1
+        self.released[tokens] = False
+
+
+def _stand_in(standin: StandIns | None) -> core.StandIn | None:
+    if standin is None:
+        return None
+    down, up, bias = (p.data_ptr() for p in (standin.down, standin.up, standin.bias))
+    return core.StandIn(down=down, up=up, bias=bias, rank=standin.rank)
+
+
+def parts_of(module: nn.Module | None) -> list[Tensor]:
+    """The parameters of a stand-in or a linear predictor that the core reads."""
+    match module:
+        case StandIns():
+            return [module.down, module.up, module.bias]
+        case LinearPredictor():
+            return [
+                module.weight,
+                module.offset,
+                module.log_slope,
+                module.position_weight,
+            ]
+    return []
+
+
+def readable(parameter: Tensor) -> bool:
+    """Whether the core can read a parameter where it lies."""
+    return (
+        parameter.dtype == torch.float32
+        and parameter.device.type == "cpu"
+        and parameter.is_contiguous()
+    )
+
+
+def _same_places(now: list[Tensor], before: list[Tensor]) -> bool:
+    """Whether parameters lie where those lie that are held: no other storage can lie there."""
+    return len(now) == len(before) and all(
+        p.data_ptr() == q.data_ptr() and p.shape == q.shape
+        for p, q in zip(now, before, strict=True)
+    )
+
+
+def _where(structure: ctypes.Structure | None) -> int | None:
+    return None if structure is None else ctypes.addressof(structure)
+
+
+def _modulator_parts(author: ModulatorAuthor) -> core.ModulatorParts:
+    modulator, dial = author.modulator, author.dial
+    predictor = modulator.predictor
+    assert isinstance(predictor, LinearPredictor)
+    rules = (core.Rule * len(author.rules))(*map(_rule, author.rules))
+    parts = core.ModulatorParts(
+        weight=predictor.weight.data_ptr(),
+        offset=predictor.offset.data_ptr(),
+        log_slope=predictor.log_slope.data_ptr(),
+        place_weight=predictor.position_weight.data_ptr(),
+        released=len(predictor.config.transmitters),
+        pressure=math.log((1 - dial) / dial) if dial < 1 else -math.inf,
+        rules=ctypes.addressof(rules),
+        n_rules=len(rules),
+    )
+    parts.kept = rules  # for as long as they are pointed to
+    for i, name in enumerate(predictor.config.transmitters):
+        parts.columns[i] = index(name)
+    return parts
+
+
+def _rule(rule: Share | Ladder) -> core.Rule:
+    field = BY_NAME[rule.field]
+    found = core.Rule(
+        number=PLACES[rule.field] + rule.column,
+        transmitter=index(rule.transmitter),
+        next=rule.next_layer,
+        last=field.last_layer,
+        steps=-1,
+    )
+    if isinstance(rule, Share):
+        found.width, found.least, found.rate, found.floor = (
+            rule.width,
+            rule.least,
+            rule.rate,
+            rule.floor,
+        )
+        return found
+    found.steps, found.below = len(rule.steps), rule.below
+    for i, (level, value) in enumerate(rule.steps):
+        found.levels[i], found.values[i] = level, value
+    return found

@@ -1,0 +1,110 @@
+// What Python hands to the core; mirrored in core/__init__.py. Pointers stay valid for a call.
+#pragma once
+
+#include <cstdint>
+
+#include "plan_row.h"
+
+extern "C" {
+
+enum VesicleFormat : int32_t { kDense32 = 0, kDenseBf16 = 1, kPacked4 = 2, kPacked8 = 3 };
+
+// A weight matrix with n_in channels and n_out outputs: channel-major rows of `stride` numbers, or packed.
+struct VesicleProjection {
+  const void *data, *rest;
+  const float* bias;
+  int64_t n_in, n_out, stride;
+  int64_t format;
+};
+
+// Gain and bias of a norm; both are null where there is no norm, and the bias alone where it has none.
+struct VesicleNorm {
+  const float *gain, *bias;
+};
+
+struct VesicleLayer {
+  VesicleProjection value_key, query, attention_out, ffn_in, ffn_out;  // of a gated FFN: the gate, then the rest
+  VesicleNorm attention_norm, ffn_norm, query_norm, key_norm;          // the last two are RMSNorms of a head
+  int64_t rotates;
+};
+
+enum VesicleActivation : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
+
+// Low-rank maps of all layers: down (L, rank, D), up (L, D, rank), bias (L, D).
+struct VesicleStandIn {
+  const float *down, *up, *bias;
+  int64_t rank;
+};
+
+struct VesicleModel {
+  int64_t n_layers, width, heads, kv_heads, size, ffn_width, vocabulary;
+  float eps, scale;
+  int64_t rms, parallel, gated, activation;  // RMSNorm or LayerNorm; attention and FFN read the same input; or not
+  int64_t rotated;                           // leading numbers of a head that are rotated
+  const VesicleLayer* layers;
+  VesicleNorm final_norm;
+  VesicleProjection embedding, head;  // dense: (V, D) rows; packed: tiles of 16
+  const char *keys, *values;
+  const uint16_t *key_scales, *value_scales;
+  int64_t kv_format, summary_format, page_stride;
+};
+
+// What becomes of one number of a row; see effectors/rules.py.
+struct VesicleRule {
+  int32_t number, transmitter, next, last;  // `next`: in the layer after; `last`: in the last layer alone
+  int64_t width, least;                     // of a share; a width of 0 is the blocks that are visible
+  double rate, floor;
+  int64_t steps;  // of a ladder; -1 for a share
+  double levels[8];
+  int32_t values[8], below, unused;
+};
+
+// The linear predictor and what is made of its levels.
+struct VesicleModulator {
+  const float *weight, *offset, *log_slope, *place_weight;
+  int64_t released;
+  double pressure;
+  const VesicleRule* rules;
+  int64_t n_rules;
+  int32_t columns[8];
+};
+
+enum VesicleWanted : int64_t { kNothing = 0, kLogits = 1, kLikeliest = 2, kAllLogits = 3 };
+
+// The next tokens of one sequence. Arrays are by token, then by layer, but those of the cache, which are by layer. Rows
+// of the Plan come filled and are overwritten where the modulator decides.
+struct VesicleChunk {
+  const int32_t* ids;  // (n)
+  int64_t n, position, room, vectors, room_summaries;
+  const float *cosine, *sine;              // (n, rotated)
+  const int32_t *tables, *starts, *held;   // (L, room), (L, room), (L): the block of the last token included
+  void* const* summaries;  // (L) of complete blocks (G, room_summaries / 16, vectors, K, 16), kept up to date; or null
+  const VesicleModulator* modulator;                      // null: nothing is released
+  const int64_t* acting;                                  // (n) bit a: transmitter a acts; the others rest
+  const VesicleStandIn *ffn_standin, *attention_standin;  // null: skipped outright
+  VesiclePlanRow* plan;
+  double* levels;                                          // (n, L, 5)
+  int64_t *rows, *outputs, *visited, *compared, *standin;  // (n, L, 4), (n, L, 4), (n, L), (n, L), (n)
+  float* hidden;   // (n, D) the residual stream after a layer's attention, and at the end; or null
+  float* logits;   // (V) of the last token, (n, V) of all, or null
+  int64_t wants;   // `VesicleWanted`
+  int64_t likeliest;  // the token likeliest to follow, where asked for; -1 where a logit is not finite
+  int64_t lost;       // the first token whose residual stream is not finite; -1 for none
+};
+
+const char* vesicle_instructions(const char* name);
+uint64_t vesicle_plan_layout();
+int64_t vesicle_sizes(int64_t which);
+// A pass goes through stages: attention and FFN of each layer by turns, and last the head. One call may run them all, or
+// several calls some each, so that somebody else can read `hidden` between them and decide what comes next.
+void* vesicle_open();
+void vesicle_close(void* pass);
+void vesicle_pass(void* pass, const VesicleModel* model, VesicleChunk* chunks, int64_t n, int64_t first, int64_t last,
+                  int64_t threads);
+void vesicle_summarise(const VesicleModel* model, const VesicleChunk* chunk, int64_t threads);
+void vesicle_multiply(const VesicleProjection* w, const float* x, const int32_t* counts, const int32_t* bits,
+                      int64_t tokens, float* y, int32_t* rows_read, int64_t threads);
+void vesicle_head(const VesicleProjection* w, const float* x, int64_t tokens, int32_t bits, float* y, int64_t threads);
+
+}  // extern "C"

@@ -1,0 +1,307 @@
+#include "pass.h"
+
+#include <cmath>
+
+#include "rules.h"
+
+namespace vesicle {
+namespace {
+
+constexpr int kTransmitters = 5;
+constexpr int kSmall = 1, kBig = 2;
+
+void count_rows(Token& token, int64_t l, int s, int32_t rows, int64_t outputs) {
+  token.rows[4 * l + s] = rows;
+  token.outputs[4 * l + s] = outputs;
+}
+
+}  // namespace
+
+void Pass::attention_decision(Lane& lane, const Token& token, int64_t l) {
+  const VesiclePlanRow& planned = token.plan[l];
+  std::copy(planned.channels, planned.channels + 2, lane.row.channels);
+  std::copy(planned.bits, planned.bits + 2, lane.row.bits);
+  lane.row.attention = planned.attention;
+  lane.blocks = std::min<int32_t>(planned.kv_blocks, static_cast<int32_t>(token.held(l)));
+}
+
+// The linear predictor and the effectors' rules, as in predictors/ and effectors/rules.py: the FFN of layer l and the
+// attention of the next. Threads that share a token each decide into a row of their own, and read none of the Plan's
+// that one of them writes.
+void Pass::release(Lane& lane, Token& token, int64_t l, bool reports) {
+  const int64_t width = model->width, next = l + 1;
+  const VesicleModulator* m = token.modulator;
+  if (!m) {
+    const VesiclePlanRow& planned = token.plan[l];
+    std::copy(planned.channels + 2, planned.channels + 4, lane.row.channels + 2);
+    std::copy(planned.bits + 2, planned.bits + 4, lane.row.bits + 2);
+    lane.row.ffn = planned.ffn;
+    if (next == model->n_layers) lane.head = planned.head;
+    return;
+  }
+  const double scale = 1.0 / std::sqrt(static_cast<double>(k->dot(lane.after, lane.after, width)) / width + 1e-6);
+  double levels[kTransmitters] = {1, 1, 1, 1, 1};
+  bool known = true;
+  for (int64_t a = 0; a < m->released; ++a) {
+    const int64_t i = l * m->released + a;
+    const double z = k->dot(m->weight + i * width, lane.after, width) * scale + m->offset[i] +
+                     std::exp(static_cast<double>(m->log_slope[i])) * m->pressure + m->place_weight[i] * token.place;
+    if (token.acting >> m->columns[a] & 1) levels[m->columns[a]] = std::nearbyint(1e6 / (1.0 + std::exp(z))) / 1e6;
+    known = known && !std::isnan(z);
+  }
+  if (reports) std::copy(levels, levels + kTransmitters, token.levels + l * kTransmitters);
+  if (!known) {  // nothing can be decided from what is no number, and the token's result shall say so
+    std::fill(levels, levels + kTransmitters, 1.0);
+    lane.after[0] = NAN;
+  }
+  const int64_t visible = token.position / kBlock + 1;
+  for (const VesicleRule* r = m->rules; r < m->rules + m->n_rules; ++r) {
+    const int64_t layer = r->next ? next : l;
+    if (layer == model->n_layers || (r->last && layer + 1 < model->n_layers)) continue;
+    const int32_t value = decided(*r, levels[r->transmitter], visible);
+    reinterpret_cast<int32_t*>(&lane.row)[r->number] = value;
+    if (reports && !r->last) reinterpret_cast<int32_t*>(&token.plan[layer])[r->number] = value;
+  }
+  if (next < model->n_layers) lane.blocks = std::min<int32_t>(lane.row.kv_blocks, static_cast<int32_t>(token.held(next)));
+  else lane.head = token.wants == kLikeliest ? lane.row.head : 0;
+}
+
+// The tokens for which `f` holds, and their activations.
+template <typename F>
+int64_t Pass::select(int64_t thread, F f, int64_t* which, Activation** x) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < n; ++t) {
+    if (!f(lane(thread, t))) continue;
+    which[count] = t;
+    x[count++] = &lane(thread, t).in;
+  }
+  return count;
+}
+
+void Pass::site(int64_t thread, const VesicleProjection& w, int s, const int64_t* which, Activation* const* x,
+          int64_t count, Output* out) {
+  int32_t bits[kMaxTokens];
+  for (int64_t i = 0; i < count; ++i) bits[which[i]] = lane(thread, which[i]).row.bits[s];
+  multiply(k, w, bits, x, which, count, n, out, thread, pool->threads());
+}
+
+// This thread's rows of a stand-in's first map.
+void Pass::standin_down(int64_t thread, const VesicleStandIn* standin, int64_t l, int64_t t) {
+  const int64_t threads = pool->threads(), rank = standin->rank, width = model->width;
+  for (int64_t r = rank * thread / threads; r < rank * (thread + 1) / threads; ++r)
+    inner[t * inner_rank + r] = k->dot(standin->down + (l * rank + r) * width, lane(thread, t).normed, width);
+}
+
+void Pass::standin_up(int64_t thread, const VesicleStandIn* standin, int64_t l, int64_t t, Output* out) {
+  const int64_t threads = pool->threads(), rank = standin->rank, width = model->width;
+  for (int64_t d = width * thread / threads; d < width * (thread + 1) / threads; ++d)
+    out->of(t)[d] = standin->bias[l * width + d] +
+                    k->dot(standin->up + (l * width + d) * rank, inner + t * inner_rank, rank);
+}
+
+// to = from + what a phase computed for the token; nothing was computed where a module is skipped outright.
+void Pass::residual(Output* out, int64_t t, bool main, bool standin, const float* from, float* to) {
+  const int64_t width = model->width;
+  if (main) {
+    out->fetch(k, t, n, pool->threads(), width, to);
+    k->add(to, from, width);
+  } else if (standin) {
+    std::memcpy(to, out->of(t), width * sizeof(float));
+    k->add(to, from, width);
+  } else {
+    std::memcpy(to, from, width * sizeof(float));
+  }
+}
+
+void Pass::finish_ffn(int64_t thread, int64_t t) {
+  Lane& a = lane(thread, t);
+  residual(&ffn_out, t, a.row.ffn == kBig, a.row.ffn == kSmall && tokens[t].chunk->ffn_standin, a.after, a.residual);
+}
+
+void Pass::norm(const VesicleNorm& norm, const float* x, float* y) {
+  if (model->rms) k->normalise(x, norm.gain, model->eps, model->width, y);
+  else k->standardise(x, norm.gain, norm.bias, model->eps, model->width, y);
+}
+
+void Pass::attention_half(int64_t thread, int64_t l) {
+  const VesicleLayer& w = model->layers[l];
+  const int64_t width = model->width, kv = model->kv_heads * model->size, q_width = model->heads * model->size;
+  int64_t which[kMaxTokens];
+  Activation* x[kMaxTokens];
+  const auto attends = [](Lane& a) { return a.row.attention != 0; };
+  const auto lands = [&](int64_t t) -> const VesicleStandIn* {  // on what a token lands that skips attention
+    return lane(thread, t).row.attention ? nullptr : tokens[t].chunk->attention_standin;
+  };
+
+  // 1. Values, keys and queries.
+  each(thread, [&](int64_t t) {
+    Lane& a = lane(thread, t);
+    if (l) finish_ffn(thread, t);
+    else embed(model->embedding, tokens[t].id, a.residual);
+    if (!l || !tokens[t].modulator) attention_decision(a, tokens[t], l);
+    norm(w.attention_norm, a.residual, a.in.room(width));
+    if (!a.row.attention) std::memcpy(a.normed, a.in.x, width * sizeof(float));
+    const int32_t rows = a.in.prepare(k, width, a.row.channels[0], packed(w.value_key), &shelf, place(thread, t));
+    if (reports(thread)) count_rows(tokens[t], l, 0, rows, 2 * kv + (a.row.attention ? q_width : 0));
+  });
+  int64_t count = select(thread, [](Lane&) { return true; }, which, x);
+  site(thread, w.value_key, 0, which, x, count, &value_key);
+  count = select(thread, attends, which, x);
+  site(thread, w.query, 0, which, x, count, &query);
+  for (int64_t t = 0; t < n; ++t)
+    if (lands(t)) standin_down(thread, lands(t), l, t);
+  pool->barrier();
+
+  // 2. Attention, shared out by blocks.
+  attention(thread, l);
+  pool->barrier();
+
+  // 3. Its output projection.
+  each(thread, [&](int64_t t) {
+    Lane& a = lane(thread, t);
+    if (!a.row.attention) return;
+    merge(t, a.blocks, a.in.room(q_width));
+    const int32_t rows = a.in.prepare(k, q_width, a.row.channels[1], packed(w.attention_out), &shelf, place(thread, t));
+    if (reports(thread)) count_rows(tokens[t], l, 1, rows, width);
+  });
+  count = select(thread, attends, which, x);
+  site(thread, w.attention_out, 1, which, x, count, &attention_out);
+  for (int64_t t = 0; t < n; ++t)
+    if (lands(t)) standin_up(thread, lands(t), l, t, &attention_out);
+  pool->barrier();
+  each(thread, [&](int64_t t) {
+    Lane& a = lane(thread, t);
+    residual(&attention_out, t, a.row.attention, lands(t) != nullptr, a.residual, a.after);
+    if (!reports(thread)) return;
+    if (lands(t)) *tokens[t].standin += lands(t)->rank;
+    if (tokens[t].hidden) std::memcpy(tokens[t].hidden, a.after, width * sizeof(float));
+  });
+}
+
+void Pass::ffn_half(int64_t thread, int64_t l) {
+  const VesicleLayer& w = model->layers[l];
+  const int64_t threads = pool->threads(), width = model->width, inner_width = model->ffn_width;
+  const int64_t outputs = model->gated ? 2 * inner_width : inner_width;
+  int64_t which[kMaxTokens];
+  Activation* x[kMaxTokens];
+  const auto big = [](Lane& a) { return a.row.ffn == kBig; };
+  const auto lands = [&](int64_t t) -> const VesicleStandIn* {
+    return lane(thread, t).row.ffn == kSmall ? tokens[t].chunk->ffn_standin : nullptr;
+  };
+
+  // 4. Release, then the FFN's gate and up projections.
+  each(thread, [&](int64_t t) {
+    Lane& a = lane(thread, t);
+    release(a, tokens[t], l, reports(thread));
+    if (a.row.ffn == 0) return;
+    norm(w.ffn_norm, model->parallel ? a.residual : a.after, a.in.room(width));
+    if (a.row.ffn == kSmall) {
+      std::memcpy(a.normed, a.in.x, width * sizeof(float));
+      if (reports(thread) && lands(t)) *tokens[t].standin += lands(t)->rank;
+      return;
+    }
+    const int32_t rows = a.in.prepare(k, width, a.row.channels[2], packed(w.ffn_in), &shelf, place(thread, t));
+    if (reports(thread)) count_rows(tokens[t], l, 2, rows, outputs);
+  });
+  int64_t count = select(thread, big, which, x);
+  site(thread, w.ffn_in, 2, which, x, count, &ffn_in);
+  for (int64_t t = 0; t < n; ++t)
+    if (lands(t)) standin_down(thread, lands(t), l, t);
+  pool->barrier();
+
+  // 5. Its down projection.
+  each(thread, [&](int64_t t) {
+    Lane& a = lane(thread, t);
+    if (a.row.ffn != kBig) return;
+    float* inner_x = a.in.room(outputs);
+    ffn_in.fetch(k, t, n, threads, outputs, inner_x);
+    k->activate(model->activation, inner_x, model->gated ? inner_x + inner_width : nullptr, inner_width);
+    const int32_t rows = a.in.prepare(k, inner_width, a.row.channels[3], packed(w.ffn_out), &shelf, place(thread, t));
+    if (reports(thread)) count_rows(tokens[t], l, 3, rows, width);
+  });
+  count = select(thread, big, which, x);
+  site(thread, w.ffn_out, 3, which, x, count, &ffn_out);
+  for (int64_t t = 0; t < n; ++t)
+    if (lands(t)) standin_up(thread, lands(t), l, t, &ffn_out);
+  pool->barrier();
+}
+
+void Pass::run(int64_t thread) {
+  const int64_t end = 2 * model->n_layers;
+  for (int64_t stage = first_; stage < last_; ++stage) {
+    if (stage == end) head(thread);
+    else if (stage % 2) ffn_half(thread, stage / 2);
+    else attention_half(thread, stage / 2);
+  }
+}
+
+void Pass::finish() {
+  if (last_ <= 2 * model->n_layers) return;
+  for (int64_t t = 0; t < n; ++t) {
+    const Token& token = tokens[t];
+    for (int64_t l = 0; l < model->n_layers; ++l) {
+      token.visited[l] = 0;
+      for (int64_t i = 0; i < pool->threads(); ++i) token.visited[l] += visits(i, t, l);
+    }
+    if (lost_[t] && token.chunk->lost < 0) token.chunk->lost = token.position - token.chunk->position;
+  }
+}
+
+void Pass::prepare(const Kernels* kernels, ThreadPool* threads, const VesicleModel* m, VesicleChunk* chunks,
+                   int64_t count, int64_t first, int64_t last) {
+  first_ = first;
+  last_ = last;
+  pool = threads;
+  if (first) return;  // the next stages of the pass that was begun
+  k = kernels;
+  model = m;
+  threads_ = pool->threads();
+  const int64_t T = pool->threads(), width = m->width, kv = m->kv_heads * m->size, q = m->heads * m->size;
+  tokens.clear();
+  for (VesicleChunk* c = chunks; c < chunks + count; ++c) {
+    c->lost = -1;
+    const int64_t L = m->n_layers, newest = (c->position + c->n - 1) / kBlock;
+    for (int64_t i = 0; i < c->n; ++i) {
+      const int64_t position = c->position + i, last = i + 1 == c->n, all = c->wants == kAllLogits;
+      const int64_t acting = c->modulator ? c->acting[i] : 0;
+      Token token{c, acting ? c->modulator : nullptr, acting, c->ids[i], position, newest - position / kBlock};
+      token.place = std::log2(static_cast<double>(position + 1) / kBlock) / 8;
+      token.cosine = c->cosine + i * m->rotated;
+      token.sine = c->sine + i * m->rotated;
+      token.plan = c->plan + i * L;
+      token.levels = c->levels + i * L * kTransmitters;
+      token.rows = c->rows + i * L * 4;
+      token.outputs = c->outputs + i * L * 4;
+      token.visited = c->visited + i * L;
+      token.compared = c->compared + i * L;
+      token.standin = c->standin + i;
+      token.hidden = c->hidden ? c->hidden + i * m->width : nullptr;
+      token.wants = all ? kLogits : last ? c->wants : kNothing;
+      token.logits = token.wants && c->logits ? c->logits + (all ? i * m->vocabulary : 0) : nullptr;
+      tokens.push_back(token);
+    }
+  }
+  n = static_cast<int64_t>(tokens.size());
+  while (static_cast<int64_t>(lanes.size()) < std::max(T, n)) lanes.emplace_back(new Lane);
+  shelf.room(alone() ? T : n, std::max({width, q, m->ffn_width}));
+  for (auto& lane : lanes) {
+    lane->residual = lane->residual_.get(width);
+    lane->after = lane->after_.get(width);
+    lane->normed = lane->normed_.get(width);
+  }
+  value_key.room(2 * kv, n, T);
+  query.room(q, n, T);
+  attention_out.room(width, n, T);
+  ffn_in.room((m->gated ? 2 : 1) * m->ffn_width, n, T);
+  ffn_out.room(width, n, T);
+  inner_rank = 1;
+  for (const VesicleChunk* c = chunks; c < chunks + count; ++c) {
+    if (c->ffn_standin) inner_rank = std::max(inner_rank, c->ffn_standin->rank);
+    if (c->attention_standin) inner_rank = std::max(inner_rank, c->attention_standin->rank);
+  }
+  inner = inner_.get(inner_rank * n);
+  prepare_attention();
+  prepare_head();
+}
+
+}  // namespace vesicle

@@ -1,0 +1,167 @@
+// Whole layers for the next tokens of one or several sequences, without returning to Python.
+//
+// A layer has five phases; between them the threads meet. What is cheap for one token (norms, decisions, choosing
+// channels) every thread works out for itself; with several tokens it is shared out instead. Nothing that a Plan
+// skips is computed: channels by their rows, modules and blocks whole.
+//
+// A token's results do not depend on the company it is in: read alone, or in a pass with others before, after or
+// beside it, the same bits come out. So no kernel's order of sums may depend on the number of tokens.
+#pragma once
+
+#include <vector>
+
+#include "products.h"
+#include "threads.h"
+
+namespace vesicle {
+
+constexpr int64_t kSegments = 16;
+
+// One token of a chunk; pointers to what is reported about it.
+struct Token {
+  VesicleChunk* chunk;
+  const VesicleModulator* modulator;  // null where none of its transmitters acts
+  int64_t acting, id, position, behind;  // `behind`: blocks of later tokens of the chunk
+  double place;
+  const float *cosine, *sine;
+  VesiclePlanRow* plan;
+  double* levels;
+  int64_t *rows, *outputs, *visited, *compared, *standin;
+  float *hidden, *logits;
+  int64_t wants;
+
+  // Blocks that it can see in a layer, the own one included.
+  int64_t held(int64_t l) const { return chunk->held[l] - behind; }
+  const int32_t* table(int64_t l) const { return chunk->tables + l * chunk->room; }
+  // Its place in its own block.
+  int64_t slot(int64_t l) const { return position - chunk->starts[l * chunk->room + held(l) - 1]; }
+};
+
+// A token's state; each thread has its own copy when there is only one token.
+struct Lane {
+  Buffer<float> residual_, after_, normed_;
+  float *residual, *after, *normed;
+  Activation in;
+  // Decisions for the layer at hand: attention for this layer, FFN for this layer.
+  VesiclePlanRow row;
+  int32_t blocks, head;
+};
+
+struct Candidate {  // for the likeliest token
+  float score;
+  int32_t row;
+  bool operator<(const Candidate& other) const {
+    return score > other.score || (score == other.score && row < other.row);
+  }
+};
+
+class Pass {
+ public:
+  // For stages [first, last); later ones of a pass need the same number of threads.
+  void prepare(const Kernels* kernels, ThreadPool* threads, const VesicleModel* m, VesicleChunk* chunks, int64_t count,
+               int64_t first, int64_t last);
+  void run(int64_t thread);
+  // After the last stage: tells the callers of all chunks what they asked.
+  void finish();
+  int64_t threads() const { return threads_; }
+
+ private:
+  const Kernels* k;
+  ThreadPool* pool;
+  const VesicleModel* model;
+  std::vector<Token> tokens;
+  int64_t n;  // tokens
+  int64_t first_, last_, threads_ = 1;
+  std::vector<std::unique_ptr<Lane>> lanes;
+  Shelf shelf;
+  Output value_key, query, attention_out, ffn_in, ffn_out;
+  Buffer<float> inner_;
+  float* inner;
+  int64_t inner_rank;
+
+  bool alone() const { return n == 1; }
+  int64_t place(int64_t thread, int64_t t) const { return alone() ? thread : t; }
+  Lane& lane(int64_t thread, int64_t t) { return *lanes[place(thread, t)]; }
+  // Whether this thread writes what leaves the core about a token.
+  bool reports(int64_t thread) const { return !alone() || thread == 0; }
+
+  // Calls f(token) for the tokens that this thread prepares, and meets the others where they share.
+  template <typename F>
+  void each(int64_t thread, F f) {
+    if (alone()) return f(0);
+    for (int64_t t = thread; t < n; t += pool->threads()) f(t);
+    pool->barrier();
+  }
+
+  // pass.cpp
+  void attention_decision(Lane& lane, const Token& token, int64_t l);
+  void release(Lane& lane, Token& token, int64_t l, bool reports);
+  template <typename F>
+  int64_t select(int64_t thread, F f, int64_t* which, Activation** x);
+  void site(int64_t thread, const VesicleProjection& w, int s, const int64_t* which, Activation* const* x,
+            int64_t count, Output* out);
+  void standin_down(int64_t thread, const VesicleStandIn* standin, int64_t l, int64_t t);
+  void standin_up(int64_t thread, const VesicleStandIn* standin, int64_t l, int64_t t, Output* out);
+  void residual(Output* out, int64_t t, bool main, bool standin, const float* from, float* to);
+  void finish_ffn(int64_t thread, int64_t t);
+  void norm(const VesicleNorm& norm, const float* x, float* y);
+  void attention_half(int64_t thread, int64_t l);
+  void ffn_half(int64_t thread, int64_t l);
+
+  // pass_attention.cpp
+  struct Scratch {  // of a thread
+    Buffer<float> joint, mixed, choices, together;
+    Buffer<int32_t> lists;
+    Buffer<uint32_t> chosen;
+    Buffer<const int32_t*> heads_lists;
+    std::vector<int64_t> members;
+  };
+  struct Run {  // tokens of one chunk that lie in one block
+    int64_t first, last;
+  };
+  std::vector<Scratch> scratch;
+  std::vector<Run> runs;
+  bool stores_first;  // some tokens read what others of the pass write
+  Buffer<float> partial_, scored_;
+  float *partial, *scored;
+  int64_t scored_row;
+  std::vector<int64_t> visits_;  // positions that a thread read for the first KV head
+
+  void prepare_attention();
+  int64_t& visits(int64_t thread, int64_t t, int64_t l) { return visits_[(thread * n + t) * model->n_layers + l]; }
+  KvView view() const;
+  char* summaries(const VesicleChunk& chunk, int64_t l, int64_t g);
+  void store(int64_t thread, int64_t l, int64_t t);
+  float* queries(int64_t thread, int64_t l, int64_t t);
+  bool chooses(int64_t thread, int64_t t, int64_t l);
+  float* estimates(int64_t t) { return scored + t * model->heads * scored_row; }
+  void estimate(int64_t thread, int64_t l);
+  const int32_t** list_blocks(int64_t thread, int64_t t, int64_t l);
+  static int64_t segment(int64_t n);
+  float* part(int64_t t, int64_t h, int64_t s);
+  template <typename F>
+  void shares(int64_t thread, int64_t l, F f);
+  void attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int64_t first, int64_t last);
+  void attend_together(int64_t thread, int64_t l, const int64_t* members, int64_t count, int64_t unit, int64_t first,
+                       int64_t last);
+  void attention(int64_t thread, int64_t l);
+  void merge(int64_t t, int64_t blocks, float* out);
+
+  // pass_head.cpp
+  Buffer<float> logits_;
+  std::vector<int64_t> wanting;  // tokens of which something of the head is asked
+  std::vector<std::vector<Candidate>> candidates;  // of (thread, token that wants), the best first
+  std::vector<uint8_t> lost_;                      // of each token: its residual stream is not finite
+
+  void prepare_head();
+  bool staged(int64_t thread, int64_t t);
+  void best(const float* y, int64_t first, int64_t last, int64_t count, std::vector<Candidate>& out);
+  int64_t likeliest(std::vector<Candidate>& all, const Activation& x, int64_t survivors);
+  void head(int64_t thread);
+  void head_part(int64_t thread, const int64_t* which, int64_t count, int64_t first, int64_t last);
+};
+
+// A row of the embedding.
+void embed(const VesicleProjection& w, int64_t row, float* out);
+
+}  // namespace vesicle

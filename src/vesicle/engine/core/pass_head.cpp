@@ -1,0 +1,231 @@
+// The LM head of a pass: whole, or screened by leading bits where the likeliest token alone is asked for.
+
+#include <algorithm>
+#include <cmath>
+
+#include "pass.h"
+
+namespace vesicle {
+namespace {
+
+// Tokens that go through the head together: their logits stay in the cache.
+constexpr int64_t kTogether = 16;
+
+float from_half(const uint8_t* at) {
+  uint16_t bits;
+  std::memcpy(&bits, at, sizeof bits);
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, exponent = (bits >> 10) & 31;
+  uint32_t wide = sign | ((exponent + 112) << 23) | (static_cast<uint32_t>(bits & 0x3ff) << 13);
+  if (exponent == 31) wide |= 0x7f800000u;  // infinity or NaN
+  float value;
+  if (!exponent) {  // zero or subnormal, in units of 2^-24
+    const float tiny = static_cast<float>(bits & 0x3ff) * 5.9604644775390625e-8f;
+    std::memcpy(&wide, &tiny, sizeof wide);
+    wide |= sign;
+  }
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// The 32 codes of one group of a row of a packed head, and their scale and low.
+void head_codes(const VesicleProjection& w, int64_t row, int64_t g, int32_t* codes, float* scale, float* low) {
+  const int64_t groups = (w.n_in + kGroup - 1) / kGroup, block = row / kHeadTile * groups + g, o = row % kHeadTile;
+  const uint8_t* high = static_cast<const uint8_t*>(w.data) + block * 320;
+  const uint8_t* rest = w.format == kPacked8 ? static_cast<const uint8_t*>(w.rest) + block * 256 : nullptr;
+  for (int64_t j = 0; j < 4; ++j)
+    for (int64_t c = 0; c < 4; ++c) {
+      int32_t a = high[64 * j + 4 * o + c] & 15, b = high[64 * j + 4 * o + c] >> 4;
+      if (rest) {
+        a = 16 * a + (rest[64 * j + 4 * o + c] & 15);
+        b = 16 * b + (rest[64 * j + 4 * o + c] >> 4);
+      }
+      codes[8 * j + c] = a;
+      codes[8 * j + 4 + c] = b;
+    }
+  *scale = from_half(high + 256 + 2 * o);
+  *low = from_half(high + 256 + 2 * (kHeadTile + o));
+}
+
+float head_logit(const VesicleProjection& w, const Quantized& x, int64_t row) {
+  float total = 0, scale, low;
+  int32_t codes[kGroup];
+  for (int64_t g = 0; g < (w.n_in + kGroup - 1) / kGroup; ++g) {
+    head_codes(w, row, g, codes, &scale, &low);
+    int32_t sum = 0;
+    for (int64_t i = 0; i < kGroup; ++i) sum += codes[i] * x.codes(g)[i];
+    total += scale * (x.scale(g) * static_cast<float>(sum)) + low * x.sum(g);
+  }
+  return total;
+}
+
+}  // namespace
+
+void embed(const VesicleProjection& w, int64_t row, float* out) {
+  if (w.format == kDense32) {
+    std::memcpy(out, static_cast<const float*>(w.data) + row * w.n_in, w.n_in * sizeof(float));
+    return;
+  }
+  if (w.format == kDenseBf16) {
+    const uint16_t* from = static_cast<const uint16_t*>(w.data) + row * w.n_in;
+    for (int64_t i = 0; i < w.n_in; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+      std::memcpy(out + i, &bits, sizeof bits);
+    }
+    return;
+  }
+  int32_t codes[kGroup];
+  float scale, low;
+  for (int64_t start = 0; start < w.n_in; start += kGroup) {
+    head_codes(w, row, start / kGroup, codes, &scale, &low);
+    for (int64_t i = 0; i < kGroup && start + i < w.n_in; ++i)
+      out[start + i] = scale * static_cast<float>(codes[i]) + low;
+  }
+}
+
+void Pass::prepare_head() {
+  const int64_t T = pool->threads();
+  wanting.clear();
+  for (int64_t t = 0; t < n; ++t)
+    if (tokens[t].wants) wanting.push_back(t);
+  const int64_t most = std::min<int64_t>(kTogether, wanting.size());
+  logits_.get(padded(model->vocabulary, kHeadTile) * most);
+  candidates.resize(T * std::max<size_t>(1, wanting.size()));
+  lost_.assign(n, 0);
+}
+
+// Whether a token's logits are screened first.
+bool Pass::staged(int64_t thread, int64_t t) {
+  const int32_t m = lane(thread, t).head;
+  return tokens[t].wants == kLikeliest && model->head.format == kPacked8 && m > 0 && m < model->vocabulary;
+}
+
+// The `count` best of y[first:last), best first; ties to the lower row. Row -1 where a number is not finite: such
+// numbers have no order.
+void Pass::best(const float* y, int64_t first, int64_t last, int64_t count, std::vector<Candidate>& out) {
+  out.clear();
+  if (first >= last) return;
+  const float top = k->largest(y + first, last - first);
+  if (std::isnan(top)) {
+    out.push_back({top, -1});
+    return;
+  }
+  if (count == 1) {
+    const int64_t row = std::find(y + first, y + last, top) - y;
+    out.push_back({top, static_cast<int32_t>(row)});
+    return;
+  }
+  // Only what beats the worst of the kept heap is looked at again.
+  for (int64_t i = first; i < last; ++i) {
+    const Candidate c{y[i], static_cast<int32_t>(i)};
+    if (static_cast<int64_t>(out.size()) < count) {
+      out.push_back(c);
+      std::push_heap(out.begin(), out.end());
+    } else if (c < out.front()) {
+      std::pop_heap(out.begin(), out.end());
+      out.back() = c;
+      std::push_heap(out.begin(), out.end());
+    }
+  }
+  std::sort_heap(out.begin(), out.end());
+}
+
+// The likeliest row of a token's candidates; -1 where a logit is not finite.
+int64_t Pass::likeliest(std::vector<Candidate>& all, const Activation& x, int64_t survivors) {
+  const auto doubtful = [](const Candidate& c) { return c.row < 0 || !std::isfinite(c.score); };
+  if (std::any_of(all.begin(), all.end(), doubtful)) return -1;
+  std::sort(all.begin(), all.end());
+  if (survivors) {
+    const float* bias = model->head.bias;
+    all.resize(std::min<size_t>(all.size(), survivors));
+    for (auto& c : all) c.score = head_logit(model->head, x.quantized, c.row) + (bias ? bias[c.row] : 0.0f);
+    if (std::any_of(all.begin(), all.end(), doubtful)) return -1;
+    std::sort(all.begin(), all.end());
+  }
+  return all.front().row;
+}
+
+// Logits of rows [first, last) of the head's tiles for some of the tokens that want them, and their best.
+void Pass::head_part(int64_t thread, const int64_t* which, int64_t count, int64_t first, int64_t last) {
+  const VesicleProjection& w = model->head;
+  const int64_t width = model->width, vocabulary = model->vocabulary, room = padded(vocabulary, kHeadTile);
+  const int64_t begin = first * kHeadTile, end = std::min(vocabulary, last * kHeadTile);
+  float* logits = logits_.get(0);
+  if (packed(w)) {
+    for (int stage = 0; stage < 2; ++stage) {  // exact, then the low-bit screens
+      const Quantized* x[kTogether];
+      float* y[kTogether];
+      int64_t chosen = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        if (staged(thread, which[i]) != (stage == 1)) continue;
+        x[chosen] = &lane(thread, which[i]).in.quantized;
+        y[chosen++] = logits + i * room;
+      }
+      const Precision precision = precision_of(w.format, stage ? 4 : kFullBits);
+      if (chosen)
+        k->head_tiles(static_cast<const uint8_t*>(w.data), static_cast<const uint8_t*>(w.rest),
+                      (w.n_in + kGroup - 1) / kGroup, first, last, &precision, x, chosen, y);
+    }
+  } else {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t i = 0; i < count; ++i) {
+        const float* x = lane(thread, which[i]).in.x;
+        logits[i * room + row] =
+            w.format == kDense32 ? k->dot(x, static_cast<const float*>(w.data) + row * width, width)
+                                 : k->dot_bf16(x, static_cast<const uint16_t*>(w.data) + row * width, width);
+      }
+  }
+  for (int64_t i = 0; i < count && begin < end; ++i) {
+    const Token& token = tokens[which[i]];
+    float* y = logits + i * room;
+    if (w.bias) k->add(y + begin, w.bias + begin, end - begin);
+    if (token.logits) std::memcpy(token.logits + begin, y + begin, (end - begin) * sizeof(float));
+  }
+}
+
+void Pass::head(int64_t thread) {
+  const int64_t threads = pool->threads(), width = model->width;
+  const VesicleProjection& w = model->head;
+  each(thread, [&](int64_t t) {
+    finish_ffn(thread, t);
+    Lane& a = lane(thread, t);
+    if (reports(thread)) {
+      lost_[t] = std::isnan(k->largest(a.residual, width));
+      if (tokens[t].hidden) std::memcpy(tokens[t].hidden, a.residual, width * sizeof(float));
+      tokens[t].plan[model->n_layers - 1].head = tokens[t].wants == kLikeliest && w.format == kPacked8 ? a.head : 0;
+    }
+    if (!tokens[t].wants) return;
+    norm(model->final_norm, a.residual, a.in.room(width));
+    a.in.prepare(k, width, width, packed(w), &shelf, place(thread, t));
+  });
+  const int64_t tiles = (model->vocabulary + kHeadTile - 1) / kHeadTile, count = wanting.size();
+  const int64_t first = tiles * thread / threads, last = tiles * (thread + 1) / threads;
+  const int64_t begin = first * kHeadTile, end = std::min(model->vocabulary, last * kHeadTile);
+  const int64_t room = padded(model->vocabulary, kHeadTile);
+  bool ranks = false;
+  for (int64_t start = 0; start < count; start += kTogether) {
+    const int64_t here = std::min(kTogether, count - start);
+    head_part(thread, wanting.data() + start, here, first, last);
+    for (int64_t i = 0; i < here; ++i) {
+      const int64_t t = wanting[start + i];
+      if (tokens[t].wants != kLikeliest) continue;
+      ranks = true;
+      best(logits_.get(0) + i * room, begin, end, staged(thread, t) ? lane(thread, t).head : 1,
+           candidates[thread * count + start + i]);
+    }
+  }
+  if (!ranks) return;
+  pool->barrier();
+  for (int64_t i = thread; i < count; i += threads) {  // one thread a token: the survivors are few
+    const int64_t t = wanting[i];
+    if (tokens[t].wants != kLikeliest) continue;
+    std::vector<Candidate> all;
+    for (int64_t other = 0; other < threads; ++other) {
+      const auto& more = candidates[other * count + i];
+      all.insert(all.end(), more.begin(), more.end());
+    }
+    const Lane& a = lane(thread, t);
+    tokens[t].chunk->likeliest = likeliest(all, a.in, staged(thread, t) ? a.head : 0);
+  }
+}
+
+}  // namespace vesicle

@@ -1,0 +1,214 @@
+"""One text being processed: its author, its cache, its Plan and what it has cost so far."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vesicle.cost import Cost, flops_of, price_dense_tokens
+from vesicle.engine.cache import SequenceCache
+from vesicle.engine.chunk import ChunkBuffer
+from vesicle.phases import ALL, GENERATED, PROMPT, Spans
+from vesicle.plan import BLOCK, FOREVER, Author, FloatArray, Method, Plan, PlanBuilder
+from vesicle.retention import eviction_lengths, held_entries
+from vesicle.transmitters import NAMES
+
+if TYPE_CHECKING:
+    from vesicle.engine.engine import Engine
+
+
+class Sequence:
+    """One text being processed.
+
+    Its method's author, its cache, its Plan and its counted cost so far. Its cache is freed by
+    `close`, or when the sequence is dropped.
+
+    Attributes:
+        prompts: Which of its tokens are prompt (see `vesicle.phases`).
+        taken_over: Leading tokens that a fork has from another sequence, whose work they are.
+        evicts_at: The next length at which entries of the cache are forgotten; `FOREVER` for none.
+    """
+
+    def __init__(self, engine: Engine, method: Method, author: Author | None = None) -> None:
+        """Empty; use `Engine.start`, or `Engine.fork`, which brings an author."""
+        shape = engine.shape
+        self.engine = engine
+        self.method = method
+        self.equipment = method.equipment
+        self.overhead = method.overhead(shape)
+        self.author = author or method.author(shape)
+        self.builder = PlanBuilder(shape, self.author.retained)
+        self.cache = SequenceCache(engine.pool, shape.n_layers)
+        self.prompts = Spans()
+        self.taken_over = 0
+        self.evicts_at = FOREVER
+        self._evictions = eviction_lengths(self.author.retained)
+        self._most_bytes = 0
+        self.await_eviction()
+        self.token_ids: list[int] = []
+        self.counted: list[dict[str, NDArray[np.int64]]] = []
+        self._buffer: ChunkBuffer | None = None
+
+    def buffer(self) -> ChunkBuffer:
+        """What the native core is handed of this sequence."""
+        if self._buffer is None:
+            self._buffer = ChunkBuffer(self)
+        return self._buffer
+
+    def settle(self) -> None:
+        """Bring Plan, levels and counts up to date with what the native core has run."""
+        if self._buffer is not None:
+            with self.engine.lock:
+                self._buffer.settle(self)
+
+    def break_off(self) -> None:
+        """Forget the pass that it was in; its cache does so by itself."""
+        self.author.rewind(self.length)
+
+    def begin_prompt(self, n_tokens: int, *, scored: bool = True) -> None:
+        """Say that the next `n_tokens` tokens are a prompt; the method decides what that changes.
+
+        Args:
+            n_tokens: Of the prompt.
+            scored: Whether anybody asks what follows the prompt. Its last token is then the first
+                of the generated ones.
+        """
+        self.settle()  # what was decided ahead may not hold any more
+        stop = self.length + n_tokens - scored
+        self.prompts.add(self.length, stop)
+        self.author.prompt(self.length, stop)
+
+    def phase(self, name: str) -> NDArray[np.bool_]:
+        """(T,) which of its tokens are of a phase: `prompt`, `generated` or `all`."""
+        prompt = self.prompts.contains(np.arange(self.length, dtype=np.int32))
+        return {PROMPT: prompt, GENERATED: ~prompt, ALL: np.ones(self.length, bool)}[name]
+
+    @property
+    def released(self) -> NDArray[np.bool_]:
+        """(T,) at which of its tokens the method's predictor ran."""
+        return self.author.releases(np.arange(self.length, dtype=np.int32))
+
+    def await_eviction(self) -> None:
+        """Find the next length at which entries are forgotten."""
+        later = (n for n in self._evictions if n > self.cache.length)
+        self.evicts_at = next(later, FOREVER)
+
+    def evict(self) -> None:
+        """Forget the entries that no query from here on may read, and free their memory."""
+        retained, length = self.author.retained, self.cache.length
+        assert retained is not None
+        self._most_bytes = self.kv_bytes_peak
+        for layer in range(self.cache.n_layers):
+            held = held_entries(retained, layer, length)
+            complete = held[0] < length // BLOCK * BLOCK  # as many in each head
+            self.cache.compact(layer, held[:, complete])
+        self.await_eviction()
+
+    @property
+    def kv_bytes_peak(self) -> int:
+        """The most bytes of keys and values that it ever held."""
+        return max(self._most_bytes, self.cache.bytes_held)
+
+    @property
+    def length(self) -> int:
+        """Tokens processed."""
+        return self.cache.length
+
+    def close(self) -> None:
+        """Free its cache.
+
+        Plan, levels and counted work stay; it takes no more tokens, and holds no bytes.
+        """
+        with self.engine.lock:
+            self.cache.free()
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided for every token."""
+        with self.engine.lock:
+            self.settle()
+            return self.builder.build()
+
+    @property
+    def levels(self) -> FloatArray:
+        """Released levels (T, L, 5); empty (0, L, 5) for methods that have none."""
+        with self.engine.lock:
+            self.settle()
+            levels = self.author.levels
+        return np.ones((0, self.cache.n_layers, len(NAMES))) if levels is None else levels
+
+    @property
+    def token_costs(self) -> dict[str, NDArray[np.int64]]:
+        """Counted work of each token (T,), by field of `Cost`."""
+        with self.engine.lock:
+            self.settle()
+            if not self.counted:
+                return {}
+            return {k: np.concatenate([c[k] for c in self.counted]) for k in self.counted[0]}
+
+    @property
+    def dense_token_costs(self) -> dict[str, NDArray[np.int64]]:
+        """What the same work on each token (T,) costs the dense model, by field of `Cost`.
+
+        The LM head is priced where it ran. Tokens taken over cost nothing, here as there.
+        """
+        counted, n = self.token_costs, self.taken_over
+        if not counted:
+            return {}
+        ran = counted["flops_head"][n:] > 0  # a head that runs multiplies something
+        dense = price_dense_tokens(self.engine.shape, n, ran)
+        return {k: np.concatenate([np.zeros(n, np.int64), v]) for k, v in dense.items()}
+
+    @property
+    def token_shares(self) -> FloatArray:
+        """(T,) FLOPs of each token over the dense model's; NaN for tokens taken over."""
+        with self.engine.lock:  # both of the same tokens
+            executed, dense = flops_of(self.token_costs), flops_of(self.dense_token_costs)
+        shares = np.full(len(dense), np.nan)
+        return np.divide(executed, dense, out=shares, where=dense > 0)
+
+    def cost_of(self, tokens: slice | NDArray[np.bool_]) -> Cost:
+        """Counted work of some of the tokens, without the cache held."""
+        return Cost(**{name: int(v[tokens].sum()) for name, v in self.token_costs.items()})
+
+    @property
+    def cost(self) -> Cost:
+        """Counted work of all tokens, and the cache held now."""
+        with self.engine.lock:
+            return replace(self.cost_of(slice(None)), kv_bytes_held=self.cache.bytes_held)
+
+    def dense_cost_of(self, tokens: slice | NDArray[np.bool_]) -> Cost:
+        """What the same work on some of the tokens costs the dense model, without the cache."""
+        return Cost(**{name: int(v[tokens].sum()) for name, v in self.dense_token_costs.items()})
+
+    @property
+    def dense_cost(self) -> Cost:
+        """What the same work on all tokens costs the dense model, and the cache that it holds.
+
+        `cost.ratio(dense_cost)` gives the share of each quantity.
+        """
+        shape = self.engine.shape
+        with self.engine.lock:
+            held = shape.n_layers * shape.position_bytes * self.length
+            return replace(self.dense_cost_of(slice(None)), kv_bytes_held=held)
+
+    @property
+    def share(self) -> float:
+        """Executed FLOPs over the dense model's for the same work; 1 before the first token.
+
+        Exactly 1 at rest, whatever logits were asked for and however passes were cut.
+        """
+        with self.engine.lock:  # both of the same tokens
+            executed, dense = self.cost.flops_total, self.dense_cost.flops_total
+        return executed / dense if dense else 1.0
+
+
+Part = tuple[Sequence, list[int]]
+"""A sequence and its next tokens."""
+Outcome = Tensor | Exception
+"""What a pass computed for a sequence, or why it could not."""
+Wanted = Literal["last", "all", "none", "likeliest"]

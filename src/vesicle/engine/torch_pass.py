@@ -1,0 +1,252 @@
+"""A pass in PyTorch: what a layer computes, to be read; and what runs where the core does not.
+
+That is without the core, in fp64, and where a dense store is read at fewer bits. It counts as the
+core does, and tests hold their results together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vesicle.engine.asked import Asked
+from vesicle.engine.attention import Masks, attend
+from vesicle.engine.counters import Counters
+from vesicle.engine.linear import normalise, project, survivors
+from vesicle.engine.packed import PackedHead
+from vesicle.engine.sampling import likeliest_of
+from vesicle.engine.sequence import Outcome, Sequence, Wanted
+from vesicle.plan import FFN_BIG, FFN_SMALL, IntArray, Rows, resting_rows
+
+if TYPE_CHECKING:
+    from vesicle.engine.engine import Engine
+
+
+class TorchPass:
+    """One forward pass over N tokens of a ragged batch."""
+
+    def __init__(self, engine: Engine, batch: list[tuple[Sequence, list[int]]]) -> None:
+        self.engine = engine
+        self.batch = batch
+        self.sequences = [sequence for sequence, _ in batch]
+        self.rows: list[slice] = []
+        self.positions: list[IntArray] = []
+        n = 0
+        for sequence, ids in batch:
+            self.rows.append(slice(n, n + len(ids)))
+            n += len(ids)
+            start = sequence.length
+            self.positions.append(np.arange(start, start + len(ids), dtype=np.int32))
+        self.all_positions = np.concatenate(self.positions)
+        self.plan = resting_rows(engine.shape, self.all_positions)
+        self.asked = Asked(
+            engine.shape,
+            [sequence.author for sequence in self.sequences],
+            self.positions,
+            [self.plan[rows] for rows in self.rows],
+        )
+        self.counters = Counters(engine.shape, n)
+        self.rotation = engine._rotary.at(self.all_positions)
+        self.masks = Masks()
+
+    def outcomes(self, wants: Wanted) -> list[Outcome]:
+        """Run; for each sequence the logits (T, V) wanted, or the likeliest id (), or an error."""
+        ids = [i for _, part in self.batch for i in part]
+        hidden = self.engine._weights.embed(torch.tensor(ids))
+        for number in range(self.engine.shape.n_layers):
+            hidden = self.layer(number, hidden)
+            if len(self.asked.failed) == len(self.batch):
+                break
+        self.screens = self.plan["head"][:, -1].copy()
+        self.plan["head"] = 0  # unless it is screened below
+        found: list[Outcome] = []
+        for i in range(len(self.batch)):
+            if i in self.asked.failed:
+                found.append(self.asked.failed[i])
+            elif wants == "likeliest":
+                found.append(self.likeliest(i, hidden))
+            else:
+                found.append(self.logits(i, hidden, wants))
+        for sequence, rows, released in zip(
+            self.sequences, self.rows, self.asked.released, strict=True
+        ):
+            self.counters.released(sequence.overhead, rows, released)
+        return found
+
+    def layer(self, number: int, hidden: Tensor) -> Tensor:
+        """One decoder layer, hidden (N, D)."""
+        config = self.engine.config
+        decided = self.plan[:, number]
+        self.asked.attention(number)
+        after = hidden + self.attention(number, hidden, decided)
+        self.asked.ffn(number, [after[rows] for rows in self.rows])
+        before = hidden if config.parallel_residual else after
+        return after + self.normed_ffn(number, before, decided)
+
+    def logits(self, i: int, hidden: Tensor, wanted: Literal["last", "all", "none"]) -> Tensor:
+        """Logits of sequence i's last, all or none of its tokens, from hidden (N, D)."""
+        rows = self.rows[i]
+        chosen = {"last": slice(rows.stop - 1, rows.stop), "all": rows, "none": slice(0, 0)}[wanted]
+        self.counters.head(chosen)
+        return self.engine._weights.logits(self.engine._final_norm(hidden[chosen]))
+
+    def likeliest(self, i: int, hidden: Tensor) -> Outcome:
+        """Id () of the word most likely to follow sequence i's last token, from hidden (N, D).
+
+        Or the error, if a logit is not finite.
+        """
+        engine, stop = self.engine, self.rows[i].stop
+        head, last = engine._weights.head, slice(stop - 1, stop)
+        position = int(self.positions[i][-1])
+        m = int(self.screens[stop - 1]) if engine.shape.screens_head else 0
+        if m == 0 or not isinstance(head, PackedHead):
+            return likeliest_of(self.logits(i, hidden, "last")[0], position)
+        self.plan["head"][stop - 1, -1] = m
+        self.counters.head(last, m)
+        ids, logits = survivors(engine._final_norm(hidden[last]), head, m)
+        place = likeliest_of(logits[0], position)
+        return ids[0, place] if isinstance(place, Tensor) else place
+
+    def normed_ffn(self, number: int, hidden: Tensor, decided: Rows) -> Tensor:
+        """The FFN's contribution to the residual stream, (N, D), from its input before the norm."""
+        config, w = self.engine.config, self.engine._weights.layers[number]
+        norm = w.ffn_norm
+        x = normalise(hidden, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
+        return self.ffn(number, x, decided)
+
+    def attention(self, number: int, hidden: Tensor, decided: Rows) -> Tensor:
+        """Attention's contribution to the residual stream, (N, D)."""
+        engine = self.engine
+        config, shape, w = engine.config, engine.shape, engine._weights.layers[number]
+        norm = w.attention_norm
+        x = normalise(hidden, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
+        runs = decided["attention"] == 1
+        channels, bits = decided["channels"], decided["bits"]
+        kv, n = shape.kv_width, len(runs)
+        if runs.all():
+            joint, read = project(x, w.attention_in, channels[:, 0], bits[:, 0])
+        else:
+            # Skipped tokens compute values and keys alone: the leading outputs.
+            joint = x.new_zeros(n, w.attention_in.n_out)
+            read = np.zeros(n, np.int32)
+            for chosen, columns in ((runs, None), (~runs, 2 * kv)):
+                if chosen.any():
+                    index = torch.from_numpy(np.nonzero(chosen)[0])
+                    part, read[chosen] = project(
+                        x[index],
+                        w.attention_in,
+                        channels[chosen, 0],
+                        bits[chosen, 0],
+                        columns,
+                    )
+                    joint[index, : part.shape[1]] = part
+        outputs = (
+            w.attention_in.n_out if runs.all() else np.where(runs, w.attention_in.n_out, 2 * kv)
+        )
+        self.counters.projection(0, number, read, outputs, bits[:, 0])
+
+        size = shape.head_size
+        values = joint[:, :kv].view(n, shape.n_kv_heads, size)
+        keys_queries = joint[:, kv:].view(n, shape.n_kv_heads + shape.n_heads, size)
+        if w.query_norm is not None and w.key_norm is not None:
+            keys_queries = keys_queries.to(hidden.dtype)
+            keys, queries = keys_queries.split((shape.n_kv_heads, shape.n_heads), dim=1)
+            keys_queries = torch.cat(
+                [
+                    normalise(keys, w.key_norm.weight, None, config.norm_eps, True),
+                    normalise(queries, w.query_norm.weight, None, config.norm_eps, True),
+                ],
+                dim=1,
+            )
+        if config.rotary_layers[number]:
+            keys_queries = engine._rotary.rotate(keys_queries, self.rotation)
+        keys, queries = keys_queries.split((shape.n_kv_heads, shape.n_heads), dim=1)
+
+        mixed = x.new_empty(n, shape.query_width)
+        for sequence, rows, positions in zip(
+            self.sequences, self.rows, self.positions, strict=True
+        ):
+            cache = sequence.cache
+            cache.append(number, keys[rows].transpose(0, 1), values[rows].transpose(0, 1))
+            active = runs[rows]
+            if not active.any():
+                continue
+            whole = bool(active.all())
+            index = np.arange(rows.start, rows.stop)[active]
+            out, visited, compared = attend(
+                (queries[rows] if whole else queries[torch.from_numpy(index)]).to(x.dtype),
+                cache,
+                number,
+                positions[active],
+                decided["kv_blocks"][rows][active],
+                engine._scale,
+                sequence.equipment.summary,
+                self.masks,
+            )
+            vectors = sequence.overhead.selection_vectors
+            self.counters.attention(number, index, visited, compared, vectors)
+            if whole:
+                mixed[rows] = out
+            else:
+                mixed[torch.from_numpy(index)] = out
+        if runs.all():
+            out, read = project(mixed, w.attention_out, channels[:, 1], bits[:, 1])
+            self.counters.projection(1, number, read, w.attention_out.n_out, bits[:, 1])
+            return out
+        result = torch.zeros_like(hidden)
+        read = np.zeros(n, np.int32)
+        if runs.any():
+            index = torch.from_numpy(np.nonzero(runs)[0])
+            result[index], read[runs] = project(
+                mixed[index], w.attention_out, channels[runs, 1], bits[runs, 1]
+            )
+        self.counters.projection(1, number, read, w.attention_out.n_out, bits[:, 1])
+        self.stand_in("attention", number, x, ~runs, result)
+        return result
+
+    def ffn(self, number: int, x: Tensor, decided: Rows) -> Tensor:
+        """The FFN's contribution to the residual stream, (N, D), from its normed input."""
+        big = decided["ffn"] == FFN_BIG
+        if big.all():
+            return self.big_ffn(number, x, decided, None)
+        result = torch.zeros_like(x)
+        if big.any():
+            rows = np.nonzero(big)[0].astype(np.int32)
+            index = torch.from_numpy(rows)
+            result[index] = self.big_ffn(number, x[index], decided, rows)
+        self.stand_in("ffn", number, x, decided["ffn"] == FFN_SMALL, result)
+        return result
+
+    def big_ffn(self, number: int, x: Tensor, decided: Rows, rows: IntArray | None) -> Tensor:
+        """The FFN itself on the tokens `rows` (all for None), x (len(rows), D)."""
+        engine, w = self.engine, self.engine._weights.layers[number]
+        tokens = slice(None) if rows is None else rows
+        channels, bits = decided["channels"][tokens], decided["bits"][tokens]
+        inner, read = project(x, w.ffn_in, channels[:, 2], bits[:, 2])
+        self.counters.projection(2, number, read, w.ffn_in.n_out, bits[:, 2], tokens)
+        if engine.shape.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = engine._activation(gate) * up
+        else:
+            inner = engine._activation(inner)
+        out, read = project(inner, w.ffn_out, channels[:, 3], bits[:, 3])
+        self.counters.projection(3, number, read, w.ffn_out.n_out, bits[:, 3], tokens)
+        return out
+
+    def stand_in(
+        self, kind: str, number: int, x: Tensor, chosen: NDArray[np.bool_], result: Tensor
+    ) -> None:
+        """Write the stand-ins' outputs for the chosen tokens into `result` (N, D)."""
+        for sequence, rows in zip(self.sequences, self.rows, strict=True):
+            index = np.arange(rows.start, rows.stop)[chosen[rows]]
+            equipment = sequence.equipment
+            standin = equipment.ffn_standin if kind == "ffn" else equipment.attention_standin
+            if standin is None or not len(index):  # a method without stand-ins skips outright
+                continue
+            where = torch.from_numpy(index)
+            result[where] = standin.apply_layer(number, x[where])
+            self.counters.stand_in(index, standin.rank)
