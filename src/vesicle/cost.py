@@ -65,7 +65,7 @@ class Cost:
 
     @property
     def flops_total(self) -> int:
-        """All FLOPs."""
+        """FLOPs of all six kinds together: the sum of the `flops_` fields."""
         return sum(getattr(self, f.name) for f in fields(self) if f.name.startswith("flops_"))
 
     @property

@@ -490,7 +490,7 @@ class ModulatorMethod(Method):
         return self.modulator.equipment
 
     def author(self, shape: ModelShape) -> ModulatorAuthor:
-        """A fresh author."""
+        """An author for one new sequence on a model of `shape`, without state or levels yet."""
         self.modulator.check_fits(shape)
         return ModulatorAuthor(self, shape)
 
@@ -530,7 +530,7 @@ class ModulatorAuthor(Author):
     bounded = True  # rules clip, and effectors have checked their ladders
 
     def __init__(self, method: ModulatorMethod, shape: ModelShape) -> None:
-        """Start a sequence."""
+        """Start a sequence of no tokens under `method`, on a model of `shape`."""
         self.modulator = method.modulator
         self.dial = method.dial_position
         self._rests = method.at_rest

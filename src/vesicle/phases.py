@@ -120,7 +120,7 @@ class Spans:
     """
 
     def __init__(self) -> None:
-        """No prompt at all."""
+        """Start without spans: every position is generated."""
         self._spans: list[tuple[int, int]] = []
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

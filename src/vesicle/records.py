@@ -43,7 +43,7 @@ class Record:
 
     @property
     def schema(self) -> str:
-        """Version of the record."""
+        """Name and version of the record's format, such as `vesicle-tasks-1`."""
         return self.version
 
     def to_dict(self) -> dict[str, Any]:

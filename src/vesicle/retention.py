@@ -57,7 +57,7 @@ class Retention(Method):
 
     @property
     def equipment(self) -> Equipment:
-        """The inner method's."""
+        """The inner method's stand-ins and block summary."""
         return self.inner.equipment
 
     def overhead(self, shape: ModelShape) -> Overhead:
@@ -127,7 +127,11 @@ def held_entries(retained: IntArray, layer: int, length: int) -> IntArray:
 
 
 def _positions(head: ArrayLike, at: int) -> IntArray:
-    """The positions, rising."""
+    """The positions (n,) to keep of one KV head, int32, rising.
+
+    Raises:
+        VesicleError: If they are not integers in a row, not from 0 to `at` - 1, or given twice.
+    """
     given = np.asarray(head)
     if given.size and not (given.ndim == 1 and np.issubdtype(given.dtype, np.integer)):
         raise VesicleError(

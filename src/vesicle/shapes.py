@@ -94,12 +94,12 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
-        """HK."""
+        """HK, the width of the queries of all heads together."""
         return self.n_heads * self.head_size
 
     @property
     def kv_width(self) -> int:
-        """GK."""
+        """GK, the width of the keys, or values, of all KV heads together."""
         return self.n_kv_heads * self.head_size
 
     @property

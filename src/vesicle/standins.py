@@ -27,7 +27,7 @@ class StandIns(nn.Module):
 
     @property
     def rank(self) -> int:
-        """R."""
+        """R, the inner width of the maps, the same in every layer."""
         return int(self.down.shape[1])
 
     def apply_layer(self, layer: int, x: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ class Display:
     """A bar on a terminal, lines elsewhere."""
 
     def __init__(self, bar: Progress) -> None:
-        """Use `showing`."""
+        """Show a run as one task of `bar`, or as lines where it is disabled; see `showing`."""
         self._bar = bar
         self._task = bar.add_task("starting", total=1.0, left="")
         self._begun: float | None = None
 
     def stage(self, text: str) -> None:
-        """Something begins."""
+        """Show what begins or went wrong, as the bar's description and as a line."""
         self._bar.update(self._task, description=text)
         self._say(text)
 
@@ -41,7 +41,7 @@ class Display:
         self._bar.refresh()
 
     def row(self, row: Row) -> None:
-        """A row is finished."""
+        """Print a finished row: median speeds in tokens/s, and a mark if it is not valid."""
         text = (
             f"{row.prompt_tokens} tokens x {row.batch}: {row.contender}: "
             f"prefill {row.prefill_tokens_per_s.median:.0f} tokens/s, "

@@ -103,11 +103,11 @@ class Worker:
         self._log.close()
 
     def __enter__(self) -> Self:
-        """The worker itself."""
+        """The worker itself; its process has run since it was made."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it."""
+        """End the process at once, as `close` does."""
         self.close()
 
     def _read(self) -> None:

@@ -43,7 +43,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Of at least one value."""
+        """Median and interpolated quartiles of values; a single one stands for all three."""
         if len(values) == 1:
             return cls(median=values[0], low=values[0], high=values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -200,7 +200,7 @@ class Report(Record):
         return [name for name in self.contenders if name in having]
 
     def find(self, contender: str, cell: Cell) -> Row | None:
-        """A contender's row."""
+        """The row of a contender at a prompt length and batch size; None if there is none."""
         for row in self.rows:
             if row.contender == contender and row.cell == cell:
                 return row

@@ -64,7 +64,11 @@ class BenchConfig:
     bandwidth_repeats: int = 5
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check that prompts and batches are distinct and from 1 up, other numbers above 0.
+
+        Raises:
+            VesicleError: Naming the setting, its value and what is allowed.
+        """
         for name in ("prompts", "batches"):
             values = getattr(self, name)
             if not values or min(values) < 1 or len(set(values)) < len(values):
@@ -99,13 +103,13 @@ class Progress(Protocol):
     """Who is told how far a run is. Nothing may be drawn while a turn runs."""
 
     def stage(self, text: str) -> None:
-        """Something begins."""
+        """Something outside of turns begins, or a row cannot be had; `text` says what."""
 
     def turn(self, text: str, done: float) -> None:
         """A turn begins, with `done` of the work (0 to 1) behind it."""
 
     def row(self, row: Row) -> None:
-        """A row is finished."""
+        """A contender's row at one prompt length and batch size is finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +127,14 @@ class _Round:
 
 @dataclass(kw_only=True)
 class _Bench:
-    """The state of one run."""
+    """One run: what is swept, the workers, and what has come of it so far.
+
+    Attributes:
+        start_bytes: Memory that each contender's process held before it read the weights.
+        too_slow: For contenders that ran out of time, at how many tokens of prompts, all sequences
+            together.
+        done: Work that is behind it, in units of `_weight`.
+    """
 
     config: BenchConfig
     contenders: list[Contender]

@@ -36,7 +36,7 @@ class Server:
     """Answers requests; holds the loaded contender between them."""
 
     def __init__(self) -> None:
-        """Nothing loaded."""
+        """Start without a contender; a `load` request brings it."""
         self._runner: Any = None
         self._actions: dict[str, Callable[..., dict[str, Any]]] = {
             "load": self._load,
@@ -87,7 +87,7 @@ class Server:
 
 
 def main() -> None:
-    """Serve standard input."""
+    """Answer requests from standard input on standard output; libraries print on standard error."""
     # A terminal sends the interruption to the parent too, which ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Libraries may print: answers go out on a copy of standard output that nobody else has.

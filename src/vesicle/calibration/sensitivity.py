@@ -73,7 +73,7 @@ class Sensitivity:
     saved: FloatArray
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON writes it."""
+        """The fields as JSON writes them, `rise` and `saved` as P lists of L numbers."""
         return {
             "probes": [asdict(p) for p in self.probes],
             "rise": self.rise.tolist(),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Through(StrEnum):
-    """Who executes."""
+    """Who executes: our engine, the reference in transformers, or transformers as it is."""
 
     engine = "engine"
     reference = "reference"

@@ -57,7 +57,11 @@ class DopaminePrecision(Effector):
     head_below: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check that all settings are in range; steps of the ladder become (float, int).
+
+        Raises:
+            ValueError: Naming the setting, its value and what is allowed.
+        """
         object.__setattr__(
             self, "bits_ladder", tuple((float(a), int(b)) for a, b in self.bits_ladder)
         )

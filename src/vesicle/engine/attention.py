@@ -23,7 +23,7 @@ class Masks:
     """Additive causal masks of one pass; layers that hold the same positions share one."""
 
     def __init__(self) -> None:
-        """None made yet."""
+        """Start without a mask; `at` makes the one asked for, and keeps the newest."""
         self._made: dict[bytes, Tensor] = {}
 
     def at(self, slots: IntArray, length: int, dtype: torch.dtype) -> Tensor:

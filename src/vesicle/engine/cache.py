@@ -64,7 +64,7 @@ class SequenceCache:
     """
 
     def __init__(self, pool: BlockPool, n_layers: int) -> None:
-        """Empty."""
+        """Start at length 0 in all layers, without any block of `pool`."""
         self.pool = pool
         self.length = 0
         self._lists = _Lists(
@@ -85,7 +85,7 @@ class SequenceCache:
 
     @property
     def n_layers(self) -> int:
-        """L."""
+        """L, the layers whose keys and values are held."""
         return len(self._ends)
 
     @property

@@ -18,7 +18,7 @@ class Counters:
     """Running totals (N,) of a pass over N tokens."""
 
     def __init__(self, shape: ModelShape, n_tokens: int) -> None:
-        """All zero."""
+        """Start all counts of `n_tokens` tokens at zero."""
         self._shape = shape
         # Written layer by layer and added up once per pass: decoding is too fast for sums as it
         # goes.

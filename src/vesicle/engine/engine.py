@@ -125,7 +125,7 @@ class Engine:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights."""
+        """Bytes in memory of all weights; a tied embedding counts once."""
         return self._weights.bytes_held
 
     @classmethod

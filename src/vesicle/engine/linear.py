@@ -59,12 +59,12 @@ class ChannelMajor:
 
     @property
     def n_in(self) -> int:
-        """Input channels."""
+        """Input channels, the rows of `weight`."""
         return int(self.weight.shape[0])
 
     @property
     def n_out(self) -> int:
-        """Outputs."""
+        """Outputs of all joined projections, the columns of `weight`."""
         return int(self.weight.shape[1])
 
     @property

@@ -31,6 +31,7 @@ from vesicle.engine.sampling import not_finite
 from vesicle.engine.weights import Weights
 from vesicle.families.base import Affine, DecoderConfig
 from vesicle.modulator import ModulatorAuthor
+from vesicle.plan import Author
 from vesicle.predictors.linear import LinearPredictor
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class NativeCore:
     def __init__(
         self, weights: Weights, config: DecoderConfig, pool: BlockPool, scale: float
     ) -> None:
-        """Use `build`."""
+        """Describe weights and pages to the library; `build` first asks whether it covers them."""
         library = core.load()
         assert library is not None
         self._library, self._weights, self._pool = library, weights, pool
@@ -174,7 +175,7 @@ class NativeCore:
             decides = Decides.ASKED
             buffer.turn(sequence, decides)
             room = buffer.room(sequence)
-        return 0 if decides is Decides.ASKED and not self._may_ask else room
+        return 0 if decides is Decides.ASKED and not self._may_ask(author, buffer) else room
 
     def _who(self, author: ModulatorAuthor, buffer: ChunkBuffer) -> Decides:
         """Whether the core decides as a modulator does, or its author has to be asked."""
@@ -187,9 +188,10 @@ class NativeCore:
             return Decides.CORE
         return Decides.ASKED
 
-    @property
-    def _may_ask(self) -> bool:
-        """Whether the core executes whatever may be answered."""
+    def _may_ask(self, author: Author, buffer: ChunkBuffer) -> bool:
+        """Whether the core executes whatever an author may answer."""
+        if isinstance(author, ModulatorAuthor):
+            return buffer.follows(author, self._weights.packed)
         return self._weights.packed and not OTHERS
 
     def run(self, batch: list[Part], wants: int) -> list[Outcome]:

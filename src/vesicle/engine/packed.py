@@ -234,22 +234,22 @@ class PackedPair:
 
     @property
     def n_in(self) -> int:
-        """Input channels."""
+        """Input channels, which both parts share, without padding."""
         return self.parts[0].n_in
 
     @property
     def n_out(self) -> int:
-        """Outputs of both."""
+        """Outputs of both parts together, without padding."""
         return self.parts[0].n_out + self.parts[1].n_out
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits of a code, 4 or 8, in both parts."""
         return self.parts[0].bits
 
     @property
     def bytes_held(self) -> int:
-        """Of both."""
+        """Bytes in memory of both parts."""
         return sum(part.bytes_held for part in self.parts)
 
     def dequantize(

@@ -128,7 +128,7 @@ class PrefixIndex:
         return False
 
     def clear(self) -> None:
-        """Give up all snapshots."""
+        """Give up all snapshots; blocks that other sequences share stay with them."""
         while self.evict():
             pass
 

@@ -38,7 +38,7 @@ class Sampling:
         return self.temperature == 0
 
     def generator(self) -> torch.Generator:
-        """A fresh generator."""
+        """A new random generator, seeded with `seed`: one for each text."""
         return torch.Generator().manual_seed(self.seed)
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:

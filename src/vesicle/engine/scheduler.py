@@ -8,15 +8,14 @@ One step is
 3. *prefill*: one pass over the next chunk of the oldest request that is still reading.
 
 So texts go on being written while a long prompt is read, and a shorter `chunk` means shorter pauses
-between their tokens. Decoding and prefill are passes of their own: they are computed by different
-kernels, and so no request's numbers depend on its company.
+between their tokens.
 
 A request is admitted when the pool has room for all that it may still grow to, beside all that the
 running ones may: blocks are never wanted later that are not there, so nothing is ever preempted and
 nothing can wait for good. A request that would not fit an empty pool is refused when it is added.
 
-Each request gets what `Engine.generate` gives it alone: tokens, Plan, levels and counted cost, up
-to the rounding of sums in another order. Tokens reused from a `PrefixIndex` cost nothing.
+Each request gets what `Engine.generate` gives it alone, to the bit where the native core runs:
+tokens, Plan, levels and counted cost. Tokens reused from a `PrefixIndex` cost nothing.
 
 A request that goes wrong (an author that fails, logits that are not numbers) fails by itself: the
 others get what they would get without it.
@@ -124,7 +123,7 @@ Event = Token | Finished | Failed
 
 
 class _Job:
-    """A request on its way."""
+    """A request that waits or runs: its sequence, what it has written, its random numbers."""
 
     def __init__(
         self,

@@ -115,7 +115,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens processed."""
+        """T, the tokens processed so far, those taken over included."""
         return self.cache.length
 
     def close(self) -> None:

@@ -78,7 +78,7 @@ class LayerWeights:
 
     @property
     def norms(self) -> tuple[Affine, ...]:
-        """Those there are."""
+        """The layer's two to four norms: those of queries and keys only where it has them."""
         norms = (self.attention_norm, self.query_norm, self.key_norm, self.ffn_norm)
         return tuple(n for n in norms if n is not None)
 
@@ -114,7 +114,7 @@ class Weights:
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """The device on which the weights lie."""
         embedding = self.embedding
         return embedding.high.device if isinstance(embedding, PackedHead) else embedding.device
 

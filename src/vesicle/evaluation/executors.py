@@ -146,7 +146,7 @@ class EngineExecutor(Executor):
     """Runs items on our engine."""
 
     def __init__(self, engine: Engine) -> None:
-        """Use `engine`."""
+        """Run items on `engine`, with its shape and context window."""
         self.engine = engine
         self.shape = engine.shape
         self.context_window = engine.config.context_window
@@ -201,7 +201,7 @@ class EngineExecutor(Executor):
         *,
         keep_levels: bool = False,
     ) -> Execution:
-        """As `Executor.choose`."""
+        """As `Executor.choose`: the prompt is read once; longer choices go on in forks of it."""
         engine, n = self.engine, len(prompt.ids)
         clock = _Clock()
         sequence, rest = self._read(prompt.ids, method)
@@ -240,7 +240,7 @@ class EngineExecutor(Executor):
     def loss(
         self, ids: list[int], method: Method | None, *, keep_levels: bool = False
     ) -> Execution:
-        """As `Executor.loss`."""
+        """As `Executor.loss`, in passes of up to `CHUNK` tokens."""
         engine = self.engine
         sequence = engine.start(method)
         clock = _Clock()
@@ -371,7 +371,7 @@ class TransformersExecutor(Executor):
     def loss(
         self, ids: list[int], method: Method | None, *, keep_levels: bool = False
     ) -> Execution:
-        """As `Executor.loss`."""
+        """As `Executor.loss`, in one pass, which holds the logits (T, V) of the whole window."""
         clock = _Clock()
         with self._running(method, 0) as run, torch.inference_mode():
             logits, _ = self._step(ids, None, len(ids))

@@ -42,10 +42,10 @@ class Codec(Protocol):
     """Text to token ids and back, such as `vesicle.models.text.Text`."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Token ids of a text, with the special tokens that a tokenizer adds by itself."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
+        """The text of token ids, without special tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +69,12 @@ class Windows:
         return cls(ids=ids, n_bytes=sizes, description=description)
 
     def __len__(self) -> int:
-        """N."""
+        """N, the number of windows."""
         return len(self.ids)
 
     @property
     def length(self) -> int:
-        """T."""
+        """T, the tokens in a window."""
         return int(self.ids.shape[1])
 
     @property
@@ -168,11 +168,11 @@ class Together(Method):
 
     @property
     def equipment(self) -> Equipment:
-        """That of the first."""
+        """The first method's stand-ins and block summary, which all of them share."""
         return self._methods[0].equipment
 
     def overhead(self, shape: ModelShape) -> Overhead:
-        """That of the first."""
+        """The work that the first method adds, which is that of all of them."""
         return self._methods[0].overhead(shape)
 
     def author(self, shape: ModelShape) -> Author:

@@ -50,7 +50,11 @@ class OracleConfig:
     batch: int = 2
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check that `batch` is from 1 up, the other numbers above 0 and up to 1.
+
+        Raises:
+            ValueError: Naming the setting, its value and what is allowed.
+        """
         for name in ("step", "stride", "again"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: above 0, up to 1")

@@ -35,7 +35,7 @@ class Codec(Protocol):
         """Token ids of one user turn, up to where the answer begins; it is text, all of it."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
+        """The text of token ids, without special tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

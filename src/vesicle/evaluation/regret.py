@@ -390,7 +390,7 @@ class _Subset:
 
 
 class _Session:
-    """Computes rows."""
+    """Computes and stores the rows of one run, and keeps levels and controls that rows share."""
 
     def __init__(
         self,

@@ -91,7 +91,7 @@ class ItemStore:
         return self._settings.get((hash_, key))
 
     def add(self, hash_: str, key: Key, item: str, record: dict[str, Any]) -> None:
-        """Store a finished item."""
+        """Store a finished item's record, in place of an earlier one or of why it was missing."""
         self._write({"hash": hash_, "key": list(key), "item": item, "record": record})
 
     def add_missing(self, hash_: str, key: Key, item: str, reason: str) -> None:

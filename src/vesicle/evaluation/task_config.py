@@ -58,7 +58,7 @@ class TaskConfig:
 
     @property
     def acts(self) -> Phases:
-        """`phases`, read."""
+        """On which tokens each transmitter acts: `phases`, parsed."""
         return Phases.parse(self.phases)
 
     def __post_init__(self) -> None:

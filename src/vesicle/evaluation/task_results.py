@@ -149,7 +149,7 @@ class TaskResult(Record):
         raise KeyError(f"no row for {method} at {budget} on {task}")
 
     def of_task(self, task: str) -> list[TaskRow]:
-        """The rows of a task."""
+        """The rows of a task, in the order of `rows`."""
         return [row for row in self.rows if row.task == task]
 
     @classmethod

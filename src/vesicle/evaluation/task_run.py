@@ -207,7 +207,7 @@ class _TaskRun:
         return sum(p.n_most for p in self.items)
 
     def facts(self) -> dict[str, Any]:
-        """For the record."""
+        """What the record says of the task: one entry of `TaskResult.tasks`."""
         task = self.task
         return {
             "name": task.name,
@@ -345,7 +345,7 @@ class _TaskRun:
         return {self.items[i].item.id: record for i, record in self._done(key, store).items()}
 
     def _done(self, key: Key, store: ItemStore) -> dict[int, Record]:
-        """The same by place."""
+        """Finished items of a row, by their index in `items`."""
         return {
             i: store.get(self.hash, key, p.item.id)
             for i, p in enumerate(self.items)

@@ -136,7 +136,7 @@ class LlamaFamily(Family):
         )
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        """`model.model.layers`."""
+        """The L decoder layers, in order: the children of `model.model.layers`."""
         return list(model.get_submodule("model.layers").children())
 
     def modules(self, layer: nn.Module) -> LayerModules:

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 
 class Place(StrEnum):
-    """Where a text is cut."""
+    """The part of a text that is left out where it is too long."""
 
     middle = "middle"
     start = "start"

@@ -64,7 +64,7 @@ class PlanBuilder:
         return other
 
     def build(self) -> Plan:
-        """The Plan so far."""
+        """The Plan of all tokens added so far, with the entries that were forgotten."""
         none = np.zeros((0, self._shape.n_layers), ROW)
         rows = np.concatenate([none, *self._passes])
         return Plan(rows=rows, events=self._events(len(rows)))

@@ -28,7 +28,7 @@ class Replay(Method):
 
     @property
     def equipment(self) -> Equipment:
-        """As given."""
+        """The equipment that was given; nothing by default."""
         return self._equipment
 
     def author(self, shape: ModelShape) -> Author:

@@ -96,12 +96,12 @@ class Plan:
 
     @property
     def n_tokens(self) -> int:
-        """T."""
+        """T, the tokens that are decided about."""
         return int(self.rows.shape[0])
 
     @property
     def n_layers(self) -> int:
-        """L."""
+        """L, the layers of the model."""
         return int(self.rows.shape[1])
 
     @classmethod

@@ -45,7 +45,11 @@ class PredictorConfig:
     hidden: int = 16
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check that there are transmitters, all known, and that `hidden` is from 1 up.
+
+        Raises:
+            ValueError: Naming the setting or the transmitter, and what is allowed.
+        """
         from vesicle.transmitters import index
 
         for name in self.transmitters:

@@ -25,12 +25,12 @@ from vesicle.predictors.base import Levels, PredictorConfig, State
 class _Fixed(Levels):
     @property
     def flops(self) -> int:
-        """Nothing is computed."""
+        """FLOPs per token and layer: 0, as nothing is computed from the hidden state."""
         return 0
 
     @property
     def weights_read(self) -> int:
-        """Nothing is read."""
+        """Numbers read per token and layer: 0, as controls have no weights."""
         return 0
 
 

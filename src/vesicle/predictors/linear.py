@@ -18,14 +18,14 @@ class LinearPredictor(Predictor):
     kind = "linear"
 
     def __init__(self, config: PredictorConfig) -> None:
-        """Zero read-outs."""
+        """Start with read-outs (L, A, D) of zero: every level then equals the dial."""
         super().__init__(config)
         self.weight = nn.Parameter(
             torch.zeros(config.n_layers, len(config.transmitters), config.width)
         )
 
     def drive(self, layer: int, feature: Tensor, state: State) -> Tensor:
-        """(B, T, A)."""
+        """(B, T, A): the layer's read-outs times the normalised hidden state (B, T, D)."""
         return nn.functional.linear(feature, self.weight[layer])
 
     def release_row(
@@ -54,5 +54,5 @@ class LinearPredictor(Predictor):
 
     @property
     def flops(self) -> int:
-        """2 D A."""
+        """2 D A FLOPs per token and layer, for the read-outs."""
         return 2 * self.config.width * len(self.config.transmitters)

@@ -21,11 +21,11 @@ class MlpPredictor(Predictor):
         self.outer = nn.Parameter(torch.zeros(n, a, m))
 
     def drive(self, layer: int, feature: Tensor, state: State) -> Tensor:
-        """(B, T, A)."""
+        """(B, T, A), read out of M units on the normalised hidden state (B, T, D)."""
         inner = nn.functional.gelu(nn.functional.linear(feature, self.inner[layer]))
         return nn.functional.linear(inner, self.outer[layer])
 
     @property
     def flops(self) -> int:
-        """2 M (D + A)."""
+        """2 M (D + A) FLOPs per token and layer, for the two products."""
         return 2 * self.config.hidden * (self.config.width + len(self.config.transmitters))

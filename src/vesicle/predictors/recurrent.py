@@ -36,7 +36,10 @@ class RecurrentPredictor(Predictor):
         self.tonic = nn.Parameter(torch.zeros(n, a, m))
 
     def drive(self, layer: int, feature: Tensor, state: State) -> Tensor:
-        """(B, T, A)."""
+        """(B, T, A), phasic and tonic, from the normalised hidden state (B, T, D).
+
+        The averages m (B, M) after the last token stay in `state[layer]` for the next chunk.
+        """
         u = nn.functional.linear(feature, self.inner[layer])  # (B, T, M)
         decay = torch.sigmoid(self.decay[layer])
         carried = state.get(layer)

@@ -127,7 +127,12 @@ class Run:
         self.soft_cost: SoftCost | None = None
 
     def __enter__(self) -> Self:
-        """Install the hooks."""
+        """Hook the model, its layers and `generate`, and set the reference's attention function.
+
+        Raises:
+            VesicleError: If a method is attached to the model already.
+            ModelError: If its attention implementation is not supported.
+        """
         config: Any = self._model.config
         base = config._attn_implementation or "eager"
         if base.startswith(PREFIX):

@@ -19,7 +19,7 @@ class SoftCost:
     """Accumulates executed and dense FLOPs, per token, over the layers of one pass."""
 
     def __init__(self, shape: ModelShape, modulator: Modulator, overhead: Overhead) -> None:
-        """Start at zero."""
+        """Start both sums at 0 FLOPs; they are (B, T) from the first charge on."""
         self._shape, self._modulator, self._overhead = shape, modulator, overhead
         self.executed: Tensor = torch.zeros(())  # (B, T)
         self.dense: Tensor = torch.zeros(())

@@ -39,7 +39,7 @@ class Arxiv(Task):
         return no_text(row, "abstract")
 
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:
-        """One item an article."""
+        """One item an article, with the abstract as its reference."""
         for row in rows:
             yield Item(
                 id=str(row["id"]),

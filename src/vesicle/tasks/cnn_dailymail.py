@@ -20,7 +20,7 @@ from vesicle.tasks.metrics.rouge import Rouge1, Rouge2, RougeL, RougeLsum
 
 
 class CnnDailyMail(Task):
-    """CNN/DailyMail 3.0.0."""
+    """CNN/DailyMail 3.0.0: summarize a news article in three sentences."""
 
     name = "cnn_dailymail"
     title = "CNN/DailyMail"

@@ -47,7 +47,7 @@ EXAMPLES = (
 
 
 class Squad(Task):
-    """SQuAD v1.1."""
+    """SQuAD v1.1: spans of a passage as answers, asked after three fixed examples."""
 
     name = "squad"
     title = "SQuAD v1.1"

@@ -50,7 +50,7 @@ class Wmt14EnDe(Task):
         return [{"en": row["translation"]["en"], "de": row["translation"]["de"]}]
 
     def check(self, row: Row) -> str:
-        """`de` must hold text."""
+        """`de`, the reference translation, must hold text."""
         return no_text(row, "de")
 
     def items(self, rows: Iterable[Row], settings: Settings) -> Iterable[Item]:

@@ -69,7 +69,11 @@ class TrainConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check that every number is in its range, and that `dtype` is known.
+
+        Raises:
+            ValueError: Naming the setting, its value and what is allowed.
+        """
         whole = {
             "steps": 1,
             "sequence_length": 2,

@@ -103,7 +103,11 @@ class TemperatureSchedule:
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check that both temperatures are above 0, or both are 0.
+
+        Raises:
+            ValueError: Naming them, and what is allowed.
+        """
         if self.start < 0 or self.end < 0:
             raise ValueError(f"temperatures are {self.start}, {self.end}; allowed: 0 and above")
         if (self.start == 0) != (self.end == 0):

@@ -333,7 +333,7 @@ class _Run:
     # Keeping --------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint of this step: predictor, best parameters, Adam's and random state."""
         tensors = {f"predictor.{n}": t for n, t in self.predictor.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best.items()}
         for name, parameter in self.predictor.named_parameters():

@@ -29,13 +29,17 @@ class EngineRunner(Runner):
     """An `Engine` and as many sequences as the batch has."""
 
     def __init__(self, contender: Contender) -> None:
-        """Load nothing yet."""
+        """Set the number of torch's threads; `load` reads the weights."""
         self._contender = contender
         self._sequences: list[Sequence] = []
         torch.set_num_threads(contender.threads)
 
     def load(self) -> dict[str, Any]:
-        """Weights and method."""
+        """Read the weights and make the contender's method.
+
+        Returns:
+            Facts about the method, and `weight_bytes`: those that a dense step of one token reads.
+        """
         c = self._contender
         self._engine = Engine.from_pretrained(
             c.model, weights=c.weights, kv=c.kv, threads=c.threads
@@ -46,7 +50,10 @@ class EngineRunner(Runner):
         return {**facts, "weight_bytes": dense.weight_bytes}
 
     def begin(self, batch: int, length: int) -> None:
-        """Fresh sequences."""
+        """Close the sequences of the turn before, and start `batch` empty ones.
+
+        Their caches grow as they are filled, so `length` is not needed.
+        """
         for sequence in self._sequences:
             sequence.close()
         self._sequences = [self._engine.start(self._method) for _ in range(batch)]

@@ -38,7 +38,7 @@ class HuggingFaceRunner(Runner):
         return {"weight_bytes": total, "dtype": str(dtype).removeprefix("torch.")}
 
     def begin(self, batch: int, length: int) -> None:
-        """An empty cache."""
+        """Make an empty cache, which grows with each pass whatever `batch` and `length` are."""
         self._cache = self._new_cache()
         self._filled = cache_argument(self._model, self._cache)
 

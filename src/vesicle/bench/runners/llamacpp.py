@@ -85,7 +85,7 @@ class LlamaCppRunner(Runner):
         }
 
     def begin(self, batch: int, length: int) -> None:
-        """An empty cache."""
+        """Clear the cache, in a new context where `batch` or `length` has changed."""
         if self._room != (batch, length):
             self._open(batch, length)
         native.llama_memory_clear(native.llama_get_memory(self._context), True)

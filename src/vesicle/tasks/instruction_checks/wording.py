@@ -17,7 +17,7 @@ LAST_SENTENCES = (
 
 
 def words(text: str) -> list[str]:
-    """The words of a text."""
+    """Runs of letters, digits and underscores in a text, in order."""
     return re.findall(r"\w+", text)
 
 
@@ -32,17 +32,17 @@ def upper_case(text: str) -> bool:
 
 
 def no_commas(text: str) -> bool:
-    """No comma anywhere."""
+    """No comma (`,`) anywhere; other scripts' commas may occur."""
     return "," not in text
 
 
 def at_most_words(text: str, n: int) -> bool:
-    """At most n words."""
+    """At most n words, as `words` finds them."""
     return len(words(text)) <= n
 
 
 def at_least_words(text: str, n: int) -> bool:
-    """At least n words."""
+    """At least n words, as `words` finds them."""
     return len(words(text)) >= n
 
 

@@ -59,7 +59,7 @@ class MeanMetric(Metric):
         return (float(self.score(item, output)), 1.0)
 
     def value(self, sums: FloatArray) -> float:
-        """100 times the mean."""
+        """The mean in percent, from sums (2,) of scores and of items."""
         return float(100 * sums[0] / sums[1])
 
 

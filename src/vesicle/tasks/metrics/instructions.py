@@ -34,7 +34,7 @@ class AllInstructions(InstructionShare):
     title = "All kept"
 
     def score(self, item: Item, output: Output) -> float:
-        """1 if all hold, else 0."""
+        """1 if the answer keeps all of the item's instructions, else 0."""
         return float(super().score(item, output) == 1)
 
 

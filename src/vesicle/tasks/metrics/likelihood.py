@@ -18,7 +18,7 @@ class Accuracy(MeanMetric):
     title = "Accuracy"
 
     def score(self, item: Item, output: Output) -> float:
-        """1 or 0."""
+        """1 if the right choice has the highest log-likelihood, else 0."""
         return float(int(np.argmax(output.choice_nats)) == item.answer)
 
 
@@ -34,7 +34,7 @@ class NormalisedAccuracy(MeanMetric):
     title = "Accuracy, length-normalised"
 
     def score(self, item: Item, output: Output) -> float:
-        """1 or 0."""
+        """1 if the right choice has the highest log-likelihood per UTF-8 byte, else 0."""
         per_byte = np.array(output.choice_nats) / np.array(output.choice_bytes)
         return float(int(np.argmax(per_byte)) == item.answer)
 
@@ -48,11 +48,11 @@ class Perplexity(Metric):
     higher_is_better = False
 
     def statistics(self, item: Item, output: Output) -> tuple[float, ...]:
-        """Nats and tokens."""
+        """Summed loss in nats, and the number of scored tokens."""
         return (output.nats, float(output.n_tokens))
 
     def value(self, sums: FloatArray) -> float:
-        """Per token."""
+        """The exponential of nats per token, from sums (2,) of both."""
         return math.exp(sums[0] / sums[1])
 
 
@@ -65,9 +65,9 @@ class BitsPerByte(Metric):
     higher_is_better = False
 
     def statistics(self, item: Item, output: Output) -> tuple[float, ...]:
-        """Nats and bytes."""
+        """Summed loss in nats, and the UTF-8 bytes of the scored text."""
         return (output.nats, float(output.n_bytes))
 
     def value(self, sums: FloatArray) -> float:
-        """Per byte."""
+        """Bits per UTF-8 byte, from sums (2,) of nats and bytes."""
         return float(sums[0] / math.log(2) / sums[1])

@@ -34,7 +34,7 @@ class _Rouge(MeanMetric):
 
 
 class Rouge1(_Rouge):
-    """Common words."""
+    """Common words, each counted as often as both texts have it."""
 
     name = "rouge1"
     title = "ROUGE-1"

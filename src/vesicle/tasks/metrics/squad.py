@@ -45,7 +45,7 @@ class ExactMatch(MeanMetric):
     title = "EM"
 
     def score(self, item: Item, output: Output) -> float:
-        """1 or 0."""
+        """1 if the answer equals an accepted one after `normalise`, else 0."""
         predicted = normalise(output.text)
         return float(any(predicted == normalise(text) for text in references_of(item)))
 
@@ -57,6 +57,6 @@ class F1(MeanMetric):
     title = "F1"
 
     def score(self, item: Item, output: Output) -> float:
-        """From 0 to 1."""
+        """Token F1 with the accepted answer that is nearest, from 0 to 1."""
         predicted = normalise(output.text).split()
         return max(token_f1(predicted, normalise(text).split()) for text in references_of(item))

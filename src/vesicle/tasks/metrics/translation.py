@@ -46,7 +46,7 @@ class _Sacrebleu(Metric):
         return tuple(float(count) for count in counts)
 
     def value(self, sums: FloatArray) -> float:
-        """The corpus score."""
+        """The corpus score, from 0 to 100, that sacrebleu makes of summed counts (S,)."""
         counts = [round(float(count)) for count in sums]
         return float(_scorer(self.scorer)._compute_score_from_stats(counts).score)
 
