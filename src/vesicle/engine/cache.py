@@ -253,11 +253,6 @@ class SequenceCache:
         self._summaries[layer] = made
         return made.room[:, :complete]
 
-    def has_summaries(self, layer: int, summary: str) -> bool:
-        """Whether `summaries` would only hand out what it has made before."""
-        made = self._summaries[layer]
-        return made is not None and made.kind == summary and made.count == self._complete(layer)
-
     def evict(self, layer: int, blocks: Items[int] | NDArray[np.integer]) -> None:
         """Drop blocks from a layer's list and let go of them; later indices move down.
 

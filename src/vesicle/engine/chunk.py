@@ -256,14 +256,7 @@ class ChunkBuffer:
             self._summaries[layer] = room.data_ptr()
         chunk.room_summaries = groups * BLOCK
         chunk.summaries = self._summaries.ctypes.data
-        kind, layers = sequence.equipment.summary, range(shape.n_layers)
-        if not all(cache.has_summaries(layer, kind) for layer in layers):
-            return summarise(chunk)
-        for layer, room in zip(layers, self._room, strict=True):  # a prefill has made them
-            made = cache.summaries(layer, kind)  # (G, N, V, K)
-            whole = nn.functional.pad(made, (0, 0, 0, 0, 0, -made.shape[1] % BLOCK))
-            turned = whole.unflatten(1, (-1, BLOCK)).permute(0, 1, 3, 4, 2)
-            room[:, : turned.shape[1]] = turned
+        summarise(chunk)
 
     def next(self, n: int) -> slice:
         """The places of the next n tokens in `plan` and `released`."""

@@ -356,16 +356,12 @@ class PackedHead:
 
     def multiply(self, x: Tensor, bits: int | None = None) -> Tensor:
         """Logits (T, V) fp32 of x (T, D) on activations rounded to 8 bits, as the kernels do."""
-        return self.product(self._rounded(x), bits)
-
-    def product(self, x: Tensor, bits: int | None = None) -> Tensor:
-        """Logits (T, V) fp32 of x (T, D) fp32 as it is, some tiles of rows at a time."""
-        out = torch.empty(len(x), self.n_out)
+        rounded, out = self._rounded(x), torch.empty(len(x), self.n_out)
         tiles = _SLICE // HEAD_TILE
         for start in range(0, self.n_out, _SLICE):
             part = out[:, start : start + _SLICE]
             rows = self._tiles(start // HEAD_TILE, start // HEAD_TILE + tiles, bits)
-            torch.matmul(x, rows[: part.shape[1]].t(), out=part)
+            torch.matmul(rounded, rows[: part.shape[1]].t(), out=part)
         return out if self.bias is None else out.add_(self.bias)
 
     def _tiles(self, first: int, last: int, bits: int | None) -> Tensor:
