@@ -27,15 +27,7 @@ from torch import Tensor, nn
 
 from vesicle.engine.generation import Generation
 from vesicle.engine.linear import normalise
-from vesicle.engine.native import (
-    ALL_LOGITS,
-    LIKELIEST,
-    LOGITS,
-    MOST_TOKENS,
-    NOTHING,
-    NativeCore,
-    uncovered,
-)
+from vesicle.engine.native import MOST_TOKENS, NativeCore, uncovered
 from vesicle.engine.pool import BlockPool, default_capacity, kv_dtype, with_kv
 from vesicle.engine.prompt import Prompt, checked_count, checked_ends, is_chat, prompt_ids
 from vesicle.engine.rotary import Rotary
@@ -450,11 +442,10 @@ class Engine:
         return [found[i] for i in range(len(batch))]
 
     def _run_native(
-        self, native: NativeCore, batch: list[Part], places: list[int], wanted: Wanted
+        self, native: NativeCore, batch: list[Part], places: list[int], wants: Wanted
     ) -> dict[int, Outcome]:
         """Run those places of a batch that the native core takes; outcomes by place."""
         found = dict[int, Outcome]()
-        wants = {"none": NOTHING, "likeliest": LIKELIEST, "all": ALL_LOGITS}.get(wanted, LOGITS)
         for part in _together(places, [len(batch[i][1]) for i in places]):
             for i in part:
                 batch[i][0].cache.reserve(len(batch[i][1]))

@@ -35,12 +35,13 @@ from vesicle.plan import Author
 from vesicle.predictors.linear import LinearPredictor
 
 if TYPE_CHECKING:
-    from vesicle.engine.sequence import Outcome, Part, Sequence
+    from vesicle.engine.sequence import Outcome, Part, Sequence, Wanted
 
 _MOST_RATIO = 256
 """Query heads of a KV head that the core takes."""
 MOST_TOKENS = core.MOST_TOKENS
-NOTHING, LOGITS, LIKELIEST, ALL_LOGITS = range(4)
+_WANTS: dict[Wanted, int] = {"none": 0, "last": 1, "likeliest": 2, "all": 3}
+"""As `VesicleWanted`."""
 
 
 class NativeCore:
@@ -194,26 +195,26 @@ class NativeCore:
             return buffer.follows(author, self._weights.packed)
         return self._weights.packed and not OTHERS
 
-    def run(self, batch: list[Part], wants: int) -> list[Outcome]:
+    def run(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
         """One pass over the next tokens of each sequence; room for them has been reserved.
 
         Args:
             batch: Sequences and their next token ids, `MOST_TOKENS` at most in all.
-            wants: `NOTHING` of the head, the last token's `LOGITS`, the `LIKELIEST` token to follow
-                it, or `ALL_LOGITS`.
+            wants: Logits of each sequence's last or all of its tokens, or none, or the likeliest
+                token to follow.
 
         Returns:
             For each sequence, logits (1, V) or (T, V), the likeliest token's id (), or (0, V); or
             what went wrong.
         """
-        sizes = [{LOGITS: 1, ALL_LOGITS: len(ids)}.get(wants, 0) for _, ids in batch]
+        sizes = [{"last": 1, "all": len(ids)}.get(wants, 0) for _, ids in batch]
         logits = torch.empty(sum(sizes), self._shape.vocabulary).split(sizes)
         # First, since growing would move the rows that other tokens point to.
         self._rotary.reach(max(sequence.length + len(ids) for sequence, ids in batch))
         for (sequence, ids), rows in zip(batch, logits, strict=True):
             buffer = sequence.buffer()
             buffer.prepare(sequence, ids, self._rotary.addresses(sequence.length), self._summarise)
-            buffer.chunk.wants = wants
+            buffer.chunk.wants = _WANTS[wants]
             buffer.chunk.logits = rows.data_ptr() if len(rows) else None
         asked = [i for i, (sequence, _) in enumerate(batch) if sequence.buffer().asks]
         try:
@@ -222,7 +223,7 @@ class NativeCore:
             for part in batch:
                 _break_off(part)
             raise
-        heads = {NOTHING: 0, ALL_LOGITS: core.MOST_TOKENS}.get(wants, 1)
+        heads = {"none": 0, "all": MOST_TOKENS}.get(wants, 1)
         found: list[Outcome] = []
         for i, (sequence, ids) in enumerate(batch):
             if i in failed:
@@ -235,7 +236,7 @@ class NativeCore:
                 self._chunks[i].likeliest,
             )
             lost = buffer.lost  # otherwise levels that are no numbers would be taken for rest
-            if wants == LIKELIEST and buffer.chunk.likeliest < 0:  # where a logit is not finite
+            if wants == "likeliest" and buffer.chunk.likeliest < 0:  # where a logit is not finite
                 lost = len(ids) - 1
             start = sequence.length
             sequence.cache.advance(len(ids))
@@ -245,7 +246,7 @@ class NativeCore:
                 found.append(not_finite(start + lost))
             else:
                 token = torch.tensor(buffer.chunk.likeliest)
-                found.append(token if wants == LIKELIEST else logits[i])
+                found.append(token if wants == "likeliest" else logits[i])
         return found
 
     @property
