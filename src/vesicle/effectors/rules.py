@@ -1,8 +1,8 @@
 """Rules: how levels become decisions, as data.
 
 Every decision is either a share of a width or a step of a ladder. An effector gives its rules;
-`decide` evaluates them here, in NumPy fp64 for both executors, and `engine/core/step.cpp` evaluates
-the same table in native decode steps. At level 1 a rule gives what rests.
+`decide` evaluates them here, in NumPy fp64 for both executors, and `engine/core/rules.h` evaluates
+the same table in native passes. At level 1 a rule gives what rests.
 """
 
 from __future__ import annotations

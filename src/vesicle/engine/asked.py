@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
+from vesicle.errors import VesicleError
 from vesicle.plan import Author, Dense, IntArray, Rows, check_rows, resting_rows
 from vesicle.plan.rows import bounds, check_kept, of_attention
 from vesicle.shapes import ModelShape
@@ -70,7 +71,12 @@ class Asked:
             self._plans[i][:] = resting_rows(self._shape, self._positions[i])
 
     def _releases(self, i: int) -> None:
-        self.released[i] = self._authors[i].releases(self._positions[i])
+        released = np.asarray(self._authors[i].releases(self._positions[i]), bool)
+        if released.shape != self._positions[i].shape:
+            raise VesicleError(
+                f"releases gives an array of {released.shape}; allowed: {self._positions[i].shape}"
+            )
+        self.released[i] = released
 
     def _attention(self, i: int, layer: int) -> None:
         self._authors[i].attention(layer, self._positions[i], self._plans[i][:, layer])

@@ -54,7 +54,7 @@ class _Summaries:
 class SequenceCache:
     """Keys and values of all layers of one sequence.
 
-    A pass calls `reserve`, then `append` for each layer, then `advance`. The native decoder writes
+    A pass calls `reserve`, then `append` for each layer, then `advance`. The native core writes
     into the pages itself between `reserve` and `advance`.
 
     Attributes:
@@ -233,8 +233,7 @@ class SequenceCache:
         """Summaries (G, N, V, K) of the N complete blocks of a layer.
 
         They are made once, as blocks complete, from the keys as they are read back. The stride of
-        a KV head leaves room for more blocks; the rest is contiguous. All layers that were asked
-        at one length have the same room, which native code relies on.
+        a KV head leaves room for more blocks; the rest is contiguous.
         """
         complete, made = self._complete(layer), self._summaries[layer]
         most = max(_ROOM, int(self._ends.max()) // BLOCK - int(self._evicted.min()))

@@ -20,6 +20,7 @@ from vesicle.effectors.rules import Ladder, Share
 from vesicle.engine import core
 from vesicle.engine.counters import Counters
 from vesicle.engine.pool import summary_dtype
+from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorAuthor
 from vesicle.plan import BLOCK, FULL_BITS, ROW, check_rows, resting_rows
 from vesicle.plan.rows import BY_NAME, PLACES
@@ -50,7 +51,13 @@ class Decides(enum.Enum):
 
 
 class ChunkBuffer:
-    """What one sequence hands to the core, and what the core has recorded of its last tokens."""
+    """What one sequence hands to the core, and what the core has recorded of its last tokens.
+
+    Attributes:
+        used: Tokens recorded, which are in no Plan yet.
+        flying: Whether a pass over the sequence is under way.
+        blocked: How many of the next tokens are known, and beyond what the core executes.
+    """
 
     def __init__(self, sequence: Sequence) -> None:
         """For a sequence whose author the core covers."""
@@ -96,6 +103,8 @@ class ChunkBuffer:
         self._least = 2
         self._decides = Decides.BEFORE
         self._follows: bool | None = None
+        self.flying = False
+        self.blocked = 0
         self.chunk.vectors = sequence.overhead.selection_vectors
 
     def follows(self, author: ModulatorAuthor, packed: bool) -> bool:
@@ -166,7 +175,10 @@ class ChunkBuffer:
             rotation: Addresses of the cosines and sines of their positions.
             summarise: Fills the structure's summaries.
         """
+        if self.flying:
+            raise VesicleError("a sequence is to be read that is being read already")
         self._follow(sequence)
+        self.flying = True
         position, cache, n = sequence.length, sequence.cache, len(ids)
         chunk, i = self.chunk, self.used
         for name, start, stride in self._addresses:
@@ -190,7 +202,7 @@ class ChunkBuffer:
         """Fill the rows of the next tokens with what is known of them, as far as the core goes."""
         position = sequence.length
         positions = np.arange(position, position + _ROWS, dtype=np.int32)
-        self._planned = 0
+        self._planned = self.blocked = 0
         if self._decides is not Decides.BEFORE:
             self._planned = _ROWS
             self.plan[:] = resting_rows(self._shape, positions)
@@ -202,11 +214,18 @@ class ChunkBuffer:
         n = len(known)
         if not author.bounded:
             check_rows(known, self._shape, positions[:n])
-        if any((known[name] != BY_NAME[name].rest).any() for name in OTHERS):
+        beyond = np.zeros(n, bool)  # what the core does not execute
+        for name in OTHERS:
+            beyond |= (known[name] != BY_NAME[name].rest).any(
+                axis=tuple(range(1, known[name].ndim))
+            )
+        if self._shape.stored_bits is None:
+            beyond |= (known["bits"] != FULL_BITS).any((1, 2))
+        if beyond[0]:
+            self.blocked = n if beyond.all() else int(beyond.argmin())
             return
-        if self._shape.stored_bits is None and not (known["bits"] == FULL_BITS).all():
-            return
-        self.plan[:n], self._planned = known, n
+        n = int(beyond.argmax()) if beyond.any() else n
+        self.plan[:n], self._planned = known[:n], n
         if isinstance(author, ModulatorAuthor):
             self.levels[:n] = author.foreseen(positions[:n])
 
@@ -228,7 +247,7 @@ class ChunkBuffer:
             visible = np.arange(position, position + len(blocks)) // BLOCK + 1
             needed = bool((blocks < visible[:, None]).any())
         if not needed:
-            self.chunk.summaries = None
+            self.chunk.summaries = self._summarised = None
             return
         room = self._room
         if room is None or int(cache.n_blocks.max()) > room.shape[2] * BLOCK:
@@ -269,6 +288,7 @@ class ChunkBuffer:
 
     def done(self, sequence: Sequence, heads: int) -> None:
         """Count the tokens that the core has just run, and at how many it ran the head."""
+        self.flying = False
         n, start = self.chunk.n, self.used
         self.heads[start : start + n] = np.arange(n) >= n - heads
         self.used += n
@@ -277,11 +297,14 @@ class ChunkBuffer:
 
     def drop(self, n: int) -> None:
         """Forget what was recorded of the next n tokens, whose pass was broken off."""
+        self.flying, self._summarised = False, None
         self._planned = self.used  # an author may plan otherwise now
         self._clear(self.next(n))
 
     def settle(self, sequence: Sequence) -> None:
         """Add the recorded tokens to the sequence's Plan, levels and counts."""
+        if self.flying:  # an author looks at it in the middle of a pass: what was before shows
+            return
         n, self.used, self._planned = self.used, 0, 0
         if n == 0:
             return

@@ -47,7 +47,7 @@ from vesicle.plan import (
 from vesicle.shapes import ModelShape
 
 CHUNK = 2048
-"""Prompt tokens of a prefill pass, unless a caller says otherwise."""
+"""Prompt tokens of a call of `forward`, unless a caller says otherwise."""
 
 
 MOST_THREADS = 512
@@ -112,7 +112,7 @@ class Engine:
 
     @property
     def uncovered(self) -> str | None:
-        """Why single tokens are not decoded natively, in a few words; None where they are."""
+        """Why passes do not run in the native core, in a few words; None where they do."""
         return uncovered(self._weights, self.config, self.pool)
 
     @property
@@ -334,8 +334,8 @@ class Engine:
     def attempt(self, batch: list[Part], wants: Wanted = "last") -> list[Outcome]:
         """One pass like `forward` and `likeliest`, in which no sequence can fail another.
 
-        What one gets does not depend on whether another fails. One that fails stands where it
-        stood, as far as its author does (see `Author.rewind`).
+        What one gets does not depend on whether another fails. One that fails stands before the
+        piece of its tokens that failed, of 128 at most: `Sequence.length` tells.
 
         Args:
             batch: As for `forward`.
@@ -378,8 +378,8 @@ class Engine:
     ) -> dict[int, list[Tensor]]:
         """Run as much of each chunk as cannot be read together with what follows it.
 
-        That is what lies before the last eviction in it, and what the native
-        core takes less of than that.
+        That is what lies before the last eviction in it, and beyond what one pass of the core
+        takes.
 
         Args:
             left: By place in the batch, what is to be read; what is read is taken off, and at least
@@ -414,9 +414,13 @@ class Engine:
 
     def _reach(self, sequence: Sequence, n_wanted: int) -> int:
         """How many of a sequence's next tokens one pass may read; `n_wanted` or more for all."""
+        if sequence.length >= sequence.evicts_at:  # it could not forget when it came here
+            sequence.evict()
         cut = sequence.evicts_at - sequence.length
-        reach = self._native.reach(sequence) if self._native is not None else 0
-        return min(reach, cut) if reach else cut
+        if self._native is None:
+            return cut
+        reach = self._native.reach(sequence)
+        return min(cut, reach or sequence.buffer().blocked or cut)
 
     def _run(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
         """One pass; sequences that have come to an eviction then forget."""
@@ -429,7 +433,6 @@ class Engine:
                 found[i] = error
                 continue
             (native if covered else other).append(i)
-        # What may be broken off comes first, so that nothing has changed then.
         found |= zip(other, self._run_torch([batch[i] for i in other], wants), strict=True)
         if core is not None:
             found |= self._run_native(core, batch, native, wants)
@@ -545,7 +548,7 @@ class Engine:
             sampling: Greedy by default.
             stop: Ids of the tokens that end the text, which are not yielded: the model's own
                 (`ends`) by default, none if empty.
-            chunk: Prompt tokens per prefill pass.
+            chunk: Prompt tokens per call of `forward`.
 
         Yields:
             Token ids. The last one drawn is not fed back, so its own cost is not counted.

@@ -98,12 +98,6 @@ def project(
     columns = w.n_out if columns is None else columns
     if not isinstance(w, ChannelMajor):
         return _packed(x, w, counts, bits, columns)
-    if (
-        len(counts) == 1 and bits[0] == FULL_BITS
-    ):  # decoding: no need to sort tokens by what they run
-        if counts[0] >= w.n_in:
-            return _dense(x, w, columns), counts
-        return _sparse(x, w, counts, columns)
     full = (counts >= w.n_in) & (bits == FULL_BITS)
     if full.all():
         return _dense(x, w, columns), np.full(len(counts), w.n_in, np.int32)

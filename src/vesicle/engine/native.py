@@ -4,7 +4,8 @@ The core (`engine.core`) knows every family of `vesicle.families`, packed, fp32 
 and every KV format but fp64. It releases levels with the linear predictor and decides as the
 effectors do; authors that know their decisions beforehand hand them over (`Author.planned`), and
 all others are asked between the halves of each layer. What a token gets does not depend on how a
-text is cut into passes, nor on who else is in them.
+text is cut into passes, nor on who else is in them, as far as what is decided does not: predictors
+that compute in PyTorch round otherwise with another number of tokens.
 
 What it does not execute - fp64, fewer bits of a dense store - runs in PyTorch (`torch_pass`). Both
 count alike, and tests hold their Plans and logits together.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,8 +39,6 @@ from vesicle.predictors.linear import LinearPredictor
 if TYPE_CHECKING:
     from vesicle.engine.sequence import Outcome, Part, Sequence, Wanted
 
-_MOST_RATIO = 256
-"""Query heads of a KV head that the core takes."""
 MOST_TOKENS = core.MOST_TOKENS
 _WANTS: dict[Wanted, int] = {"none": 0, "last": 1, "likeliest": 2, "all": 3}
 """As `VesicleWanted`."""
@@ -100,9 +100,8 @@ class NativeCore:
             # Keys, then values. Strides say nothing about an axis of one head.
             page_stride=2 * pool.keys[0, 0].numel(),
         )
-        self._chunks = (core.Chunk * core.MOST_TOKENS)()
-        self._pass = library.vesicle_open()
-        weakref.finalize(self, library.vesicle_close, self._pass).atexit = False
+        self._frames: list[_Frame] = []
+        self._depth = 0  # of passes in passes: an author may read another sequence
 
     def _summarise(self, chunk: core.Chunk) -> None:
         """Summarise all complete blocks of a sequence."""
@@ -211,42 +210,43 @@ class NativeCore:
         logits = torch.empty(sum(sizes), self._shape.vocabulary).split(sizes)
         # First, since growing would move the rows that other tokens point to.
         self._rotary.reach(max(sequence.length + len(ids) for sequence, ids in batch))
-        for (sequence, ids), rows in zip(batch, logits, strict=True):
-            buffer = sequence.buffer()
-            buffer.prepare(sequence, ids, self._rotary.addresses(sequence.length), self._summarise)
-            buffer.chunk.wants = _WANTS[wants]
-            buffer.chunk.logits = rows.data_ptr() if len(rows) else None
         asked = [i for i, (sequence, _) in enumerate(batch) if sequence.buffer().asks]
+        for sequence, _ in batch if asked else ():  # so that authors see all that was before
+            sequence.settle()
+            self.reach(sequence)
+        if self._depth == len(self._frames):
+            self._frames.append(_Frame(self._library))
+        frame = self._frames[self._depth]
+        self._depth += 1
+        begun: list[Part] = []
         try:
-            failed = self._ask(batch, asked) if asked else self._stages(batch, 0, self._end)
-        except BaseException:  # perhaps an interrupt
-            for part in batch:
-                _break_off(part)
-            raise
-        heads = {"none": 0, "all": MOST_TOKENS}.get(wants, 1)
-        found: list[Outcome] = []
-        for i, (sequence, ids) in enumerate(batch):
-            if i in failed:
-                _break_off(batch[i])
-                found.append(failed[i])
-                continue
-            buffer = sequence.buffer()
-            buffer.chunk.lost, buffer.chunk.likeliest = (
-                self._chunks[i].lost,
-                self._chunks[i].likeliest,
-            )
-            lost = buffer.lost  # otherwise levels that are no numbers would be taken for rest
-            if wants == "likeliest" and buffer.chunk.likeliest < 0:  # where a logit is not finite
-                lost = len(ids) - 1
-            start = sequence.length
-            sequence.cache.advance(len(ids))
-            sequence.token_ids += ids
-            buffer.done(sequence, heads)
-            if lost >= 0:
-                found.append(not_finite(start + lost))
+            for i, ((sequence, ids), rows) in enumerate(zip(batch, logits, strict=True)):
+                buffer = sequence.buffer()
+                place = self._rotary.addresses(sequence.length)
+                buffer.prepare(sequence, ids, place, self._summarise)
+                begun.append((sequence, ids))
+                buffer.chunk.wants = _WANTS[wants]
+                buffer.chunk.logits = rows.data_ptr() if len(rows) else None
+                frame.chunks[i] = buffer.chunk
+            failed = dict[int, Exception]()
+            if asked:
+                failed = self._ask(frame, batch, asked)
             else:
-                token = torch.tensor(buffer.chunk.likeliest)
-                found.append(token if wants == "likeliest" else logits[i])
+                self._stages(frame, len(batch), 0, self._end)
+        except BaseException:  # perhaps an interrupt
+            for part in begun:
+                with suppress(Exception):  # what went wrong first is told
+                    _break_off(part)
+            raise
+        finally:
+            self._depth -= 1
+        found: list[Outcome] = []
+        for i, part in enumerate(batch):
+            outcome = failed.get(i) or _finished(part, frame.chunks[i], wants)
+            found.append(logits[i] if outcome is None else outcome)
+        for i in failed:
+            with suppress(Exception):
+                _break_off(batch[i])
         return found
 
     @property
@@ -254,29 +254,25 @@ class NativeCore:
         """Stages of a pass: attention and FFN of each layer by turns, and the head."""
         return 2 * self._shape.n_layers + 1
 
-    def _stages(self, batch: list[Part], first: int, last: int) -> dict[int, Exception]:
-        """Run stages `first` to `last` of a pass."""
-        if first == 0:
-            for i, (sequence, _) in enumerate(batch):
-                self._chunks[i] = sequence.buffer().chunk
+    def _stages(self, frame: _Frame, n: int, first: int, last: int) -> None:
+        """Run stages `first` to `last` of a pass over n chunks."""
         self._library.vesicle_pass(
-            self._pass,
+            frame.handle,
             ctypes.addressof(self._model),
-            ctypes.addressof(self._chunks),
-            len(batch),
+            ctypes.addressof(frame.chunks),
+            n,
             first,
             last,
             core.threads(),
         )
-        return {}
 
-    def _ask(self, batch: list[Part], asked: list[int]) -> dict[int, Exception]:
+    def _ask(self, frame: _Frame, batch: list[Part], asked: list[int]) -> dict[int, Exception]:
         """Run a pass and ask some of its authors before each stage; what went wrong, by place."""
         sequences = [batch[i][0] for i in asked]
         lengths = [len(batch[i][1]) for i in asked]
         hidden = torch.empty(sum(lengths), self._shape.width).split(lengths)
-        for sequence, rows in zip(sequences, hidden, strict=True):
-            sequence.buffer().chunk.hidden = rows.data_ptr()
+        for i, rows in zip(asked, hidden, strict=True):
+            frame.chunks[i].hidden = rows.data_ptr()
         parts = [(s.buffer(), s.buffer().next(n)) for s, n in zip(sequences, lengths, strict=True)]
         asking = Asked(
             self._shape,
@@ -287,19 +283,49 @@ class NativeCore:
             ],
             [buffer.plan[part] for buffer, part in parts],
         )
-        try:
-            for layer in range(self._shape.n_layers):
-                asking.attention(layer)
-                self._stages(batch, 2 * layer, 2 * layer + 1)
-                asking.ffn(layer, list(hidden))
-                self._stages(batch, 2 * layer + 1, 2 * layer + 2)
-            self._stages(batch, self._end - 1, self._end)
-            for (buffer, part), released in zip(parts, asking.released, strict=True):
-                buffer.released[part] = released
-        finally:
-            for sequence in sequences:
-                sequence.buffer().chunk.hidden = None
+
+        def run(stage: int) -> None:
+            for sequence, _ in batch:  # perhaps by the author that was asked
+                sequence.cache.check_open()
+            self._stages(frame, len(batch), stage, stage + 1)
+
+        for layer in range(self._shape.n_layers):
+            asking.attention(layer)
+            run(2 * layer)
+            asking.ffn(layer, [rows.clone() for rows in hidden])  # theirs to keep
+            run(2 * layer + 1)
+            if len(asking.failed) == len(batch):
+                break
+        else:
+            run(self._end - 1)
+        for (buffer, part), released in zip(parts, asking.released, strict=True):
+            buffer.released[part] = released
         return {asked[i]: error for i, error in asking.failed.items()}
+
+
+class _Frame:
+    """A pass of the core under way, and the chunks that it is of."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.handle = library.vesicle_open()
+        self.chunks = (core.Chunk * MOST_TOKENS)()
+        weakref.finalize(self, library.vesicle_close, self.handle).atexit = False
+
+
+def _finished(part: Part, chunk: core.Chunk, wants: Wanted) -> Outcome | None:
+    """Take over what the core has done for a sequence: the likeliest id (), None for logits."""
+    sequence, ids = part
+    start, buffer = sequence.length, sequence.buffer()
+    buffer.chunk.lost = chunk.lost
+    lost = buffer.lost  # otherwise levels that are no numbers would be taken for rest
+    if wants == "likeliest" and chunk.likeliest < 0:  # where a logit is not finite
+        lost = len(ids) - 1
+    sequence.cache.advance(len(ids))
+    sequence.token_ids += ids
+    buffer.done(sequence, {"none": 0, "all": len(ids)}.get(wants, 1))
+    if lost >= 0:
+        return not_finite(start + lost)
+    return torch.tensor(chunk.likeliest) if wants == "likeliest" else None
 
 
 def _break_off(part: Part) -> None:
@@ -315,14 +341,12 @@ def uncovered(weights: Weights, config: DecoderConfig, pool: BlockPool) -> str |
     That there is no core comes first.
     """
     dtype = weights.dtype
-    ratio = config.shape.n_heads // config.shape.n_kv_heads
     known = {
         "the native core is missing": core.available(),
         f"weights are {weights.format}": weights.packed or dtype in (torch.float32, torch.bfloat16),
         f"weights are on {weights.device}": weights.device.type == "cpu",
         f"keys and values are {pool.kv}": pool.keys.dtype in core.KV_FORMATS,
         f"the model's activation is {config.activation!r}": (config.activation in core.ACTIVATIONS),
-        f"{ratio} query heads share a KV head, and {_MOST_RATIO} may": ratio <= _MOST_RATIO,
     }
     return next((what for what, fine in known.items() if not fine), None)
 

@@ -14,7 +14,7 @@ A request is admitted when the pool has room for all that it may still grow to, 
 running ones may: blocks are never wanted later that are not there, so nothing is ever preempted and
 nothing can wait for good. A request that would not fit an empty pool is refused when it is added.
 
-Each request gets what `Engine.generate` gives it alone, to the bit where the native core runs:
+Each request gets what `Engine.generate` gives it alone, to the bit (but see `engine.native`):
 tokens, Plan, levels and counted cost. Tokens reused from a `PrefixIndex` cost nothing.
 
 A request that goes wrong (an author that fails, logits that are not numbers) fails by itself: the

@@ -29,7 +29,7 @@ def opening(pieces: list[NDArray[_T]], n_rows: int) -> list[NDArray[_T]]:
 class PlanBuilder:
     """Collects the rows of one sequence into a Plan.
 
-    An executor adds the table of each pass when it begins it, and fills it in as it goes.
+    An executor adds the table of each pass.
     """
 
     def __init__(self, shape: ModelShape, retained: IntArray | None = None) -> None:
@@ -47,10 +47,6 @@ class PlanBuilder:
     def add(self, rows: Rows) -> None:
         """Take the rows (T, L) of the next T tokens, which the executor may still fill in."""
         self._passes.append(rows)
-
-    def drop(self) -> None:
-        """Forget the newest pass, which was broken off."""
-        self._passes.pop()
 
     def opening(self, n_tokens: int) -> PlanBuilder:
         """A builder of its own that begins with the first `n_tokens` rows.

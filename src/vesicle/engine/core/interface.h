@@ -86,7 +86,7 @@ struct VesicleChunk {
   VesiclePlanRow* plan;
   double* levels;                                          // (n, L, 5)
   int64_t *rows, *outputs, *visited, *compared, *standin;  // (n, L, 4), (n, L, 4), (n, L), (n, L), (n)
-  float* hidden;   // (n, D) the residual stream after a layer's attention, and at the end; or null
+  float* hidden;   // (n, D) the residual stream after a layer's attention; or null
   float* logits;   // (V) of the last token, (n, V) of all, or null
   int64_t wants;   // `VesicleWanted`
   int64_t likeliest;  // the token likeliest to follow, where asked for; -1 where a logit is not finite

@@ -1,4 +1,4 @@
-// The arithmetic of the decode core, compiled once per instruction set and chosen at run time.
+// The arithmetic of the core, compiled once per instruction set and chosen at run time.
 #pragma once
 
 #include <cstdint>

@@ -139,8 +139,6 @@ class Pass {
   const int32_t** list_blocks(int64_t thread, int64_t t, int64_t l);
   static int64_t segment(int64_t n);
   float* part(int64_t t, int64_t h, int64_t s);
-  template <typename F>
-  void shares(int64_t thread, int64_t l, F f);
   void attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int64_t first, int64_t last);
   void attend_together(int64_t thread, int64_t l, const int64_t* members, int64_t count, int64_t unit, int64_t first,
                        int64_t last);

@@ -12,7 +12,8 @@ void Pass::prepare_attention() {
   scored_row = kBlock;
   for (const Token& token : tokens)
     for (int64_t l = 0; l < model->n_layers; ++l) scored_row = std::max(scored_row, padded(token.held(l), kBlock));
-  scored = scored_.get(n * heads * scored_row);
+  const bool may_choose = std::any_of(tokens.begin(), tokens.end(), [](const Token& t) { return t.chunk->summaries; });
+  scored = scored_.get(may_choose ? n * heads * scored_row : 0);
   scratch.resize(T);
   for (Scratch& s : scratch) {
     s.joint.get(2 * kv + heads * size);

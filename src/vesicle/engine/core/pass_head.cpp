@@ -190,7 +190,6 @@ void Pass::head(int64_t thread) {
     Lane& a = lane(thread, t);
     if (reports(thread)) {
       lost_[t] = std::isnan(k->largest(a.residual, width));
-      if (tokens[t].hidden) std::memcpy(tokens[t].hidden, a.residual, width * sizeof(float));
       tokens[t].plan[model->n_layers - 1].head = tokens[t].wants == kLikeliest && w.format == kPacked8 ? a.head : 0;
     }
     if (!tokens[t].wants) return;
