@@ -510,7 +510,7 @@ Passes one_by_one(const std::vector<Sequence>& sequences, int64_t most) {
   for (size_t who = 0; who < sequences.size(); ++who) {
     const int64_t n = sequences[who].n, singles = std::min(n, most), i = static_cast<int64_t>(who);
     if (n > singles) passes.push_back({{i, n - singles, kLikeliest}});
-    passes.insert(passes.end(), singles, {{i, 1, kLikeliest}});
+    for (int64_t t = 0; t < singles; ++t) passes.push_back({{i, 1, t % 3 ? kLogits : kLikeliest}});
   }
   return passes;
 }
@@ -532,7 +532,7 @@ Passes in_pieces(Random& r, const std::vector<Sequence>& sequences) {
       if (!space || (!pass.empty() && (alone || r.chance(0.3)))) continue;
       const int64_t most = std::min(space, left[who]);
       const int64_t n = r.chance(0.2) ? 1 : r.chance(0.2) ? most : r.between(1, std::min<int64_t>(most, 60));
-      pass.push_back({who, n, r.between(kNothing, kAllLogits)});
+      pass.push_back({who, n, r.chance(0.3) ? static_cast<int64_t>(kAllLogits) : r.between(kNothing, kLikeliest)});
       space -= n;
     }
     for (const Piece& p : pass) left[p.who] -= p.n;
@@ -547,8 +547,9 @@ struct Said {
   std::vector<VesiclePlanRow> plan;
   std::vector<double> levels;
   std::vector<int64_t> rows, outputs, visited, compared, standin;
-  std::vector<float> hidden, halves, logits;  // `halves`: after the attention of each layer; empty where not asked for
-  bool ranked = false;                        // the likeliest token was asked for
+  // After the last layer's attention, or, where it was run stage by stage, each one's. Empty where not asked for.
+  std::vector<float> hidden, halves, logits;
+  bool ranked = false;  // the likeliest token was asked for
   int64_t likeliest = -1, head = 0;
 
   // What is not the same bit for bit; empty if all is that both were asked for.
@@ -1135,11 +1136,11 @@ int main(int argc, char** argv) {
       if (same.chance(0.3)) damaged_text(same, model, sequences, whole, set, threads);
       for (size_t who = 0; who < sequences.size(); ++who) {
         // Of the first token: later ones read keys that may have been rounded otherwise.
-        const std::vector<float>& hidden = whole.said[who][0].hidden;
-        if (name == sets[0]) standard.push_back(hidden);
+        const std::vector<float>& logits = whole.said[who][0].logits;
+        if (name == sets[0]) standard.push_back(logits);
         ++compared;
         // A rounding, a choice of channels or a decision may fall the other way, though seldom.
-        apart += distance(hidden, standard[who]) > 1e-4;
+        apart += distance(logits, standard[who]) > 1e-4;
       }
       if (model.view.layers[0].ffn_in.format >= kPacked4) {
         products(same, model.view.layers[0].ffn_in, threads);
