@@ -84,8 +84,8 @@ class ChunkBuffer:
         self._room: Tensor | None = None  # (L, G, groups of 16, V, K, 16) summaries, turned
         self._tables: object = None
         self.chunk = core.Chunk(ids=self._ids.ctypes.data, acting=self._acting.ctypes.data)
-        self._pairs = [
-            (name, array, array.strides[0])
+        self._addresses = [
+            (name, array.ctypes.data, array.strides[0])
             for name, array in (
                 ("plan", self.plan),
                 ("levels", self.levels),
@@ -96,7 +96,6 @@ class ChunkBuffer:
                 ("standin", self.standin),
             )
         ]
-        self._addresses = [(n, array.ctypes.data, stride) for n, array, stride in self._pairs]
         self._ffn_standin: core.StandIn | None = None
         self._attention_standin: core.StandIn | None = None
         self._modulator: core.ModulatorParts | None = None
@@ -170,7 +169,7 @@ class ChunkBuffer:
         """Set the structure for the next tokens, for which there is `room`.
 
         Args:
-            sequence: Whose slot this is.
+            sequence: Whose buffer this is.
             ids: Of the tokens.
             rotation: Addresses of the cosines and sines of their positions.
             summarise: Fills the structure's summaries.

@@ -395,7 +395,7 @@ class Engine:
             early = dict[int, Part]()
             for i, (sequence, ids) in list(left.items()):
                 try:
-                    n = self._reach(sequence, len(ids))
+                    n = self._reach(sequence)
                 except Exception as error:  # an author's, as in `Asked`
                     outcomes[i] = error
                     del left[i]
@@ -412,8 +412,8 @@ class Engine:
                     outcomes[i] = outcome
                     del left[i]
 
-    def _reach(self, sequence: Sequence, n_wanted: int) -> int:
-        """How many of a sequence's next tokens one pass may read; `n_wanted` or more for all."""
+    def _reach(self, sequence: Sequence) -> int:
+        """How many of a sequence's next tokens one pass may read."""
         if sequence.length >= sequence.evicts_at:  # it could not forget when it came here
             sequence.evict()
         cut = sequence.evicts_at - sequence.length
