@@ -33,8 +33,8 @@ TINY = ModelShape(
 OVERHEAD = Overhead(
     modulator_flops=50,
     modulator_bytes=30,
-    ffn_standin_rank=3,
-    attention_standin_rank=2,
+    small_ffn_weights=2 * 8 * 3,
+    small_attention_weights=2 * 8 * 2,
     selection_vectors=2,
 )
 
@@ -188,15 +188,25 @@ def test_an_empty_plan_costs_nothing(shape: ModelShape):
     assert price(Plan.rest(shape, 0), shape) == Cost()
 
 
+def test_evidence_by_hand():
+    """Two query heads of 4 numbers, against the keys alone of the 22 positions that are visited."""
+    reads = Overhead(reads_attention=True)
+    told, not_told = (price(one_token(), TINY, o, first_position=37) for o in (reads, None))
+    assert told.flops_evidence == 2 * 8 * 22
+    assert told.kv_bytes_read - not_told.kv_bytes_read == 4 * 2 * 22
+    skips = price(one_token(attention=0), TINY, reads, first_position=37)
+    assert skips.flops_evidence == 0
+
+
 def test_addition():
     first = Cost(**{f.name: 10 + i for i, f in enumerate(fields(Cost))})
     second = Cost(**{f.name: 100 - i for i, f in enumerate(fields(Cost))})
     total = first + second
-    assert total.kv_bytes_held == 92
+    assert total.kv_bytes_held == 91
     assert all(getattr(total, f.name) == 110 for f in fields(Cost) if f.name != "kv_bytes_held")
-    assert total.flops_total == 6 * 110
+    assert total.flops_total == 7 * 110
     assert total.summary()["bytes_read"] == total.bytes_read == 220
-    assert total.ratio(Cost())["flops"] == 660  # nothing to compare with: no division by zero
+    assert total.ratio(Cost())["flops"] == 770  # nothing to compare with: no division by zero
 
 
 def test_visited_positions_are_those_attended_to():

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "vesicle"
 TIERS = """
     errors < terminal streams files < records folders < transmitters shapes
-    < nested standins phases < plan < blocks retention
+    < nested activations phases < small_modules < plan < blocks retention eviction
     < cost < families < models < predictors < effectors < modulator < shipped reference engine
     < presses < calibration < training < tasks < evaluation < report < bench < commands < cli
 """

@@ -319,7 +319,8 @@ def test_overhead(shape: ModelShape):
     overhead = modulator.at(0.5).overhead(shape)
     assert overhead.modulator_flops == modulator.predictor.flops
     assert overhead.modulator_bytes == 4 * modulator.predictor.weights_read
-    assert (overhead.ffn_standin_rank, overhead.attention_standin_rank) == (5, 4)
+    weights = overhead.small_ffn_weights, overhead.small_attention_weights
+    assert weights == (2 * shape.width * 5, 2 * shape.width * 4)
     assert overhead.selection_vectors == 2
     control = modulator.with_levels(tiny_control("constant", modulator.predictor.config))
     assert control.at(0.5).overhead(shape) == replace(

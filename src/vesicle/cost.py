@@ -5,7 +5,7 @@ the operands that it really touches; a test holds the two equal. Conventions, th
 for the dense model:
 
 - A multiply and an add are two FLOPs. Counted: every projection, attention scores and values, block
-  selection, stand-ins, the modulator's predictor and the language-model (LM) head. Not counted:
+  selection, small modules, the modulator's predictor and the language-model (LM) head. Not counted:
   norms, rotary phases, activations, softmax and residual sums (under 1 % of a decoder's
   arithmetic).
 - Weight bytes are counted per token, as batch-1 decoding reads them; a pass over many tokens may
@@ -14,10 +14,11 @@ for the dense model:
   for both. Of a dense weight, fewer than 16 bits are charged as b + 1.
 - KV bytes read are the keys and values of visited blocks, with their scales, and the summaries read
   to choose them; KV bytes held are those of the whole cache after the last token. Entries that the
-  Plan has forgotten are neither read nor held: a query visits and chooses among what is left.
+  Plan has forgotten are neither read nor held: a query visits and chooses among what is left. Where
+  a forgetter reads attention, scores are worked out and keys read a second time.
 - The LM head is paid for each position whose logits are asked for. With m survivors it reads the
   leading plane of all rows and the trailing plane of m, and multiplies those m again.
-- Stand-ins are stored like dense weights, and in fp32 beside packed ones.
+- Small modules are stored like dense weights, and in fp32 beside packed ones.
 
 With k channels read, width D, query width HK, key-value width GK and FFN width F, one token in one
 layer costs 2 k (HK + 2 GK) + 2 k' D + 4 HK S for attention over S positions, and 2 k'' (1 or 2) F +
@@ -45,7 +46,8 @@ class Cost:
         flops_linear: The model's own projections.
         flops_attention: Scores and weighted values.
         flops_selection: Choosing KV blocks.
-        flops_standin: Stand-ins for skipped modules.
+        flops_evidence: Attention scores worked out again for a forgetter.
+        flops_standin: Small modules in place of skipped ones.
         flops_modulator: The predictor.
         flops_head: The LM head.
         weight_bytes: Weights read, counted per token.
@@ -56,6 +58,7 @@ class Cost:
     flops_linear: int = 0
     flops_attention: int = 0
     flops_selection: int = 0
+    flops_evidence: int = 0
     flops_standin: int = 0
     flops_modulator: int = 0
     flops_head: int = 0
@@ -65,7 +68,7 @@ class Cost:
 
     @property
     def flops_total(self) -> int:
-        """FLOPs of all six kinds together: the sum of the `flops_` fields."""
+        """FLOPs of all seven kinds together: the sum of the `flops_` fields."""
         return sum(getattr(self, f.name) for f in fields(self) if f.name.startswith("flops_"))
 
     @property
@@ -174,25 +177,24 @@ def price_tokens(
     visible = held // BLOCK + 1
     complete = np.where(plan.kv_blocks < visible, visible - 1, 0) * runs
     visited = visited_positions(np.minimum(plan.kv_blocks, visible), held) * runs
-    standin = (small * overhead.ffn_standin_rank).sum(1) + (
-        (1 - runs) * overhead.attention_standin_rank
-    ).sum(1)
-    vectors = overhead.selection_vectors
+    instead = small.sum(1) * overhead.small_ffn_weights
+    instead += (1 - runs).sum(1) * overhead.small_attention_weights
+    vectors, summed = overhead.selection_vectors, visited.sum(1) * overhead.reads_attention
     releases = plan.n_layers * (np.ones(t, np.int64) if released is None else released)
     weight_bytes = (
-        bits_read // 8
-        + standin * 2 * shape.width * shape.weight_bytes
-        + overhead.modulator_bytes * releases
+        bits_read // 8 + instead * shape.weight_bytes + overhead.modulator_bytes * releases
     )
     return {
         "flops_linear": 2 * weights.sum((1, 2)),
         "flops_attention": 4 * shape.query_width * visited.sum(1),
         "flops_selection": 2 * vectors * shape.query_width * complete.sum(1),
-        "flops_standin": 4 * shape.width * standin,
+        "flops_evidence": 2 * shape.query_width * summed,
+        "flops_standin": 2 * instead,
         "flops_modulator": overhead.modulator_flops * releases,
         "flops_head": head_flops,
         "weight_bytes": weight_bytes,
         "kv_bytes_read": shape.position_bytes * visited.sum(1)
+        + shape.position_bytes // 2 * summed
         + shape.summary_vector_bytes * vectors * complete.sum(1),
     }
 

@@ -21,10 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from vesicle.errors import VesicleError
 from vesicle.plan import BLOCK, FOREVER, Author, Dense, Equipment, IntArray, Method
+from vesicle.plan.forgetting import rounded_up
 from vesicle.shapes import ModelShape, Overhead
 
 
@@ -100,7 +101,10 @@ class Retention(Method):
             complete = self.at // BLOCK * BLOCK
             stays = np.ones((self.at, n_layers, n_heads), bool)
             for layer, heads in enumerate(self.kept):
-                stays[:complete, layer] = _rounded(heads, complete)
+                chosen = np.zeros((n_heads, complete), bool)
+                for row, positions in zip(chosen, heads, strict=True):
+                    row[positions[positions < complete]] = True
+                stays[:complete, layer] = rounded_up(chosen).T
             self._retained = np.where(stays, FOREVER, self.at - 1).astype(np.int32)
         return self._retained
 
@@ -146,16 +150,3 @@ def _positions(head: ArrayLike, at: int) -> IntArray:
     if len(twice):
         raise VesicleError(f"entry {twice[0]} is to be kept twice in one KV head")
     return positions.astype(np.int32)
-
-
-def _rounded(heads: Sequence[IntArray], complete: int) -> NDArray[np.bool_]:
-    """(complete, G) which entries stay, as many for each head, a multiple of 16."""
-    stays = np.zeros((complete, len(heads)), bool)
-    for head, positions in enumerate(heads):
-        stays[positions[positions < complete], head] = True
-    counts = stays.sum(0)
-    target = -(-int(counts.max(initial=0)) // BLOCK) * BLOCK
-    for head, count in enumerate(counts.tolist()):
-        spare = np.nonzero(~stays[:, head])[0]
-        stays[spare[len(spare) - (target - count) :], head] = True
-    return stays

@@ -163,13 +163,15 @@ class Overhead:
     Attributes:
         modulator_flops: Of the predictor, per token and layer.
         modulator_bytes: Predictor weights read, per token and layer.
-        ffn_standin_rank: Inner width of the small FFN; it costs 4 D rank FLOPs.
-        attention_standin_rank: The same for the attention stand-in.
+        small_ffn_weights: Weights that a token reads of a small FFN, in one layer.
+        small_attention_weights: The same of what it takes in place of attention.
         selection_vectors: Summary vectors per block read to choose blocks (1 mean, 2 bounds).
+        reads_attention: Whether a forgetter is told what attention entries received.
     """
 
     modulator_flops: int = 0
     modulator_bytes: int = 0
-    ffn_standin_rank: int = 0
-    attention_standin_rank: int = 0
+    small_ffn_weights: int = 0
+    small_attention_weights: int = 0
     selection_vectors: int = 1
+    reads_attention: bool = False

@@ -7,7 +7,7 @@ from vesicle.calibration import standins as module
 from vesicle.calibration.standins import Moments
 from vesicle.errors import DataError
 from vesicle.families import find_family
-from vesicle.standins import StandIns
+from vesicle.small_modules import LowRankMaps
 
 
 def test_a_full_rank_stand_in_of_a_linear_module_is_that_module():
@@ -45,7 +45,7 @@ def test_no_other_map_of_the_rank_does_better():
 def test_the_model_s_own_modules_are_approximated(tmp_path, monkeypatch):
     model = tiny_model()
     windows = tiny_windows(20)
-    ffn, attention = StandIns(2, 32, 32), StandIns(2, 32, 8)
+    ffn, attention = LowRankMaps(2, 32, 32), LowRankMaps(2, 32, 8)
     errors = fit_standins(model, windows, ffn, attention, cache=tmp_path)
     assert len(errors.ffn) == len(errors.attention) == 2
     assert all(0 < e < 0.9 for e in errors.ffn + errors.attention)
@@ -62,11 +62,11 @@ def test_the_model_s_own_modules_are_approximated(tmp_path, monkeypatch):
 
     # The second time nothing is measured, and the same comes back.
     monkeypatch.setattr(module, "collect_moments", None)
-    again = StandIns(2, 32, 32), StandIns(2, 32, 8)
+    again = LowRankMaps(2, 32, 32), LowRankMaps(2, 32, 8)
     assert fit_standins(model, windows, *again, cache=tmp_path) == errors
     assert torch.equal(again[0].down, ffn.down)
 
 
 def test_windows_without_tokens_are_refused():
     with pytest.raises(DataError, match="windows of 2 tokens"):
-        fit_standins(tiny_model(), torch.zeros(1, 1), StandIns(2, 32, 4), StandIns(2, 32, 4))
+        fit_standins(tiny_model(), torch.zeros(1, 1), LowRankMaps(2, 32, 4), LowRankMaps(2, 32, 4))

@@ -141,15 +141,15 @@ def test_what_is_pointed_to_is_held():
             slot._modulator.offset,
             slot._modulator.log_slope,
             slot._modulator.place_weight,
-            *(getattr(slot._ffn_standin, name) for name in ("down", "up", "bias")),
-            *(getattr(slot._attention_standin, name) for name in ("down", "up", "bias")),
+            *(getattr(slot._small_ffn, name) for name in ("down", "up", "bias")),
+            *(getattr(slot._small_attention, name) for name in ("down", "up", "bias")),
         }
         replaced(modulator)
         churn()
-        held = {tensor.data_ptr() for tensor in (*slot._predictor, *slot._standins)}
+        held = {tensor.data_ptr() for tensor in (*slot._predictor, *slot._small)}
         assert pointers == held
         engine.forward([(sequence, [IDS[START]])])
-        now = {tensor.data_ptr() for tensor in (*slot._predictor, *slot._standins)}
+        now = {tensor.data_ptr() for tensor in (*slot._predictor, *slot._small)}
         assert not now & held
         lies = {p.data_ptr() for name, p in modulator.named_parameters()}
         assert now == lies

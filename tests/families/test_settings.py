@@ -12,10 +12,10 @@ from transformers import AutoConfig
 from tests.families.configs import TYPES, model_folder, tiny_weights, values_of, write_config
 from tests.parity.test_engine import FP64, close, executed
 from tests.tiny import tokens
+from vesicle.activations import ACTIVATIONS
 from vesicle.engine import Engine, weights
 from vesicle.errors import ModelError
 from vesicle.families import SETTINGS, find_family, settings_of, supported_model_types
-from vesicle.families.base import ACTIVATIONS
 from vesicle.families.settings import settings_table
 from vesicle.models.checks import check_weights, read_config
 from vesicle.plan import Dense

@@ -214,15 +214,33 @@ struct LayerStorage {
   std::vector<float> attention_gain, attention_bias, ffn_gain, ffn_bias, query_gain, key_gain;
 };
 
-struct StandInStorage {
+// Low-rank maps of all layers, or small FFNs.
+struct SmallStorage {
   std::vector<float> down, up, bias;
-  VesicleStandIn view;
-  void fill(Random& r, int64_t layers, int64_t width) {
-    const int64_t rank = r.between(1, 9);
-    down = floats(r, layers * rank * width, -0.3f, 0.3f);
-    up = floats(r, layers * width * rank, -0.3f, 0.3f);
-    bias = floats(r, layers * width, -0.3f, 0.3f);
-    view = VesicleStandIn{down.data(), up.data(), bias.data(), rank};
+  std::vector<Weight> weights;
+  std::vector<VesicleProjection> in, out;
+  VesicleSmall view{};
+  void fill(Random& r, const VesicleModel& m, bool ffn) {
+    if (!ffn) {
+      const int64_t rank = r.between(1, 9);
+      down = floats(r, m.n_layers * rank * m.width, -0.3f, 0.3f);
+      up = floats(r, m.n_layers * m.width * rank, -0.3f, 0.3f);
+      bias = floats(r, m.n_layers * m.width, -0.3f, 0.3f);
+      view = VesicleSmall{down.data(), up.data(), bias.data(), rank, nullptr, nullptr, 0};
+      return;
+    }
+    const int64_t inner = r.between(1, r.chance(0.2) ? 400 : 40), format = r.between(kDense32, kDenseBf16);
+    weights.resize(2 * m.n_layers);
+    for (int64_t l = 0; l < m.n_layers; ++l) {
+      weights[2 * l].projection(r, m.width, (m.gated ? 2 : 1) * inner, format, r.chance(0.3));
+      weights[2 * l + 1].projection(r, inner, m.width, format, r.chance(0.3));
+      in.push_back(weights[2 * l].view);
+      out.push_back(weights[2 * l + 1].view);
+    }
+    view = VesicleSmall{nullptr, nullptr, nullptr, 0, in.data(), out.data(), inner};
+  }
+  int64_t weights_read(const VesicleModel& m) const {
+    return m.width * (view.in ? (m.gated ? 3 : 2) * view.inner : 2 * view.rank);
   }
 };
 
@@ -238,7 +256,7 @@ struct Model {
   std::vector<VesicleLayer> layers;
   std::vector<float> final_gain, final_bias;
   Weight embedding, head;
-  StandInStorage ffn_standin, attention_standin;
+  SmallStorage small_ffns[2], small_attention;
   std::vector<char> pages;  // (blocks, KV heads, keys then values)
   std::vector<uint16_t> key_scales, value_scales;
   int64_t blocks = 0;
@@ -299,8 +317,8 @@ struct Model {
     head.head(r, m.width, m.vocabulary, format < kPacked4 ? format : r.between(kPacked4, kPacked8), r.chance(0.3));
     m.embedding = embedding.view;
     m.head = head.view;
-    ffn_standin.fill(r, m.n_layers, m.width);
-    attention_standin.fill(r, m.n_layers, m.width);
+    for (SmallStorage& small : small_ffns) small.fill(r, m, r.chance(0.6));
+    small_attention.fill(r, m, false);
     m.kv_format = r.between(0, 3);
     m.summary_format = m.kv_format == vesicle::kI8 ? static_cast<int64_t>(vesicle::kF16) : m.kv_format;
     for (const Extent& extent : extents) blocks += m.n_layers * extent.visible();
@@ -408,7 +426,9 @@ struct Sequence {
   std::vector<float> cosine, sine;
   std::vector<ModulatorStorage> modulator;  // none or one
   std::vector<int64_t> acting;              // by token
-  bool ffn_standin, attention_standin;
+  int64_t small_ffn;  // which of the model's; -1 for none
+  bool small_attention, reads;
+  std::vector<float> received;  // (L, KV heads, 16 room) what each slot received, where the sequence `reads`
   std::vector<VesiclePlanRow> plan;  // (n, L)
 
   bool releases(int64_t place) const { return !modulator.empty() && acting[place]; }
@@ -458,8 +478,10 @@ struct Sequence {
         cosine.push_back(leads ? std::cos(angle) : cosine[cosine.size() - m.rotated / 2]);
         sine.push_back(leads ? -std::sin(angle) : -sine[sine.size() - m.rotated / 2]);
       }
-    ffn_standin = r.chance(0.5);
-    attention_standin = r.chance(0.5);
+    small_ffn = r.between(-1, 1);
+    small_attention = r.chance(0.5);
+    reads = r.chance(0.5);
+    received.resize(L * m.kv_heads * room * kBlock);
     const bool reads_all = r.chance(0.2);
     if (!reads_all && r.chance(0.4)) modulator.emplace_back(r, m);
     const int64_t most = r.between(0, 31);
@@ -546,7 +568,7 @@ Passes in_pieces(Random& r, const std::vector<Sequence>& sequences) {
 struct Said {
   std::vector<VesiclePlanRow> plan;
   std::vector<double> levels;
-  std::vector<int64_t> rows, outputs, visited, compared, standin;
+  std::vector<int64_t> rows, outputs, visited, compared, small, summed;
   // After the last layer's attention, or, where it was run stage by stage, each one's. Empty where not asked for.
   std::vector<float> hidden, halves, logits;
   bool ranked = false;  // the likeliest token was asked for
@@ -565,7 +587,8 @@ struct Said {
     compare("outputs", outputs, other.outputs);
     compare("visited", visited, other.visited);
     compare("compared", compared, other.compared);
-    compare("standin", standin, other.standin);
+    compare("small", small, other.small);
+    compare("summed", summed, other.summed);
     if (!hidden.empty() && !other.hidden.empty()) compare("hidden", hidden, other.hidden);
     if (!halves.empty() && !other.halves.empty()) compare("halves", halves, other.halves);
     if (!logits.empty() && !other.logits.empty()) compare("logits", logits, other.logits);
@@ -582,7 +605,7 @@ struct Chunk {
   std::vector<float> cosine, sine, hidden, halves, logits;
   std::vector<VesiclePlanRow> plan;
   std::vector<double> levels;
-  std::vector<int64_t> rows, outputs, visited, compared, standin, acting;
+  std::vector<int64_t> rows, outputs, visited, compared, small, summed, acting;
 
   template <typename T>
   static std::vector<T> part(const std::vector<T>& of, int64_t first, int64_t n, int64_t each) {
@@ -610,7 +633,8 @@ struct Chunk {
     outputs.assign(n * L * 4, 0);
     visited.assign(n * L, 0);
     compared.assign(n * L, 0);
-    standin.assign(n, 0);
+    small.assign(n, 0);
+    summed.assign(n * L, 0);
     if (piece.wants != kNothing) hidden.assign(n * m.width, NAN);
     if (piece.wants == kLogits || piece.wants == kAllLogits)
       logits.assign((piece.wants == kLogits ? 1 : n) * m.vocabulary, NAN);
@@ -627,15 +651,18 @@ struct Chunk {
     view.held = held.data();
     view.summaries = s.summarised ? s.summary_pointers.data() : nullptr;
     view.modulator = s.modulator.empty() ? nullptr : &s.modulator[0].view;
-    view.ffn_standin = s.ffn_standin ? &model.ffn_standin.view : nullptr;
-    view.attention_standin = s.attention_standin ? &model.attention_standin.view : nullptr;
+    view.small_ffn = s.small_ffn < 0 ? nullptr : &model.small_ffns[s.small_ffn].view;
+    view.small_attention = s.small_attention ? &model.small_attention.view : nullptr;
+    view.received = s.reads ? s.received.data() : nullptr;
+    view.room_received = s.room * kBlock;
+    view.summed = summed.data();
     view.plan = plan.data();
     view.levels = levels.data();
     view.rows = rows.data();
     view.outputs = outputs.data();
     view.visited = visited.data();
     view.compared = compared.data();
-    view.standin = standin.data();
+    view.small = small.data();
     view.hidden = hidden.empty() ? nullptr : hidden.data();
     view.logits = logits.empty() ? nullptr : logits.data();
     view.acting = acting.data();
@@ -658,7 +685,8 @@ struct Chunk {
     out.outputs = part(outputs, i, 1, L * 4);
     out.visited = part(visited, i, 1, L);
     out.compared = part(compared, i, 1, L);
-    out.standin = part(standin, i, 1, 1);
+    out.small = part(small, i, 1, 1);
+    out.summed = part(summed, i, 1, L);
     if (!hidden.empty()) out.hidden = part(hidden, i, 1, m.width);
     for (int64_t l = 0; l * view.n * m.width < static_cast<int64_t>(halves.size()); ++l) {
       const auto half = part(halves, l * view.n + i, 1, m.width);
@@ -722,6 +750,7 @@ void run_by_stages(Random& r, void* pass, const VesicleModel& m, std::vector<Chu
 // What became of the texts.
 struct Reading {
   std::vector<std::vector<Said>> said;  // by sequence, by token
+  std::vector<std::vector<float>> received;  // by sequence, see `Sequence`
   std::vector<std::vector<char>> kept;  // by sequence: the pages of the text, and all summaries
   std::vector<int64_t> lost;            // by sequence: the first token whose residual stream is not finite, or -1
 };
@@ -781,7 +810,10 @@ Reading read(Random& r, Model& model, std::vector<Sequence>& sequences, const Pa
   const auto pages = model.pages;
   const auto key_scales = model.key_scales, value_scales = model.value_scales;
   std::vector<std::vector<std::vector<char>>> summaries;
-  for (const Sequence& s : sequences) summaries.push_back(s.summaries);
+  for (Sequence& s : sequences) {
+    summaries.push_back(s.summaries);
+    std::fill(s.received.begin(), s.received.end(), 0.0f);
+  }
   Reading reading;
   reading.said.resize(sequences.size());
   reading.lost.assign(sequences.size(), -1);
@@ -807,7 +839,10 @@ Reading read(Random& r, Model& model, std::vector<Sequence>& sequences, const Pa
   }
   vesicle_close(pass);
   std::vector<bool> written(model.blocks);
-  for (const Sequence& s : sequences) reading.kept.push_back(kept(model, s, written));
+  for (const Sequence& s : sequences) {
+    reading.kept.push_back(kept(model, s, written));
+    reading.received.push_back(s.received);
+  }
   const int64_t page = pages.size() / model.blocks, scales = m.kv_heads * kBlock;
   for (int64_t block = 0; block < model.blocks; ++block) {
     if (written[block]) continue;
@@ -838,7 +873,11 @@ void compare(const Reading& reading, const Reading& first, size_t who, size_t to
     CHECK(unlike.empty(), "%s, %lld threads: token %lld of %lld of sequence %lld, read %s:%s", set, (long long)threads,
           (long long)t, (long long)first.said[who].size(), (long long)who, how, unlike.c_str());
   }
-  CHECK(tokens < first.said[who].size() || reading.kept[who] == first.kept[who],
+  if (tokens < first.said[who].size()) return;
+  const std::vector<float>&mine = reading.received[who], &others = first.received[who];
+  CHECK(!std::memcmp(mine.data(), others.data(), mine.size() * sizeof(float)),
+        "%s, %lld threads: attention received by sequence %lld, read %s", set, (long long)threads, (long long)who, how);
+  CHECK(reading.kept[who] == first.kept[who],
         "%s, %lld threads: pages or summaries of sequence %lld, read %s", set, (long long)threads, (long long)who, how);
 }
 
@@ -868,6 +907,35 @@ void check_heads(const VesicleModel& m, const std::vector<Sequence>& sequences, 
       const int64_t largest = std::max_element(said.logits.begin(), said.logits.end()) - said.logits.begin();
       CHECK(said.likeliest == largest, "%lld, not %lld", (long long)said.likeliest, (long long)largest);
     }
+}
+
+// What small modules and gathering are said to have cost is what was decided, and every query that attends gives away
+// a probability of 1.
+void check_received(const Model& model, const std::vector<Sequence>& sequences, const Reading& reading) {
+  const VesicleModel& m = model.view;
+  for (size_t who = 0; who < sequences.size(); ++who) {
+    const Sequence& s = sequences[who];
+    std::vector<int64_t> attending(m.n_layers);
+    for (const Said& said : reading.said[who]) {
+      int64_t small = 0;
+      for (int64_t l = 0; l < m.n_layers; ++l) {
+        const VesiclePlanRow& row = said.plan[l];
+        if (row.ffn == 1 && s.small_ffn >= 0) small += model.small_ffns[s.small_ffn].weights_read(m);
+        if (!row.attention && s.small_attention) small += model.small_attention.weights_read(m);
+        attending[l] += row.attention;
+        const int64_t expected = s.reads && row.attention ? said.visited[l] : 0;
+        CHECK(said.summed[l] == expected, "%lld, not %lld", (long long)said.summed[l], (long long)expected);
+      }
+      CHECK(said.small[0] == small, "%lld, not %lld", (long long)said.small[0], (long long)small);
+    }
+    const int64_t slots = s.room * kBlock;
+    for (int64_t i = 0; i < m.n_layers * m.kv_heads; ++i) {
+      double total = 0;
+      for (int64_t j = 0; j < slots; ++j) total += s.reads ? reading.received[who][i * slots + j] : 0;
+      const double given = s.reads ? static_cast<double>(attending[i / m.kv_heads] * (m.heads / m.kv_heads)) : 0;
+      CHECK(std::abs(total - given) <= 1e-3 * given, "%g, not %g", total, given);
+    }
+  }
 }
 
 // A token of which an embedding is not finite is lost, in every sequence that has it; nothing before it is, and nobody
@@ -1120,6 +1188,7 @@ int main(int argc, char** argv) {
       Random same(seed);  // every set of instructions does the same
       Reading whole = read(same, model, sequences, at_once(sequences, kAllLogits), threads);
       compare(whole, whole, "at once", set, threads);
+      check_received(model, sequences, whole);
       const Reading single = read(same, model, sequences, one_by_one(sequences, threads > 2 ? 5 : 12), threads);
       compare(single, whole, "token by token", set, threads);
       for (size_t who = 0; who < sequences.size(); ++who)

@@ -18,7 +18,7 @@ from tests.tiny import randomise
 from vesicle.engine import Engine, Sequence, core
 from vesicle.plan import Equipment, Plan, Replay, visible_blocks
 from vesicle.shapes import ModelShape
-from vesicle.standins import StandIns
+from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
 
 NEAR = 1e-4
 """Of the largest logit: the same sums in another order. Measured: 1e-5."""
@@ -90,18 +90,28 @@ def random_plan(shape: ModelShape, t: int, rng: np.random.Generator) -> Plan:
     )
 
 
-def random_method(shape: ModelShape, rng: np.random.Generator) -> Replay:
-    """A Plan, and stand-ins or none."""
-    ffn, attention = (
-        StandIns(shape.n_layers, shape.width, int(rng.integers(1, 7))) if rng.integers(2) else None
-        for _ in range(2)
-    )
-    for standin in (ffn, attention):
-        if standin is not None:
-            randomise(standin, int(rng.integers(1 << 30)))
+def random_small(engine: Engine, rng: np.random.Generator, *, ffn: bool) -> SmallModule | None:
+    """Low-rank maps, a small FFN where one may stand, or nothing."""
+    shape = engine.shape
+    small: SmallModule | None = None
+    match rng.integers(3 if ffn else 2):
+        case 1:
+            small = LowRankMaps(shape.n_layers, shape.width, int(rng.integers(1, 7)))
+        case 2:
+            form = {"activation": engine.config.activation, "gated": shape.gated}
+            units = int(rng.integers(1, shape.ffn_width + 20))
+            small = SmallFfn(shape.n_layers, shape.width, units, **form)
+    if small is not None:
+        randomise(small, int(rng.integers(1 << 30)))
+    return small
+
+
+def random_method(engine: Engine, rng: np.random.Generator) -> Replay:
+    """A Plan, and small modules or none."""
+    ffn, attention = (random_small(engine, rng, ffn=ffn) for ffn in (True, False))
     summary = str(rng.choice(["mean", "bounds"]))
     return Replay(
-        random_plan(shape, LONGEST + 20, rng),
+        random_plan(engine.shape, LONGEST + 20, rng),
         Equipment(ffn_standin=ffn, attention_standin=attention, summary=summary),
     )
 
@@ -155,7 +165,7 @@ class Case:
         other._native, other.pool = None, engine.pool
         case = cls(engine, other, [], rng)
         for _ in range(rng.integers(1, 17 if seed % 3 == 0 else 5)):
-            sequence = engine.start(random_method(engine.shape, rng))
+            sequence = engine.start(random_method(engine, rng))
             prompt = case.ids(int(rng.integers(0, LONGEST)))
             if prompt:
                 engine.forward([(sequence, prompt)], "none")

@@ -25,7 +25,7 @@ from vesicle.calibration.cache import keep, measurement_key, recall
 from vesicle.errors import DataError
 from vesicle.families import find_family
 from vesicle.files import atomic_path
-from vesicle.standins import StandIns
+from vesicle.small_modules import LowRankMaps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +89,8 @@ class Moments:
 def fit_standins(
     model: nn.Module,
     windows: Tensor,
-    ffn: StandIns,
-    attention: StandIns,
+    ffn: LowRankMaps,
+    attention: LowRankMaps,
     *,
     ridge: float = 1e-4,
     cache: Path | None = None,
@@ -170,12 +170,12 @@ def _listen(part: Moments) -> Callable[..., None]:
     return hook
 
 
-def _named(ffn: StandIns, attention: StandIns) -> dict[str, Tensor]:
+def _named(ffn: LowRankMaps, attention: LowRankMaps) -> dict[str, Tensor]:
     parts = {"ffn": ffn, "attention": attention}
     return {f"{n}.{k}": t for n, part in parts.items() for k, t in part.state_dict().items()}
 
 
-def _save(path: Path, key: str, ffn: StandIns, attention: StandIns) -> None:
+def _save(path: Path, key: str, ffn: LowRankMaps, attention: LowRankMaps) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in _named(ffn, attention).items()}
@@ -183,7 +183,7 @@ def _save(path: Path, key: str, ffn: StandIns, attention: StandIns) -> None:
         save_file(tensors, part, metadata={"key": key})
 
 
-def _load(path: Path, key: str, ffn: StandIns, attention: StandIns) -> bool:
+def _load(path: Path, key: str, ffn: LowRankMaps, attention: LowRankMaps) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:

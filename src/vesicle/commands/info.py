@@ -58,10 +58,11 @@ def info(
     for name, effector in loaded.effectors.items():
         settings = ", ".join(f"{key} {value}" for key, value in effector.to_dict().items())
         table.add_row(f"  {name}", f"{type(effector).__name__}: {settings}")
-    ranks = (
-        f"rank {loaded.ffn_standin.rank} for FFNs, {loaded.attention_standin.rank} for attention"
-    )
-    table.add_row("stand-ins", ranks)
+    sizes = [
+        f"{where}: " + ", ".join(f"{key} {value}" for key, value in module.size.items())
+        for where, module in (("FFN", loaded.ffn_standin), ("attention", loaded.attention_standin))
+    ]
+    table.add_row("small modules", "; ".join(sizes))
     numbers = sum(t.numel() for t in tensors.values())
     table.add_row("size", f"{scaled(numbers, '')} parameters, {scaled(size, 'B')}")
     measured = {"all": Measured(dial=about.dial, default_budget=about.default_budget)}

@@ -101,6 +101,7 @@ def new_modulator(
     from vesicle.evaluation.language_modelling import model_shape
     from vesicle.modulator import Modulator
     from vesicle.predictors import Predictor
+    from vesicle.small_modules import LowRankMaps
 
     torch.manual_seed(0)
     try:
@@ -115,9 +116,10 @@ def new_modulator(
         )
     except ValueError as error:
         raise VesicleError(str(error)) from error
-    fit_standins(
-        subject.model, windows, modulator.ffn_standin, modulator.attention_standin, cache=cache
-    )
+    ffn, attention = modulator.ffn_standin, modulator.attention_standin
+    assert isinstance(ffn, LowRankMaps)
+    assert isinstance(attention, LowRankMaps)
+    fit_standins(subject.model, windows, ffn, attention, cache=cache)
     few = windows[:SENSITIVITY_WINDOWS]
     sensitivity = measure_sensitivity(subject.model, modulator, few, cache=cache)
     assert isinstance(modulator.predictor, Predictor)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks
 from vesicle.engine.cache import SequenceCache
-from vesicle.plan import BLOCK, IntArray, visible_blocks
+from vesicle.plan import BLOCK, FloatArray, IntArray, visible_blocks
 
 
 class Masks:
@@ -45,6 +45,7 @@ def attend(
     scale: float,
     summary: str,
     masks: Masks | None = None,
+    received: FloatArray | None = None,
 ) -> tuple[Tensor, IntArray, IntArray]:
     """Attention over the cache, which already holds the queries' own keys.
 
@@ -57,6 +58,7 @@ def attend(
         scale: Of the attention logits.
         summary: How blocks are summarised, see `blocks.summarise`.
         masks: Of the pass, so that layers share them.
+        received: (G, slots) to which the probability that each slot receives is added.
 
     Returns:
         (T, H K) output; (T,) positions read; (T,) block summaries read to choose, 0 where nothing
@@ -65,7 +67,10 @@ def attend(
     slots = cache.slots(layer, positions)
     visible = visible_blocks(slots)
     if (kv_blocks >= visible).all():
-        return _dense(query, cache, layer, slots, scale, masks), slots + 1, np.zeros_like(slots)
+        out = _dense(query, cache, layer, slots, scale, masks)
+        if received is not None:
+            _receive(query, cache, layer, slots, scale, received)
+        return out, slots + 1, np.zeros_like(slots)
     # Blocks are chosen and read in fp32, whatever they are stored in: that is what the kernels do.
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, n_blocks = query.to(exact), np.minimum(kv_blocks, visible)
@@ -74,7 +79,11 @@ def attend(
     )
     blocks, listed, slots = _used(listed, slots, n_blocks)
     keys, values = cache.read(layer, blocks, exact)
-    out, visited = _blockwise(q, keys, values, listed, n_blocks, slots, scale)
+    own = np.zeros((len(keys), len(blocks) * BLOCK), np.float64)
+    out, visited = _blockwise(q, keys, values, listed, n_blocks, slots, scale, own)
+    if received is not None:
+        places = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+        received[:, places] += own
     return out.to(query.dtype), visited, compared
 
 
@@ -148,6 +157,29 @@ def _dense(
     return out[0].transpose(0, 1).reshape(t, h * k)
 
 
+def _receive(
+    query: Tensor,
+    cache: SequenceCache,
+    layer: int,
+    slots: IntArray,
+    scale: float,
+    received: FloatArray,
+) -> None:
+    """Add the probabilities of queries (T, H, K) that read all that they see."""
+    length = int(slots[-1]) + 1
+    keys = cache.read(layer, np.arange(-(-length // BLOCK)), query.dtype)[0][:, :length]
+    grouped = query.unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3)  # (G, R, T, K)
+    scores = (grouped @ keys[:, None].transpose(2, 3)).to(_exact(query.dtype)) * scale
+    hidden = torch.arange(length) > torch.from_numpy(slots)[:, None]
+    chances = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    received[:, :length] += chances.sum((1, 2)).numpy()
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """What probabilities are worked out in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _blockwise(
     query: Tensor,
     keys: Tensor,
@@ -156,8 +188,12 @@ def _blockwise(
     n_blocks: IntArray,
     slots: IntArray,
     scale: float,
+    received: FloatArray,
 ) -> tuple[Tensor, IntArray]:
-    """Attention over listed blocks (T, G, most), the first n_blocks[t] of them valid."""
+    """Attention over listed blocks (T, G, most), the first n_blocks[t] of them valid.
+
+    What each slot of `keys` receives is added to `received` (G, slots).
+    """
     t, h, k = query.shape
     g = listed.shape[1]
     out = query.new_empty(t, g, h // g, k)
@@ -169,7 +205,9 @@ def _blockwise(
             read = (blocks[:, None] * BLOCK + within).flatten()
             read = read[read <= int(slots[i])]
             q = query[i].view(g, h // g, k)[head]
-            scores = (q @ keys[head, read].t()).float() * scale
-            out[i, head] = scores.softmax(-1).to(q.dtype) @ values[head, read]
+            scores = (q @ keys[head, read].t()).to(_exact(q.dtype)) * scale
+            chances = scores.softmax(-1)
+            received[head, read.numpy()] += chances.sum(0).numpy()
+            out[i, head] = chances.to(q.dtype) @ values[head, read]
             visited[i] = len(read)
     return out.reshape(t, h * k), visited

@@ -25,7 +25,7 @@ from vesicle.modulator import ModulatorAuthor
 from vesicle.plan import BLOCK, FULL_BITS, ROW, check_rows, resting_rows
 from vesicle.plan.rows import BY_NAME, PLACES
 from vesicle.predictors.linear import LinearPredictor
-from vesicle.standins import StandIns
+from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
 from vesicle.transmitters import NAMES, index
 
 if TYPE_CHECKING:
@@ -66,14 +66,15 @@ class ChunkBuffer:
         self._shape = shape
         self.plan = np.zeros((_ROWS, layers), ROW)
         # What the structures point to is held here, for as long as they point to it.
-        self._standins: list[Tensor] = []
+        self._small: list[Tensor] = []
         self._predictor: list[Tensor] = []
         self.levels = np.ones((_ROWS, layers, len(NAMES)))
         self.rows = np.zeros((_ROWS, layers, sites), np.int64)
         self.outputs = np.zeros((_ROWS, layers, sites), np.int64)
         self.visited = np.zeros((_ROWS, layers), np.int64)
         self.compared = np.zeros((_ROWS, layers), np.int64)
-        self.standin = np.zeros(_ROWS, np.int64)
+        self.summed = np.zeros((_ROWS, layers), np.int64)
+        self.small = np.zeros(_ROWS, np.int64)
         self.heads = np.zeros(_ROWS, np.int64)
         self.used = self._planned = 0
         self.released = np.zeros(_ROWS, bool)
@@ -93,11 +94,12 @@ class ChunkBuffer:
                 ("outputs", self.outputs),
                 ("visited", self.visited),
                 ("compared", self.compared),
-                ("standin", self.standin),
+                ("summed", self.summed),
+                ("small", self.small),
             )
         ]
-        self._ffn_standin: core.StandIn | None = None
-        self._attention_standin: core.StandIn | None = None
+        self._small_ffn: core.Small | None = None
+        self._small_attention: core.Small | None = None
         self._modulator: core.ModulatorParts | None = None
         self._least = 2
         self._decides = Decides.BEFORE
@@ -142,13 +144,13 @@ class ChunkBuffer:
     def _follow(self, sequence: Sequence) -> None:
         """Point to where parameters lie now: they may have been replaced, or moved and back."""
         equipment = sequence.equipment
-        standins = equipment.ffn_standin, equipment.attention_standin
-        now = [p for standin in standins for p in parts_of(standin)]
-        if not _same_places(now, self._standins):
-            self._standins = [p.detach() for p in now]
-            self._ffn_standin, self._attention_standin = map(_stand_in, standins)
-            self.chunk.ffn_standin = _where(self._ffn_standin)
-            self.chunk.attention_standin = _where(self._attention_standin)
+        both = equipment.ffn_standin, equipment.attention_standin
+        now = [p for module in both for p in parts_of(module)]
+        if not _same_places(now, self._small):
+            self._small = [p.detach() for p in now]
+            self._small_ffn, self._small_attention = map(small_module, both)
+            self.chunk.small_ffn = _where(self._small_ffn)
+            self.chunk.small_attention = _where(self._small_attention)
         author = sequence.author
         if self._decides is not Decides.CORE or not isinstance(author, ModulatorAuthor):
             return
@@ -195,6 +197,9 @@ class ChunkBuffer:
             chunk.tables, chunk.starts = tables.ctypes.data, cache.starts.ctypes.data
             chunk.room = tables.shape[1]
         chunk.held = cache.n_blocks.ctypes.data
+        if sequence.received is not None:
+            sums = sequence.received.sums
+            chunk.received, chunk.room_received = sums.ctypes.data, sums.shape[2]
         self._summarise(sequence, n, summarise)
 
     def _plan_ahead(self, sequence: Sequence) -> None:
@@ -317,7 +322,8 @@ class ChunkBuffer:
             bits=self.plan["bits"][:n],
             visited=self.visited[:n],
             compared=self.compared[:n],
-            standin=self.standin[:n],
+            summed=self.summed[:n],
+            small=self.small[:n],
         )
         counters.released(sequence.overhead, slice(0, n), self.released[:n])
         ran = np.nonzero(self.heads[:n])[0]
@@ -326,24 +332,48 @@ class ChunkBuffer:
         self._clear(slice(0, n))
 
     def _clear(self, tokens: slice) -> None:
-        for array in (self.rows, self.outputs, self.visited, self.compared, self.standin):
+        counted = self.rows, self.outputs, self.visited, self.compared, self.summed, self.small
+        for array in counted:
             array[tokens] = 0
         self.levels[tokens] = 1
         self.released[tokens] = False
 
 
-def _stand_in(standin: StandIns | None) -> core.StandIn | None:
-    if standin is None:
-        return None
-    down, up, bias = (p.data_ptr() for p in (standin.down, standin.up, standin.bias))
-    return core.StandIn(down=down, up=up, bias=bias, rank=standin.rank)
+def small_module(module: SmallModule | None) -> core.Small | None:
+    """The structure of a small module, which must outlive it; None for none."""
+    match module:
+        case LowRankMaps():
+            down, up, bias = (p.data_ptr() for p in parts_of(module))
+            return core.Small(down=down, up=up, bias=bias, rank=module.rank)
+        case SmallFfn():
+            found = core.Small(inner=module.units)
+            found.kept = _dense(module.ffn_in), _dense(module.ffn_out)
+            found.in_, found.out = map(ctypes.addressof, found.kept)
+            return found
+    assert module is None  # others run in PyTorch
+    return None
+
+
+def _dense(weights: Tensor) -> ctypes.Array[core.Projection]:
+    """The structures of all layers' weights (L, in, out)."""
+    n_layers, n_in, n_out = weights.shape
+    return (core.Projection * n_layers)(
+        *(
+            core.Projection(
+                data=layer.data_ptr(), n_in=n_in, n_out=n_out, stride=n_out, format=core.DENSE32
+            )
+            for layer in weights.detach()
+        )
+    )
 
 
 def parts_of(module: nn.Module | None) -> list[Tensor]:
-    """The parameters of a stand-in or a linear predictor that the core reads."""
+    """The parameters of a small module or a linear predictor that the core reads."""
     match module:
-        case StandIns():
+        case LowRankMaps():
             return [module.down, module.up, module.bias]
+        case SmallFfn():
+            return [module.ffn_in, module.ffn_out]
         case LinearPredictor():
             return [
                 module.weight,

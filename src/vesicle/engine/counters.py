@@ -28,7 +28,8 @@ class Counters:
         self._bits = np.full(sites, FULL_BITS, np.int64)
         self._visited = np.zeros((shape.n_layers, n_tokens), np.int64)
         self._compared = np.zeros((shape.n_layers, n_tokens), np.int64)
-        self._standin = np.zeros(n_tokens, np.int64)
+        self._summed = np.zeros((shape.n_layers, n_tokens), np.int64)
+        self._small = np.zeros(n_tokens, np.int64)
         self._modulator_flops = np.zeros(n_tokens, np.int64)
         self._modulator_bytes = np.zeros(n_tokens, np.int64)
         self._head_rows = np.zeros(n_tokens, np.int64)
@@ -55,6 +56,10 @@ class Counters:
         self._visited[layer, tokens] = visited
         self._compared[layer, tokens] = compared.astype(np.int64) * vectors
 
+    def summed(self, layer: int, tokens: IntArray, positions: IntArray) -> None:
+        """Positions whose attention probability was added to what entries have received."""
+        self._summed[layer, tokens] = positions
+
     def adopt(
         self,
         *,
@@ -63,13 +68,14 @@ class Counters:
         bits: IntArray,
         visited: NDArray[np.int64],
         compared: NDArray[np.int64],
-        standin: NDArray[np.int64],
+        summed: NDArray[np.int64],
+        small: NDArray[np.int64],
     ) -> None:
-        """Take over what the native core counted: (N, L, 4) three times, (N, L) twice, (N,)."""
+        """Take over what the native core counted, (N, L, 4), (N, L) or (N,)."""
         self._rows[:], self._outputs[:] = rows.transpose(1, 2, 0), outputs.transpose(1, 2, 0)
         self._bits[:] = bits.transpose(1, 2, 0)
-        self._visited[:], self._compared[:] = visited.T, compared.T
-        self._standin[:] = standin
+        self._visited[:], self._compared[:], self._summed[:] = visited.T, compared.T, summed.T
+        self._small[:] = small
 
     def released(self, overhead: Overhead, rows: slice, released: NDArray[np.bool_]) -> None:
         """A predictor run in all layers, at those of the tokens `rows` (T,) where it did."""
@@ -77,9 +83,9 @@ class Counters:
         self._modulator_flops[rows] += released * layers * overhead.modulator_flops
         self._modulator_bytes[rows] += released * layers * overhead.modulator_bytes
 
-    def stand_in(self, tokens: IntArray, rank: int) -> None:
-        """A stand-in of `rank` run for tokens."""
-        self._standin[tokens] += rank
+    def small_module(self, tokens: IntArray, weights: int) -> None:
+        """A small module that reads that many weights run for tokens."""
+        self._small[tokens] += weights
 
     def head(self, rows: slice | NDArray[np.intp], survivors: IntArray | int = 0) -> None:
         """The LM head run for rows: whole, or screened with that many rows read again."""
@@ -98,17 +104,22 @@ class Counters:
         numbers = self._rows[..., rows] * self._outputs[..., rows]
         bits_read = (numbers * shape.charged_bits(self._bits[..., rows])).sum((0, 1))
         bits_read += shape.width * self._head_bits[rows]
-        visited, compared = self._visited[:, rows].sum(0), self._compared[:, rows].sum(0)
-        standin = self._standin[rows] * 2 * shape.width
+        visited, compared, summed = (
+            counted[:, rows].sum(0) for counted in (self._visited, self._compared, self._summed)
+        )
+        small = self._small[rows]
         return {
             "flops_linear": 2 * numbers.sum((0, 1)),
             "flops_attention": 4 * shape.query_width * visited,
             "flops_selection": 2 * shape.query_width * compared,
-            "flops_standin": 2 * standin,
+            "flops_evidence": 2 * shape.query_width * summed,
+            "flops_standin": 2 * small,
             "flops_modulator": self._modulator_flops[rows],
             "flops_head": 2 * shape.width * self._head_rows[rows],
             "weight_bytes": bits_read // 8
-            + standin * shape.weight_bytes
+            + small * shape.weight_bytes
             + self._modulator_bytes[rows],
-            "kv_bytes_read": shape.position_bytes * visited + shape.summary_vector_bytes * compared,
+            "kv_bytes_read": shape.position_bytes * visited
+            + shape.position_bytes // 2 * summed
+            + shape.summary_vector_bytes * compared,
         }

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vesicle.activations import ACTIVATIONS
 from vesicle.engine.generation import Generation
 from vesicle.engine.linear import normalise
 from vesicle.engine.native import MOST_TOKENS, NativeCore, uncovered
@@ -35,8 +36,7 @@ from vesicle.engine.sampling import Sampling
 from vesicle.engine.sequence import Outcome, Part, Sequence, Wanted
 from vesicle.engine.torch_pass import TorchPass
 from vesicle.engine.weights import Weights, from_folder, from_model
-from vesicle.errors import CacheFullError, ModelError, VesicleError
-from vesicle.families.base import ACTIVATIONS
+from vesicle.errors import ModelError, VesicleError
 from vesicle.models.text import Text, end_ids, token_ids
 from vesicle.modulator import Modulator, served
 from vesicle.phases import Phases
@@ -275,13 +275,22 @@ class Engine:
             raise VesicleError("a sequence of another engine is to be forked; use that engine")
         with self.lock:
             sequence.settle()
+            if sequence.received is not None and n != sequence.length:
+                raise VesicleError(
+                    f"a sequence whose forgetter reads attention is to be forked at {n} tokens; "
+                    f"allowed: {sequence.length}, where it stands"
+                )
             author = sequence.author.fork(n)
+            if sequence.forgetter is not None:
+                author.forgetter = sequence.forgetter.fork(n)
             try:
                 cache = sequence.cache.fork(n)
             except ValueError as error:
                 raise VesicleError(str(error)) from error
             fork = Sequence(self, sequence.method, author)
             fork.cache, fork.taken_over = cache, n
+            if sequence.received is not None:
+                fork.received = sequence.received.fork()
             fork.await_eviction()
             fork.prompts = sequence.prompts.opening(n)
             fork.token_ids = sequence.token_ids[:n]
@@ -440,7 +449,7 @@ class Engine:
             if sequence.length == sequence.evicts_at:
                 try:
                     sequence.evict()
-                except CacheFullError as error:
+                except Exception as error:  # a full pool, or whatever a forgetter may raise
                     found[i] = error
         return [found[i] for i in range(len(batch))]
 
@@ -451,7 +460,7 @@ class Engine:
         found = dict[int, Outcome]()
         for part in _together(places, [len(batch[i][1]) for i in places]):
             for i in part:
-                batch[i][0].cache.reserve(len(batch[i][1]))
+                batch[i][0].reserve(len(batch[i][1]))
             found |= zip(part, native.run([batch[i] for i in part], wants), strict=True)
         return found
 
@@ -461,7 +470,7 @@ class Engine:
             return []
         for sequence, ids in batch:
             sequence.settle()
-            sequence.cache.reserve(len(ids))
+            sequence.reserve(len(ids))
         run = TorchPass(self, batch)
         try:
             results = run.outcomes(wants)
@@ -473,8 +482,7 @@ class Engine:
             if i in run.asked.failed:
                 sequence.break_off()
                 continue
-            sequence.cache.advance(len(ids))
-            sequence.token_ids += ids
+            sequence.advance(ids)
             sequence.builder.add(run.plan[rows])
             sequence.counted.append(run.counters.totals(rows))
         return results

@@ -35,6 +35,7 @@ from vesicle.families.base import Affine, DecoderConfig
 from vesicle.modulator import ModulatorAuthor
 from vesicle.plan import Author
 from vesicle.predictors.linear import LinearPredictor
+from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
 
 if TYPE_CHECKING:
     from vesicle.engine.sequence import Outcome, Part, Sequence, Wanted
@@ -162,9 +163,10 @@ class NativeCore:
     def reach(self, sequence: Sequence) -> int:
         """How many of a sequence's next tokens a pass may take; 0 if it cannot execute the next."""
         author, equipment, buffer = sequence.author, sequence.equipment, sequence.buffer()
-        for standin in (equipment.ffn_standin, equipment.attention_standin):
-            if not all(map(readable, parts_of(standin))):
-                return 0
+        if not self._executes(equipment.ffn_standin, ffn=True):
+            return 0
+        if not self._executes(equipment.attention_standin, ffn=False):
+            return 0
         decides = Decides.BEFORE
         if isinstance(author, ModulatorAuthor) and author.reads_hidden:
             if author.acting(np.array([sequence.length], np.int32)).any():
@@ -176,6 +178,19 @@ class NativeCore:
             buffer.turn(sequence, decides)
             room = buffer.room(sequence)
         return 0 if decides is Decides.ASKED and not self._may_ask(author, buffer) else room
+
+    def _executes(self, module: SmallModule | None, *, ffn: bool) -> bool:
+        """Whether the core computes a small module, in place of an FFN or of attention."""
+        match module:
+            case None:
+                return True
+            case SmallFfn():
+                mine = self._model.gated, self._model.activation
+                same = (module.gated, core.ACTIVATIONS.get(module.activation)) == mine
+                known = ffn and same
+            case _:
+                known = isinstance(module, LowRankMaps)
+        return known and all(map(readable, parts_of(module)))
 
     def _who(self, author: ModulatorAuthor, buffer: ChunkBuffer) -> Decides:
         """Whether the core decides as a modulator does, or its author has to be asked."""
@@ -320,8 +335,7 @@ def _finished(part: Part, chunk: core.Chunk, wants: Wanted) -> Outcome | None:
     lost = buffer.lost  # otherwise levels that are no numbers would be taken for rest
     if wants == "likeliest" and chunk.likeliest < 0:  # where a logit is not finite
         lost = len(ids) - 1
-    sequence.cache.advance(len(ids))
-    sequence.token_ids += ids
+    sequence.advance(ids)
     buffer.done(sequence, {"none": 0, "all": len(ids)}.get(wants, 1))
     if lost >= 0:
         return not_finite(start + lost)

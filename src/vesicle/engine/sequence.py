@@ -12,8 +12,10 @@ from torch import Tensor
 from vesicle.cost import Cost, flops_of, price_dense_tokens
 from vesicle.engine.cache import SequenceCache
 from vesicle.engine.chunk import ChunkBuffer
+from vesicle.engine.received import Received
 from vesicle.phases import ALL, GENERATED, PROMPT, Spans
-from vesicle.plan import BLOCK, FOREVER, Author, FloatArray, Method, Plan, PlanBuilder
+from vesicle.plan import BLOCK, FOREVER, Author, FloatArray, IntArray, Method, Plan, PlanBuilder
+from vesicle.plan.forgetting import ask, forgetter_of, with_evidence
 from vesicle.retention import eviction_lengths, held_entries
 from vesicle.transmitters import NAMES
 
@@ -30,7 +32,9 @@ class Sequence:
     Attributes:
         prompts: Which of its tokens are prompt (see `vesicle.phases`).
         taken_over: Leading tokens that a fork has from another sequence, whose work they are.
-        evicts_at: The next length at which entries of the cache are forgotten; `FOREVER` for none.
+        evicts_at: The next length at which entries of the cache are forgotten, or a forgetter is
+            asked which; `FOREVER` for none.
+        received: What attention the entries received, where a forgetter wants to know.
     """
 
     def __init__(self, engine: Engine, method: Method, author: Author | None = None) -> None:
@@ -39,8 +43,13 @@ class Sequence:
         self.engine = engine
         self.method = method
         self.equipment = method.equipment
-        self.overhead = method.overhead(shape)
         self.author = author or method.author(shape)
+        self.overhead = with_evidence(method.overhead(shape), self.author)
+        self.forgetter = forgetter_of(self.author)
+        self.received: Received | None = None
+        if self.forgetter is not None and self.forgetter.reads_attention:
+            self.received = Received(shape)
+        self._left: list[IntArray] | None = None  # (G, n) of each layer, told but not done yet
         self.builder = PlanBuilder(shape, self.author.retained)
         self.cache = SequenceCache(engine.pool, shape.n_layers)
         self.prompts = Spans()
@@ -65,8 +74,25 @@ class Sequence:
             with self.engine.lock:
                 self._buffer.settle(self)
 
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for a pass over exactly `n_tokens` more.
+
+        Raises:
+            CacheFullError: If the pool has too few free blocks; nothing has changed then.
+        """
+        self.cache.reserve(n_tokens)
+        if self.received is not None:
+            self.received.begin(int(self.cache.n_blocks.max()))
+
+    def advance(self, ids: list[int]) -> None:
+        """Count the tokens of a pass that has run."""
+        self.cache.advance(len(ids))
+        self.token_ids += ids
+
     def break_off(self) -> None:
         """Forget the pass that it was in; its cache does so by itself."""
+        if self.received is not None:
+            self.received.undo()
         self.author.rewind(self.length)
 
     def begin_prompt(self, n_tokens: int, *, scored: bool = True) -> None:
@@ -94,19 +120,52 @@ class Sequence:
 
     def await_eviction(self) -> None:
         """Find the next length at which entries are forgotten."""
-        later = (n for n in self._evictions if n > self.cache.length)
+        length = self.cache.length
+        later = (n for n in self._evictions if n > length)
         self.evicts_at = next(later, FOREVER)
+        if self.forgetter is not None:
+            interval = self.forgetter.interval
+            self.evicts_at = (length // interval + 1) * interval
 
     def evict(self) -> None:
-        """Forget the entries that no query from here on may read, and free their memory."""
+        """Forget the entries that no query from here on may read, and free their memory.
+
+        Raises:
+            CacheFullError: If the pool has no room for copies of shared blocks. Doing it again goes
+                on with it.
+            Exception: Whatever its forgetter may raise, who is asked again then.
+        """
+        if self._left is None:
+            self._left = self._known() if self.forgetter is None else self._asked()
+        self._most_bytes = self.kv_bytes_peak
+        for layer, left in enumerate(self._left):
+            self.cache.compact(layer, left)
+        self._left = None
+        if self.received is not None:
+            self.received.clear()
+        self.await_eviction()
+
+    def _known(self) -> list[IntArray]:
+        """(G, n) positions of complete blocks that each layer keeps, as known beforehand."""
         retained, length = self.author.retained, self.cache.length
         assert retained is not None
-        self._most_bytes = self.kv_bytes_peak
+        held = [held_entries(retained, layer, length) for layer in range(self.cache.n_layers)]
+        # As many in each head.
+        return [entries[:, entries[0] < length // BLOCK * BLOCK] for entries in held]
+
+    def _asked(self) -> list[IntArray]:
+        """(G, n) positions that each layer keeps, as the forgetter decides; the Plan takes note."""
+        assert self.forgetter is not None
+        self.settle()
+        answers = []
         for layer in range(self.cache.n_layers):
-            held = held_entries(retained, layer, length)
-            complete = held[0] < length // BLOCK * BLOCK  # as many in each head
-            self.cache.compact(layer, held[:, complete])
-        self.await_eviction()
+            held, received = self.cache.held(layer), None
+            if self.received is not None:
+                received = self.received.sums[layer, :, : held.shape[1]].copy()
+            answers.append(ask(self.forgetter, layer, self.length, held, received))
+        for events, _ in answers:
+            self.builder.forget(events)
+        return [left for _, left in answers]
 
     @property
     def kv_bytes_peak(self) -> int:

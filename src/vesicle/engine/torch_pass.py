@@ -186,7 +186,10 @@ class TorchPass:
                 engine._scale,
                 sequence.equipment.summary,
                 self.masks,
+                None if sequence.received is None else sequence.received.sums[number],
             )
+            if sequence.received is not None:
+                self.counters.summed(number, index, visited)
             vectors = sequence.overhead.selection_vectors
             self.counters.attention(number, index, visited, compared, vectors)
             if whole:
@@ -205,7 +208,7 @@ class TorchPass:
                 mixed[index], w.attention_out, channels[runs, 1], bits[runs, 1]
             )
         self.counters.projection(1, number, read, w.attention_out.n_out, bits[:, 1])
-        self.stand_in("attention", number, x, ~runs, result)
+        self.small_module("attention", number, x, ~runs, result)
         return result
 
     def ffn(self, number: int, x: Tensor, decided: Rows) -> Tensor:
@@ -218,7 +221,7 @@ class TorchPass:
             rows = np.nonzero(big)[0].astype(np.int32)
             index = torch.from_numpy(rows)
             result[index] = self.big_ffn(number, x[index], decided, rows)
-        self.stand_in("ffn", number, x, decided["ffn"] == FFN_SMALL, result)
+        self.small_module("ffn", number, x, decided["ffn"] == FFN_SMALL, result)
         return result
 
     def big_ffn(self, number: int, x: Tensor, decided: Rows, rows: IntArray | None) -> Tensor:
@@ -237,16 +240,16 @@ class TorchPass:
         self.counters.projection(3, number, read, w.ffn_out.n_out, bits[:, 3], tokens)
         return out
 
-    def stand_in(
+    def small_module(
         self, kind: str, number: int, x: Tensor, chosen: NDArray[np.bool_], result: Tensor
     ) -> None:
-        """Write the stand-ins' outputs for the chosen tokens into `result` (N, D)."""
+        """Write the small modules' outputs for the chosen tokens into `result` (N, D)."""
         for sequence, rows in zip(self.sequences, self.rows, strict=True):
             index = np.arange(rows.start, rows.stop)[chosen[rows]]
             equipment = sequence.equipment
-            standin = equipment.ffn_standin if kind == "ffn" else equipment.attention_standin
-            if standin is None or not len(index):  # a method without stand-ins skips outright
+            small = equipment.ffn_standin if kind == "ffn" else equipment.attention_standin
+            if small is None or not len(index):  # a method without small modules skips outright
                 continue
             where = torch.from_numpy(index)
-            result[where] = standin.apply_layer(number, x[where])
-            self.counters.stand_in(index, standin.rank)
+            result[where] = small.apply_layer(number, x[where])
+            self.counters.small_module(index, small.weights)

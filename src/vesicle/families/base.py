@@ -13,17 +13,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from vesicle.activations import ACTIVATIONS
 from vesicle.errors import ModelError
 from vesicle.shapes import ModelShape
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_new": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "relu": nn.functional.relu,
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ A new decision is a line in `layout.FIELDS`, a price in `cost.py` and its execut
 from vesicle.plan.author import Author, Equipment, Method
 from vesicle.plan.builder import PlanBuilder, opening
 from vesicle.plan.events import EVENT, FOREVER, FORGET, Events
+from vesicle.plan.forgetting import Evidence, Forgetter, all_but
 from vesicle.plan.given import Dense, Replay
 from vesicle.plan.layout import FIELDS, Field
 from vesicle.plan.plan import Plan
@@ -68,14 +69,17 @@ __all__ = [
     "Dense",
     "Equipment",
     "Events",
+    "Evidence",
     "Field",
     "FloatArray",
+    "Forgetter",
     "IntArray",
     "Method",
     "Plan",
     "PlanBuilder",
     "Replay",
     "Rows",
+    "all_but",
     "check_rows",
     "numbers",
     "opening",

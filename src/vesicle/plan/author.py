@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesicle.errors import VesicleError
+from vesicle.plan.forgetting import Forgetter
 from vesicle.plan.rows import FloatArray, IntArray, Rows
 from vesicle.shapes import ModelShape, Overhead
 from vesicle.transmitters import NAMES
@@ -17,7 +18,7 @@ from vesicle.transmitters import NAMES
 if TYPE_CHECKING:
     import torch
 
-    from vesicle.standins import StandIns
+    from vesicle.small_modules import SmallModule
 
 
 class Author(ABC):
@@ -33,9 +34,12 @@ class Author(ABC):
         retained: (S, L, G) the last position whose query may read each of the first S entries, as
             `Plan.retained`; later ones stay forever. None, the default, if nothing is forgotten. It
             is known before the first token and does not change.
+        forgetter: Who decides about that as the text goes on, in place of `retained`. An author's
+            fork gets a fork of it from whoever executes.
     """
 
     retained: IntArray | None = None
+    forgetter: Forgetter | None = None
 
     @property
     def rests(self) -> bool:
@@ -154,8 +158,8 @@ class Equipment:
         summary: How KV blocks are summarised to choose among them: `mean` or `bounds`.
     """
 
-    ffn_standin: StandIns | None = None
-    attention_standin: StandIns | None = None
+    ffn_standin: SmallModule | None = None
+    attention_standin: SmallModule | None = None
     summary: str = "mean"
 
 
@@ -178,7 +182,7 @@ class Method(ABC):
         """What the method adds to the model's own work; by default its equipment alone."""
         ffn, attention = self.equipment.ffn_standin, self.equipment.attention_standin
         return Overhead(
-            ffn_standin_rank=ffn.rank if ffn else 0,
-            attention_standin_rank=attention.rank if attention else 0,
+            small_ffn_weights=ffn.weights if ffn else 0,
+            small_attention_weights=attention.weights if attention else 0,
             selection_vectors=1 if self.equipment.summary == "mean" else 2,
         )

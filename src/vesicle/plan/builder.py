@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vesicle.plan.events import EVENT, Events, forgetting
+from vesicle.plan.events import Events, forgetting, joined
 from vesicle.plan.plan import Plan
 from vesicle.plan.rows import ROW, IntArray, Rows
 from vesicle.shapes import ModelShape
@@ -42,11 +42,16 @@ class PlanBuilder:
         self._shape = shape
         self._retained = retained
         self._forgetting: Events | None = None
+        self._forgotten: list[Events] = []
         self._passes: list[Rows] = []
 
     def add(self, rows: Rows) -> None:
         """Take the rows (T, L) of the next T tokens, which the executor may still fill in."""
         self._passes.append(rows)
+
+    def forget(self, events: Events) -> None:
+        """Take events that a forgetter has decided on."""
+        self._forgotten.append(events)
 
     def opening(self, n_tokens: int) -> PlanBuilder:
         """A builder of its own that begins with the first `n_tokens` rows.
@@ -57,6 +62,7 @@ class PlanBuilder:
         other._passes = [rows.copy() for rows in opening(self._passes, n_tokens)]
         for rows in other._passes:
             rows["head"] = 0
+        other._forgotten = [events[events["position"] <= n_tokens] for events in self._forgotten]
         return other
 
     def build(self) -> Plan:
@@ -67,7 +73,7 @@ class PlanBuilder:
 
     def _events(self, n_tokens: int) -> Events:
         if self._retained is None:
-            return np.zeros(0, EVENT)
+            return joined(self._forgotten)
         if n_tokens < len(self._retained):
             return forgetting(self._retained[:n_tokens])
         if self._forgetting is None:  # the same from here on

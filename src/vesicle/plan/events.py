@@ -7,10 +7,8 @@ p on may not, and their memory is free. `kv_head` is -1 where all KV heads forge
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from vesicle.errors import VesicleError
 from vesicle.plan.rows import BLOCK, IntArray
@@ -27,9 +25,22 @@ Events = NDArray[np.void]
 """A structured array of `EVENT`, sorted."""
 
 
-def sorted_events(found: list[tuple[int, ...]]) -> Events:
-    """A table of events, given in any order."""
-    return np.array(sorted(found), EVENT)
+def table_of(**columns: ArrayLike) -> Events:
+    """A table of events, given by columns in any order; those that are left out are 0."""
+    given = dict(zip(columns, np.broadcast_arrays(*columns.values()), strict=True))
+    some = next(iter(given.values()))
+    whole = [given.get(name, np.zeros_like(some)) for name in _NAMES]
+    table = np.empty(len(some), EVENT)
+    order = np.lexsort(whole[::-1])
+    for name, column in zip(_NAMES, whole, strict=True):
+        table[name] = column[order]
+    return table
+
+
+def joined(tables: list[Events]) -> Events:
+    """One table of all the events of several."""
+    whole = np.concatenate([np.zeros(0, EVENT), *tables])
+    return table_of(**{name: whole[name] for name in _NAMES})
 
 
 def forgetting(retained: IntArray) -> Events:
@@ -39,21 +50,25 @@ def forgetting(retained: IntArray) -> Events:
         retained: (S, L, G or 1) the last position whose query may read each entry; `FOREVER` for
             those that stay.
     """
-    return sorted_events(list(_runs(retained)))
-
-
-def _runs(retained: IntArray) -> Iterator[tuple[int, ...]]:
-    """An event for every run of entries that end together."""
+    tables = []
     for layer in np.nonzero((retained != FOREVER).any((0, 2)))[0].tolist():
         table = retained[:, layer]
         together = bool((table == table[:, :1]).all())
         for head in range(1 if together else table.shape[1]):
-            column = table[:, head]
-            edges = np.concatenate([[0], np.nonzero(np.diff(column))[0] + 1, [len(column)]])
-            for first, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-                if column[first] != FOREVER:
-                    which = ALL_HEADS if together else head
-                    yield int(column[first]) + 1, layer, first, stop - 1, which, FORGET, 0
+            column = table[:, head]  # an event for every run of entries that end together
+            first = np.concatenate([[0], np.nonzero(np.diff(column))[0] + 1])
+            last = np.append(first[1:], len(column)) - 1
+            ends = column[first] != FOREVER
+            tables.append(
+                table_of(
+                    position=column[first[ends]] + 1,
+                    layer=layer,
+                    first=first[ends],
+                    last=last[ends],
+                    kv_head=ALL_HEADS if together else head,
+                )
+            )
+    return joined(tables)
 
 
 def retained_by(

@@ -50,10 +50,12 @@ from vesicle.plan import (
     check_rows,
     resting_rows,
 )
+from vesicle.plan.forgetting import forgetter_of, with_evidence
 from vesicle.plan.rows import check_kept, of_attention
 from vesicle.predictors import State
 from vesicle.reference.attention import BASES, PREFIX, RULE, BlockRule, register
 from vesicle.reference.continuity import Entries, check_mask
+from vesicle.reference.memory import Memory
 from vesicle.reference.soft_cost import SoftCost
 from vesicle.shapes import ModelShape
 from vesicle.transmitters import index
@@ -231,8 +233,9 @@ class Run:
         """Price of all Plans, logits counted at every position."""
         total = Cost()
         overhead = self.method.overhead(self.shape)
-        for plan, released in zip(self.plans, self.released, strict=True):
-            total = total + price(plan, self.shape, overhead, released=released)
+        for author, plan, released in zip(self._authors, self.plans, self.released, strict=True):
+            own = with_evidence(overhead, author)
+            total = total + price(plan, self.shape, own, released=released)
         return total
 
     @property
@@ -254,7 +257,7 @@ class _Pass:
         self.rows: list[Rows] = []  # (T_i, L) per sequence, of this pass
         self.starts: list[int] = []
         self.offsets: tuple[int, ...] = ()
-        self.forgetting: list[IntArray | None] = []  # `Author.retained` of those that forgot
+        self.memories: list[list[Memory] | None] = []  # of the layers of those that forget
         self.levels: Tensor | None = None  # (B, T, 5), soft mode, released by the previous layer
         self.state: State = {}
         self.dial = torch.ones(1)
@@ -309,6 +312,7 @@ class _Pass:
             if not run._soft:
                 run._builders = [PlanBuilder(run.shape, a.retained) for a in run._authors]
             self.state = {}
+            self.memories = [self.memory(i) for i in range(len(run._authors))]
         elif len(run._builders) != b:
             raise VesicleError(
                 f"the batch had {len(run._builders)} sequences and now has {b}; "
@@ -323,10 +327,6 @@ class _Pass:
         self.cache, self.entries = cache, None
         rows = self.positions.cpu().numpy().astype(np.int32)
         self.numpy_positions = [rows[i, s:] for i, s in enumerate(self.starts)]
-        self.forgetting = [
-            a.retained if a.retained is not None and len(p) and a.retained.min() < p[-1] else None
-            for a, p in zip(run._authors, self.numpy_positions, strict=run._soft is None)
-        ]
         self.rows = [resting_rows(run.shape, p) for p in self.numpy_positions]
         for builder, table in zip(run._builders, self.rows, strict=True):
             if run._soft is None:
@@ -382,11 +382,27 @@ class _Pass:
         """Whether nothing differs by construction, so that the model may run as it is."""
         return all(author.rests for author in self.run._authors)
 
-    def retained(self, layer: int) -> list[IntArray | None] | None:
-        """Each sequence's (S, G) for a layer; None where this pass would see no difference."""
-        if all(table is None for table in self.forgetting):
+    def memory(self, i: int) -> list[Memory] | None:
+        """What the layers of a new sequence will hold; None if it never forgets."""
+        author, note = self.run._authors[i], self.run._builders[i].forget
+        forgetter, shape = forgetter_of(author), self.run.shape
+        if forgetter is not None:
+            none = np.zeros((0, shape.n_kv_heads), np.int32)
+            return [Memory(none, layer, forgetter, note) for layer in range(shape.n_layers)]
+        if author.retained is None:
             return None
-        return [None if table is None else table[:, layer] for table in self.forgetting]
+        return [Memory(author.retained[:, layer]) for layer in range(shape.n_layers)]
+
+    def forgetting(self, layer: int) -> list[Memory | None] | None:
+        """Each sequence's memory of a layer; None where this pass would see no difference."""
+        found: list[Memory | None] = []
+        for author, memory, p in zip(
+            self.run._authors, self.memories, self.numpy_positions, strict=True
+        ):
+            known = author.retained
+            late = known is not None and (not len(p) or known.min() >= p[-1])
+            found.append(None if memory is None or late else memory[layer])
+        return found if any(memory is not None for memory in found) else None
 
     def column(self, parts: list[IntArray], fill: int, device: torch.device) -> Tensor:
         """Per-sequence columns (T_i,) as one (B, T) tensor, `fill` on padding."""
@@ -450,14 +466,14 @@ class _LayerHooks:
                 rule = self.rule(None, level[..., _GABA])
         else:
             decided = self.decided = state.attention(self.number)
-            retained = state.retained(self.number)
-            if state.at_rest() and retained is None:
+            memories = state.forgetting(self.number)
+            if state.at_rest() and memories is None:
                 return None
             masked = self.keep_channels(0, hidden)
             blocks = state.column([rows["kv_blocks"] for rows in decided], 1 << 30, hidden.device)
             whole = blocks >= state.positions // 16 + 1
-            seen = retained is None and bool(whole.all())
-            rule = None if seen else self.rule(blocks, None, retained)
+            seen = memories is None and bool(whole.all())
+            rule = None if seen else self.rule(blocks, None, memories)
         if rule is not None:
             kwargs = {**kwargs, RULE: rule}
         if args:
@@ -468,16 +484,21 @@ class _LayerHooks:
         self,
         blocks: Tensor | None,
         level: Tensor | None,
-        retained: list[IntArray | None] | None = None,
+        memories: list[Memory | None] | None = None,
     ) -> BlockRule:
         state, soft = self.run._pass, self.run._soft
+        attends: Tensor | None = None
+        if memories is not None:
+            parts = [rows["attention"] for rows in self.decided]
+            attends = state.column(parts, 0, state.positions.device) == 1
         return BlockRule(
             positions=state.positions,
             offsets=state.offsets,
             kv_blocks=blocks,
             level=level,
             temperature=soft.temperature if soft else 0.0,
-            retained=retained,
+            memories=memories,
+            attends=attends,
             effector=self.run._modulator.gaba
             if soft
             else GabaSparsity(summary=self.run.method.equipment.summary),

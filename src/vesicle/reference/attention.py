@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks, selected_blocks, summarise
 from vesicle.effectors import GabaSparsity
-from vesicle.plan import BLOCK, IntArray
-from vesicle.retention import eviction_lengths, held_entries
+from vesicle.plan import BLOCK
+from vesicle.reference.memory import Memory
 
 PREFIX = "vesicle_"
 BASES = ("sdpa", "eager")
@@ -40,8 +40,9 @@ class BlockRule:
         level: (B, T) GABA level, for the soft rule.
         temperature: Of the soft mask.
         effector: Names the summary, and makes the soft mask.
-        retained: For each sequence, (S, G) the last position whose query may read each of the first
-            S entries, or None if nothing is forgotten; None if no sequence forgets.
+        memories: For each sequence what it still sees of the layer's entries, or None if all; None
+            if no sequence forgets.
+        attends: (B, T) the queries that run, whose attention counts as received; padding does not.
     """
 
     positions: Tensor
@@ -50,7 +51,8 @@ class BlockRule:
     level: Tensor | None
     temperature: float
     effector: GabaSparsity
-    retained: list[IntArray | None] | None = None
+    memories: list[Memory | None] | None = None
+    attends: Tensor | None = None
 
 
 def register() -> None:
@@ -99,13 +101,13 @@ def _blockwise(query: Tensor, key: Tensor, value: Tensor, rule: BlockRule, scale
 
     Query (B, H, T, K), keys and values (B, G, S, K) to (B, T, H, K).
     """
-    if rule.retained is None and len(set(rule.offsets)) == 1:
+    if rule.memories is None and len(set(rule.offsets)) == 1:
         return _one_offset(query, key, value, rule, scale, rule.offsets[0], slice(None))
     outs = []
     for b, offset in enumerate(rule.offsets):
         rows = slice(b, b + 1)
-        retained = None if rule.retained is None else rule.retained[b]
-        attend = _one_offset if retained is None else partial(_forgetful, retained=retained)
+        memory = None if rule.memories is None else rule.memories[b]
+        attend = _one_offset if memory is None else partial(_forgetful, memory=memory)
         outs.append(attend(query[rows], key[rows], value[rows], rule, scale, offset, rows))
     return torch.cat(outs)
 
@@ -119,7 +121,7 @@ def _forgetful(
     offset: int,
     rows: slice,
     *,
-    retained: IntArray,
+    memory: Memory,
 ) -> Tensor:
     """`_one_offset` of one sequence that forgets entries.
 
@@ -129,24 +131,59 @@ def _forgetful(
     assert rule.kv_blocks is not None
     positions = rule.positions[rows][0]  # (T,), 0 and above but for padding
     key, value = key[:, :, offset:], value[:, :, offset:]
-    ends = torch.tensor([0, *eviction_lengths(retained[:, None])], device=positions.device)
-    period = torch.searchsorted(ends, positions.clamp(min=0), right=True)
     out = torch.empty_like(query.transpose(1, 2))  # (1, T, H, K)
-    for number in period.unique().tolist():
-        chosen = period == number
-        first, last = int(ends[number - 1]), int(positions[chosen].max())
-        held = torch.from_numpy(held_entries(retained[:, None], 0, first)).to(positions.device)
-        later = torch.arange(first, last + 1, device=positions.device).expand(len(held), -1)
-        entries = torch.cat([held, later], dim=1)[None, :, :, None].expand(-1, -1, -1, key.shape[3])
+    start, stop = int(positions.clamp(min=0).min()), int(positions.max()) + 1
+    for first, last in memory.periods(start, stop):
+        chosen = (positions.clamp(min=0) >= first) & (positions < last)
+        held = torch.from_numpy(memory.held(first)).to(positions.device)
+        later = torch.arange(first, last, device=positions.device).expand(len(held), -1)
+        entries = torch.cat([held, later], dim=1)
+        places = entries[None, :, :, None].expand(-1, -1, -1, key.shape[3]).long()
         slots = positions[chosen] - first + held.shape[1]
         part = replace(
             rule,
             positions=torch.where(positions[chosen] < 0, positions[chosen], slots)[None],
             kv_blocks=rule.kv_blocks[rows][:, chosen],
         )
-        left = key.gather(2, entries.long()), value.gather(2, entries.long())
-        out[:, chosen] = _one_offset(query[:, :, chosen], *left, part, scale, 0, slice(None))
+        left, q = (key.gather(2, places), value.gather(2, places)), query[:, :, chosen]
+        out[:, chosen] = _one_offset(q, *left, part, scale, 0, slice(None))
+        if memory.reads_attention:
+            assert rule.attends is not None
+            received = _received(q, left[0], part, scale, rule.attends[rows][:, chosen])
+            memory.receive(entries.cpu().numpy(), received.cpu().numpy())
     return out
+
+
+@torch.no_grad()
+def _received(query: Tensor, key: Tensor, rule: BlockRule, scale: float, attends: Tensor) -> Tensor:
+    """(G, S) attention probability that each key of one sequence receives, summed over queries."""
+    assert rule.kv_blocks is not None
+    b, h, t, k = query.shape
+    g = key.shape[1]
+    rank = rank_blocks(query, summarise(key, rule.effector.summary), rule.positions, scale)
+    allowed = _allowed(rank, rule.kv_blocks, rule.positions, key.shape[2])
+    grouped = query.reshape(b, g, h // g, t, k)
+    scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)) * scale
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    chances = scores.to(exact).masked_fill(~allowed, -torch.inf).softmax(-1)
+    return (chances * attends[:, None, None, :, None]).sum((0, 2, 3))
+
+
+def _allowed(rank: Tensor, kv_blocks: Tensor, positions: Tensor, length: int) -> Tensor:
+    """(B, G, 1, T, S) which of the first S keys each query reads.
+
+    Args:
+        rank: (B, T, G, N) of blocks, see `blocks.rank_blocks`.
+        kv_blocks: (B, T) blocks read.
+        positions: (B, T) of the queries.
+        length: S.
+    """
+    slots = torch.arange(length, device=rank.device)
+    causal = slots <= positions[:, None, None, :, None]
+    blocks = selected_blocks(rank, kv_blocks)  # (B, T, G, N)
+    allowed = blocks.permute(0, 2, 1, 3)[:, :, None, :, slots // BLOCK] & causal
+    # Padding queries have no position of their own; let them see slot 0 rather than nothing.
+    return allowed | ((slots == 0) & (positions[:, None, None, :, None] <= 0))
 
 
 def _one_offset(
@@ -165,14 +202,8 @@ def _one_offset(
     key, value = key[:, :, offset : offset + length], value[:, :, offset : offset + length]
     with torch.no_grad():
         rank = rank_blocks(query, summarise(key, rule.effector.summary), positions, scale)
-    slots = torch.arange(length, device=query.device)
-    causal = slots <= positions[:, None, None, :, None]  # (B, 1, 1, T, S)
-    grouped = query.reshape(b, g, h // g, t, k)
     if rule.kv_blocks is not None:
-        blocks = selected_blocks(rank, rule.kv_blocks[rows])  # (B, T, G, N)
-        allowed = blocks.permute(0, 2, 1, 3)[:, :, None, :, slots // BLOCK] & causal
-        # Padding queries have no position of their own; let them see slot 0 rather than nothing.
-        allowed = allowed | ((slots == 0) & (positions[:, None, None, :, None] <= 0))
+        allowed = _allowed(rank, rule.kv_blocks[rows], positions, length)
         # Query heads that share a KV head become the heads of one batch entry: no repeated keys.
         shared = (b * g, h // g, length, k)
         out = nn.functional.scaled_dot_product_attention(
@@ -184,6 +215,9 @@ def _one_offset(
         ).reshape(b, h, t, k)
         return out.transpose(1, 2).contiguous()
     assert rule.level is not None
+    slots = torch.arange(length, device=query.device)
+    causal = slots <= positions[:, None, None, :, None]  # (B, 1, 1, T, S)
+    grouped = query.reshape(b, g, h // g, t, k)
     visible = positions // BLOCK + 1
     mask = rule.effector.mask(rule.level[rows], rank, visible, rule.temperature)
     weights = mask.permute(0, 2, 1, 3)[:, :, None, :, slots // BLOCK]  # (B, G, 1, T, S)

@@ -60,7 +60,7 @@ class SoftCost:
             + 2.0 * share[0] * inputs[0] * (2 * shape.kv_width + runs * shape.query_width)
             + runs * 2.0 * share[1] * inputs[1] * outputs[1]
             + runs * shape.query_width * (4.0 * visited + choosing)
-            + (1 - runs) * 4.0 * shape.width * self._overhead.attention_standin_rank
+            + (1 - runs) * 2.0 * self._overhead.small_attention_weights
         )
 
     def ffn(self, levels: Tensor) -> None:
@@ -78,7 +78,7 @@ class SoftCost:
         self.executed = (
             self.executed
             + big * 2.0 * (share[0] * inputs[2] * outputs[2] + share[1] * inputs[3] * outputs[3])
-            + small * 4.0 * shape.width * self._overhead.ffn_standin_rank
+            + small * 2.0 * self._overhead.small_ffn_weights
         )
 
     @property

@@ -75,10 +75,15 @@ class Layer(ctypes.Structure):
     ]
 
 
-class StandIn(ctypes.Structure):
-    """Mirrors `VesicleStandIn`."""
+class Small(ctypes.Structure):
+    """Mirrors `VesicleSmall`."""
 
-    _fields_ = [*_fields(_POINTER, "down", "up", "bias"), *_fields(_LONG, "rank")]
+    _fields_ = [
+        *_fields(_POINTER, "down", "up", "bias"),
+        ("rank", _LONG),
+        *_fields(_POINTER, "in_", "out"),
+        ("inner", _LONG),
+    ]
 
 
 class Model(ctypes.Structure):
@@ -131,15 +136,18 @@ class Chunk(ctypes.Structure):
         ("ids", _POINTER),
         *_fields(_LONG, "n", "position", "room", "vectors", "room_summaries"),
         *_fields(_POINTER, "cosine", "sine", "tables", "starts", "held", "summaries"),
-        *_fields(_POINTER, "modulator", "acting", "ffn_standin", "attention_standin"),
+        *_fields(_POINTER, "modulator", "acting", "small_ffn", "small_attention"),
         *_fields(_POINTER, "plan", "levels"),
-        *_fields(_POINTER, "rows", "outputs", "visited", "compared", "standin"),
+        *_fields(_POINTER, "rows", "outputs", "visited", "compared", "small"),
+        ("received", _POINTER),
+        ("room_received", _LONG),
+        ("summed", _POINTER),
         *_fields(_POINTER, "hidden", "logits"),
         *_fields(_LONG, "wants", "likeliest", "lost"),
     ]
 
 
-_MIRRORS = (Projection, Norm, Layer, StandIn, Model, Rule, ModulatorParts, Chunk)
+_MIRRORS = (Projection, Norm, Layer, Small, Model, Rule, ModulatorParts, Chunk)
 _SIGNATURES: library.Signatures = {
     "vesicle_sizes": (_LONG, [_LONG]),
     "vesicle_plan_layout": (ctypes.c_uint64, []),

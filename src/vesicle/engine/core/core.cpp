@@ -145,7 +145,7 @@ uint64_t vesicle_plan_layout() { return kPlanLayout; }  // lets Python check its
 
 int64_t vesicle_sizes(int64_t which) {  // lets Python check its mirrors
   const int64_t sizes[] = {sizeof(VesicleProjection), sizeof(VesicleNorm), sizeof(VesicleLayer),
-                           sizeof(VesicleStandIn),    sizeof(VesicleModel), sizeof(VesicleRule),
+                           sizeof(VesicleSmall),      sizeof(VesicleModel), sizeof(VesicleRule),
                            sizeof(VesicleModulator),  sizeof(VesicleChunk)};
   return which >= 0 && which < 8 ? sizes[which] : -1;
 }

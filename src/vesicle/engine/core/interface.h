@@ -30,11 +30,13 @@ struct VesicleLayer {
 
 enum VesicleActivation : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 
-
-// Low-rank maps of all layers: down (L, rank, D), up (L, D, rank), bias (L, D).
-struct VesicleStandIn {
+// What a token takes in place of a whole module, of all layers: low-rank maps, down (L, rank, D), up (L, D, rank), bias
+// (L, D); or FFNs like the model's own, with dense weights and `inner` hidden units.
+struct VesicleSmall {
   const float *down, *up, *bias;
   int64_t rank;
+  const VesicleProjection *in, *out;  // (L) of FFNs; null of maps
+  int64_t inner;
 };
 
 struct VesicleModel {
@@ -82,10 +84,13 @@ struct VesicleChunk {
   void* const* summaries;  // (L) of complete blocks (G, room_summaries / 16, vectors, K, 16), kept up to date; or null
   const VesicleModulator* modulator;                      // null: nothing is released
   const int64_t* acting;                                  // (n) bit a: transmitter a acts; the others rest
-  const VesicleStandIn *ffn_standin, *attention_standin;  // null: skipped outright
+  const VesicleSmall *small_ffn, *small_attention;        // null: skipped outright; the second holds maps alone
   VesiclePlanRow* plan;
   double* levels;                                          // (n, L, 5)
-  int64_t *rows, *outputs, *visited, *compared, *standin;  // (n, L, 4), (n, L, 4), (n, L), (n, L), (n)
+  int64_t *rows, *outputs, *visited, *compared, *small;  // (n, L, 4), (n, L, 4), (n, L), (n, L), (n): weights of small modules
+  float* received;        // (L, G, room_received) attention probability that each slot received, added to; or null
+  int64_t room_received;  // slots
+  int64_t* summed;        // (n, L) positions of a KV head whose probabilities were added
   float* hidden;   // (n, D) the residual stream after a layer's attention; or null
   float* logits;   // (V) of the last token, (n, V) of all, or null
   int64_t wants;   // `VesicleWanted`

@@ -91,6 +91,10 @@ struct Kernels {
   void (*attend_together)(const KvView* kv, int32_t format, const float* query, int64_t tokens, int64_t ratio,
                           float scale, const int32_t* blocks, int64_t n, const int64_t* tails, float* out, float* top,
                           float* total, float* room);
+  // received[0:valid] += the attention probabilities of a block's first `valid` positions, of `ratio` query heads of one
+  // KV head in order, whose scores' largest and the inverses of whose totals are known.
+  void (*receive)(const KvView* kv, int32_t format, int64_t g, int64_t block, const float* query, int64_t ratio,
+                  float scale, int64_t valid, const float* top, const float* inverse, float* received);
   // Writes one position's key and value (K) of KV head g into a page.
   void (*store)(const KvView* kv, int32_t format, int64_t g, int64_t block, int64_t slot, const float* key,
                 const float* value);

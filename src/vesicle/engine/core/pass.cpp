@@ -85,27 +85,52 @@ void Pass::site(int64_t thread, const VesicleProjection& w, int s, const int64_t
   multiply(k, w, bits, x, which, count, n, out, thread, pool->threads());
 }
 
-// This thread's rows of a stand-in's first map.
-void Pass::standin_down(int64_t thread, const VesicleStandIn* standin, int64_t l, int64_t t) {
-  const int64_t threads = pool->threads(), rank = standin->rank, width = model->width;
+// This thread's rows of the first of two low-rank maps.
+void Pass::map_down(int64_t thread, const VesicleSmall* small, int64_t l, int64_t t) {
+  const int64_t threads = pool->threads(), rank = small->rank, width = model->width;
   for (int64_t r = rank * thread / threads; r < rank * (thread + 1) / threads; ++r)
-    inner[t * inner_rank + r] = k->dot(standin->down + (l * rank + r) * width, lane(thread, t).normed, width);
+    inner[t * inner_rank + r] = k->dot(small->down + (l * rank + r) * width, lane(thread, t).normed, width);
 }
 
-void Pass::standin_up(int64_t thread, const VesicleStandIn* standin, int64_t l, int64_t t, Output* out) {
-  const int64_t threads = pool->threads(), rank = standin->rank, width = model->width;
+void Pass::map_up(int64_t thread, const VesicleSmall* small, int64_t l, int64_t t, Output* out) {
+  const int64_t threads = pool->threads(), rank = small->rank, width = model->width;
   for (int64_t d = width * thread / threads; d < width * (thread + 1) / threads; ++d)
-    out->of(t)[d] = standin->bias[l * width + d] +
-                    k->dot(standin->up + (l * width + d) * rank, inner + t * inner_rank, rank);
+    out->of(t)[d] = small->bias[l * width + d] +
+                    k->dot(small->up + (l * width + d) * rank, inner + t * inner_rank, rank);
+}
+
+// On what a token lands whose FFN is small; null where it lands on nothing.
+const VesicleSmall* Pass::small_ffn(int64_t thread, int64_t t) {
+  return lane(thread, t).row.ffn == kSmall ? tokens[t].chunk->small_ffn : nullptr;
+}
+
+// The first or second projection of small FFNs, each with all of its tokens together. Their weights are dense, so that
+// results are complete in `out` (see `Output`), whatever the big one's are.
+void Pass::small_site(int64_t thread, int64_t l, bool second, Output* out) {
+  int64_t which[kMaxTokens];
+  Activation* x[kMaxTokens];
+  bool done[kMaxTokens] = {};
+  for (int64_t t = 0; t < n; ++t) {
+    const VesicleSmall* small = small_ffn(thread, t);
+    if (done[t] || !small || !small->in) continue;
+    int64_t count = 0;
+    for (int64_t u = t; u < n; ++u) {
+      if (small_ffn(thread, u) != small) continue;
+      done[u] = true;
+      which[count] = u;
+      x[count++] = &lane(thread, u).in;
+    }
+    multiply(k, (second ? small->out : small->in)[l], nullptr, x, which, count, n, out, thread, pool->threads());
+  }
 }
 
 // to = from + what a phase computed for the token; nothing was computed where a module is skipped outright.
-void Pass::residual(Output* out, int64_t t, bool main, bool standin, const float* from, float* to) {
+void Pass::residual(Output* out, int64_t t, bool main, bool small, const float* from, float* to) {
   const int64_t width = model->width;
   if (main) {
     out->fetch(k, t, n, pool->threads(), width, to);
     k->add(to, from, width);
-  } else if (standin) {
+  } else if (small) {
     std::memcpy(to, out->of(t), width * sizeof(float));
     k->add(to, from, width);
   } else {
@@ -115,7 +140,7 @@ void Pass::residual(Output* out, int64_t t, bool main, bool standin, const float
 
 void Pass::finish_ffn(int64_t thread, int64_t t) {
   Lane& a = lane(thread, t);
-  residual(&ffn_out, t, a.row.ffn == kBig, a.row.ffn == kSmall && tokens[t].chunk->ffn_standin, a.after, a.residual);
+  residual(&ffn_out, t, a.row.ffn == kBig, small_ffn(thread, t) != nullptr, a.after, a.residual);
 }
 
 void Pass::norm(const VesicleNorm& norm, const float* x, float* y) {
@@ -129,8 +154,8 @@ void Pass::attention_half(int64_t thread, int64_t l) {
   int64_t which[kMaxTokens];
   Activation* x[kMaxTokens];
   const auto attends = [](Lane& a) { return a.row.attention != 0; };
-  const auto lands = [&](int64_t t) -> const VesicleStandIn* {  // on what a token lands that skips attention
-    return lane(thread, t).row.attention ? nullptr : tokens[t].chunk->attention_standin;
+  const auto lands = [&](int64_t t) -> const VesicleSmall* {  // on what a token lands that skips attention
+    return lane(thread, t).row.attention ? nullptr : tokens[t].chunk->small_attention;
   };
 
   // 1. Values, keys and queries.
@@ -149,7 +174,7 @@ void Pass::attention_half(int64_t thread, int64_t l) {
   count = select(thread, attends, which, x);
   site(thread, w.query, 0, which, x, count, &query);
   for (int64_t t = 0; t < n; ++t)
-    if (lands(t)) standin_down(thread, lands(t), l, t);
+    if (lands(t)) map_down(thread, lands(t), l, t);
   pool->barrier();
 
   // 2. Attention, shared out by blocks.
@@ -164,16 +189,17 @@ void Pass::attention_half(int64_t thread, int64_t l) {
     const int32_t rows = a.in.prepare(k, q_width, a.row.channels[1], packed(w.attention_out), &shelf, place(thread, t));
     if (reports(thread)) count_rows(tokens[t], l, 1, rows, width);
   });
+  receive(thread, l);
   count = select(thread, attends, which, x);
   site(thread, w.attention_out, 1, which, x, count, &attention_out);
   for (int64_t t = 0; t < n; ++t)
-    if (lands(t)) standin_up(thread, lands(t), l, t, &attention_out);
+    if (lands(t)) map_up(thread, lands(t), l, t, &attention_out);
   pool->barrier();
   each(thread, [&](int64_t t) {
     Lane& a = lane(thread, t);
     residual(&attention_out, t, a.row.attention, lands(t) != nullptr, a.residual, a.after);
     if (!reports(thread)) return;
-    if (lands(t)) *tokens[t].standin += lands(t)->rank;
+    if (lands(t)) *tokens[t].small += 2 * width * lands(t)->rank;
     if (tokens[t].hidden) std::memcpy(tokens[t].hidden, a.after, width * sizeof(float));
   });
 }
@@ -185,8 +211,9 @@ void Pass::ffn_half(int64_t thread, int64_t l) {
   int64_t which[kMaxTokens];
   Activation* x[kMaxTokens];
   const auto big = [](Lane& a) { return a.row.ffn == kBig; };
-  const auto lands = [&](int64_t t) -> const VesicleStandIn* {
-    return lane(thread, t).row.ffn == kSmall ? tokens[t].chunk->ffn_standin : nullptr;
+  const auto maps = [&](int64_t t) -> const VesicleSmall* {
+    const VesicleSmall* small = small_ffn(thread, t);
+    return small && !small->in ? small : nullptr;
   };
 
   // 4. Release, then the FFN's gate and up projections.
@@ -196,8 +223,12 @@ void Pass::ffn_half(int64_t thread, int64_t l) {
     if (a.row.ffn == 0) return;
     norm(w.ffn_norm, model->parallel ? a.residual : a.after, a.in.room(width));
     if (a.row.ffn == kSmall) {
-      std::memcpy(a.normed, a.in.x, width * sizeof(float));
-      if (reports(thread) && lands(t)) *tokens[t].standin += lands(t)->rank;
+      const VesicleSmall* small = small_ffn(thread, t);
+      if (!small) return;
+      if (small->in) a.in.prepare(k, width, width, false, &shelf, place(thread, t));
+      else std::memcpy(a.normed, a.in.x, width * sizeof(float));
+      const int64_t weights = width * (small->in ? (model->gated ? 3 : 2) * small->inner : 2 * small->rank);
+      if (reports(thread)) *tokens[t].small += weights;
       return;
     }
     const int32_t rows = a.in.prepare(k, width, a.row.channels[2], packed(w.ffn_in), &shelf, place(thread, t));
@@ -205,13 +236,21 @@ void Pass::ffn_half(int64_t thread, int64_t l) {
   });
   int64_t count = select(thread, big, which, x);
   site(thread, w.ffn_in, 2, which, x, count, &ffn_in);
+  small_site(thread, l, false, &ffn_in);
   for (int64_t t = 0; t < n; ++t)
-    if (lands(t)) standin_down(thread, lands(t), l, t);
+    if (maps(t)) map_down(thread, maps(t), l, t);
   pool->barrier();
 
   // 5. Its down projection.
   each(thread, [&](int64_t t) {
     Lane& a = lane(thread, t);
+    if (const VesicleSmall* small = small_ffn(thread, t); small && small->in) {
+      const int64_t units = small->inner, all = model->gated ? 2 * units : units;
+      float* x = a.in.room(all);
+      std::memcpy(x, ffn_in.of(t), all * sizeof(float));
+      k->activate(model->activation, x, model->gated ? x + units : nullptr, units);
+      a.in.prepare(k, units, units, false, &shelf, place(thread, t));
+    }
     if (a.row.ffn != kBig) return;
     float* inner_x = a.in.room(outputs);
     ffn_in.fetch(k, t, n, threads, outputs, inner_x);
@@ -221,8 +260,9 @@ void Pass::ffn_half(int64_t thread, int64_t l) {
   });
   count = select(thread, big, which, x);
   site(thread, w.ffn_out, 3, which, x, count, &ffn_out);
+  small_site(thread, l, true, &ffn_out);
   for (int64_t t = 0; t < n; ++t)
-    if (lands(t)) standin_up(thread, lands(t), l, t, &ffn_out);
+    if (maps(t)) map_up(thread, maps(t), l, t, &ffn_out);
   pool->barrier();
 }
 
@@ -242,6 +282,9 @@ void Pass::finish() {
     for (int64_t l = 0; l < model->n_layers; ++l) {
       token.visited[l] = 0;
       for (int64_t i = 0; i < pool->threads(); ++i) token.visited[l] += visits(i, t, l);
+      if (!token.summed) continue;
+      token.summed[l] = 0;
+      for (int64_t i = 0; i < pool->threads(); ++i) token.summed[l] += sums_[counter(i, t, l)];
     }
     if (lost_[t] && token.chunk->lost < 0) token.chunk->lost = token.position - token.chunk->position;
   }
@@ -274,7 +317,8 @@ void Pass::prepare(const Kernels* kernels, ThreadPool* threads, const VesicleMod
       token.outputs = c->outputs + i * L * 4;
       token.visited = c->visited + i * L;
       token.compared = c->compared + i * L;
-      token.standin = c->standin + i;
+      token.small = c->small + i;
+      token.summed = c->summed ? c->summed + i * L : nullptr;
       token.hidden = c->hidden ? c->hidden + i * m->width : nullptr;
       token.wants = all ? kLogits : last ? c->wants : kNothing;
       token.logits = token.wants && c->logits ? c->logits + (all ? i * m->vocabulary : 0) : nullptr;
@@ -292,13 +336,15 @@ void Pass::prepare(const Kernels* kernels, ThreadPool* threads, const VesicleMod
   value_key.room(2 * kv, n, T);
   query.room(q, n, T);
   attention_out.room(width, n, T);
-  ffn_in.room((m->gated ? 2 : 1) * m->ffn_width, n, T);
   ffn_out.room(width, n, T);
+  int64_t units = m->ffn_width;
   inner_rank = 1;
   for (const VesicleChunk* c = chunks; c < chunks + count; ++c) {
-    if (c->ffn_standin) inner_rank = std::max(inner_rank, c->ffn_standin->rank);
-    if (c->attention_standin) inner_rank = std::max(inner_rank, c->attention_standin->rank);
+    if (c->small_ffn) inner_rank = std::max(inner_rank, c->small_ffn->rank);
+    if (c->small_attention) inner_rank = std::max(inner_rank, c->small_attention->rank);
+    if (c->small_ffn && c->small_ffn->in) units = std::max(units, c->small_ffn->inner);
   }
+  ffn_in.room((m->gated ? 2 : 1) * units, n, T);
   inner = inner_.get(inner_rank * n);
   prepare_attention();
   prepare_head();

@@ -26,7 +26,7 @@ struct Token {
   const float *cosine, *sine;
   VesiclePlanRow* plan;
   double* levels;
-  int64_t *rows, *outputs, *visited, *compared, *standin;
+  int64_t *rows, *outputs, *visited, *compared, *small, *summed;
   float *hidden, *logits;
   int64_t wants;
 
@@ -100,9 +100,11 @@ class Pass {
   int64_t select(int64_t thread, F f, int64_t* which, Activation** x);
   void site(int64_t thread, const VesicleProjection& w, int s, const int64_t* which, Activation* const* x,
             int64_t count, Output* out);
-  void standin_down(int64_t thread, const VesicleStandIn* standin, int64_t l, int64_t t);
-  void standin_up(int64_t thread, const VesicleStandIn* standin, int64_t l, int64_t t, Output* out);
-  void residual(Output* out, int64_t t, bool main, bool standin, const float* from, float* to);
+  void map_down(int64_t thread, const VesicleSmall* small, int64_t l, int64_t t);
+  void map_up(int64_t thread, const VesicleSmall* small, int64_t l, int64_t t, Output* out);
+  const VesicleSmall* small_ffn(int64_t thread, int64_t t);
+  void small_site(int64_t thread, int64_t l, bool second, Output* out);
+  void residual(Output* out, int64_t t, bool main, bool small, const float* from, float* to);
   void finish_ffn(int64_t thread, int64_t t);
   void norm(const VesicleNorm& norm, const float* x, float* y);
   void attention_half(int64_t thread, int64_t l);
@@ -110,7 +112,7 @@ class Pass {
 
   // pass_attention.cpp
   struct Scratch {  // of a thread
-    Buffer<float> joint, mixed, choices, together;
+    Buffer<float> joint, mixed, choices, together, softmax;
     Buffer<int32_t> lists;
     Buffer<uint32_t> chosen;
     Buffer<const int32_t*> heads_lists;
@@ -125,10 +127,11 @@ class Pass {
   Buffer<float> partial_, scored_;
   float *partial, *scored;
   int64_t scored_row;
-  std::vector<int64_t> visits_;  // positions that a thread read for the first KV head
+  std::vector<int64_t> visits_, sums_;  // positions that a thread read, and added to `received`, of the first KV head
 
   void prepare_attention();
-  int64_t& visits(int64_t thread, int64_t t, int64_t l) { return visits_[(thread * n + t) * model->n_layers + l]; }
+  int64_t counter(int64_t thread, int64_t t, int64_t l) const { return (thread * n + t) * model->n_layers + l; }
+  int64_t& visits(int64_t thread, int64_t t, int64_t l) { return visits_[counter(thread, t, l)]; }
   KvView view() const;
   char* summaries(const VesicleChunk& chunk, int64_t l, int64_t g);
   void store(int64_t thread, int64_t l, int64_t t);
@@ -136,7 +139,10 @@ class Pass {
   bool chooses(int64_t thread, int64_t t, int64_t l);
   float* estimates(int64_t t) { return scored + t * model->heads * scored_row; }
   void estimate(int64_t thread, int64_t l);
-  const int32_t** list_blocks(int64_t thread, int64_t t, int64_t l);
+  struct Listed {  // of each KV head of a token: pool blocks, and their places in the sequence, null for 0, 1, ...
+    const int32_t **blocks, **places;
+  };
+  Listed list_blocks(int64_t thread, int64_t t, int64_t l);
   static int64_t segment(int64_t n);
   float* part(int64_t t, int64_t h, int64_t s);
   void attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int64_t first, int64_t last);
@@ -144,6 +150,7 @@ class Pass {
                        int64_t last);
   void attention(int64_t thread, int64_t l);
   void merge(int64_t t, int64_t blocks, float* out);
+  void receive(int64_t thread, int64_t l);
 
   // pass_head.cpp
   Buffer<float> logits_;

@@ -20,6 +20,7 @@ void Pass::prepare_attention() {
     s.mixed.get(heads * (size + 2 + kBlock));
   }
   visits_.assign(T * n * model->n_layers, 0);
+  sums_.assign(visits_.size(), 0);
   runs.clear();
   stores_first = false;
   for (int64_t t = 0; t < n; ++t) {
@@ -100,21 +101,23 @@ void Pass::estimate(int64_t thread, int64_t l) {
   }
 }
 
-// Which pool blocks each KV head of a token reads, in order of positions: a list a head.
-const int32_t** Pass::list_blocks(int64_t thread, int64_t t, int64_t l) {
+// Which blocks each KV head of a token reads, in order of positions: a list a head.
+Pass::Listed Pass::list_blocks(int64_t thread, int64_t t, int64_t l) {
   const Token& token = tokens[t];
   const int64_t held = token.held(l), own = held - 1, kv_heads = model->kv_heads, ratio = model->heads / kv_heads;
   const int32_t* table = token.table(l);
   Scratch& s = scratch[thread];
-  const int32_t** listed = s.heads_lists.get(2 * kv_heads);
-  std::fill(listed, listed + kv_heads, table);
-  if (!chooses(thread, t, l)) return listed;
+  const int32_t **listed = s.heads_lists.get(3 * kv_heads), **places = listed + kv_heads;
+  std::fill(listed, places, table);
+  std::fill(places, places + kv_heads, nullptr);
+  if (!chooses(thread, t, l)) return {listed, places};
   const int64_t row = padded(own, kBlock);
   float *mass = s.choices.get(2 * row), *other = mass + row;
-  int32_t* blocks = s.lists.get(kv_heads * held);
+  int32_t *blocks = s.lists.get(2 * kv_heads * held), *numbers = blocks + kv_heads * held;
   uint32_t *masks = s.chosen.get(2 * row), *keys = masks + row;
-  for (int64_t g = 0; g < kv_heads; ++g, blocks += held) {
+  for (int64_t g = 0; g < kv_heads; ++g, blocks += held, numbers += held) {
     listed[g] = blocks;
+    places[g] = numbers;
     std::fill(mass, mass + own, 0.0f);
     for (int64_t r = 0; r < ratio; ++r)
       k->add_softmax(estimates(t) + (g * ratio + r) * scored_row, own, model->scale, mass, other);
@@ -122,12 +125,13 @@ const int32_t** Pass::list_blocks(int64_t thread, int64_t t, int64_t l) {
     // chosen before this one, not even NaN.
     std::memset(mass, 0xff, sizeof *mass);
     k->choose(mass, own, lane(thread, t).blocks - 1, masks, keys);
-    int32_t* next = blocks;
+    int64_t count = 0;
     for (int64_t word = 0; word * 32 < own; ++word)
-      for (uint32_t left = masks[word]; left; left &= left - 1) *next++ = table[32 * word + __builtin_ctz(left)];
-    *next = table[own];
+      for (uint32_t left = masks[word]; left; left &= left - 1) numbers[count++] = 32 * word + __builtin_ctz(left);
+    numbers[count++] = static_cast<int32_t>(own);
+    for (int64_t i = 0; i < count; ++i) blocks[i] = table[numbers[i]];
   }
-  return listed;
+  return {listed, places};
 }
 
 // How many blocks of a list of n one piece of work takes: an even number of pieces of about four. It depends on
@@ -159,9 +163,9 @@ void Pass::attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int6
     if (!a.row.attention) continue;
     if (!listed) {
       q = queries(thread, l, t);
-      listed = list_blocks(thread, t, l);
+      listed = list_blocks(thread, t, l).blocks;
     }
-    const int32_t** here = listed + kv_heads;
+    const int32_t** here = listed + 2 * kv_heads;
     for (int64_t g = 0; g < kv_heads; ++g) here[g] = listed[g] + from;
     visits(thread, t, l) += k->attend(&pages, static_cast<int32_t>(model->kv_format), q, heads / kv_heads,
                                       model->scale, here, to - from, blocks - from, to == blocks ? valid : kBlock,
@@ -269,6 +273,43 @@ void Pass::merge(int64_t t, int64_t blocks, float* out) {
     }
     const float inverse = 1.0f / total;
     for (int64_t d = 0; d < size; ++d) y[d] *= inverse;
+  }
+}
+
+// Adds to what each slot has received, for chunks that ask. A slot is one thread's, and takes its queries in order, so
+// that sums do not depend on how a text is cut.
+void Pass::receive(int64_t thread, int64_t l) {
+  const int64_t threads = pool->threads(), size = model->size, heads = model->heads, kv_heads = model->kv_heads;
+  const int64_t ratio = heads / kv_heads;
+  const KvView pages = view();
+  float* top = scratch[thread].softmax.get(2 * heads);
+  float* inverse = top + heads;
+  for (int64_t t = 0; t < n; ++t) {
+    const Lane& a = lane(thread, t);
+    const Token& token = tokens[t];
+    const VesicleChunk& chunk = *token.chunk;
+    if (!chunk.received || !a.row.attention) continue;
+    const int64_t blocks = a.blocks, segments = (blocks + segment(blocks) - 1) / segment(blocks);
+    for (int64_t h = 0; h < heads; ++h) {
+      top[h] = -INFINITY;
+      for (int64_t s = 0; s < segments; ++s) top[h] = std::max(top[h], part(t, h, s)[size]);
+      float total = 0;
+      for (int64_t s = 0; s < segments; ++s) total += std::exp(part(t, h, s)[size] - top[h]) * part(t, h, s)[size + 1];
+      inverse[h] = 1.0f / total;
+    }
+    const float* q = queries(thread, l, t);
+    const Listed listed = list_blocks(thread, t, l);
+    for (int64_t g = 0; g < kv_heads; ++g) {
+      float* row = chunk.received + (l * kv_heads + g) * chunk.room_received;
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t place = listed.places[g] ? listed.places[g][i] : i;
+        if (place % threads != thread) continue;
+        const int64_t valid = i + 1 == blocks ? token.slot(l) + 1 : kBlock;
+        k->receive(&pages, static_cast<int32_t>(model->kv_format), g, listed.blocks[g][i], q + g * ratio * size, ratio,
+                   model->scale, valid, top + g * ratio, inverse + g * ratio, row + place * kBlock);
+        if (g == 0) sums_[counter(thread, t, l)] += valid;
+      }
+    }
   }
 }
 

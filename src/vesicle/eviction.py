@@ -1,0 +1,173 @@
+"""Eviction policies: two known rules of thumb for the cache, as controls for whoever learns one.
+
+    method = HeavyHitters(512)
+    engine.generate(prompt, method)
+
+Both hold about `entries` entries in each layer and KV head, forget the others for good at every
+`interval` tokens, in prompts and while writing, and leave everything else to another method. Until
+the next time that they are asked, up to `interval` entries more are held.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesicle.errors import VesicleError
+from vesicle.plan import (
+    Author,
+    Dense,
+    Equipment,
+    Events,
+    Evidence,
+    FloatArray,
+    Forgetter,
+    Method,
+    all_but,
+)
+from vesicle.shapes import ModelShape, Overhead
+
+INTERVAL = 64
+
+
+class EvictionPolicy(Method):
+    """Another method, with a forgetter."""
+
+    def __init__(self, entries: int, *, interval: int = INTERVAL, inner: Method | None = None):
+        """Hold `entries` entries, rounded up to a multiple of 16.
+
+        Args:
+            entries: Of each layer and KV head.
+            interval: Tokens after which entries are forgotten, a multiple of 16.
+            inner: Decides everything else; `Dense` by default.
+
+        Raises:
+            VesicleError: If `entries` is below 1.
+        """
+        if entries < 1:
+            raise VesicleError(f"{entries} entries are to be held; allowed: from 1")
+        self.entries, self.interval = entries, interval
+        self.inner = inner or Dense()
+
+    @property
+    def equipment(self) -> Equipment:
+        """The inner method's."""
+        return self.inner.equipment
+
+    def overhead(self, shape: ModelShape) -> Overhead:
+        """The inner method's; what gathering evidence adds is known to whoever gathers it."""
+        return self.inner.overhead(shape)
+
+    def author(self, shape: ModelShape) -> Author:
+        """The inner method's author, with a forgetter.
+
+        Raises:
+            VesicleError: If it has one already.
+        """
+        author = self.inner.author(shape)
+        if author.forgetter is not None:
+            raise VesicleError("the inner method has a forgetter already; one of the two may")
+        author.forgetter = self.forgetter(shape)
+        return author
+
+    @abstractmethod
+    def forgetter(self, shape: ModelShape) -> Forgetter:
+        """A fresh forgetter for one sequence."""
+
+
+class SinksAndRecent(EvictionPolicy):
+    """The first entries and the newest stay (StreamingLLM, Xiao et al. 2023)."""
+
+    def __init__(
+        self,
+        entries: int,
+        *,
+        sinks: int = 4,
+        interval: int = INTERVAL,
+        inner: Method | None = None,
+    ) -> None:
+        """Hold the first `sinks` entries and, to make up `entries`, the newest.
+
+        Raises:
+            VesicleError: If `entries` is below 1, or `sinks` outside 0 to `entries`.
+        """
+        super().__init__(entries, interval=interval, inner=inner)
+        if not 0 <= sinks <= entries:
+            raise VesicleError(f"sinks is {sinks}; allowed: 0 to {entries}")
+        self.sinks = sinks
+
+    def forgetter(self, shape: ModelShape) -> Forgetter:
+        """Remembers nothing."""
+        return _SinksAndRecent(self)
+
+
+class _SinksAndRecent(Forgetter):
+    def __init__(self, policy: SinksAndRecent) -> None:
+        self._policy, self.interval = policy, policy.interval
+
+    def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
+        policy, positions = self._policy, evidence.positions
+        stays = positions < policy.sinks
+        stays[:, positions.shape[1] - (policy.entries - policy.sinks) :] = True
+        return all_but(layer, length, positions, stays)
+
+    def fork(self, n_tokens: int) -> Forgetter:
+        return self
+
+
+class HeavyHitters(EvictionPolicy):
+    """The newest entries stay, and those that received most attention (H2O, Zhang et al. 2023)."""
+
+    def __init__(
+        self,
+        entries: int,
+        *,
+        recent: int | None = None,
+        interval: int = INTERVAL,
+        inner: Method | None = None,
+    ) -> None:
+        """Hold the newest `recent` entries and, to make up `entries`, those of largest sums.
+
+        Raises:
+            VesicleError: If `entries` is below 1, or `recent` outside 0 to `entries`.
+        """
+        super().__init__(entries, interval=interval, inner=inner)
+        self.recent = entries // 2 if recent is None else recent
+        if not 0 <= self.recent <= entries:
+            raise VesicleError(f"recent is {self.recent}; allowed: 0 to {entries}")
+
+    def forgetter(self, shape: ModelShape) -> Forgetter:
+        """Remembers the sums of all attention that each entry has received."""
+        return _HeavyHitters(self, [np.zeros((shape.n_kv_heads, 0)) for _ in range(shape.n_layers)])
+
+
+class _HeavyHitters(Forgetter):
+    reads_attention = True
+
+    def __init__(self, policy: HeavyHitters, sums: list[FloatArray]) -> None:
+        self._policy, self.interval = policy, policy.interval
+        self._sums = sums  # of each layer, (G, tokens read) by position
+
+    def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
+        positions, sums = evidence.positions, self._sums[layer]
+        sums = np.pad(sums, ((0, 0), (0, length - sums.shape[1])))
+        heads = np.arange(len(positions))[:, None]
+        sums[heads, positions] += evidence.received
+        self._sums[layer] = sums
+        return all_but(layer, length, positions, self._stays(sums[heads, positions]))
+
+    def _stays(self, sums: FloatArray) -> NDArray[np.bool_]:
+        """(G, n) of the entries that have received these sums (G, n)."""
+        policy, n = self._policy, sums.shape[1]
+        old = max(0, n - policy.recent)
+        stays = np.ones(sums.shape, bool)
+        stays[:, :old] = False
+        order = np.argsort(-sums[:, :old], axis=1, kind="stable")
+        best = order[:, : policy.entries - policy.recent]
+        np.put_along_axis(stays, best, True, axis=1)
+        return stays
+
+    def fork(self, n_tokens: int) -> Forgetter:
+        return _HeavyHitters(self._policy, [sums.copy() for sums in self._sums])

@@ -1,0 +1,260 @@
+"""Modulator: a predictor, its effectors and the small modules that skipped ones are replaced by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from vesicle.effectors import EFFECTORS, DopaminePrecision, Effector, GabaSparsity, SerotoninDepth
+from vesicle.effectors.rules import Rules
+from vesicle.errors import ModelError, VesicleError
+from vesicle.modulator.info import Measured, ModulatorInfo, check_budget
+from vesicle.phases import Phases
+from vesicle.plan import Equipment
+from vesicle.predictors import PREDICTORS, Levels, PredictorConfig, State
+from vesicle.shapes import ModelShape
+from vesicle.small_modules import LowRankMaps, SmallModule
+from vesicle.transmitters import NAMES, index
+
+if TYPE_CHECKING:
+    from vesicle.modulator.method import ModulatorMethod
+
+_E = TypeVar("_E", bound=Effector)
+
+
+def _effector(effectors: Mapping[str, Effector], kind: type[_E]) -> _E:
+    """The effector of a kind, or its default where there is none."""
+    effector = effectors.get(kind.transmitter)
+    if effector is None:
+        return kind()
+    if not isinstance(effector, kind):
+        raise ValueError(
+            f"{kind.transmitter} needs a {kind.__name__}, got {type(effector).__name__}"
+        )
+    return effector
+
+
+class Modulator(nn.Module):
+    """Predictor, effectors and stand-ins for one model."""
+
+    def __init__(
+        self,
+        predictor: Levels,
+        effectors: Mapping[str, Effector],
+        info: ModulatorInfo,
+        *,
+        ffn_standin: SmallModule | None = None,
+        attention_standin: SmallModule | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Raises:
+            ValueError: If a released transmitter has no effector, or serotonin has no stand-in to
+                land on.
+        """
+        super().__init__()
+        for name in predictor.config.transmitters:
+            if name not in effectors:
+                raise ValueError(
+                    f"{name!r} is released but has no effector; known: {list(EFFECTORS)}"
+                )
+        n_layers, width = predictor.config.n_layers, predictor.config.width
+        self.predictor = predictor
+        self.effectors = dict(effectors)
+        self._dopamine = _effector(effectors, DopaminePrecision)
+        self._serotonin = _effector(effectors, SerotoninDepth)
+        self._gaba = _effector(effectors, GabaSparsity)
+        self.info = info
+        self.ffn_standin = ffn_standin or LowRankMaps(n_layers, width, 1)
+        self.attention_standin = attention_standin or LowRankMaps(n_layers, width, 1)
+
+    @classmethod
+    def new(
+        cls,
+        shape: ModelShape,
+        *,
+        model_name: str = "",
+        predictor: str = "linear",
+        transmitters: tuple[str, ...] = ("dopamine", "serotonin", "gaba"),
+        hidden: int = 16,
+        effectors: Mapping[str, Effector] | None = None,
+        ffn_rank: int = 32,
+        attention_rank: int = 16,
+    ) -> Modulator:
+        """An untrained modulator for a model of `shape`.
+
+        Raises:
+            VesicleError: For an unknown kind of predictor.
+        """
+        if predictor not in PREDICTORS:
+            raise VesicleError(f"predictor is {predictor!r}; allowed: {', '.join(PREDICTORS)}")
+        config = PredictorConfig(
+            n_layers=shape.n_layers, width=shape.width, transmitters=transmitters, hidden=hidden
+        )
+        chosen = {name: EFFECTORS[name]() for name in transmitters if name in EFFECTORS}
+        return cls(
+            PREDICTORS[predictor](config),
+            {**chosen, **(effectors or {})},
+            ModulatorInfo(model_name=model_name, model=shape.fingerprint()),
+            ffn_standin=LowRankMaps(shape.n_layers, shape.width, ffn_rank),
+            attention_standin=LowRankMaps(shape.n_layers, shape.width, attention_rank),
+        )
+
+    def with_levels(self, levels: Levels) -> Modulator:
+        """This modulator's effectors and stand-ins under other levels: how controls are built."""
+        return Modulator(
+            levels,
+            self.effectors,
+            self.info,
+            ffn_standin=self.ffn_standin,
+            attention_standin=self.attention_standin,
+        )
+
+    @property
+    def dopamine(self) -> DopaminePrecision:
+        """The dopamine effector (a resting default if there is none)."""
+        return self._dopamine
+
+    @property
+    def serotonin(self) -> SerotoninDepth:
+        """The serotonin effector."""
+        return self._serotonin
+
+    @property
+    def gaba(self) -> GabaSparsity:
+        """The GABA effector."""
+        return self._gaba
+
+    def rules(self, shape: ModelShape) -> Rules:
+        """How all levels become decisions on a model of `shape`."""
+        each = (self._dopamine, self._serotonin, self._gaba)
+        return tuple(rule for effector in each for rule in effector.rules(shape))
+
+    @property
+    def equipment(self) -> Equipment:
+        """What executors need to run this modulator's Plans."""
+        return Equipment(
+            ffn_standin=self.ffn_standin,
+            attention_standin=self.attention_standin,
+            summary=self.gaba.summary,
+        )
+
+    def _measured(self, phases: Phases) -> Measured:
+        """What was measured of the tokens that a budget counts."""
+        info = self.info
+        if info.generated is None or phases.ignores_phase(self.predictor.config.transmitters):
+            return Measured(dial=info.dial, default_budget=info.default_budget)
+        return info.generated
+
+    def default_budget(self, phases: Phases | None = None) -> float:
+        """The budget that is served when none is asked for."""
+        return self._measured(phases or Phases()).default_budget
+
+    def least_budget(self, phases: Phases | None = None) -> float:
+        """The lowest budget that was measured: at a lower one as much is executed as there."""
+        return self._measured(phases or Phases()).dial[0][0]
+
+    def dial(self, budget: float, phases: Phases | None = None) -> float:
+        """The predictor's dial for a budget, from the measured table.
+
+        Raises:
+            VesicleError: If the budget is outside (0, 1].
+        """
+        check_budget(budget)
+        if budget == 1:
+            return 1.0
+        budgets, dials = zip(*self._measured(phases or Phases()).dial, strict=True)
+        return float(np.interp(budget, budgets, dials))
+
+    def at(self, budget: float | None = None, phases: Phases | None = None) -> ModulatorMethod:
+        """The Method that serves a budget.
+
+        Args:
+            budget: Share in (0, 1] of the dense FLOPs of generated tokens, or of all tokens where
+                `phases` has every transmitter act on all of them; `default_budget` for None.
+            phases: On which tokens each transmitter acts; on generated ones by default.
+
+        Raises:
+            VesicleError: If the budget is outside (0, 1].
+        """
+        from vesicle.modulator.method import ModulatorMethod
+
+        budget = self.default_budget(phases) if budget is None else budget
+        return ModulatorMethod(self, self.dial(budget, phases), phases)
+
+    def release(
+        self, layer: int, hidden: Tensor, positions: Tensor, dial: Tensor, state: State
+    ) -> Tensor:
+        """Levels (B, T, 5) of all five transmitters; those not released rest at 1."""
+        released = self.predictor.release(layer, hidden, positions, dial, state)
+        levels = released.new_ones(*released.shape[:-1], len(NAMES))
+        columns = [index(name) for name in self.predictor.config.transmitters]
+        levels[..., columns] = released
+        return levels
+
+    def check_fits(self, shape: ModelShape) -> None:
+        """Refuse a model of another shape.
+
+        Raises:
+            ModelError: Naming the first size that differs.
+        """
+        for name, value in shape.fingerprint().items():
+            if self.info.model.get(name) != value:
+                raise ModelError(
+                    f"this modulator was made for {self.info.model_name or 'a model'} with {name} "
+                    f"{self.info.model.get(name)}; this model has {value}"
+                )
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the modulator to a folder, each file atomically.
+
+        Raises:
+            VesicleError: If the predictor is a control: those are built, not saved.
+        """
+        from vesicle.modulator.saved import save
+
+        save(self, Path(folder))
+
+    @staticmethod
+    def from_pretrained(
+        source: Path | str, *, revision: str | None = None, token: str | bool | None = None
+    ) -> Modulator:
+        """Read a modulator from a folder, or from the Hugging Face hub by id.
+
+        Args:
+            source: The folder or id.
+            revision: Branch, tag or commit of an id; its main branch by default.
+            token: For private repositories; by default what the hub's client has saved.
+
+        Raises:
+            VesicleError: If it is missing, corrupt or of another format.
+        """
+        from vesicle.modulator.saved import load
+
+        return load(source, revision, token)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload to the Hugging Face hub; returns the repository's address.
+
+        Raises:
+            VesicleError: If the hub refuses.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_pretrained(folder)
+                api = HfApi()
+                address = api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=folder)
+        except Exception as error:
+            raise VesicleError(
+                f"cannot push to {repo_id!r}: {str(error).splitlines()[0]}"
+            ) from error
+        return str(address)

@@ -1,0 +1,217 @@
+"""Forgetting as a text goes on: who decides it, and from what.
+
+A `Forgetter` belongs to an author (`Author.forgetter`) and is asked by whoever executes, layer by
+layer, each time that `interval` more tokens have been read: which of the entries that the layer
+holds are to go? It may have seen what attention they received meanwhile. Its answer is a table of
+events, checked here, which becomes part of the Plan; so a Plan that was made this way is replayed
+like any other.
+
+It is asked at lengths that depend on nothing but the text, so what is forgotten does not depend on
+how a text is cut into passes. Answers of one layer come in order of length. Executors differ in
+which layer is asked first, so a forgetter keeps what it remembers layer by layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesicle.errors import VesicleError
+from vesicle.plan.events import ALL_HEADS, EVENT, FORGET, Events, table_of
+from vesicle.plan.rows import BLOCK, IntArray
+from vesicle.shapes import Overhead
+
+if TYPE_CHECKING:
+    from vesicle.plan.author import Author
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is known of the n entries that each of G KV heads of a layer holds.
+
+    Attributes:
+        positions: (G, n) of the entries, rising.
+        received: (G, n) fp32, attention probability that each received since the layer was last
+            asked about, summed over the queries and over the query heads of each KV head; zeros
+            unless the forgetter `reads_attention`. Queries that skip the layer's attention, and
+            blocks that a query did not read, add nothing.
+    """
+
+    positions: IntArray
+    received: NDArray[np.float32]
+
+
+class Forgetter(ABC):
+    """Decides which entries a sequence forgets as it goes on.
+
+    Attributes:
+        interval: Tokens between the lengths at which it is asked, a multiple of 16.
+        reads_attention: Whether it needs to know what attention entries received. The engine
+            works out every score twice then; `Overhead.reads_attention` prices it.
+    """
+
+    interval: int
+    reads_attention: bool = False
+
+    @abstractmethod
+    def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
+        """Which entries of a layer no query from here on may read.
+
+        At a time all KV heads of a layer forget as many, and a multiple of 16 stay: `all_but`
+        makes such events.
+
+        Args:
+            layer: Its number.
+            length: Tokens read, a multiple of `interval`.
+            evidence: Of the entries that are held.
+
+        Returns:
+            Events of kind `FORGET` of this layer at this position; an empty table for none.
+        """
+
+    def fork(self, n_tokens: int) -> Forgetter:
+        """A forgetter of its own that knows what this one knew after `n_tokens`.
+
+        By default refused; one that remembers nothing between its answers may return itself.
+
+        Raises:
+            VesicleError: If it cannot tell what it knew then.
+        """
+        raise VesicleError(
+            f"a sequence with a {type(self).__name__} cannot be forked; give it a method "
+            "fork(n_tokens), or start a new sequence"
+        )
+
+
+def forgetter_of(author: Author) -> Forgetter | None:
+    """An author's forgetter, which both executors can ask.
+
+    Raises:
+        VesicleError: If its interval is no multiple of 16, or the author forgets beforehand too.
+    """
+    found = author.forgetter
+    if found is None:
+        return None
+    if author.retained is not None:
+        raise VesicleError("an author has both retained and a forgetter; allowed: one of the two")
+    interval = found.interval
+    whole = isinstance(interval, int | np.integer) and not isinstance(interval, bool)
+    if not whole or interval < BLOCK or interval % BLOCK:
+        raise VesicleError(
+            f"interval of {type(found).__name__} is {interval}; "
+            f"allowed: multiples of {BLOCK} from {BLOCK}"
+        )
+    return found
+
+
+def with_evidence(overhead: Overhead, author: Author) -> Overhead:
+    """What a method adds to the model, with what gathering evidence for its author adds to it."""
+    reads = author.forgetter is not None and author.forgetter.reads_attention
+    return replace(overhead, reads_attention=reads)
+
+
+def ask(
+    forgetter: Forgetter,
+    layer: int,
+    length: int,
+    positions: IntArray,
+    received: NDArray[np.floating] | None,
+) -> tuple[Events, IntArray]:
+    """Ask about a layer; the events, checked, and what is left (G, n') of `positions` (G, n).
+
+    Args:
+        forgetter: Whom.
+        layer: Of the entries.
+        length: Tokens read.
+        positions: Of the entries held, rising.
+        received: (G, n) as `Evidence` has it; None if nobody gathered it.
+
+    Raises:
+        VesicleError: If the events are of another layer or position, or do not fit pages.
+    """
+    if received is None:
+        received = np.zeros(positions.shape, np.float32)
+    evidence = Evidence(positions=positions, received=received.astype(np.float32, copy=False))
+    events = forgetter.forget(layer, length, evidence)
+    return events, _left(events, layer, length, positions)
+
+
+def all_but(layer: int, length: int, positions: IntArray, stays: NDArray[np.bool_]) -> Events:
+    """Events by which a layer forgets its entries but for those that are to stay.
+
+    What stays is rounded up to what pages can hold (see `rounded_up`).
+
+    Args:
+        layer: Of the entries.
+        length: Tokens read, the events' position.
+        positions: (G, n) of the entries held, rising; n a multiple of 16.
+        stays: (G, n) which of them stay.
+    """
+    gone = ~rounded_up(stays)
+    together = len(gone) == 1 or bool(
+        (gone == gone[:1]).all() and (positions == positions[:1]).all()
+    )
+    tables = []
+    for head in range(1 if together else len(gone)):
+        edges = np.diff(gone[head].astype(np.int8), prepend=0, append=0)
+        first, last = np.nonzero(edges == 1)[0], np.nonzero(edges == -1)[0] - 1
+        which = ALL_HEADS if together else head
+        tables.append((positions[head, first], positions[head, last], np.full(len(first), which)))
+    firsts, lasts, heads = (np.concatenate(column) for column in zip(*tables, strict=True))
+    return table_of(position=length, layer=layer, first=firsts, last=lasts, kv_head=heads)
+
+
+def rounded_up(stays: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(G, n) what stays, as many in each KV head and a multiple of 16.
+
+    The most that any head was to keep, rounded up; the last entries that were to go fill a head up.
+    """
+    n = stays.shape[1]
+    counts = stays.sum(1)
+    target = min(n, -(-int(counts.max(initial=0)) // BLOCK) * BLOCK)
+    stays = stays.copy()
+    for row, count in zip(stays, counts.tolist(), strict=True):
+        spare = np.nonzero(~row)[0]
+        row[spare[len(spare) - (target - count) :]] = True
+    return stays
+
+
+def _left(events: Events, layer: int, length: int, positions: IntArray) -> IntArray:
+    """What is left (G, n') of the entries held, once events that may happen here have happened."""
+    if not isinstance(events, np.ndarray) or events.dtype != EVENT or events.ndim != 1:
+        raise VesicleError(
+            f"forget gives {type(events).__name__}; allowed: a table of events, as all_but makes it"
+        )
+    bounds = {
+        "position": (length, length),
+        "layer": (layer, layer),
+        "kind": (FORGET, FORGET),
+        "first": (0, length - 1),
+        "last": (0, length - 1),
+        "kv_head": (ALL_HEADS, len(positions) - 1),
+    }
+    for name, (low, high) in bounds.items():
+        values = events[name]
+        bad = (values < low) | (values > high)
+        if bad.any():
+            allowed = str(low) if low == high else f"{low} to {high}"
+            raise VesicleError(
+                f"an event of forget has {name} {values[bad][0]}; allowed: {allowed}"
+            )
+    gone = np.zeros((len(positions), positions.shape[1] + 1), np.int64)
+    for head, row in enumerate(gone):
+        mine = events[(events["kv_head"] == ALL_HEADS) | (events["kv_head"] == head)]
+        np.add.at(row, np.searchsorted(positions[head], mine["first"]), 1)
+        np.add.at(row, np.searchsorted(positions[head], mine["last"], "right"), -1)
+    stays = gone.cumsum(1)[:, :-1] <= 0
+    counts = stays.sum(1)
+    if (counts != counts[0]).any() or counts[0] % BLOCK:
+        raise VesicleError(
+            f"forget leaves {counts.tolist()} entries in the KV heads of layer {layer}; allowed: "
+            f"as many in each, a multiple of {BLOCK}"
+        )
+    return positions[stays].reshape(len(positions), -1)

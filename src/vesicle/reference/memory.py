@@ -1,0 +1,87 @@
+"""What a sequence's queries still see of a layer's entries, in the reference.
+
+Nothing is freed here: entries that were forgotten are left out of what later queries are shown. A
+pass is cut at the lengths where something is forgotten, so that a forgetter is asked in the middle
+of a pass as it would be between two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesicle.plan import FOREVER, Events, Forgetter, IntArray
+from vesicle.plan.events import retained_by
+from vesicle.plan.forgetting import ask
+from vesicle.retention import eviction_lengths, held_entries
+
+
+class Memory:
+    """The entries of one layer of one sequence."""
+
+    def __init__(
+        self,
+        retained: IntArray,
+        layer: int = 0,
+        forgetter: Forgetter | None = None,
+        note: Callable[[Events], None] | None = None,
+    ) -> None:
+        """Know when entries end, or ask somebody.
+
+        Args:
+            retained: (S, G) the last position whose query may read each of the first entries.
+            layer: Whose entries they are.
+            forgetter: Is asked at its interval; then `retained` is (0, G).
+            note: Takes the events that it decides on.
+        """
+        self._retained, self._layer = retained, layer
+        self._forgetter, self._note = forgetter, note
+        self._sums = np.zeros((retained.shape[1], 0))
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether `receive` is to be told what entries receive."""
+        return self._forgetter is not None and self._forgetter.reads_attention
+
+    def periods(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Cut the tokens `start` to `stop` where something is forgotten; ask as they go by."""
+        if self._forgetter is None:
+            ends = [n for n in eviction_lengths(self._retained[:, None]) if start < n < stop]
+        else:
+            interval = self._forgetter.interval
+            ends = list(range((start // interval + 1) * interval, stop, interval))
+        for first, last in zip([start, *ends], [*ends, stop], strict=True):
+            yield first, last
+            if self._forgetter is not None and last % self._forgetter.interval == 0:
+                self._ask(self._forgetter, last)
+
+    def held(self, length: int) -> IntArray:
+        """(G, n) positions below `length`, rising, that the query at `length` sees."""
+        return held_entries(self._retained[:, None], 0, length)
+
+    def receive(self, entries: IntArray, received: NDArray[np.floating]) -> None:
+        """Add what entries (G, n) received (G, n)."""
+        more = int(entries.max()) + 1 - self._sums.shape[1]
+        if more > 0:
+            self._sums = np.pad(self._sums, ((0, 0), (0, more)))
+        heads = np.arange(len(entries))[:, None]
+        self._sums[heads, entries] += received
+
+    def _ask(self, forgetter: Forgetter, length: int) -> None:
+        held, received = self.held(length), None
+        if forgetter.reads_attention:
+            self.receive(held, np.zeros(held.shape))  # room for all
+            received = np.take_along_axis(self._sums, held, axis=1)
+            self._sums[:] = 0
+        events, _ = ask(forgetter, self._layer, length, held, received)
+        assert self._note is not None
+        self._note(events)
+        whole = np.full((length, len(held)), FOREVER, np.int32)
+        whole[: len(self._retained)] = self._retained
+        mine = events.copy()
+        mine["layer"] = 0
+        ends = np.broadcast_to(retained_by(mine, length, 1, len(held))[:, 0], whole.shape)
+        # What is gone already does not come back, whatever a run of events covers.
+        self._retained = np.minimum(whole, ends).astype(np.int32)

@@ -1,0 +1,145 @@
+"""Small modules: what a token takes in place of a whole FFN or attention layer.
+
+A kind of small module is what it computes, how many weights that reads, by which it is priced, and
+the tensors by which the native core computes the same. The base model is never changed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vesicle.activations import ACTIVATIONS
+
+
+class SmallModule(nn.Module, ABC):
+    """Small modules of all L layers of a model of width D."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> int:
+        """Weights that a token reads, and multiplies by, in one layer; biases are not counted."""
+
+    @abstractmethod
+    def apply_layer(self, layer: int, x: Tensor) -> Tensor:
+        """The module of `layer` on x (..., D), the normed input of the one that it replaces."""
+
+    @property
+    @abstractmethod
+    def size(self) -> dict[str, Any]:
+        """What `of_size` needs to make another like it, as JSON has it, with its `kind`."""
+
+
+class LowRankMaps(SmallModule):
+    """Stand-ins that are linear: y = up (down x) + bias.
+
+    Fitted to the modules that they replace by `calibration.standins`.
+
+    Attributes:
+        down: (L, r, D).
+        up: (L, D, r).
+        bias: (L, D).
+    """
+
+    def __init__(self, n_layers: int, width: int, rank: int) -> None:
+        """All zero: maps that have not been fitted contribute nothing."""
+        super().__init__()
+        self.down = nn.Parameter(torch.zeros(n_layers, rank, width), requires_grad=False)
+        self.up = nn.Parameter(torch.zeros(n_layers, width, rank), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(n_layers, width), requires_grad=False)
+
+    @property
+    def rank(self) -> int:
+        """R, the inner width of the maps, the same in every layer."""
+        return int(self.down.shape[1])
+
+    @property
+    def weights(self) -> int:
+        """2 D r."""
+        return 2 * self.down.shape[2] * self.rank
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """Its kind and rank."""
+        return {"kind": "low-rank", "rank": self.rank}
+
+    def apply_layer(self, layer: int, x: Tensor) -> Tensor:
+        """The maps of `layer` on x (..., D)."""
+        inner = nn.functional.linear(x, self.down[layer].to(x.dtype))
+        return nn.functional.linear(inner, self.up[layer].to(x.dtype), self.bias[layer].to(x.dtype))
+
+
+class SmallFfn(SmallModule):
+    """FFNs like the model's own, of fewer hidden units (Duo-LLM, Alizadeh et al. 2024).
+
+    Attributes:
+        ffn_in: (L, D, 2 F') the gate's columns, then the others; (L, D, F') without a gate.
+        ffn_out: (L, F', D).
+        activation: Of the hidden units, by its name in `activations.ACTIVATIONS`.
+        gated: Whether a gate multiplies them.
+    """
+
+    def __init__(
+        self, n_layers: int, width: int, units: int, *, activation: str = "silu", gated: bool = True
+    ) -> None:
+        """All zero: FFNs that have not been trained contribute nothing.
+
+        Raises:
+            ValueError: If there are no units, or the activation is unknown.
+        """
+        super().__init__()
+        if units < 1:
+            raise ValueError(f"a small FFN has {units} hidden units; allowed: from 1")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+        self.activation, self.gated = activation, gated
+        columns = 2 * units if gated else units
+        self.ffn_in = nn.Parameter(torch.zeros(n_layers, width, columns), requires_grad=False)
+        self.ffn_out = nn.Parameter(torch.zeros(n_layers, units, width), requires_grad=False)
+
+    @property
+    def units(self) -> int:
+        """F', the hidden units of each layer."""
+        return int(self.ffn_out.shape[1])
+
+    @property
+    def weights(self) -> int:
+        """3 D F' with a gate, 2 D F' without."""
+        return (3 if self.gated else 2) * self.ffn_out.shape[2] * self.units
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """Its kind, hidden units and form."""
+        form = {"activation": self.activation, "gated": self.gated}
+        return {"kind": "ffn", "units": self.units, **form}
+
+    def apply_layer(self, layer: int, x: Tensor) -> Tensor:
+        """The FFN of `layer` on x (..., D)."""
+        inner, activate = x @ self.ffn_in[layer].to(x.dtype), ACTIVATIONS[self.activation]
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = activate(gate) * up
+        else:
+            inner = activate(inner)
+        return inner @ self.ffn_out[layer].to(x.dtype)
+
+
+KINDS: dict[str, type[SmallModule]] = {"low-rank": LowRankMaps, "ffn": SmallFfn}
+
+
+def of_size(size: Mapping[str, Any], n_layers: int, width: int) -> SmallModule:
+    """A small module as `SmallModule.size` describes it, all zero.
+
+    Raises:
+        TypeError: If its kind has no such setting.
+        ValueError: If its kind is unknown.
+    """
+    settings = dict(size)
+    kind = settings.pop("kind", None)
+    if kind not in KINDS:
+        raise ValueError(f"kind of small module is {kind!r}; allowed: {', '.join(KINDS)}")
+    return KINDS[kind](n_layers, width, **settings)

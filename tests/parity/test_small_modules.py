@@ -1,0 +1,198 @@
+"""Small modules of all kinds: the same from the reference, the engine and the native core."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.decoding import IDS, native
+from tests.parity.test_engine import FP64, close, counted, executed, reference
+from tests.tiny import random_plan, randomise, shape_of, tiny_modulator
+from vesicle.engine import Engine, core
+from vesicle.errors import VesicleError
+from vesicle.families import find_family
+from vesicle.modulator import Modulator
+from vesicle.plan import Equipment, Method, Plan, Replay
+from vesicle.shapes import ModelShape
+from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
+
+needs_core = pytest.mark.skipif(not core.available(), reason="the native core is not built here")
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class Halves(SmallModule):
+    """Of somebody else's making: half of its input."""
+
+    weights = 7
+    size: ClassVar = {}
+
+    def apply_layer(self, layer: int, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def small_ffn(shape: ModelShape, units: int = 5, activation: str = "silu", seed: int = 0) -> Any:
+    small = SmallFfn(shape.n_layers, shape.width, units, activation=activation, gated=shape.gated)
+    randomise(small, seed)
+    return small
+
+
+def low_rank(shape: ModelShape, rank: int = 3) -> LowRankMaps:
+    maps = LowRankMaps(shape.n_layers, shape.width, rank)
+    randomise(maps, 1)
+    return maps
+
+
+def plan_for(shape: ModelShape) -> Plan:
+    plan = random_plan(shape, 160, np.random.default_rng(3))
+    if shape.stored_bits is None:
+        return plan.with_fields(bits=np.full_like(plan.bits, 16))
+    return plan
+
+
+def replay(shape: ModelShape, ffn: SmallModule | None, attention: SmallModule | None) -> Method:
+    return Replay(plan_for(shape), Equipment(ffn_standin=ffn, attention_standin=attention))
+
+
+def test_every_family(model: Any, ids: Tensor):
+    """In place of the FFN, and in place of attention."""
+    shape = shape_of(model)
+    activation = find_family(model.config).decoder_config(model.config).activation
+    small, other = (small_ffn(shape, 5, activation, seed).double() for seed in (0, 1))
+    method = replay(shape, small, other)
+    engine = Engine.from_model(model)
+    logits, sequence = executed(engine, ids, method, (30,))
+    close(logits, reference(model, ids, method)[0], FP64)
+    counted(sequence, engine)
+    without = replay(shape, None, other)
+    assert (logits - reference(model, ids, without)[0]).abs().mean() > 0.01
+
+
+def read(engine: Engine, method: Method, sizes: list[int]) -> tuple[Any, Tensor]:
+    sequence, at, rows = engine.start(method), 0, []
+    for size in sizes:
+        rows.append(engine.forward([(sequence, IDS[at : at + size])], "all")[0])
+        at += size
+    return sequence, torch.cat(rows)
+
+
+NATIVE = [("int4", "fp16"), ("int8", "int8"), ("fp32", "fp32"), ("bf16", "fp32")]
+
+
+@needs_core
+@pytest.mark.parametrize(("weights", "kv"), NATIVE)
+def test_the_core_runs_them_whatever_the_cut(weights: str, kv: str):
+    engine = native(weights, kv)
+    method = replay(engine.shape, small_ffn(engine.shape), low_rank(engine.shape))
+    assert engine._native is not None
+    assert engine._native.reach(engine.start(method)) > 0
+    whole, logits = read(engine, method, [100])
+    for sizes in ([1] * 100, [17, 50, 1, 32]):
+        cut, again = read(engine, method, sizes)
+        assert torch.equal(again, logits)
+        assert cut.cost == whole.cost
+    counted(whole, engine)
+
+
+@needs_core
+@pytest.mark.parametrize("units", [1, 40, 200])
+def test_the_core_computes_what_pytorch_does(units: int):
+    engine, without = native("fp32"), native("fp32")
+    without._native = None
+    shape = engine.shape
+    every = np.broadcast_to(np.arange(160, dtype=np.int32)[:, None] // 16 + 1, (160, 4))
+    plan = plan_for(shape).with_fields(kv_blocks=every)
+    small = Equipment(ffn_standin=small_ffn(shape, units), attention_standin=low_rank(shape))
+    _, logits = read(engine, Replay(plan, small), [100])
+    _, expected = read(without, Replay(plan, small), [100])
+    assert (logits - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+@needs_core
+def test_company_of_other_kinds_changes_nothing():
+    engine = native("int4")
+    shape = engine.shape
+    methods = [
+        replay(shape, small_ffn(shape, 5), low_rank(shape)),
+        replay(shape, small_ffn(shape, 150, seed=4), None),
+        replay(shape, low_rank(shape, 7), low_rank(shape)),
+        replay(shape, None, low_rank(shape)),
+    ]
+    methods.append(methods[0])
+    alone = [read(engine, method, [20, 1, 1])[1] for method in methods]
+    sequences, at, rows = [engine.start(method) for method in methods], 0, []
+    for size in (20, 1, 1):
+        rows.append(engine.forward([(s, IDS[at : at + size]) for s in sequences], "all"))
+        at += size
+    for i, expected in enumerate(alone):
+        assert torch.equal(torch.cat([part[i] for part in rows]), expected)
+
+
+@needs_core
+@pytest.mark.parametrize("kind", ["custom", "ffn for attention", "gelu"])
+def test_what_the_core_does_not_know_runs_in_pytorch(kind: str):
+    engine = native("int4")
+    shape = engine.shape
+    ffn: SmallModule = small_ffn(shape)
+    attention: SmallModule = low_rank(shape)
+    match kind:
+        case "custom":
+            ffn = Halves()
+        case "gelu":
+            ffn = small_ffn(shape, activation="gelu")
+        case _:
+            attention = small_ffn(shape)
+    method = replay(shape, ffn, attention)
+    assert engine._native is not None
+    assert engine._native.reach(engine.start(method)) == 0
+    sequence, logits = read(engine, method, [50])
+    counted(sequence, engine)
+    assert logits.isfinite().all()
+
+
+@needs_core
+def test_weights_that_are_replaced_are_followed():
+    engine = native("int4")
+    small = small_ffn(engine.shape)
+    method = replay(engine.shape, small, None)
+    logits = read(engine, method, [20])[1]
+    sequence = engine.start(method)
+    engine.forward([(sequence, IDS[:10])])
+    small.ffn_in.data, small.ffn_out.data = 2 * small.ffn_in.data, 3 * small.ffn_out.data
+    assert not torch.equal(engine.forward([(sequence, IDS[10:20])], "all")[0], logits[10:])
+    small.ffn_in.data, small.ffn_out.data = small.ffn_in.data / 2, small.ffn_out.data / 3
+    close(read(engine, method, [20])[1], logits, 1e-3)
+
+
+def test_a_modulator_keeps_them(llama: Any, tmp_path: Path):
+    shape = shape_of(llama)
+    modulator = tiny_modulator(shape)
+    small = small_ffn(shape)
+    for parameter in small.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # as it is saved
+    modulator.ffn_standin = small
+    modulator.save_pretrained(tmp_path)
+    loaded = Modulator.from_pretrained(tmp_path)
+    form = {"kind": "ffn", "units": 5, "activation": "silu", "gated": True}
+    assert loaded.ffn_standin.size == small.size == form
+    assert torch.equal(loaded.ffn_standin.ffn_in, small.ffn_in)
+    assert isinstance(loaded.attention_standin, LowRankMaps)
+    text = (tmp_path / "modulator.json").read_text()
+    (tmp_path / "modulator.json").write_text(text.replace('"ffn",', '"huge",'))
+    with pytest.raises(VesicleError, match="kind of small module is 'huge'; allowed: low-rank"):
+        Modulator.from_pretrained(tmp_path)
+
+
+def test_sizes_are_checked():
+    with pytest.raises(ValueError, match="0 hidden units; allowed: from 1"):
+        SmallFfn(2, 8, 0)
+    with pytest.raises(ValueError, match="activation is 'tanh'; allowed: silu"):
+        SmallFfn(2, 8, 1, activation="tanh")
