@@ -110,7 +110,8 @@ class _SinksAndRecent(Forgetter):
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
         policy, positions = self._policy, evidence.positions
         stays = positions < policy.sinks
-        stays[:, positions.shape[1] - (policy.entries - policy.sinks) :] = True
+        recent = policy.entries - policy.sinks
+        stays[:, max(0, positions.shape[1] - recent) :] = True
         return all_but(layer, length, positions, stays)
 
     def fork(self, n_tokens: int) -> Forgetter:

@@ -281,19 +281,35 @@ def test_a_replay_gives_the_same_bits_and_gathers_nothing(kind: str, tmp_path):
     assert again.cost.flops_evidence == 0 < first.cost.flops_evidence
 
 
-def test_memory_is_bounded():
-    """In a prompt and while writing: never more than the entries and an interval."""
+@pytest.mark.parametrize("policy", [SinksAndRecent, HeavyHitters])
+@pytest.mark.parametrize(("entries", "interval"), [(32, 16), (80, 16), (16, 48)])
+def test_memory_is_bounded(policy: Any, entries: int, interval: int):
+    """In a prompt and while writing: all at first, then the entries and what came since."""
     engine = native("int4")
-    method = SinksAndRecent(32, interval=16)
-    sequence = engine.start(method)
-    with closing(sequence):
+    with closing(engine.start(policy(entries, interval=interval))) as sequence:
         for start, stop in [(0, 100), *((i, i + 1) for i in range(100, 160))]:
             engine.forward([(sequence, IDS[start:stop])], "none")
-            assert engine.pool.blocks_in_use <= 3 * engine.shape.n_layers
-            per_layer = sequence.cost.kv_bytes_held // engine.shape.position_bytes / 4
-            assert per_layer == (32 + (stop - 32) % 16 if stop > 32 else stop)
-        held = sequence.cache.held(0)
-        assert held[0].tolist() == [*range(4), *range(132, 160)]
+            asked = stop // interval * interval
+            held = min(entries, asked) + stop - asked
+            assert {len(row) for i in range(4) for row in sequence.cache.held(i)} == {held}
+            assert sequence.cost.kv_bytes_held == held * 4 * engine.shape.position_bytes
+            assert engine.pool.blocks_in_use == 4 * -(-held // 16)
+
+
+def test_which_entries_stay():
+    engine = native("int4")
+    with closing(engine.start(SinksAndRecent(32, interval=16))) as sequence:
+        engine.forward([(sequence, IDS[:160])], "none")
+        assert sequence.cache.held(0)[0].tolist() == [*range(4), *range(132, 160)]
+    method = Watched(32, 32)
+    with closing(engine.start(method)) as sequence:
+        engine.forward([(sequence, IDS[:64])], "none")
+        sums = method.seen[1, 32].received + 0.0
+        sums += method.seen[1, 64].received[:, :32]
+        for head, held in enumerate(sequence.cache.held(1)):
+            old = np.concatenate([sums[head], method.seen[1, 64].received[head, 32:48]])
+            best = np.sort(np.argsort(-old, kind="stable")[:16])
+            assert held.tolist() == [*best.tolist(), *range(48, 64)]
 
 
 @needs_core
