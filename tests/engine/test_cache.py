@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engine.caching import drop_blocks, gather
 from tests.engine.test_pool import SHAPE, pool_of, rows
 from vesicle.blocks import summarise
 from vesicle.engine.cache import SequenceCache
@@ -69,8 +70,7 @@ def check(cache: SequenceCache, model: Model) -> None:
     for layer, heads in enumerate(model.layers):
         held = model.held(layer)
         assert cache.held(layer).tolist() == held.tolist()
-        keys, values = cache.gather(layer, torch.float64)
-        assert keys.is_contiguous()
+        keys, values = gather(cache, layer, torch.float64)
         for got, which in ((keys, 0), (values, 1)):
             for head, rows_of in enumerate(heads):
                 expected = [rows_of[p][which] for p in held[head].tolist()]
@@ -133,7 +133,12 @@ def test_random_histories(seed: int):
             if rng.random() < 0.7:
                 cache.summaries(layer, str(rng.choice(["mean", "bounds"])))
             some = [i for i in range(complete) if rng.random() < 0.4]
-            cache.evict(layer, some)
+            shared = cache.n_shared
+            if pool.blocks_free < shared:
+                continue
+            drop_blocks(cache, layer, some)
+            if some:
+                model.compacted = model.length
             model.drop_slots(layer, [BLOCK * i + j for i in some for j in range(BLOCK)])
         elif action == "compact":
             layer = int(rng.integers(LAYERS))
@@ -176,7 +181,7 @@ def test_random_histories(seed: int):
         for cache, model in pairs:
             check(cache, model)
         for layer in range(LAYERS):
-            kept = pairs[-1][0].gather(layer, torch.float64)[0] if pairs else rows(0)[0]
+            kept = gather(pairs[-1][0], layer, torch.float64)[0] if pairs else rows(0)[0]
             if pairs:
                 for summary in ("mean", "bounds"):
                     got = pairs[-1][0].summaries(layer, summary)
@@ -202,12 +207,12 @@ def test_pieces_are_the_whole_in_every_format(kv: str):
             cache.summaries(1, "bounds")
     for layer in range(LAYERS):
         for i in range(2):
-            assert torch.equal(*(c.gather(layer, torch.float32)[i] for c in (whole, pieces)))
+            assert torch.equal(*(gather(c, layer, torch.float32)[i] for c in (whole, pieces)))
         assert torch.equal(whole.summaries(layer, "bounds"), pieces.summaries(layer, "bounds"))
     made = whole.summaries(0, "mean")
     assert made.dtype == summary_dtype(kv)
     assert made.shape == (2, 4, 1, 8)
-    exact = summarise(whole.gather(0, torch.float64)[0], "mean")
+    exact = summarise(gather(whole, 0, torch.float64)[0], "mean")
     assert (made.double() - exact).abs().max() < {"bf16": 8e-3}.get(kv, 1e-3)
 
 
@@ -242,7 +247,7 @@ def test_summaries_of_all_layers_have_the_same_room():
         layer = int(rng.integers(LAYERS))
         cache.summaries(layer, "mean")
         if step % 2 and cache.n_blocks[layer] > 2:
-            cache.evict(layer, [0])
+            drop_blocks(cache, layer, [0])
         made = [cache.summaries(i, "mean") for i in range(LAYERS)]
         assert len({m.stride(0) for m in made}) == 1
         assert all(m.stride(0) >= m.shape[1] * 8 for m in made)
@@ -276,8 +281,9 @@ def test_evicted_blocks_are_reused():
         cache.reserve(1)
     check(cache, model)
     for layer in range(LAYERS):
-        cache.evict(layer, [1])
+        drop_blocks(cache, layer, [1])
         model.drop_slots(layer, list(range(16, 32)))
+    model.compacted = model.length
     extend(cache, model, 16, 2)
     check(cache, model)
     assert set(cache.tables[:, :4].ravel().tolist()) == before
@@ -291,16 +297,16 @@ def test_compacting_copies_what_is_stored(kv: str):
     extend(cache, Model(), 75, 1)
     used = pool.blocks_in_use
     for layer in range(LAYERS):
-        before = cache.gather(layer, torch.float32)
+        before = gather(cache, layer, torch.float32)
         kept = np.sort([rng.permutation(64)[:32] for _ in range(HEADS)], axis=1).astype(np.int32)
         cache.summaries(layer, "bounds")
         cache.compact(layer, kept)
         index = np.concatenate([kept, np.tile(np.arange(64, 75), (HEADS, 1))], axis=1)
-        for old, new in zip(before, cache.gather(layer, torch.float32), strict=True):
+        for old, new in zip(before, gather(cache, layer, torch.float32), strict=True):
             expected = torch.stack([old[g, index[g]] for g in range(HEADS)])
             assert torch.equal(new, expected)
         assert pool.blocks_in_use == used - 2 * (layer + 1)
-        whole = cache.gather(layer, torch.float64)[0]
+        whole = gather(cache, layer, torch.float64)[0]
         made = cache.summaries(layer, "bounds")
         exact = summarise(whole, "bounds")
         assert made.shape == exact.shape
@@ -385,19 +391,6 @@ def test_what_may_not_be_kept():
         cache.compact(0, good + 1)
 
 
-def test_what_may_not_be_evicted():
-    cache = SequenceCache(pool_of(), LAYERS)
-    extend(cache, Model(), 40, 0)
-    for blocks in ([2], [-1], [0, 7]):
-        with pytest.raises(ValueError, match="its 2 complete blocks may be"):
-            cache.evict(0, blocks)
-    cache.reserve(30)
-    cache.append(0, *rows(30))
-    with pytest.raises(ValueError, match="its 2 complete blocks may be"):
-        cache.evict(0, [2])
-    cache.evict(0, [])
-
-
 def test_writing_without_room_is_refused():
     cache = SequenceCache(pool_of(), LAYERS)
     cache.reserve(16)
@@ -414,7 +407,7 @@ def test_a_freed_cache_takes_nothing_more():
     for action in (lambda: cache.reserve(1), lambda: cache.fork(3), cache.check_open):
         with pytest.raises(VesicleError, match="the sequence is closed"):
             action()
-    assert cache.gather(0, torch.float32)[0].shape == (2, 0, 8)
+    assert gather(cache, 0, torch.float32)[0].shape == (2, 0, 8)
 
 
 def test_a_dropped_cache_frees_its_blocks():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engine.caching import drop_blocks
 from tests.tiny import random_plan, tiny_model, tiny_modulator
 from vesicle.cost import price
 from vesicle.engine import Engine, Sequence
@@ -81,7 +82,7 @@ def test_chosen_blocks_run_natively_in_every_format(kv: str, ids: Tensor):
 
 def without(sequence: Sequence, blocks: list[int]) -> None:
     for layer in range(sequence.cache.n_layers):
-        sequence.cache.evict(layer, blocks)
+        drop_blocks(sequence.cache, layer, blocks)
 
 
 def test_a_token_after_eviction_sees_what_is_left(ids: Tensor):

@@ -162,8 +162,8 @@ def test_dequantize(stored: int, bits: int):
         part = packed.dequantize(bits, channels, columns)
         assert torch.equal(part, expected[channels, :columns])
     if bits >= stored:
-        assert torch.equal(packed.unpack(), expected)
-        assert torch.equal(packed.unpack(130), expected[:, :130])
+        assert torch.equal(packed.dequantize(packed.bits), expected)
+        assert torch.equal(packed.dequantize(packed.bits, columns=130), expected[:, :130])
 
 
 @pytest.mark.parametrize("stored", [4, 8])
@@ -183,16 +183,16 @@ def test_weights_are_near_what_was_packed(bits: int):
     packed = PackedWeight.pack(weight, bits)
     span = weight.amax() - weight.amin()
     assert not packed.exact
-    assert (packed.unpack() - weight.t()).abs().max() < 0.51 * span / (2**bits - 1)
+    assert (packed.dequantize(packed.bits) - weight.t()).abs().max() < 0.51 * span / (2**bits - 1)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_was_decoded_is_encoded_exactly(bits: int):
-    decoded = PackedWeight.pack(random_weight(96, 130), bits).unpack().t()
+    decoded = PackedWeight.pack(random_weight(96, 130), bits).dequantize(bits).t()
     if bits == 4:
         again = PackedWeight.pack(decoded, bits)
         assert again.exact
-        assert torch.equal(again.unpack().t(), decoded)
+        assert torch.equal(again.dequantize(again.bits).t(), decoded)
         assert not PackedWeight.pack(decoded + 1e-3 * torch.eye(130, 96), bits).exact
 
 
@@ -232,8 +232,8 @@ def test_stack_joins_outputs_and_biases():
     first, second = random_weight(40, 30), random_weight(40, 50, seed=1)
     bias = torch.arange(50.0)
     joined = PackedWeight.stack([first, second], [None, bias.bfloat16()], 4)
-    apart = [PackedWeight.pack(w, 4).unpack() for w in (first, second)]
-    assert torch.equal(joined.unpack(), torch.cat(apart, dim=1))
+    apart = [PackedWeight.pack(w, 4).dequantize(4) for w in (first, second)]
+    assert torch.equal(joined.dequantize(joined.bits), torch.cat(apart, dim=1))
     assert torch.equal(joined.bias, torch.cat([torch.zeros(30), bias.bfloat16().float()]))
     assert PackedWeight.stack([first], [None], 4).bias is None
 
@@ -435,4 +435,5 @@ def test_the_default_model_is_given_back_exactly():
                 (layer.ffn_out, ("mlp.down_proj",)),
             ):
                 stored = [file.get_tensor(f"model.layers.{number}.{n}.weight") for n in names]
-                assert torch.equal(packed.unpack(), torch.cat(stored).t()), (number, names)
+                whole = packed.dequantize(packed.bits)
+                assert torch.equal(whole, torch.cat(stored).t()), (number, names)

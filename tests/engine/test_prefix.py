@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engine.caching import drop_blocks
 from tests.tiny import random_plan, tiny_control, tiny_model, tiny_modulator, tokens
 from vesicle.engine import Engine, Sequence
 from vesicle.engine.prefix import PrefixIndex
@@ -158,7 +159,7 @@ def test_what_is_not_kept(
         keep(index, method, wide)
         assert known(index, method, wide) == 0
     with closing(read(engine, Dense(), wide)) as sequence:
-        sequence.cache.evict(1, [2])
+        drop_blocks(sequence.cache, 1, [2])
         index.add(sequence)
     keep(index, Dense(), wide[:15])
     assert len(index) == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engine.caching import drop_blocks, gather
 from tests.engine.decoding import IDS, method_for, native
 from tests.parity.test_retention import random_kept
 from tests.tiny import tiny_model, tiny_modulator, tokens
@@ -103,8 +104,8 @@ def test_a_fork_that_forgets_leaves_its_source_whole(engine: Engine):
         # The source itself has not come to the eviction: its entries are all there.
         for layer in range(engine.shape.n_layers):
             for mine, others in zip(
-                source.cache.gather(layer, torch.float64),
-                dense.cache.gather(layer, torch.float64),
+                gather(source.cache, layer, torch.float64),
+                gather(dense.cache, layer, torch.float64),
                 strict=True,
             ):
                 assert torch.equal(mine, others)
@@ -205,7 +206,7 @@ def test_two_evictions_in_one_chunk(engine: Engine):
 def test_evicting_by_hand_and_by_plan_do_not_mix_silently(engine: Engine):
     with closing(engine.start(recent(engine, 60, 20))) as sequence:
         engine.forward([(sequence, ROW[:50])])
-        sequence.cache.evict(0, [0])
+        drop_blocks(sequence.cache, 0, [0])
         with pytest.raises(ValueError, match="positions that layer 0 does not hold"):
             engine.forward([(sequence, ROW[50:])])
 

@@ -37,7 +37,7 @@ def from_four_bits(name: str, dtype: torch.dtype = torch.float32) -> Any:
                 weight.copy_(PackedHead.pack(weight, 8).rows(torch.arange(len(weight))))
         for key, parameter in model.named_parameters():
             if parameter.ndim == 2 and ("_proj" in key or "dense" in key or "query" in key):
-                parameter.copy_(PackedWeight.pack(parameter, 4).unpack().t())
+                parameter.copy_(PackedWeight.pack(parameter, 4).dequantize(4).t())
     return model.to(dtype)
 
 

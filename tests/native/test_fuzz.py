@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from tests.engine.caching import drop_blocks
 from tests.tiny import randomise
 from vesicle.engine import Engine, Sequence, core
 from vesicle.plan import Equipment, Plan, Replay, visible_blocks
@@ -137,7 +138,7 @@ def evict(sequence: Sequence, rng: np.random.Generator) -> None:
             continue
         dropped = np.nonzero(rng.random(complete) < 0.3)[0]
         if rng.integers(2):
-            cache.evict(layer, dropped)
+            drop_blocks(cache, layer, dropped)
 
 
 @dataclass

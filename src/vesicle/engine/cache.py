@@ -1,22 +1,19 @@
 """The key-value cache of one sequence: for each layer, a list of blocks of 16 positions.
 
-The blocks lie in the engine's pool (`engine.pool`). Each layer has its own list, because a block
-may be evicted from one layer and kept in another. Evicting drops an entry of the list and frees the
-block; the keys that stay keep the rotary phases of their own positions, so nothing moves.
+The blocks lie in the engine's pool (`engine.pool`). Each layer has its own list, because what is
+forgotten in one layer may be kept in another. Compacting keeps chosen positions, other ones for
+each KV head: they are copied, as they are stored, into as few blocks. Keys keep the rotary phases
+of their own positions.
 
 A block's place in the list is its *index*; index * 16 + offset is a *slot*. Where nothing was
-evicted a slot is a position. Slots keep the order of positions, so causality can be judged by
-either, and what reads a cache may think in slots throughout.
-
-Compacting keeps chosen positions instead of whole blocks, other ones for each KV head: they are
-copied, as they are stored, into as few blocks. From then on a slot means another position in each
-head.
+forgotten a slot is a position; elsewhere it means another position in each head. Slots keep the
+order of positions, so causality can be judged by either, and what reads a cache may think in slots
+throughout.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import numpy as np
@@ -213,12 +210,6 @@ class SequenceCache:
         index = np.searchsorted(starts, positions // BLOCK * BLOCK)
         return (index * BLOCK + positions % BLOCK).astype(np.int32)
 
-    def gather(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values (G, n, K) of all positions that a layer holds, contiguous."""
-        n = self._held(layer)
-        keys, values = self.read(layer, np.arange(_blocks(n)), dtype)
-        return keys[:, :n].contiguous(), values[:, :n].contiguous()
-
     def read(
         self, layer: int, blocks: NDArray[np.integer], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
@@ -251,46 +242,6 @@ class SequenceCache:
             made.count = complete
         self._summaries[layer] = made
         return made.room[:, :complete]
-
-    def evict(self, layer: int, blocks: Items[int] | NDArray[np.integer]) -> None:
-        """Drop blocks from a layer's list and let go of them; later indices move down.
-
-        Args:
-            layer: Whose list.
-            blocks: Indices of complete blocks.
-
-        Raises:
-            ValueError: If an index is out of range, or its block is not complete.
-        """
-        chosen = np.asarray(blocks, np.int64)
-        complete = self._evictable(layer)
-        if not len(chosen):
-            return
-        if chosen.min() < 0 or chosen.max() >= complete:
-            raise ValueError(
-                f"blocks {chosen.min()} to {chosen.max()} of layer {layer} are to be evicted; "
-                f"its {complete} complete blocks may be"
-            )
-        lists, n = self._lists, int(self.n_blocks[layer])
-        stays = np.ones(n, bool)
-        stays[chosen] = False
-        dropped = lists.tables[layer, :n][~stays]
-        left = n - len(dropped)
-        lists.tables[layer, :left] = lists.tables[layer, :n][stays]
-        lists.starts[layer, :left] = lists.starts[layer, :n][stays]
-        lists.n_blocks[layer] = left
-        self._evicted[layer] += len(dropped)
-        positions = self._chosen[layer]
-        if positions is not None:
-            column = np.repeat(stays, BLOCK)[: positions.shape[1]]
-            self._chosen[layer] = positions[:, column]
-        made = self._summaries[layer]
-        if made is not None:
-            rows = torch.from_numpy(np.nonzero(stays[: made.count])[0])
-            made.room[:, : len(rows)] = made.room[:, rows]
-            made.count = len(rows)
-        self.evictions += 1
-        self.pool.release(dropped)
 
     def compact(self, layer: int, kept: IntArray) -> None:
         """Keep chosen positions of a layer's complete blocks and let go of the others for good.

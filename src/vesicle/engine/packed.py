@@ -167,10 +167,6 @@ class PackedWeight:
             out.append(part.transpose(0, 1).reshape(part.shape[1], tiles * tile))
         return torch.cat(out, dim=1)[:, :columns]
 
-    def unpack(self, columns: int | None = None) -> Tensor:
-        """The stored weights, channel-major (in, columns) fp32."""
-        return self.dequantize(self.bits, columns=columns)
-
     def multiply(
         self, x: Tensor, counts: IntArray, bits: int, columns: int | None = None
     ) -> tuple[Tensor, IntArray]:

@@ -16,7 +16,6 @@ rounded before codes are made from it, so that code times scale is all there is 
 from __future__ import annotations
 
 import heapq
-import sys
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -27,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vesicle.engine.pages import give_back, make_large
+from vesicle.engine.pages import make_large
 from vesicle.errors import CacheFullError, VesicleError
 from vesicle.models.memory import memory_bytes
 from vesicle.plan import BLOCK, IntArray
@@ -244,28 +243,6 @@ class BlockPool:
     def _check_held(self, blocks: IntArray) -> None:
         if (self._holders[blocks] < 1).any():
             raise ValueError("a block that nobody holds was retained or released")
-
-    def trim(self) -> int:
-        """Give whole pages of free blocks back to the operating system.
-
-        Does nothing where the system cannot be told so (it is told on Linux).
-
-        Returns:
-            Bytes given back.
-        """
-        if sys.platform != "linux" or self.keys.device.type != "cpu":
-            return 0
-        with self._lock:
-            free = np.sort(np.array(self._freed, np.int64))
-            stops = np.nonzero(np.diff(free) != 1)[0] + 1
-            runs = [run for run in np.split(free, stops) if len(run)]
-            tensors = (self._pages, self.key_scales, self.value_scales)
-            return sum(
-                give_back(tensor, int(run[0]), int(run[-1]) + 1)
-                for tensor in tensors
-                if tensor is not None
-                for run in runs
-            )
 
     def write(self, blocks: IntArray, keys: Tensor, values: Tensor) -> None:
         """Fill whole blocks with keys and values (G, N * 16, K), N blocks."""
