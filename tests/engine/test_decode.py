@@ -18,7 +18,7 @@ from tests.tiny import DECIDED
 from vesicle.cost import price_tokens
 from vesicle.engine import Engine, Sequence, core
 from vesicle.engine.linear import ChannelMajor, Projection
-from vesicle.engine.packed import PackedPair, PackedWeight, _cuts, _high_part, _rest_part
+from vesicle.engine.packed import PackedPair, PackedWeight, _cuts, _high_part, _trailing_part
 from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorMethod
 from vesicle.phases import Phases
@@ -337,7 +337,7 @@ def test_trailing_planes_are_not_read(bits: int):
         for layer in engine._weights.layers:
             for w in layer.projections:
                 for part in w.parts if isinstance(w, PackedPair) else (w,):
-                    part.rest.fill_(255)
+                    part.trailing.fill_(255)
 
     assert torch.equal(last_logits(engine, plan, spoilt), expected)
     assert not torch.equal(last_logits(engine, Plan.rest(engine.shape, 70)), expected)
@@ -373,8 +373,10 @@ def test_skipped_channels_are_not_read(what: str, tokens: int, stored: int, name
                 high[:, 1, 32 * width // 2 :] = 255
                 continue
             high[..., : 32 * width // 2].view(tiles, *rows)[:, unread] = 255
-            if weight.rest is not None:
-                _rest_part(weight.rest, first, tiles, width, 3).view(tiles, *rows)[:, unread] = 255
+            if weight.trailing is not None:
+                _trailing_part(weight.trailing, first, tiles, width, 3).view(tiles, *rows)[
+                    :, unread
+                ] = 255
         assert torch.equal(product(40), some)
         assert not torch.equal(product(96), every)
 

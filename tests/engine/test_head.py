@@ -162,7 +162,7 @@ def test_the_screen_does_not_read_trailing_planes(path: str):
     engine = engine_for(path)
     method = Replay(screened(engine, 1))
     _, tokens = decoded(engine, method)
-    engine._weights.head.rest.fill_(255)  # untied: no embedding is read from it
+    engine._weights.head.trailing.fill_(255)  # untied: no embedding is read from it
     _, spoilt = decoded(engine, method)
     _, whole = decoded(engine, Replay(Plan.rest(engine.shape, len(IDS))))
     chosen = screened(engine, 1).head > 0

@@ -129,7 +129,7 @@ def test_the_layout(size: tuple[int, int], bits: int):
     # Every 1024 outputs choose by themselves how 8-bit codes spend their range.
     parts = [naive_pack(part, bits) for part in weight.split(1024)]
     assert packed.high.numpy().tobytes() == b"".join(high for high, _ in parts)
-    rest = b"" if packed.rest is None else packed.rest.numpy().tobytes()
+    rest = b"" if packed.trailing is None else packed.trailing.numpy().tobytes()
     assert rest == b"".join(rest for _, rest in parts)
     groups, padded = -(-size[0] // 32), -(-size[1] // 64) * 64
     assert len(packed.high) == groups * padded // 64 * 1280
@@ -145,7 +145,7 @@ def test_the_layout_of_a_head(size: tuple[int, int], bits: int):
     packed = PackedHead.pack(weight, bits)
     high, rest = naive_head(weight, bits)
     assert packed.high.numpy().tobytes() == high
-    assert (b"" if packed.rest is None else packed.rest.numpy().tobytes()) == rest
+    assert (b"" if packed.trailing is None else packed.trailing.numpy().tobytes()) == rest
     assert packed.high.data_ptr() % 64 == 0
     assert packed.bytes_held == len(high) + len(rest)
 

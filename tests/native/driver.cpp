@@ -95,7 +95,7 @@ struct Weight {
   VesicleProjection view{};
   std::vector<float> dense, bias;
   std::vector<uint16_t> dense16;
-  std::vector<uint8_t> high, rest;
+  std::vector<uint8_t> high, trailing;
 
   void start(Random& r, int64_t n_in, int64_t n_out, int64_t format, bool with_bias) {
     view.n_in = n_in;
@@ -118,14 +118,14 @@ struct Weight {
     }
   }
 
-  void fill_planes(Random& r, int64_t high_bytes, int64_t rest_bytes) {
+  void fill_planes(Random& r, int64_t high_bytes, int64_t trailing_bytes) {
     high.resize(high_bytes);
     for (uint8_t& x : high) x = static_cast<uint8_t>(r.next());
     view.data = high.data();
     if (view.format != kPacked8) return;
-    rest.resize(rest_bytes);
-    for (uint8_t& x : rest) x = static_cast<uint8_t>(r.next());
-    view.rest = rest.data();
+    trailing.resize(trailing_bytes);
+    for (uint8_t& x : trailing) x = static_cast<uint8_t>(r.next());
+    view.trailing = trailing.data();
   }
 
   void projection(Random& r, int64_t n_in, int64_t n_out, int64_t format, bool with_bias) {
@@ -177,9 +177,9 @@ std::vector<float> unpacked(const VesicleProjection& w) {
       const int64_t byte = i % 32 * (width / 2) + place / 4 * 16 + set % 4 * 4 + place % 4, shift = set / 4 * 4;
       const uint8_t* high = static_cast<const uint8_t*>(w.data) + tile * groups * 2560 + g * width * 20;
       int64_t code = high[byte] >> shift & 15;
-      if (w.rest)
+      if (w.trailing)
         code = 16 * code +
-               (static_cast<const uint8_t*>(w.rest)[tile * groups * 2048 + g * width * 16 + byte] >> shift & 15);
+               (static_cast<const uint8_t*>(w.trailing)[tile * groups * 2048 + g * width * 16 + byte] >> shift & 15);
       uint16_t scale, low;
       std::memcpy(&scale, high + 16 * width + 2 * (o % 128), sizeof scale);
       std::memcpy(&low, high + 18 * width + 2 * (o % 128), sizeof low);
@@ -363,7 +363,7 @@ struct ModulatorStorage {
     v.offset = offset.data();
     v.log_slope = log_slope.data();
     v.place_weight = place_weight.data();
-    v.pressure = r.uniform(-1, 1);
+    v.logit = r.uniform(-1, 1);
     const int32_t columns[] = {0, 1, 2};
     std::copy(columns, columns + 3, v.columns);
     const int64_t widths[4] = {m.width, m.heads * m.size, m.width, m.ffn_width};

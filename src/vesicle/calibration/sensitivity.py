@@ -205,11 +205,11 @@ def allocate(
         best = np.min([ratio[p] for p in rows], axis=0) if rows else 0.0
         base = reluctance if name == "serotonin" else 0.0
         relative[:, a] = np.clip(base - contrast * best, -4, 3)
-    pressure = np.array([math.log((1 - b) / b) for b in budgets])
+    logit = np.array([math.log((1 - b) / b) for b in budgets])
     shifts = np.array([_shift(sensitivity, names, relative, b) for b in budgets])
-    slope, offset = np.polyfit(pressure, shifts, 1)
+    slope, offset = np.polyfit(logit, shifts, 1)
     slope = float(np.clip(slope, 0.2, 5.0))
-    offset = float((shifts - slope * pressure).mean())
+    offset = float((shifts - slope * logit).mean())
     with torch.no_grad():
         predictor.offset.copy_(torch.from_numpy(relative + offset))
         predictor.log_slope.fill_(math.log(slope))

@@ -124,7 +124,7 @@ class ChunkBuffer:
     def room(self, sequence: Sequence) -> int:
         """How many of the next tokens it has rows for; 0 where nothing is known of the next one."""
         if self.used == self._planned:
-            self.settle(sequence)
+            self.flush(sequence)
             self._plan_ahead(sequence)
         return self._planned - self.used
 
@@ -132,7 +132,7 @@ class ChunkBuffer:
         """Say who decides about the next tokens."""
         if decides is self._decides:
             return
-        self.settle(sequence)
+        self.flush(sequence)
         self._decides = decides
         self.chunk.modulator = _where(self._modulator) if decides is Decides.CORE else None
 
@@ -297,7 +297,7 @@ class ChunkBuffer:
         self.heads[start : start + n] = np.arange(n) >= n - heads
         self.used += n
         if self.asks:  # what an author has said itself is not to be told it again
-            self.settle(sequence)
+            self.flush(sequence)
 
     def drop(self, n: int) -> None:
         """Forget what was recorded of the next n tokens, whose pass was broken off."""
@@ -305,7 +305,7 @@ class ChunkBuffer:
         self._planned = self.used  # an author may plan otherwise now
         self._clear(self.next(n))
 
-    def settle(self, sequence: Sequence) -> None:
+    def flush(self, sequence: Sequence) -> None:
         """Add the recorded tokens to the sequence's Plan, levels and counts."""
         if self.flying:  # an author looks at it in the middle of a pass: what was before shows
             return
@@ -416,7 +416,7 @@ def _modulator_parts(author: ModulatorAuthor) -> core.ModulatorParts:
         log_slope=predictor.log_slope.data_ptr(),
         place_weight=predictor.position_weight.data_ptr(),
         released=len(predictor.config.transmitters),
-        pressure=math.log((1 - dial) / dial) if dial < 1 else -math.inf,
+        logit=math.log((1 - dial) / dial) if dial < 1 else -math.inf,
         rules=ctypes.addressof(rules),
         n_rules=len(rules),
     )

@@ -274,7 +274,7 @@ class Engine:
         if sequence.engine is not self:
             raise VesicleError("a sequence of another engine is to be forked; use that engine")
         with self.lock:
-            sequence.settle()
+            sequence.flush()
             if sequence.received is not None and n != sequence.length:
                 raise VesicleError(
                     f"a sequence whose forgetter reads attention is to be forked at {n} tokens; "
@@ -469,7 +469,7 @@ class Engine:
         if not batch:
             return []
         for sequence, ids in batch:
-            sequence.settle()
+            sequence.flush()
             sequence.reserve(len(ids))
         run = TorchPass(self, batch)
         try:

@@ -227,7 +227,7 @@ class NativeCore:
         self._rotary.reach(max(sequence.length + len(ids) for sequence, ids in batch))
         asked = [i for i, (sequence, _) in enumerate(batch) if sequence.buffer().asks]
         for sequence, _ in batch if asked else ():  # so that authors see all that was before
-            sequence.settle()
+            sequence.flush()
             self.reach(sequence)
         if self._depth == len(self._frames):
             self._frames.append(_Frame(self._library))

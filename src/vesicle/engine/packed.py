@@ -3,7 +3,7 @@
 Input channels go in groups of 32. Within its group g and output n a weight is
 w = scale[g, n] code + low[g, n]; both numbers are rounded to fp16 before the codes are chosen. The
 codes lie in two planes. `high` holds the leading four bits of every code and the scales and lows;
-`rest` holds the trailing four bits of 8-bit codes. Reading b < S bits of an S-bit code reads
+`trailing` holds the trailing four bits of 8-bit codes. Reading b < S bits of an S-bit code reads
 `high` alone and takes the middle of the codes that share those bits,
 code_b = (code >> (S - b) << (S - b)) + 2^(S - b) / 2.
 
@@ -50,7 +50,7 @@ class PackedWeight:
 
     Attributes:
         high: (bytes,) uint8: leading four bits, scales and lows.
-        rest: (bytes,) uint8: trailing four bits of 8-bit codes; None for 4-bit codes.
+        trailing: (bytes,) uint8: trailing four bits of 8-bit codes; None for 4-bit codes.
         bits: Of a code, 4 or 8.
         n_in: Input channels, without padding.
         n_out: Outputs, without padding.
@@ -59,7 +59,7 @@ class PackedWeight:
     """
 
     high: Tensor
-    rest: Tensor | None
+    trailing: Tensor | None
     bits: int
     n_in: int
     n_out: int
@@ -77,7 +77,9 @@ class PackedWeight:
         n_out, n_in = weight.shape
         padded, groups = -(-n_out // HALF_TILE) * HALF_TILE, groups_of(n_in)
         high = torch.empty(padded // HALF_TILE * groups * 1280, dtype=torch.uint8)
-        rest = torch.empty(padded // 2 * groups * GROUP, dtype=torch.uint8) if bits == 8 else None
+        trailing = (
+            torch.empty(padded // 2 * groups * GROUP, dtype=torch.uint8) if bits == 8 else None
+        )
         exact = True
         for start in range(0, padded, _SLICE):
             stop = min(start + _SLICE, padded)
@@ -93,11 +95,13 @@ class PackedWeight:
                     at = GROUP * tile // 2 + place * 2 * tile
                     numbers = numbers[:, columns].reshape(groups, tiles, tile).transpose(0, 1)
                     blob[..., at : at + 2 * tile] = numbers.contiguous().view(torch.uint8)
-                if rest is not None:
-                    _rest_part(rest, start + first, tiles, tile, groups)[:] = _nibbles(part & 15)
+                if trailing is not None:
+                    _trailing_part(trailing, start + first, tiles, tile, groups)[:] = _nibbles(
+                        part & 15
+                    )
         return cls(
             high=high,
-            rest=rest,
+            trailing=trailing,
             bits=bits,
             n_in=n_in,
             n_out=n_out,
@@ -137,7 +141,7 @@ class PackedWeight:
     @property
     def bytes_held(self) -> int:
         """Bytes of both planes and the bias."""
-        return _bytes(self.high, self.rest, self.bias)
+        return _bytes(self.high, self.trailing, self.bias)
 
     def dequantize(
         self, bits: int, channels: Tensor | None = None, columns: int | None = None
@@ -209,8 +213,8 @@ class PackedWeight:
         blob = _high_part(self.high, first, tiles, tile, self.groups)
         packed = blob[..., : GROUP * tile // 2]
         trailing = None
-        if self.rest is not None and bits >= self.bits:
-            trailing = _rest_part(self.rest, first, tiles, tile, self.groups)
+        if self.trailing is not None and bits >= self.bits:
+            trailing = _trailing_part(self.trailing, first, tiles, tile, self.groups)
         codes = _codes(packed, trailing, self.bits, bits, tile // 2)
         scale, low = (
             blob[..., GROUP * tile // 2 :].contiguous().view(torch.float16).float().chunk(2, -1)
@@ -271,7 +275,7 @@ class PackedHead:
 
     Attributes:
         high: (bytes,) uint8: leading four bits, scales and lows.
-        rest: (bytes,) uint8: trailing four bits of 8-bit codes; None for 4-bit codes.
+        trailing: (bytes,) uint8: trailing four bits of 8-bit codes; None for 4-bit codes.
         bits: Of a code, 4 or 8.
         n_in: Input channels D, without padding.
         n_out: Outputs V, without padding.
@@ -280,7 +284,7 @@ class PackedHead:
     """
 
     high: Tensor
-    rest: Tensor | None
+    trailing: Tensor | None
     bits: int
     n_in: int
     n_out: int
@@ -298,7 +302,7 @@ class PackedHead:
         n_out, n_in = weight.shape
         groups, tiles = groups_of(n_in), -(-n_out // HEAD_TILE)
         high = torch.empty(tiles, groups, 320, dtype=torch.uint8)
-        rest = torch.empty(tiles, groups, 256, dtype=torch.uint8) if bits == 8 else None
+        trailing = torch.empty(tiles, groups, 256, dtype=torch.uint8) if bits == 8 else None
         exact = True
         for start in range(0, n_out, _SLICE):
             rows = weight[start : start + _SLICE]
@@ -312,11 +316,11 @@ class PackedHead:
             for begin, numbers in ((256, scale), (288, low)):
                 numbers = numbers.view(groups, n, HEAD_TILE).transpose(0, 1).contiguous()
                 high[at, :, begin : begin + 32] = numbers.view(torch.uint8)
-            if rest is not None:
-                rest[at] = _joined(codes & 15, -2).flatten(2)
+            if trailing is not None:
+                trailing[at] = _joined(codes & 15, -2).flatten(2)
         return cls(
             high=high.flatten(),
-            rest=None if rest is None else rest.flatten(),
+            trailing=None if trailing is None else trailing.flatten(),
             bits=bits,
             n_in=n_in,
             n_out=n_out,
@@ -332,7 +336,7 @@ class PackedHead:
     @property
     def bytes_held(self) -> int:
         """Bytes of both planes and the bias."""
-        return _bytes(self.high, self.rest, self.bias)
+        return _bytes(self.high, self.trailing, self.bias)
 
     def rows(self, token_ids: Tensor, bits: int | None = None) -> Tensor:
         """Rows (T, D) fp32 of tokens (T,), such as their embeddings; all stored bits by default."""
@@ -341,8 +345,8 @@ class PackedHead:
         picked = high[..., :256].unflatten(-1, (4, HEAD_TILE, 4))[tile, :, :, within]
         trailing = None
         bits = self.bits if bits is None else bits
-        if self.rest is not None and bits >= self.bits:
-            trailing = self.rest.view(-1, self.groups, 4, HEAD_TILE, 4)[tile, :, :, within]
+        if self.trailing is not None and bits >= self.bits:
+            trailing = self.trailing.view(-1, self.groups, 4, HEAD_TILE, 4)[tile, :, :, within]
         codes = _codes(picked, trailing, self.bits, bits, 4)  # (T, groups, 4, 2, 4)
         numbers = high[..., 256:].unflatten(-1, (2, HEAD_TILE, 2))[tile, :, :, within]
         scale, low = numbers.contiguous().view(torch.float16).float().squeeze(-1).unbind(-1)
@@ -371,8 +375,8 @@ class PackedHead:
 
         high = self.high.view(-1, self.groups, 320)[first:last]
         trailing = None
-        if self.rest is not None and bits >= self.bits:
-            trailing = by_output(self.rest.view(-1, self.groups, 256)[first:last])
+        if self.trailing is not None and bits >= self.bits:
+            trailing = by_output(self.trailing.view(-1, self.groups, 256)[first:last])
         codes = _codes(by_output(high[..., :256]), trailing, self.bits, bits, 4)
         numbers = high[..., 256:].contiguous().view(torch.float16).float()
         scale, low = numbers.unflatten(-1, (2, HEAD_TILE)).permute(2, 0, 3, 1)[..., None]
@@ -503,10 +507,10 @@ def _high_part(high: Tensor, first: int, tiles: int, tile: int, groups: int) -> 
     return high[start : start + tiles * groups * size].view(tiles, groups, size)
 
 
-def _rest_part(rest: Tensor, first: int, tiles: int, tile: int, groups: int) -> Tensor:
+def _trailing_part(trailing: Tensor, first: int, tiles: int, tile: int, groups: int) -> Tensor:
     size = tile // 2 * GROUP
     start = first // 2 * GROUP * groups
-    return rest[start : start + tiles * groups * size].view(tiles, groups, size)
+    return trailing[start : start + tiles * groups * size].view(tiles, groups, size)
 
 
 def _tiled(codes: Tensor, tile: int) -> Tensor:
@@ -532,7 +536,7 @@ def _joined(codes: Tensor, half: int) -> Tensor:
     return low | (high << 4)
 
 
-def _codes(high: Tensor, rest: Tensor | None, stored: int, bits: int, run: int) -> Tensor:
+def _codes(high: Tensor, trailing: Tensor | None, stored: int, bits: int, run: int) -> Tensor:
     """Codes at `bits` bits, fp32, of bytes whose last axis splits in runs of `run`.
 
     (..., n) bytes to (..., n / run, 2, run): the low nibbles of a run, then its high ones.
@@ -541,8 +545,8 @@ def _codes(high: Tensor, rest: Tensor | None, stored: int, bits: int, run: int) 
     if stored == 8:
         nibbles = nibbles * 16
     if bits >= stored:
-        if rest is not None:
-            nibbles = nibbles + _split(rest, run)
+        if trailing is not None:
+            nibbles = nibbles + _split(trailing, run)
         return nibbles.float()
     drop = stored - bits
     return ((nibbles >> drop << drop) + (1 << drop) // 2).float()

@@ -68,11 +68,11 @@ class Sequence:
             self._buffer = ChunkBuffer(self)
         return self._buffer
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Bring Plan, levels and counts up to date with what the native core has run."""
         if self._buffer is not None:
             with self.engine.lock:
-                self._buffer.settle(self)
+                self._buffer.flush(self)
 
     def reserve(self, n_tokens: int) -> None:
         """Make room for a pass over exactly `n_tokens` more.
@@ -103,7 +103,7 @@ class Sequence:
             scored: Whether anybody asks what follows the prompt. Its last token is then the first
                 of the generated ones.
         """
-        self.settle()  # what was decided ahead may not hold any more
+        self.flush()  # what was decided ahead may not hold any more
         stop = self.length + n_tokens - scored
         self.prompts.add(self.length, stop)
         self.author.prompt(self.length, stop)
@@ -156,7 +156,7 @@ class Sequence:
     def _asked(self) -> list[IntArray]:
         """(G, n) positions that each layer keeps, as the forgetter decides; the Plan takes note."""
         assert self.forgetter is not None
-        self.settle()
+        self.flush()
         answers = []
         for layer in range(self.cache.n_layers):
             held, received = self.cache.held(layer), None
@@ -189,14 +189,14 @@ class Sequence:
     def plan(self) -> Plan:
         """What was decided for every token."""
         with self.engine.lock:
-            self.settle()
+            self.flush()
             return self.builder.build()
 
     @property
     def levels(self) -> FloatArray:
         """Released levels (T, L, 5); empty (0, L, 5) for methods that have none."""
         with self.engine.lock:
-            self.settle()
+            self.flush()
             levels = self.author.levels
         return np.ones((0, self.cache.n_layers, len(NAMES))) if levels is None else levels
 
@@ -204,7 +204,7 @@ class Sequence:
     def token_costs(self) -> dict[str, NDArray[np.int64]]:
         """Counted work of each token (T,), by field of `Cost`."""
         with self.engine.lock:
-            self.settle()
+            self.flush()
             if not self.counted:
                 return {}
             return {k: np.concatenate([c[k] for c in self.counted]) for k in self.counted[0]}

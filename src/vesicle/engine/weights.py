@@ -239,8 +239,8 @@ def _build(config: Any, lookup: Lookup, form: str, only_exact: bool = False) -> 
 
     def placed(packed: PackedWeight | PackedHead) -> Any:
         assert arena is not None
-        rest = None if packed.rest is None else arena.place(packed.rest)
-        return replace(packed, high=arena.place(packed.high), rest=rest)
+        trailing = None if packed.trailing is None else arena.place(packed.trailing)
+        return replace(packed, high=arena.place(packed.high), trailing=trailing)
 
     def joined(*parts: Affine) -> Any:
         weights, biases = [p.weight for p in parts], [p.bias for p in parts]

@@ -137,11 +137,11 @@ class Predictor(Levels):
         rest = (dial >= 1)[:, None, None]
         # Minus infinity at rest would make the gradient of the slope undefined.
         odds = ((1 - dial) / dial)[:, None, None].to(parameter.dtype).masked_fill(rest, 1.0)
-        pressure = odds.log()
+        logit = odds.log()
         place = torch.log2((positions.to(parameter.dtype) + 1) / 16)[..., None] / 8
         z = (
             self.drive(layer, feature, state)
-            + (self.offset[layer] + self.log_slope[layer].exp() * pressure)
+            + (self.offset[layer] + self.log_slope[layer].exp() * logit)
             + self.position_weight[layer] * place
         )
         return torch.sigmoid(-z).masked_fill(rest, 1.0)

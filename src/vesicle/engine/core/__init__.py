@@ -54,7 +54,7 @@ class Projection(ctypes.Structure):
     """Mirrors `VesicleProjection`."""
 
     _fields_ = [
-        *_fields(_POINTER, "data", "rest", "bias"),
+        *_fields(_POINTER, "data", "trailing", "bias"),
         *_fields(_LONG, "n_in", "n_out", "stride", "format"),
     ]
 
@@ -122,7 +122,7 @@ class ModulatorParts(ctypes.Structure):
     _fields_ = [
         *_fields(_POINTER, "weight", "offset", "log_slope", "place_weight"),
         ("released", _LONG),
-        ("pressure", _DOUBLE),
+        ("logit", _DOUBLE),
         ("rules", _POINTER),
         ("n_rules", _LONG),
         ("columns", _INT * 8),
@@ -244,7 +244,7 @@ def describe(weight: PackedWeight | PackedHead) -> Projection:
     """The structure of a packed weight, which must outlive it."""
     return Projection(
         data=weight.high.data_ptr(),
-        rest=address(weight.rest),
+        trailing=address(weight.trailing),
         bias=address(weight.bias),
         n_in=weight.n_in,
         n_out=weight.n_out,

@@ -76,7 +76,7 @@ struct HeadProduct {
         in[i] = &activations[i].quantized;
         out[i] = logits + i * room;
       }
-      k->head_tiles(static_cast<const uint8_t*>(w->data), static_cast<const uint8_t*>(w->rest),
+      k->head_tiles(static_cast<const uint8_t*>(w->data), static_cast<const uint8_t*>(w->trailing),
                     (w->n_in + kGroup - 1) / kGroup, first, last, &precision, in, n, out);
       const int64_t begin = first * kHeadTile, end = std::min(w->n_out, last * kHeadTile);
       for (int64_t i = 0; i < n && begin < end; ++i)

@@ -11,7 +11,7 @@ enum VesicleFormat : int32_t { kDense32 = 0, kDenseBf16 = 1, kPacked4 = 2, kPack
 
 // A weight matrix with n_in channels and n_out outputs: channel-major rows of `stride` numbers, or packed.
 struct VesicleProjection {
-  const void *data, *rest;
+  const void *data, *trailing;  // `trailing`: the second plane of nibbles of 8-bit codes
   const float* bias;
   int64_t n_in, n_out, stride;
   int64_t format;
@@ -66,7 +66,7 @@ struct VesicleRule {
 struct VesicleModulator {
   const float *weight, *offset, *log_slope, *place_weight;
   int64_t released;
-  double pressure;
+  double logit;
   const VesicleRule* rules;
   int64_t n_rules;
   int32_t columns[8];

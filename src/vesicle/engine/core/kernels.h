@@ -36,7 +36,7 @@ struct Precision {
   int32_t mask;     // of the leading nibble
   float factor;     // the leading nibble's worth
   float offset;     // added to the code: half of what is cut off
-  bool use_rest;    // the trailing nibble is read as well
+  bool use_trailing;    // the trailing nibble is read as well
 };
 
 struct KvView {
@@ -52,10 +52,10 @@ struct Kernels {
   void (*choose)(const float* x, int64_t n, int64_t count, uint32_t* masks, uint32_t* keys);
   void (*quantize)(const float* x, int64_t n, const uint32_t* masks, Quantized* out);
   // y[t][0:width] += the products of groups [first, last) of a tile of `width` outputs (128 or 64).
-  void (*tile)(const uint8_t* high, const uint8_t* rest, int64_t width, int64_t first, int64_t last,
+  void (*tile)(const uint8_t* high, const uint8_t* trailing, int64_t width, int64_t first, int64_t last,
                const Precision* precision, const Quantized* const* x, int64_t tokens, float* const* y);
   // y[t] of tiles [first, last) of the LM head.
-  void (*head_tiles)(const uint8_t* high, const uint8_t* rest, int64_t groups, int64_t first, int64_t last,
+  void (*head_tiles)(const uint8_t* high, const uint8_t* trailing, int64_t groups, int64_t first, int64_t last,
                      const Precision* precision, const Quantized* const* x, int64_t tokens, float* const* y);
   // y[0:n] += sum over listed rows of x[row] * w[row][0:n]
   void (*rows_f32)(const float* x, const int32_t* rows, int64_t n_rows, const float* w, int64_t stride, float* y,

@@ -45,7 +45,7 @@ void Pass::release(Lane& lane, Token& token, int64_t l, bool reports) {
   for (int64_t a = 0; a < m->released; ++a) {
     const int64_t i = l * m->released + a;
     const double z = k->dot(m->weight + i * width, lane.after, width) * scale + m->offset[i] +
-                     std::exp(static_cast<double>(m->log_slope[i])) * m->pressure + m->place_weight[i] * token.place;
+                     std::exp(static_cast<double>(m->log_slope[i])) * m->logit + m->place_weight[i] * token.place;
     if (token.acting >> m->columns[a] & 1) levels[m->columns[a]] = std::nearbyint(1e6 / (1.0 + std::exp(z))) / 1e6;
     known = known && !std::isnan(z);
   }

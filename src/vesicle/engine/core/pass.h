@@ -34,7 +34,7 @@ struct Token {
   int64_t held(int64_t l) const { return chunk->held[l] - behind; }
   const int32_t* table(int64_t l) const { return chunk->tables + l * chunk->room; }
   // Its place in its own block.
-  int64_t slot(int64_t l) const { return position - chunk->starts[l * chunk->room + held(l) - 1]; }
+  int64_t offset(int64_t l) const { return position - chunk->starts[l * chunk->room + held(l) - 1]; }
 };
 
 // A token's state; each thread has its own copy when there is only one token.

@@ -47,7 +47,7 @@ void Pass::store(int64_t thread, int64_t l, int64_t t) {
   const VesicleLayer& w = model->layers[l];
   const Token& token = tokens[t];
   const int64_t size = model->size, kv_heads = model->kv_heads, kv = kv_heads * size;
-  const int64_t own = token.held(l) - 1, slot = token.slot(l);
+  const int64_t own = token.held(l) - 1, slot = token.offset(l);
   const int32_t format = static_cast<int32_t>(model->kv_format), block = token.table(l)[own];
   const KvView pages = view();
   float *vk = scratch[thread].joint.get(0), *key = vk + kv;
@@ -151,7 +151,7 @@ void Pass::attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int6
   const Lane& a = lane(thread, t);
   const Token& token = tokens[t];
   const int64_t size = model->size, heads = model->heads, kv_heads = model->kv_heads;
-  const int64_t blocks = a.row.attention ? a.blocks : 1, step = segment(blocks), valid = token.slot(l) + 1;
+  const int64_t blocks = a.row.attention ? a.blocks : 1, step = segment(blocks), valid = token.offset(l) + 1;
   const KvView pages = view();
   Scratch& s = scratch[thread];
   float *sums = s.mixed.get(0), *top = sums + heads * size, *q = nullptr;
@@ -196,7 +196,7 @@ void Pass::attend_together(int64_t thread, int64_t l, const int64_t* members, in
         const float* own = queries(thread, l, members[i]);
         for (int64_t g = 0; g < kv_heads; ++g)
           std::memcpy(q + (g * count + i) * ratio * size, own + g * ratio * size, ratio * size * sizeof(float));
-        tails[i] = tokens[members[i]].slot(l) + 1;
+        tails[i] = tokens[members[i]].offset(l) + 1;
       }
       ready = true;
     }
@@ -304,7 +304,7 @@ void Pass::receive(int64_t thread, int64_t l) {
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t place = listed.places[g] ? listed.places[g][i] : i;
         if (place % threads != thread) continue;
-        const int64_t valid = i + 1 == blocks ? token.slot(l) + 1 : kBlock;
+        const int64_t valid = i + 1 == blocks ? token.offset(l) + 1 : kBlock;
         k->receive(&pages, static_cast<int32_t>(model->kv_format), g, listed.blocks[g][i], q + g * ratio * size, ratio,
                    model->scale, valid, top + g * ratio, inverse + g * ratio, row + place * kBlock);
         if (g == 0) sums_[counter(thread, t, l)] += valid;

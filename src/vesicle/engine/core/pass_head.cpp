@@ -31,13 +31,13 @@ float from_half(const uint8_t* at) {
 void head_codes(const VesicleProjection& w, int64_t row, int64_t g, int32_t* codes, float* scale, float* low) {
   const int64_t groups = (w.n_in + kGroup - 1) / kGroup, block = row / kHeadTile * groups + g, o = row % kHeadTile;
   const uint8_t* high = static_cast<const uint8_t*>(w.data) + block * 320;
-  const uint8_t* rest = w.format == kPacked8 ? static_cast<const uint8_t*>(w.rest) + block * 256 : nullptr;
+  const uint8_t* trailing = w.format == kPacked8 ? static_cast<const uint8_t*>(w.trailing) + block * 256 : nullptr;
   for (int64_t j = 0; j < 4; ++j)
     for (int64_t c = 0; c < 4; ++c) {
       int32_t a = high[64 * j + 4 * o + c] & 15, b = high[64 * j + 4 * o + c] >> 4;
-      if (rest) {
-        a = 16 * a + (rest[64 * j + 4 * o + c] & 15);
-        b = 16 * b + (rest[64 * j + 4 * o + c] >> 4);
+      if (trailing) {
+        a = 16 * a + (trailing[64 * j + 4 * o + c] & 15);
+        b = 16 * b + (trailing[64 * j + 4 * o + c] >> 4);
       }
       codes[8 * j + c] = a;
       codes[8 * j + 4 + c] = b;
@@ -162,7 +162,7 @@ void Pass::head_part(int64_t thread, const int64_t* which, int64_t count, int64_
       }
       const Precision precision = precision_of(w.format, stage ? 4 : kFullBits);
       if (chosen)
-        k->head_tiles(static_cast<const uint8_t*>(w.data), static_cast<const uint8_t*>(w.rest),
+        k->head_tiles(static_cast<const uint8_t*>(w.data), static_cast<const uint8_t*>(w.trailing),
                       (w.n_in + kGroup - 1) / kGroup, first, last, &precision, x, chosen, y);
     }
   } else {

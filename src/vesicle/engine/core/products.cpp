@@ -57,7 +57,7 @@ void multiply(const Kernels* k, const VesicleProjection& w, const int32_t* bits,
   };
   const int64_t first = bound(thread), last = bound(thread + 1);
   const uint8_t* high = static_cast<const uint8_t*>(w.data);
-  const uint8_t* rest = static_cast<const uint8_t*>(w.rest);
+  const uint8_t* trailing = static_cast<const uint8_t*>(w.trailing);
   // Tokens that read the weights at the same bits go through a tile together.
   const Quantized* together[kMaxTokens];
   float* y[kMaxTokens];
@@ -69,7 +69,7 @@ void multiply(const Kernels* k, const VesicleProjection& w, const int32_t* bits,
     const int64_t to = std::min(groups, from + (last - unit) / step);
     const int64_t size = wide ? kTile : kTile / 2;
     const uint8_t* data = high + tile * groups * (32 * kTile / 2 + 4 * kTile);
-    const uint8_t* trail = rest ? rest + tile * groups * (32 * kTile / 2) : nullptr;
+    const uint8_t* trail = trailing ? trailing + tile * groups * (32 * kTile / 2) : nullptr;
     for (int64_t i = 0; i < n_tokens; ++i) {
       float* to_fill;
       if (from) {
