@@ -372,96 +372,78 @@ class Engine:
 
     @torch.inference_mode()
     def _read(self, batch: dict[int, Part], wants: Wanted) -> list[Outcome]:
-        """Read the parts of a batch, which have been checked, in as many passes as it takes."""
+        """Read the parts of a batch, which have been checked, in as many passes as it takes.
+
+        First as much of each as cannot be read together with what follows it: what lies before the
+        last eviction in it, and beyond what one pass of the core takes.
+        """
         left, outcomes = batch.copy(), dict[int, Outcome]()
-        before = self._to_cuts(left, outcomes, "all" if wants == "all" else "none")
-        outcomes |= zip(left, self._run(list(left.values()), wants), strict=True)
+        before = dict[int, list[Tensor]]()
+        early = left
+        while early:
+            native, early = set[int](), dict[int, Part]()
+            for i, (sequence, ids) in list(left.items()):
+                try:
+                    n, covered = self._reach(sequence)
+                except Exception as error:  # an author's, as in `Asked`
+                    outcomes[i] = error
+                    del left[i]
+                    continue
+                if covered:
+                    native.add(i)
+                if n < len(ids):
+                    early[i] = sequence, ids[:n]
+                    left[i] = sequence, ids[n:]
+            asked: Wanted = ("all" if wants == "all" else "none") if early else wants
+            for i, outcome in self._run(early or left, native, asked).items():
+                if not early:
+                    outcomes[i] = outcome
+                elif isinstance(outcome, Tensor):
+                    before.setdefault(i, []).append(outcome)
+                else:
+                    outcomes[i] = outcome
+                    del left[i]
         for i, pieces in before.items():
             last = outcomes[i]
             if wants == "all" and isinstance(last, Tensor):
                 outcomes[i] = torch.cat([*pieces, last])
         return [outcomes[i] for i in batch]
 
-    def _to_cuts(
-        self, left: dict[int, Part], outcomes: dict[int, Outcome], wants: Wanted
-    ) -> dict[int, list[Tensor]]:
-        """Run as much of each chunk as cannot be read together with what follows it.
+    def _reach(self, sequence: Sequence) -> tuple[int, bool]:
+        """How many of a sequence's next tokens one pass may read, and whether the core reads them.
 
-        That is what lies before the last eviction in it, and beyond what one pass of the core
-        takes.
-
-        Args:
-            left: By place in the batch, what is to be read; what is read is taken off, and at least
-                one token of each stays. Those that fail are taken out.
-            outcomes: Where their errors go.
-            wants: Of what is read.
-
-        Returns:
-            The results, by place in the batch, of those that were cut.
+        Raises:
+            Exception: Whatever an author may raise.
         """
-        before = dict[int, list[Tensor]]()
-        while True:
-            early = dict[int, Part]()
-            for i, (sequence, ids) in list(left.items()):
-                try:
-                    n = self._reach(sequence)
-                except Exception as error:  # an author's, as in `Asked`
-                    outcomes[i] = error
-                    del left[i]
-                    continue
-                if n < len(ids):
-                    early[i] = sequence, ids[:n]
-                    left[i] = sequence, ids[n:]
-            if not early:
-                return before
-            for i, outcome in zip(early, self._run(list(early.values()), wants), strict=True):
-                if isinstance(outcome, Tensor):
-                    before.setdefault(i, []).append(outcome)
-                else:
-                    outcomes[i] = outcome
-                    del left[i]
-
-    def _reach(self, sequence: Sequence) -> int:
-        """How many of a sequence's next tokens one pass may read."""
         if sequence.length >= sequence.evicts_at:  # it could not forget when it came here
             sequence.evict()
         cut = sequence.evicts_at - sequence.length
-        if self._native is None:
-            return cut
-        reach = self._native.reach(sequence)
-        return min(cut, reach or sequence.buffer().blocked or cut)
+        reach = self._native.reach(sequence) if self._native is not None else 0
+        blocked = sequence.buffer().blocked if self._native is not None else 0
+        return min(cut, reach or blocked or cut), reach > 0
 
-    def _run(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
-        """One pass; sequences that have come to an eviction then forget."""
-        core, found = self._native, dict[int, Outcome]()
-        native, other = list[int](), list[int]()
-        for i, (sequence, ids) in enumerate(batch):
-            try:
-                covered = core is not None and len(ids) <= core.reach(sequence)
-            except Exception as error:  # an author's, as in `Asked`
-                found[i] = error
-                continue
-            (native if covered else other).append(i)
-        found |= zip(other, self._run_torch([batch[i] for i in other], wants), strict=True)
-        if core is not None:
-            found |= self._run_native(core, batch, native, wants)
-        for i, (sequence, _) in enumerate(batch):
+    def _run(self, batch: dict[int, Part], native: set[int], wants: Wanted) -> dict[int, Outcome]:
+        """One pass, the places `native` in the core; who has come to an eviction then forgets."""
+        others = {i: part for i, part in batch.items() if i not in native}
+        found = dict(zip(others, self._run_torch(list(others.values()), wants), strict=True))
+        found |= self._run_native({i: batch[i] for i in batch if i in native}, wants)
+        for i, (sequence, _) in batch.items():
             if sequence.length == sequence.evicts_at:
                 try:
                     sequence.evict()
                 except Exception as error:  # a full pool, or whatever a forgetter may raise
                     found[i] = error
-        return [found[i] for i in range(len(batch))]
+        return found
 
-    def _run_native(
-        self, native: NativeCore, batch: list[Part], places: list[int], wants: Wanted
-    ) -> dict[int, Outcome]:
-        """Run those places of a batch that the native core takes; outcomes by place."""
+    def _run_native(self, batch: dict[int, Part], wants: Wanted) -> dict[int, Outcome]:
+        """Run what the native core takes, in as many calls as its tokens need."""
         found = dict[int, Outcome]()
-        for part in _together(places, [len(batch[i][1]) for i in places]):
-            for i in part:
+        for places in _together({i: len(ids) for i, (_, ids) in batch.items()}):
+            assert self._native is not None
+            for i in places:
                 batch[i][0].reserve(len(batch[i][1]))
-            found |= zip(part, native.run([batch[i] for i in part], wants), strict=True)
+            parts = [batch[i] for i in places]
+            found |= zip(places, self._native.run(parts, wants), strict=True)
         return found
 
     def _run_torch(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
@@ -615,10 +597,10 @@ class Engine:
         return Generation(list(tokens), sequence)
 
 
-def _together(places: list[int], tokens: list[int]) -> Iterator[list[int]]:
-    """The places by passes, each of `MOST_TOKENS` tokens at most."""
+def _together(tokens: dict[int, int]) -> Iterator[list[int]]:
+    """Places by passes, each of `MOST_TOKENS` tokens at most, from how many each has."""
     part, total = list[int](), 0
-    for place, n in zip(places, tokens, strict=True):
+    for place, n in tokens.items():
         if total + n > MOST_TOKENS:
             yield part
             part, total = [], 0
