@@ -258,11 +258,11 @@ def test_choosing_nearly_all_blocks_costs_more_than_reading_all(shape: ModelShap
 def test_by_hand_forgotten_entries():
     """One layer, 40 tokens; 16 of 32 complete entries go after 35, 16 more after 40."""
     shape = replace(SHAPE, n_layers=1)
-    retained = np.full((40, 1, 2), FOREVER, np.int32)
-    retained[:16, 0, 0], retained[8:24, 0, 1] = 34, 34
-    retained[16:32, 0, 0] = 39
-    retained[[*range(8), *range(24, 32)], 0, 1] = 39
-    plan = Plan.rest(shape, 40).with_fields(retained=retained)
+    evict_after = np.full((40, 1, 2), FOREVER, np.int32)
+    evict_after[:16, 0, 0], evict_after[8:24, 0, 1] = 34, 34
+    evict_after[16:32, 0, 0] = 39
+    evict_after[[*range(8), *range(24, 32)], 0, 1] = 39
+    plan = Plan.rest(shape, 40).with_fields(evict_after=evict_after)
     plan.check(shape)
     visited = np.array([*range(1, 36), *range(20, 25)])
     costs = price_tokens(plan, shape)
@@ -279,9 +279,9 @@ def test_by_hand_forgotten_entries():
 def test_blocks_are_chosen_among_what_is_left():
     """A Plan that asks for more blocks than are held reads them all, and chooses nothing."""
     shape = replace(SHAPE, n_layers=1)
-    retained = np.full((70, 1, 1), FOREVER, np.int32)
-    retained[:32, 0] = 63
-    rest = Plan.rest(shape, 70).with_fields(retained=retained)
+    evict_after = np.full((70, 1, 1), FOREVER, np.int32)
+    evict_after[:32, 0] = 63
+    rest = Plan.rest(shape, 70).with_fields(evict_after=evict_after)
     for asked, blocks, summaries in ((2, 2, 2), (3, 3, 0), (5, 3, 0)):
         blocks_read = np.where(np.arange(70) == 69, asked, rest.kv_blocks[:, 0])
         plan = rest.with_fields(kv_blocks=blocks_read[:, None])
@@ -291,9 +291,9 @@ def test_blocks_are_chosen_among_what_is_left():
 
 
 def test_entries_of_before_the_first_position_are_taken_to_be_held():
-    retained = np.full((70, 3, 2), FOREVER, np.int32)
-    retained[:16] = 31
-    plan = Plan.rest(SHAPE, 70).with_fields(retained=retained)
+    evict_after = np.full((70, 3, 2), FOREVER, np.int32)
+    evict_after[:16] = 31
+    plan = Plan.rest(SHAPE, 70).with_fields(evict_after=evict_after)
     later = price(plan.tokens(40), SHAPE, first_position=40)
     assert later == price_dense(SHAPE, 30, first_position=40)
     early = price(plan.tokens(8), SHAPE, first_position=8)

@@ -21,7 +21,7 @@ from vesicle.plan import (
     resting_rows,
     visible_blocks,
 )
-from vesicle.plan.events import forgetting, retained_by
+from vesicle.plan.events import evict_after_of, forgetting
 from vesicle.shapes import ModelShape
 
 T = 40
@@ -164,11 +164,11 @@ def test_a_plan_saved_before_the_head_was_a_field_has_the_whole_head(tmp_path: P
 def test_a_plan_of_the_format_before_is_read(
     tmp_path: Path, plan: Plan, forgetful: Plan, shape: ModelShape
 ):
-    """With its head as (T,), what is retained as an array, and where passes had to end."""
+    """With its head as (T,), when entries end as an array, and where passes had to end."""
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(getattr(plan, name)) for name in NAMES}
-    arrays |= {"retained": forgetful.retained, "turns": np.array([5, 9], np.int32)}
+    arrays |= {"retained": forgetful.evict_after, "turns": np.array([5, 9], np.int32)}
     save_file(arrays, tmp_path / "old", metadata={"format": "vesicle-plan-1"})
     found = Plan.load(tmp_path / "old")
     found.check(shape)
@@ -289,20 +289,20 @@ def test_dense_rests(shape: ModelShape):
 @pytest.fixture
 def forgetful(plan: Plan, shape: ModelShape) -> Plan:
     """Of 40 tokens: 16 entries go after 20 tokens, in layer 1; 16 after 40, in layer 2."""
-    retained = np.full((T, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
-    retained[:16, 1] = 19
-    retained[3:19, 2, 0], retained[16:32, 2, 1] = 39, 39
-    return plan.with_fields(retained=retained)
+    evict_after = np.full((T, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
+    evict_after[:16, 1] = 19
+    evict_after[3:19, 2, 0], evict_after[16:32, 2, 1] = 39, 39
+    return plan.with_fields(evict_after=evict_after)
 
 
-def test_a_plan_without_retained_forgets_nothing(plan: Plan, shape: ModelShape):
-    assert plan.retained.shape == (T, shape.n_layers, 1)
-    assert (plan.retained == FOREVER).all()
+def test_a_plan_without_evict_after_forgets_nothing(plan: Plan, shape: ModelShape):
+    assert plan.evict_after.shape == (T, shape.n_layers, 1)
+    assert (plan.evict_after == FOREVER).all()
     assert not plan.forgets
     wide = np.full((T, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
-    assert plan.with_fields(retained=wide).equals(plan)
-    assert plan.equals(plan.with_fields(retained=wide))
-    assert not plan.with_fields(retained=wide).forgets
+    assert plan.with_fields(evict_after=wide).equals(plan)
+    assert plan.equals(plan.with_fields(evict_after=wide))
+    assert not plan.with_fields(evict_after=wide).forgets
 
 
 def test_what_is_forgotten_is_cut_compared_and_saved(
@@ -312,13 +312,13 @@ def test_what_is_forgotten_is_cut_compared_and_saved(
     assert forgetful.forgets
     assert not forgetful.equals(plan)
     assert not plan.equals(forgetful)
-    parts = forgetful.tokens(0, 25).retained, forgetful.tokens(25).retained
-    assert (np.concatenate(parts) == forgetful.retained).all()
+    parts = forgetful.tokens(0, 25).evict_after, forgetful.tokens(25).evict_after
+    assert (np.concatenate(parts) == forgetful.evict_after).all()
     forgetful.tokens(0, 39).check(shape)  # what goes later than the last token has no effect
     path = tmp_path / "plan"
     forgetful.save(path)
     assert Plan.load(path).equals(forgetful)
-    assert Plan.load(path).retained.dtype == np.int32
+    assert Plan.load(path).evict_after.dtype == np.int32
 
 
 def test_a_plan_that_forgets_nothing_is_saved_as_before(plan: Plan, tmp_path: Path):
@@ -333,28 +333,28 @@ def test_a_plan_that_forgets_nothing_is_saved_as_before(plan: Plan, tmp_path: Pa
 @pytest.mark.parametrize(
     ("where", "value", "line"),
     [
-        ((np.s_[17], 0, 1), 30, r"'retained' is 30 at \(17, 0, 1\); allowed: 31 and above"),
-        ((np.s_[:16], 0, 1), 25, "'retained' does not fit pages in layer 0; allowed: at a time"),
-        ((np.s_[:15], 2, np.s_[:]), 35, "'retained' does not fit pages in layer 2"),
-        ((np.s_[:1], 2, np.s_[:]), 35, "'retained' does not fit pages in layer 2"),
+        ((np.s_[17], 0, 1), 30, r"'evict_after' is 30 at \(17, 0, 1\); allowed: 31 and above"),
+        ((np.s_[:16], 0, 1), 25, "'evict_after' does not fit pages in layer 0; allowed: at a time"),
+        ((np.s_[:15], 2, np.s_[:]), 35, "'evict_after' does not fit pages in layer 2"),
+        ((np.s_[:1], 2, np.s_[:]), 35, "'evict_after' does not fit pages in layer 2"),
     ],
 )
 def test_check_refuses_what_pages_cannot_do(
     plan: Plan, shape: ModelShape, where: tuple, value: int, line: str
 ):
-    retained = np.full((T, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
-    retained[where] = value
+    evict_after = np.full((T, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
+    evict_after[where] = value
     with pytest.raises(VesicleError, match=line):
-        plan.with_fields(retained=retained).check(shape)
+        plan.with_fields(evict_after=evict_after).check(shape)
 
 
 def test_check_refuses_other_heads(plan: Plan, forgetful: Plan, shape: ModelShape):
-    with pytest.raises(VesicleError, match="'retained' does not fit pages in layer 2"):
+    with pytest.raises(VesicleError, match="'evict_after' does not fit pages in layer 2"):
         forgetful.check(replace(shape, n_kv_heads=4))
     with pytest.raises(VesicleError, match=r"plan event 'kv_head' is 1 at \d; allowed: -1 to 0"):
         forgetful.check(replace(shape, n_kv_heads=1))
-    with pytest.raises(VesicleError, match=r"plan field 'retained' has shape \(39, 3, 1\)"):
-        plan.with_fields(retained=plan.retained[1:])
+    with pytest.raises(VesicleError, match=r"plan field 'evict_after' has shape \(39, 3, 1\)"):
+        plan.with_fields(evict_after=plan.evict_after[1:])
 
 
 @pytest.mark.parametrize(
@@ -377,23 +377,23 @@ def test_check_names_what_is_wrong_with_an_event(
     assert str(caught.value) == f"plan event {name!r} is {value} at 1; allowed: {allowed}"
 
 
-def test_events_and_retained_say_the_same(rng: np.random.Generator):
+def test_events_and_evict_after_say_the_same(rng: np.random.Generator):
     for heads in (1, 3):
         ends = np.array([40, 50, FOREVER], np.int32)
-        retained = rng.choice(ends, (30, 4, heads))
-        retained[:, 2] = FOREVER
-        events = forgetting(retained)
+        evict_after = rng.choice(ends, (30, 4, heads))
+        evict_after[:, 2] = FOREVER
+        events = forgetting(evict_after)
         assert (np.sort(events, order=EVENT.names) == events).all()
-        assert (retained_by(events, 30, 4, heads) == retained).all()
+        assert (evict_after_of(events, 30, 4, heads) == evict_after).all()
     assert len(forgetting(np.full((5, 2, 2), FOREVER, np.int32))) == 0
 
 
 def test_replay_and_builder_hand_it_on(plan: Plan, forgetful: Plan, shape: ModelShape):
-    assert Replay(plan).author(shape).retained is None
-    retained = Replay(forgetful).author(shape).retained
-    builder = PlanBuilder(shape, retained)
+    assert Replay(plan).author(shape).evict_after is None
+    evict_after = Replay(forgetful).author(shape).evict_after
+    builder = PlanBuilder(shape, evict_after)
     for start, stop in ((0, 25), (25, 55)):
         builder.add(resting_rows(shape, np.arange(start, stop, dtype=np.int32)))
-    assert (builder.build().retained[:T] == forgetful.retained).all()
-    assert (builder.build().retained[T:] == FOREVER).all()
-    assert (builder.opening(9).build().retained == forgetful.retained[:9]).all()
+    assert (builder.build().evict_after[:T] == forgetful.evict_after).all()
+    assert (builder.build().evict_after[T:] == FOREVER).all()
+    assert (builder.opening(9).build().evict_after == forgetful.evict_after[:9]).all()

@@ -16,30 +16,30 @@ from vesicle.shapes import ModelShape
 ONE = replace(SHAPE, n_layers=1)
 
 
-def kept_of(retained: np.ndarray, head: int, layer: int = 0) -> list[int]:
-    return np.nonzero(retained[:, layer, head] == FOREVER)[0].tolist()
+def kept_of(evict_after: np.ndarray, head: int, layer: int = 0) -> list[int]:
+    return np.nonzero(evict_after[:, layer, head] == FOREVER)[0].tolist()
 
 
 def test_by_hand():
     """Two heads that want 3 and 17 of 40 entries hold 32 complete ones, and the last block's 8."""
     first, second = [5, 0, 38], list(range(17))
-    retained = Retention([[first, second]], 40).retained(ONE)
+    evict_after = Retention([[first, second]], 40).evict_after(ONE)
     tail = list(range(32, 40))
-    assert kept_of(retained, 0) == [*range(32), *tail]  # filled up to 32 of 32
-    assert kept_of(retained, 1) == [*range(32), *tail]
-    retained = Retention([[first, [7, 9]]], 40).retained(ONE)
-    assert kept_of(retained, 0) == [0, 5, *range(18, 32), *tail]  # the most recent 14
-    assert kept_of(retained, 1) == [7, 9, *range(18, 32), *tail]
-    assert set(np.unique(retained)) == {39, FOREVER}
-    assert retained.shape == (40, 1, 2)
-    assert retained.dtype == np.int32
+    assert kept_of(evict_after, 0) == [*range(32), *tail]  # filled up to 32 of 32
+    assert kept_of(evict_after, 1) == [*range(32), *tail]
+    evict_after = Retention([[first, [7, 9]]], 40).evict_after(ONE)
+    assert kept_of(evict_after, 0) == [0, 5, *range(18, 32), *tail]  # the most recent 14
+    assert kept_of(evict_after, 1) == [7, 9, *range(18, 32), *tail]
+    assert set(np.unique(evict_after)) == {39, FOREVER}
+    assert evict_after.shape == (40, 1, 2)
+    assert evict_after.dtype == np.int32
 
 
 def test_nothing_kept_leaves_the_last_block():
-    retained = Retention([[[], []]], 40).retained(ONE)
-    assert kept_of(retained, 0) == kept_of(retained, 1) == list(range(32, 40))
-    assert (Retention([[[], []]], 32).retained(ONE) == 31).all()
-    assert (Retention([[[], []]], 15).retained(ONE) == FOREVER).all()
+    evict_after = Retention([[[], []]], 40).evict_after(ONE)
+    assert kept_of(evict_after, 0) == kept_of(evict_after, 1) == list(range(32, 40))
+    assert (Retention([[[], []]], 32).evict_after(ONE) == 31).all()
+    assert (Retention([[[], []]], 15).evict_after(ONE) == FOREVER).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -50,12 +50,12 @@ def test_what_is_asked_for_is_kept_and_pages_can_hold_it(seed: int, at: int):
         [rng.permutation(at)[: rng.integers(0, at + 1)] for _ in range(SHAPE.n_kv_heads)]
         for _ in range(SHAPE.n_layers)
     ]
-    retained = Retention(kept, at).retained(SHAPE)
+    evict_after = Retention(kept, at).evict_after(SHAPE)
     complete = at // 16 * 16
     for layer, heads in enumerate(kept):
         sizes = set()
         for head, wanted in enumerate(heads):
-            found = kept_of(retained, head, layer)
+            found = kept_of(evict_after, head, layer)
             assert {*wanted.tolist(), *range(complete, at)} <= set(found)
             sizes.add(len(found) - (at - complete))
             extra = set(found) - set(wanted.tolist())
@@ -64,19 +64,19 @@ def test_what_is_asked_for_is_kept_and_pages_can_hold_it(seed: int, at: int):
             assert filled == sorted(spare)[len(spare) - len(filled) :]
         (size,) = sizes
         assert size == -(-max((w < complete).sum() for w in heads) // 16) * 16
-    plan = Plan.rest(SHAPE, at).with_fields(retained=retained)
+    plan = Plan.rest(SHAPE, at).with_fields(evict_after=evict_after)
     plan.check(SHAPE)
-    assert [*eviction_lengths(retained)] == ([at] if plan.forgets else [])
+    assert [*eviction_lengths(evict_after)] == ([at] if plan.forgets else [])
 
 
 def test_held_entries():
-    retained = Retention([[[0, 1], [2, 3]]], 32).retained(ONE)
-    assert held_entries(retained, 0, 31).tolist() == [[*range(31)]] * 2
-    assert held_entries(retained, 0, 32).tolist() == [
+    evict_after = Retention([[[0, 1], [2, 3]]], 32).evict_after(ONE)
+    assert held_entries(evict_after, 0, 31).tolist() == [[*range(31)]] * 2
+    assert held_entries(evict_after, 0, 32).tolist() == [
         [0, 1, *range(18, 32)],
         [2, 3, *range(18, 32)],
     ]
-    assert held_entries(retained, 0, 34)[1].tolist() == [2, 3, *range(18, 34)]
+    assert held_entries(evict_after, 0, 34)[1].tolist() == [2, 3, *range(18, 34)]
 
 
 def test_all_else_is_the_inner_methods(shape: ModelShape):
@@ -86,20 +86,20 @@ def test_all_else_is_the_inner_methods(shape: ModelShape):
     assert method.equipment == inner.equipment
     assert method.overhead(shape) == inner.overhead(shape)
     assert isinstance(method.author(shape), type(inner.author(shape)))
-    assert inner.author(shape).retained is None
+    assert inner.author(shape).evict_after is None
     dense = Retention(some, 40).author(shape)
     positions = np.arange(5, dtype=np.int32)
     assert dense.rests
     assert (dense.planned(positions) == resting_rows(shape, positions)).all()
     every = Retention([[range(40)] * shape.n_kv_heads] * shape.n_layers, 40)
-    assert every.author(shape).retained is None
+    assert every.author(shape).evict_after is None
 
 
 def test_only_one_may_forget(shape: ModelShape):
     inner = Retention([[[0]] * shape.n_kv_heads] * shape.n_layers, 40)
     with pytest.raises(VesicleError, match="the inner method forgets entries already"):
         Retention(inner.kept, 60, inner).author(shape)
-    plan = Plan.rest(shape, 40).with_fields(retained=inner.retained(shape))
+    plan = Plan.rest(shape, 40).with_fields(evict_after=inner.evict_after(shape))
     with pytest.raises(VesicleError, match="the inner method forgets entries already"):
         Retention(inner.kept, 60, Replay(plan)).author(shape)
 
@@ -129,5 +129,5 @@ def test_another_models_entries(shape: ModelShape):
 
 
 def test_dense_forgets_nothing(shape: ModelShape):
-    assert Dense().author(shape).retained is None
+    assert Dense().author(shape).evict_after is None
     assert eviction_lengths(None) == []

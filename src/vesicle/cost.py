@@ -122,7 +122,7 @@ def _forgotten(plan: Plan, first_position: int) -> NDArray[np.int64]:
     """(T + 1, L) of the Plan's entries, those gone before each token, and after the last."""
     t, n_layers = plan.ffn.shape
     # All KV heads hold as many. An entry is gone for the first query after the last that reads it.
-    gone = np.minimum(plan.retained[:, :, 0].astype(np.int64) + 1 - first_position, t + 1)
+    gone = np.minimum(plan.evict_after[:, :, 0].astype(np.int64) + 1 - first_position, t + 1)
     ends = np.zeros((t + 2, n_layers), np.int64)
     np.add.at(ends, (np.maximum(gone, 0), np.arange(n_layers)), 1)
     return ends[: t + 1].cumsum(0)

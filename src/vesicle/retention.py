@@ -54,7 +54,7 @@ class Retention(Method):
         self.at = at
         self.inner = inner or Dense()
         self.kept = [[_positions(head, at) for head in layer] for layer in kept]
-        self._retained: IntArray | None = None
+        self._evict_after: IntArray | None = None
 
     @property
     def equipment(self) -> Equipment:
@@ -73,14 +73,14 @@ class Retention(Method):
                 already.
         """
         author = self.inner.author(shape)
-        if author.retained is not None:
+        if author.evict_after is not None:
             raise VesicleError("the inner method forgets entries already; one of the two may")
-        retained = self.retained(shape)
-        if (retained != FOREVER).any():
-            author.retained = retained
+        evict_after = self.evict_after(shape)
+        if (evict_after != FOREVER).any():
+            author.evict_after = evict_after
         return author
 
-    def retained(self, shape: ModelShape) -> IntArray:
+    def evict_after(self, shape: ModelShape) -> IntArray:
         """(at, L, G) the Plan's field for the first `at` tokens, rounded up to pages.
 
         Raises:
@@ -97,7 +97,7 @@ class Retention(Method):
                     f"entries of {len(heads)} KV heads are to be kept in layer {layer}; "
                     f"this model has {n_heads}"
                 )
-        if self._retained is None:
+        if self._evict_after is None:
             complete = self.at // BLOCK * BLOCK
             stays = np.ones((self.at, n_layers, n_heads), bool)
             for layer, heads in enumerate(self.kept):
@@ -105,28 +105,28 @@ class Retention(Method):
                 for row, positions in zip(chosen, heads, strict=True):
                     row[positions[positions < complete]] = True
                 stays[:complete, layer] = rounded_up(chosen).T
-            self._retained = np.where(stays, FOREVER, self.at - 1).astype(np.int32)
-        return self._retained
+            self._evict_after = np.where(stays, FOREVER, self.at - 1).astype(np.int32)
+        return self._evict_after
 
 
-def eviction_lengths(retained: IntArray | None) -> list[int]:
-    """After how many tokens entries are forgotten, rising; `retained` as an author has it."""
-    if retained is None:
+def eviction_lengths(evict_after: IntArray | None) -> list[int]:
+    """After how many tokens entries are forgotten, rising; `evict_after` as an author has it."""
+    if evict_after is None:
         return []
-    return [int(last) + 1 for last in np.unique(retained) if last != FOREVER]
+    return [int(last) + 1 for last in np.unique(evict_after) if last != FOREVER]
 
 
-def held_entries(retained: IntArray, layer: int, length: int) -> IntArray:
+def held_entries(evict_after: IntArray, layer: int, length: int) -> IntArray:
     """(G, n) positions below `length`, rising, whose entries the query at `length` may read.
 
     Args:
-        retained: (S, L, G) as an author has it.
+        evict_after: (S, L, G) as an author has it.
         layer: Of the entries.
         length: Tokens before the query.
     """
-    n_heads = retained.shape[2]
+    n_heads = evict_after.shape[2]
     stays = np.ones((length, n_heads), bool)
-    stays[: len(retained)] = retained[:length, layer] >= length
+    stays[: len(evict_after)] = evict_after[:length, layer] >= length
     return np.nonzero(stays.T)[1].reshape(n_heads, -1).astype(np.int32)
 
 

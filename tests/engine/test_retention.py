@@ -190,9 +190,9 @@ def test_the_scheduler(engine: Engine):
 
 def test_two_evictions_in_one_chunk(engine: Engine):
     shape = engine.shape
-    retained = np.full((70, shape.n_layers, shape.n_kv_heads), 2**31 - 1, np.int32)
-    retained[:16], retained[16:32] = 35, 50
-    method = Replay(Plan.rest(shape, 70).with_fields(retained=retained))
+    evict_after = np.full((70, shape.n_layers, shape.n_kv_heads), 2**31 - 1, np.int32)
+    evict_after[:16], evict_after[16:32] = 35, 50
+    method = Replay(Plan.rest(shape, 70).with_fields(evict_after=evict_after))
     with closing(engine.start(method)) as whole, closing(engine.start(method)) as pieces:
         expected = [engine.forward([(pieces, [token])])[0] for token in ROW[:70]]
         (logits,) = engine.forward([(whole, ROW[:70])], "all")

@@ -427,7 +427,7 @@ def test_intervals_are_checked(llama: Any, interval: Any, run: str):
 def test_one_of_the_two_may_forget(llama: Any):
     engine = Engine.from_model(llama)
     kept = Retention([[[]] * 2] * 3, 16)
-    with pytest.raises(VesicleError, match="both retained and a forgetter"):
+    with pytest.raises(VesicleError, match="has evict_after and a forgetter"):
         engine.start(SinksAndRecent(16, inner=kept))
     with pytest.raises(VesicleError, match="has a forgetter already"):
         engine.start(SinksAndRecent(16, inner=SinksAndRecent(16)))

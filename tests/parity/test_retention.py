@@ -44,16 +44,16 @@ def random_kept(
 
 def forgetful_plan(shape: ModelShape, t: int, rng: np.random.Generator) -> Plan:
     """Every field varied, and entries forgotten at three times."""
-    retained = np.full((t, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
+    evict_after = np.full((t, shape.n_layers, shape.n_kv_heads), FOREVER, np.int32)
     for length in (19, 40, 41):
         complete = length // 16 * 16
         for layer in range(shape.n_layers):
             n = 16 * int(rng.integers(0, complete // 16))
             for head in range(shape.n_kv_heads):
-                held = np.nonzero(retained[:complete, layer, head] == FOREVER)[0]
+                held = np.nonzero(evict_after[:complete, layer, head] == FOREVER)[0]
                 gone = rng.permutation(held)[: min(n, len(held) // 16 * 16)]
-                retained[gone, layer, head] = length - 1
-    plan = random_plan(shape, t, rng).with_fields(retained=retained)
+                evict_after[gone, layer, head] = length - 1
+    plan = random_plan(shape, t, rng).with_fields(evict_after=evict_after)
     plan.check(shape)
     return plan
 
@@ -76,7 +76,7 @@ def test_execution(llama: Any, ids: Tensor, rng: np.random.Generator, cuts, at: 
     expected, plan = reference(llama, ids, method)
     close(logits, expected, FP64)
     assert sequence.plan.equals(plan)
-    assert (sequence.plan.retained[:at] == method.retained(engine.shape)).all()
+    assert (sequence.plan.evict_after[:at] == method.evict_after(engine.shape)).all()
     plan.check(engine.shape)
     counted(sequence, engine)
     assert sequence.kv_bytes_peak == kv_bytes_peak(sequence.plan, engine.shape)
@@ -231,7 +231,7 @@ def test_native_decoding(weights: str, kv: str, kind: str, rng: np.random.Genera
         for name, values in twin.token_costs.items():
             assert not same or values[-1] == sequence.token_costs[name][-1], name
         twin.close()
-        held = (sequence.plan.retained[:, :, 0] >= sequence.length).sum(0)
+        held = (sequence.plan.evict_after[:, :, 0] >= sequence.length).sum(0)
         assert engine.pool.blocks_in_use == (-(-held // 16)).sum()
     # One channel or block nearly equal to another may be swapped by a rounding.
     assert far <= 3

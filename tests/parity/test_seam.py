@@ -221,10 +221,10 @@ def test_dense_weights_refuse_every_step_of_a_ladder():
 def test_what_is_forgotten_after_the_end_can_be_replayed():
     """Of four KV heads two forget, but only after the Plan's last token."""
     shape = replace(SHAPE, n_heads=8, n_kv_heads=4)
-    retained = np.full((40, shape.n_layers, 4), FOREVER, np.int32)
-    retained[:16, 1, :2] = 60
-    plan = Plan.rest(shape, 40).with_fields(retained=retained)
+    evict_after = np.full((40, shape.n_layers, 4), FOREVER, np.int32)
+    evict_after[:16, 1, :2] = 60
+    plan = Plan.rest(shape, 40).with_fields(evict_after=evict_after)
     plan.check(shape)
     author = Replay(plan).author(shape)
-    assert np.array_equal(author.retained, retained)
-    assert plan.equals(Plan.rest(shape, 40).with_fields(retained=retained[..., :2]))
+    assert np.array_equal(author.evict_after, evict_after)
+    assert plan.equals(Plan.rest(shape, 40).with_fields(evict_after=evict_after[..., :2]))

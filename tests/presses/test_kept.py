@@ -202,6 +202,6 @@ def test_heads_that_keep_fewer_are_filled_up(llama: Any):
     sequence = engine.start(press_method(press, llama, ids))
     engine.forward([(sequence, ids)], "none")
     assert engine.pool.bytes_in_use == 3 * 2 * engine.pool.bytes_per_block
-    held = sequence.plan.retained == FOREVER
+    held = sequence.plan.evict_after == FOREVER
     assert (held.sum(0) == 32).all()
     assert held[16:].all()

@@ -50,12 +50,12 @@ class Sequence:
         if self.forgetter is not None and self.forgetter.reads_attention:
             self.received = Received(shape)
         self._left: list[IntArray] | None = None  # (G, n) of each layer, told but not done yet
-        self.builder = PlanBuilder(shape, self.author.retained)
+        self.builder = PlanBuilder(shape, self.author.evict_after)
         self.cache = SequenceCache(engine.pool, shape.n_layers)
         self.prompts = Spans()
         self.taken_over = 0
         self.evicts_at = FOREVER
-        self._evictions = eviction_lengths(self.author.retained)
+        self._evictions = eviction_lengths(self.author.evict_after)
         self._most_bytes = 0
         self.await_eviction()
         self.token_ids: list[int] = []
@@ -147,9 +147,9 @@ class Sequence:
 
     def _known(self) -> list[IntArray]:
         """(G, n) positions of complete blocks that each layer keeps, as known beforehand."""
-        retained, length = self.author.retained, self.cache.length
-        assert retained is not None
-        held = [held_entries(retained, layer, length) for layer in range(self.cache.n_layers)]
+        evict_after, length = self.author.evict_after, self.cache.length
+        assert evict_after is not None
+        held = [held_entries(evict_after, layer, length) for layer in range(self.cache.n_layers)]
         # As many in each head.
         return [entries[:, entries[0] < length // BLOCK * BLOCK] for entries in held]
 

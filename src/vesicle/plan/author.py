@@ -31,14 +31,14 @@ class Author(ABC):
     another has its `fork`.
 
     Attributes:
-        retained: (S, L, G) the last position whose query may read each of the first S entries, as
-            `Plan.retained`; later ones stay forever. None, the default, if nothing is forgotten. It
-            is known before the first token and does not change.
-        forgetter: Who decides about that as the text goes on, in place of `retained`. An author's
-            fork gets a fork of it from whoever executes.
+        evict_after: (S, L, G) the last position whose query may read each of the first S entries,
+            as `Plan.evict_after`; later ones stay forever. None, the default, if nothing is
+            forgotten. It is known before the first token and does not change.
+        forgetter: Who decides about that as the text goes on, in place of `evict_after`. An
+            author's fork gets a fork of it from whoever executes.
     """
 
-    retained: IntArray | None = None
+    evict_after: IntArray | None = None
     forgetter: Forgetter | None = None
 
     @property
@@ -87,8 +87,9 @@ class Author(ABC):
     def fork(self, n_tokens: int) -> Author:
         """An author of its own that stands where this one stood after its first `n_tokens` tokens.
 
-        Both go on alone. It knows all that this one knew there: its state, `retained`, and which of
-        the first `n_tokens` tokens are prompt. An author without state may return a copy of itself.
+        Both go on alone. It knows all that this one knew there: its state, `evict_after`, and which
+        of the first `n_tokens` tokens are prompt. An author without state may return a copy of
+        itself.
 
         By default refused, since what an author carries is not known here: state that is shared or
         dropped would decide otherwise, without a word.

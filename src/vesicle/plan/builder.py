@@ -32,15 +32,15 @@ class PlanBuilder:
     An executor adds the table of each pass.
     """
 
-    def __init__(self, shape: ModelShape, retained: IntArray | None = None) -> None:
+    def __init__(self, shape: ModelShape, evict_after: IntArray | None = None) -> None:
         """Start with no tokens.
 
         Args:
             shape: Of the model.
-            retained: As `Author.retained` tells.
+            evict_after: As `Author.evict_after` tells.
         """
         self._shape = shape
-        self._retained = retained
+        self._evict_after = evict_after
         self._forgetting: Events | None = None
         self._forgotten: list[Events] = []
         self._passes: list[Rows] = []
@@ -58,7 +58,7 @@ class PlanBuilder:
 
         `head` is whole there: who takes a token over is not asked for its logits.
         """
-        other = PlanBuilder(self._shape, self._retained)
+        other = PlanBuilder(self._shape, self._evict_after)
         other._passes = [rows.copy() for rows in opening(self._passes, n_tokens)]
         for rows in other._passes:
             rows["head"] = 0
@@ -72,10 +72,10 @@ class PlanBuilder:
         return Plan(rows=rows, events=self._events(len(rows)))
 
     def _events(self, n_tokens: int) -> Events:
-        if self._retained is None:
+        if self._evict_after is None:
             return joined(self._forgotten)
-        if n_tokens < len(self._retained):
-            return forgetting(self._retained[:n_tokens])
+        if n_tokens < len(self._evict_after):
+            return forgetting(self._evict_after[:n_tokens])
         if self._forgetting is None:  # the same from here on
-            self._forgetting = forgetting(self._retained)
+            self._forgetting = forgetting(self._evict_after)
         return self._forgetting

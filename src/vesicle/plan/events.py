@@ -43,16 +43,16 @@ def joined(tables: list[Events]) -> Events:
     return table_of(**{name: whole[name] for name in _NAMES})
 
 
-def forgetting(retained: IntArray) -> Events:
+def forgetting(evict_after: IntArray) -> Events:
     """The events that forget entries.
 
     Args:
-        retained: (S, L, G or 1) the last position whose query may read each entry; `FOREVER` for
+        evict_after: (S, L, G or 1) the last position whose query may read each entry; `FOREVER` for
             those that stay.
     """
     tables = []
-    for layer in np.nonzero((retained != FOREVER).any((0, 2)))[0].tolist():
-        table = retained[:, layer]
+    for layer in np.nonzero((evict_after != FOREVER).any((0, 2)))[0].tolist():
+        table = evict_after[:, layer]
         together = bool((table == table[:, :1]).all())
         for head in range(1 if together else table.shape[1]):
             column = table[:, head]  # an event for every run of entries that end together
@@ -71,7 +71,7 @@ def forgetting(retained: IntArray) -> Events:
     return joined(tables)
 
 
-def retained_by(
+def evict_after_of(
     events: Events, n_tokens: int, n_layers: int, n_heads: int | None = None
 ) -> IntArray:
     """(T, L, G or 1) the last position whose query may read each entry.
@@ -86,12 +86,12 @@ def retained_by(
     whole = np.broadcast_to(np.int32(FOREVER), (n_tokens, n_layers, heads))
     if not len(forget):
         return whole
-    retained = whole.copy()
+    evict_after = whole.copy()
     for position, layer, first, last, head, _, _ in forget.tolist():
         chosen = slice(None) if head == ALL_HEADS else head
-        entries = retained[first : last + 1, layer, chosen]
+        entries = evict_after[first : last + 1, layer, chosen]
         np.minimum(entries, position - 1, out=entries)
-    return retained
+    return evict_after
 
 
 def check_events(events: Events, n_tokens: int, n_layers: int, n_heads: int) -> None:
@@ -119,26 +119,26 @@ def check_events(events: Events, n_tokens: int, n_layers: int, n_heads: int) -> 
                 f"plan event {name!r} is {values[bad][0]} at {int(bad.argmax())}; "
                 f"allowed: {low} to {high}"
             )
-    check_retained(retained_by(events, n_tokens, n_layers, n_heads))
+    check_evict_after(evict_after_of(events, n_tokens, n_layers, n_heads))
 
 
-def check_retained(retained: IntArray) -> None:
+def check_evict_after(evict_after: IntArray) -> None:
     """Refuse ends of entries (T, L, G) that pages cannot follow; see `check_events`.
 
     Raises:
         VesicleError: With the value and what is allowed.
     """
-    t, name = len(retained), "plan field 'retained'"
+    t, name = len(evict_after), "plan field 'evict_after'"
     own = np.arange(t, dtype=np.int32) // BLOCK * BLOCK + BLOCK - 1
-    bad = retained < own[:, None, None]
+    bad = evict_after < own[:, None, None]
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         raise VesicleError(
-            f"{name} is {retained[where]} at {where}; allowed: {own[where[0]]} and above, the "
+            f"{name} is {evict_after[where]} at {where}; allowed: {own[where[0]]} and above, the "
             f"end of its block of {BLOCK}"
         )
     # What is forgotten after the last token has no effect here, and may be a part of its kind.
-    ends = np.sort(np.where(retained < t, retained, FOREVER), axis=0)
+    ends = np.sort(np.where(evict_after < t, evict_after, FOREVER), axis=0)
     ends = np.concatenate([ends, np.full((-t % BLOCK, *ends.shape[1:]), FOREVER, np.int32)])
     groups = ends.reshape(-1, BLOCK, *ends.shape[1:])
     torn = ((groups != groups[:, :1]).any((0, 1)) | (ends != ends[..., :1]).any(0)).any(-1)

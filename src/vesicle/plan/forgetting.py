@@ -96,8 +96,8 @@ def forgetter_of(author: Author) -> Forgetter | None:
     found = author.forgetter
     if found is None:
         return None
-    if author.retained is not None:
-        raise VesicleError("an author has both retained and a forgetter; allowed: one of the two")
+    if author.evict_after is not None:
+        raise VesicleError("an author has evict_after and a forgetter; allowed: one of the two")
     interval = found.interval
     whole = isinstance(interval, int | np.integer) and not isinstance(interval, bool)
     if not whole or interval < BLOCK or interval % BLOCK:

@@ -9,7 +9,7 @@ import numpy as np
 
 from vesicle.errors import VesicleError
 from vesicle.plan.author import Author, Equipment, Method
-from vesicle.plan.events import retained_by
+from vesicle.plan.events import evict_after_of
 from vesicle.plan.plan import Plan
 from vesicle.plan.rows import IntArray, Rows, resting_rows
 from vesicle.shapes import ModelShape
@@ -44,7 +44,7 @@ class _ReplayAuthor(Author):
         self._plan = plan
         if plan.forgets:
             size = (plan.n_tokens, plan.n_layers, shape.n_kv_heads)
-            self.retained = np.broadcast_to(retained_by(plan.events, *size), size)
+            self.evict_after = np.broadcast_to(evict_after_of(plan.events, *size), size)
 
     def fork(self, n_tokens: int) -> Author:
         return copy.copy(self)

@@ -21,8 +21,8 @@ from vesicle.plan.events import (
     N_EVENT,
     Events,
     check_events,
+    evict_after_of,
     forgetting,
-    retained_by,
 )
 from vesicle.plan.rows import BY_NAME, ROW, IntArray, Rows, check_rows, numbers, resting_rows
 from vesicle.shapes import ModelShape
@@ -49,11 +49,11 @@ class Plan:
     events: Events = field(default_factory=lambda: np.zeros(0, EVENT))
 
     @classmethod
-    def of(cls, retained: IntArray | None = None, **fields: NDArray[Any]) -> Plan:
+    def of(cls, evict_after: IntArray | None = None, **fields: NDArray[Any]) -> Plan:
         """A Plan from the arrays of its fields.
 
         Args:
-            retained: As the attribute; nothing is forgotten by default.
+            evict_after: As the attribute; nothing is forgotten by default.
             fields: Each as the attribute of that name; `head` is whole by default.
 
         Raises:
@@ -66,13 +66,13 @@ class Plan:
         for name in BY_NAME if "head" in fields else [n for n in BY_NAME if n != "head"]:
             _fill(rows, name, fields[name])
         plan = cls(rows=rows)
-        return plan if retained is None else plan.with_fields(retained=retained)
+        return plan if evict_after is None else plan.with_fields(evict_after=evict_after)
 
     def with_fields(self, **fields: NDArray[Any]) -> Plan:
-        """This Plan with other values of some fields, or another `retained`."""
+        """This Plan with other values of some fields, or another `evict_after`."""
         rows, events = self.rows.copy(), self.events
-        if "retained" in fields:
-            events = forgetting(_whole(fields.pop("retained"), "retained", rows.shape))
+        if "evict_after" in fields:
+            events = forgetting(_whole(fields.pop("evict_after"), "evict_after", rows.shape))
         for name, values in fields.items():
             _fill(rows, name, values)
         return Plan(rows=rows, events=events)
@@ -85,9 +85,9 @@ class Plan:
         return values[:, -1] if BY_NAME[name].last_layer else values
 
     @cached_property
-    def retained(self) -> IntArray:
+    def evict_after(self) -> IntArray:
         """(T, L, G or 1) the last position whose query may read each entry, by KV head."""
-        return retained_by(self.events, self.n_tokens, self.n_layers)
+        return evict_after_of(self.events, self.n_tokens, self.n_layers)
 
     @property
     def forgets(self) -> bool:
@@ -113,7 +113,7 @@ class Plan:
         """The rows `start:stop`, whose entries end at the positions at which they end here."""
         start, stop, _ = slice(start, stop).indices(self.n_tokens)
         plan = Plan(rows=self.rows[start:stop])
-        return plan.with_fields(retained=self.retained[start:stop]) if self.forgets else plan
+        return plan.with_fields(evict_after=self.evict_after[start:stop]) if self.forgets else plan
 
     def equals(self, other: Plan) -> bool:
         """Whether every decision is the same."""
@@ -121,9 +121,10 @@ class Plan:
             return False
         if not self.forgets and not other.forgets:
             return True
-        heads = max(self.retained.shape[2], other.retained.shape[2])
+        heads = max(self.evict_after.shape[2], other.evict_after.shape[2])
         mine, others = (
-            retained_by(plan.events, plan.n_tokens, plan.n_layers, heads) for plan in (self, other)
+            evict_after_of(plan.events, plan.n_tokens, plan.n_layers, heads)
+            for plan in (self, other)
         )
         return bool((mine == others).all())  # one column stands for all heads
 
@@ -177,8 +178,8 @@ class Plan:
             raise VesicleError(f"plan {path} has {what}")
         # Where passes had to end was once of consequence.
         arrays.pop("turns", None)
-        if written == _OLD_FORMAT:  # an array for what is retained; the whole head by default
-            return Plan.of(**arrays)
+        if written == _OLD_FORMAT:  # an array for when entries end; the whole head by default
+            return Plan.of(evict_after=arrays.pop("retained", None), **arrays)
         events = arrays.pop(_EVENTS, np.zeros((0, N_EVENT), np.int32))
         if events.ndim != 2 or events.shape[1] != N_EVENT:
             raise VesicleError(f"plan field {_EVENTS!r} has shape {events.shape}")

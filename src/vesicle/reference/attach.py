@@ -310,7 +310,7 @@ class _Pass:
             run._authors = [] if run._soft else [run.method.author(run.shape) for _ in range(b)]
             run._builders = [PlanBuilder(run.shape) for _ in range(b)]
             if not run._soft:
-                run._builders = [PlanBuilder(run.shape, a.retained) for a in run._authors]
+                run._builders = [PlanBuilder(run.shape, a.evict_after) for a in run._authors]
             self.state = {}
             self.memories = [self.memory(i) for i in range(len(run._authors))]
         elif len(run._builders) != b:
@@ -389,9 +389,9 @@ class _Pass:
         if forgetter is not None:
             none = np.zeros((0, shape.n_kv_heads), np.int32)
             return [Memory(none, layer, forgetter, note) for layer in range(shape.n_layers)]
-        if author.retained is None:
+        if author.evict_after is None:
             return None
-        return [Memory(author.retained[:, layer]) for layer in range(shape.n_layers)]
+        return [Memory(author.evict_after[:, layer]) for layer in range(shape.n_layers)]
 
     def forgetting(self, layer: int) -> list[Memory | None] | None:
         """Each sequence's memory of a layer; None where this pass would see no difference."""
@@ -399,7 +399,7 @@ class _Pass:
         for author, memory, p in zip(
             self.run._authors, self.memories, self.numpy_positions, strict=True
         ):
-            known = author.retained
+            known = author.evict_after
             late = known is not None and (not len(p) or known.min() >= p[-1])
             found.append(None if memory is None or late else memory[layer])
         return found if any(memory is not None for memory in found) else None

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesicle.plan import FOREVER, Events, Forgetter, IntArray
-from vesicle.plan.events import retained_by
+from vesicle.plan.events import evict_after_of
 from vesicle.plan.forgetting import ask
 from vesicle.retention import eviction_lengths, held_entries
 
@@ -23,7 +23,7 @@ class Memory:
 
     def __init__(
         self,
-        retained: IntArray,
+        evict_after: IntArray,
         layer: int = 0,
         forgetter: Forgetter | None = None,
         note: Callable[[Events], None] | None = None,
@@ -31,14 +31,14 @@ class Memory:
         """Know when entries end, or ask somebody.
 
         Args:
-            retained: (S, G) the last position whose query may read each of the first entries.
+            evict_after: (S, G) the last position whose query may read each of the first entries.
             layer: Whose entries they are.
-            forgetter: Is asked at its interval; then `retained` is (0, G).
+            forgetter: Is asked at its interval; then `evict_after` is (0, G).
             note: Takes the events that it decides on.
         """
-        self._retained, self._layer = retained, layer
+        self._evict_after, self._layer = evict_after, layer
         self._forgetter, self._note = forgetter, note
-        self._sums = np.zeros((retained.shape[1], 0))
+        self._sums = np.zeros((evict_after.shape[1], 0))
 
     @property
     def reads_attention(self) -> bool:
@@ -48,7 +48,7 @@ class Memory:
     def periods(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut the tokens `start` to `stop` where something is forgotten; ask as they go by."""
         if self._forgetter is None:
-            ends = [n for n in eviction_lengths(self._retained[:, None]) if start < n < stop]
+            ends = [n for n in eviction_lengths(self._evict_after[:, None]) if start < n < stop]
         else:
             interval = self._forgetter.interval
             ends = list(range((start // interval + 1) * interval, stop, interval))
@@ -59,7 +59,7 @@ class Memory:
 
     def held(self, length: int) -> IntArray:
         """(G, n) positions below `length`, rising, that the query at `length` sees."""
-        return held_entries(self._retained[:, None], 0, length)
+        return held_entries(self._evict_after[:, None], 0, length)
 
     def receive(self, entries: IntArray, received: NDArray[np.floating]) -> None:
         """Add what entries (G, n) received (G, n)."""
@@ -79,9 +79,9 @@ class Memory:
         assert self._note is not None
         self._note(events)
         whole = np.full((length, len(held)), FOREVER, np.int32)
-        whole[: len(self._retained)] = self._retained
+        whole[: len(self._evict_after)] = self._evict_after
         mine = events.copy()
         mine["layer"] = 0
-        ends = np.broadcast_to(retained_by(mine, length, 1, len(held))[:, 0], whole.shape)
+        ends = np.broadcast_to(evict_after_of(mine, length, 1, len(held))[:, 0], whole.shape)
         # What is gone already does not come back, whatever a run of events covers.
-        self._retained = np.minimum(whole, ends).astype(np.int32)
+        self._evict_after = np.minimum(whole, ends).astype(np.int32)
