@@ -9,10 +9,12 @@ MEMORY = -fsanitize=address,undefined -fno-sanitize-recover=undefined
 # Fresh memory holds numbers that are none, so that whatever is read before it was written shows.
 FILLED = ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=16777216:malloc_fill_byte=255
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+# Objects of the native core with some flags in a folder, as many at a time as there are processors.
+COMPILED = ls $(CORE)/*.cpp | xargs -P $$(nproc) -I{} sh -c '$(CHECKED) $(1) -c {} -o $(2)/$$(basename {}).o'
 # The floor that pyproject.toml names, in full.
 OLDEST = 5.0.0
 NATIVE_TESTS = tests/native/test_fuzz.py tests/native/test_damage.py tests/engine/test_decode.py \
-	tests/engine/test_packed.py
+	tests/engine/test_packed.py tests/parity/test_forgetting.py tests/parity/test_small_modules.py
 
 .DEFAULT_GOAL := help
 .PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow \
@@ -54,17 +56,20 @@ test-arm: ## passes on an emulated 64-bit ARM core (needs a cross compiler and q
 	$(ARM_RUN) build/arm/driver 40
 
 sanitize: ## the native code under checks of memory and undefined behaviour (GCC on Linux; minutes)
-	mkdir -p build/sanitize
-	$(CHECKED) $(MEMORY) -shared $(CORE)/*.cpp -o build/sanitize/_core.so
+	mkdir -p build/sanitize/memory
+	$(call COMPILED,$(MEMORY),build/sanitize/memory)
+	$(CHECKED) $(MEMORY) -shared build/sanitize/memory/*.o -o build/sanitize/_core.so
 	$(CHECKED) $(MEMORY) -I$(CORE) tests/native/driver.cpp build/sanitize/_core.so \
 		-Wl,-rpath,'$$ORIGIN' -o build/sanitize/driver
 	$(FILLED) build/sanitize/driver 100
 	$(FILLED) LD_PRELOAD="$(RUNTIMES)" VESICLE_LIBRARIES=build/sanitize $(PYTEST) $(NATIVE_TESTS)
 
 sanitize-threads: ## passes under checks of what threads share (GCC on Linux)
-	mkdir -p build/sanitize
-	$(CHECKED) -fsanitize=thread -I$(CORE) $(DRIVER) -o build/sanitize/threads
-	setarch -R build/sanitize/threads 60
+	mkdir -p build/sanitize/threads
+	$(call COMPILED,-fsanitize=thread,build/sanitize/threads)
+	$(CHECKED) -fsanitize=thread -I$(CORE) tests/native/driver.cpp build/sanitize/threads/*.o \
+		-o build/sanitize/race
+	setarch -R build/sanitize/race 60
 
 test-kvpress: ## the bridge to NVIDIA's kvpress, in .venv-kvpress (made if missing; needs minutes)
 	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress

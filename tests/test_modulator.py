@@ -21,7 +21,7 @@ from vesicle.transmitters import NAMES, index
 
 def plan_of(modulator: Modulator, budget: float = 0.6) -> Plan:
     with torch.no_grad(), attach(tiny_model("llama"), modulator, budget) as run:
-        run._model(tokens(70))
+        run.model(tokens(70))
     return run.plan
 
 

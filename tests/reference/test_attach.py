@@ -109,8 +109,8 @@ def test_clean_after_an_error_while_attaching(llama: Any, monkeypatch: pytest.Mo
         raise RuntimeError("half-way")
 
     last = llama.model.layers[-1]
-    modules = run._family.modules
-    monkeypatch.setattr(run._family, "modules", lambda l: fail(l) if l is last else modules(l))
+    modules = run.family.modules
+    monkeypatch.setattr(run.family, "modules", lambda l: fail(l) if l is last else modules(l))
     with pytest.raises(RuntimeError, match="half-way"):
         run.__enter__()
     assert traces(llama) == before
