@@ -91,10 +91,13 @@ struct Kernels {
   void (*attend_together)(const KvView* kv, int32_t format, const float* query, int64_t tokens, int64_t ratio,
                           float scale, const int32_t* blocks, int64_t n, const int64_t* tails, float* out, float* top,
                           float* total, float* room);
-  // received[0:valid] += the attention probabilities of a block's first `valid` positions, of `ratio` query heads of one
-  // KV head in order, whose scores' largest and the inverses of whose totals are known.
-  void (*receive)(const KvView* kv, int32_t format, int64_t g, int64_t block, const float* query, int64_t ratio,
-                  float scale, int64_t valid, const float* top, const float* inverse, float* received);
+  // received[0:16] += the attention probabilities of a block's positions, the first tails[t] for a token (all where
+  // `tails` is null), of the query heads of one KV head, row after row. Of each row the largest score and the inverse
+  // of its total are known.
+  //   query (tokens, ratio, size); top, inverse (tokens, ratio); room (16 (size + tokens ratio))
+  void (*receive)(const KvView* kv, int32_t format, int64_t g, int64_t block, const float* query, int64_t tokens,
+                  int64_t ratio, float scale, const int64_t* tails, const float* top, const float* inverse,
+                  float* received, float* room);
   // Writes one position's key and value (K) of KV head g into a page.
   void (*store)(const KvView* kv, int32_t format, int64_t g, int64_t block, int64_t slot, const float* key,
                 const float* value);

@@ -112,7 +112,7 @@ class Pass {
 
   // pass_attention.cpp
   struct Scratch {  // of a thread
-    Buffer<float> joint, mixed, choices, together, softmax;
+    Buffer<float> joint, mixed, choices, together;
     Buffer<int32_t> lists;
     Buffer<uint32_t> chosen;
     Buffer<const int32_t*> heads_lists;
@@ -150,6 +150,8 @@ class Pass {
                        int64_t last);
   void attention(int64_t thread, int64_t l);
   void merge(int64_t t, int64_t blocks, float* out);
+  void softmax(int64_t thread, int64_t t, int64_t i, int64_t count, float* top, float* inverse);
+  void receive_from(int64_t thread, int64_t l, const int64_t* members, int64_t count);
   void receive(int64_t thread, int64_t l);
 
   // pass_head.cpp

@@ -276,40 +276,68 @@ void Pass::merge(int64_t t, int64_t blocks, float* out) {
   }
 }
 
-// Adds to what each slot has received, for chunks that ask. A slot is one thread's, and takes its queries in order, so
-// that sums do not depend on how a text is cut.
-void Pass::receive(int64_t thread, int64_t l) {
+// Largest scores and inverse totals of a token's query heads, by KV head (KV heads, `count` tokens, ratio) as the i-th.
+void Pass::softmax(int64_t thread, int64_t t, int64_t i, int64_t count, float* top, float* inverse) {
+  const int64_t size = model->size, heads = model->heads, ratio = heads / model->kv_heads;
+  const int64_t blocks = lane(thread, t).blocks, segments = (blocks + segment(blocks) - 1) / segment(blocks);
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t row = (h / ratio * count + i) * ratio + h % ratio;
+    top[row] = -INFINITY;
+    for (int64_t s = 0; s < segments; ++s) top[row] = std::max(top[row], part(t, h, s)[size]);
+    float total = 0;
+    for (int64_t s = 0; s < segments; ++s) total += std::exp(part(t, h, s)[size] - top[row]) * part(t, h, s)[size + 1];
+    inverse[row] = 1.0f / total;
+  }
+}
+
+// Adds to what each slot has received from tokens of one block, side by side where all read all that they see, else
+// one at a time. A slot is one thread's, and takes its queries in order, so that sums do not depend on
+// how a text is cut.
+void Pass::receive_from(int64_t thread, int64_t l, const int64_t* members, int64_t count) {
   const int64_t threads = pool->threads(), size = model->size, heads = model->heads, kv_heads = model->kv_heads;
-  const int64_t ratio = heads / kv_heads;
+  const int64_t ratio = heads / kv_heads, rows = heads * count, blocks = lane(thread, members[0]).blocks;
+  const VesicleChunk& chunk = *tokens[members[0]].chunk;
   const KvView pages = view();
-  float* top = scratch[thread].softmax.get(2 * heads);
-  float* inverse = top + heads;
-  for (int64_t t = 0; t < n; ++t) {
-    const Lane& a = lane(thread, t);
-    const Token& token = tokens[t];
-    const VesicleChunk& chunk = *token.chunk;
-    if (!chunk.received || !a.row.attention) continue;
-    const int64_t blocks = a.blocks, segments = (blocks + segment(blocks) - 1) / segment(blocks);
-    for (int64_t h = 0; h < heads; ++h) {
-      top[h] = -INFINITY;
-      for (int64_t s = 0; s < segments; ++s) top[h] = std::max(top[h], part(t, h, s)[size]);
-      float total = 0;
-      for (int64_t s = 0; s < segments; ++s) total += std::exp(part(t, h, s)[size] - top[h]) * part(t, h, s)[size + 1];
-      inverse[h] = 1.0f / total;
+  float* q = scratch[thread].together.get(rows * size + 2 * rows + kBlock * (size + ratio * count));
+  float *top = q + rows * size, *inverse = top + rows, *room = inverse + rows;
+  int64_t tails[kBlock];
+  for (int64_t i = 0; i < count; ++i) {
+    const float* own = queries(thread, l, members[i]);
+    for (int64_t g = 0; g < kv_heads; ++g)
+      std::memcpy(q + (g * count + i) * ratio * size, own + g * ratio * size, ratio * size * sizeof(float));
+    softmax(thread, members[i], i, count, top, inverse);
+    tails[i] = tokens[members[i]].offset(l) + 1;
+  }
+  const Listed listed = list_blocks(thread, members[0], l);
+  for (int64_t g = 0; g < kv_heads; ++g) {
+    const int64_t first = g * count * ratio;
+    float* row = chunk.received + (l * kv_heads + g) * chunk.room_received;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t place = listed.places[g] ? listed.places[g][b] : b;
+      if (place % threads != thread) continue;
+      const bool newest = b + 1 == blocks;
+      k->receive(&pages, static_cast<int32_t>(model->kv_format), g, listed.blocks[g][b], q + first * size, count, ratio,
+                 model->scale, newest ? tails : nullptr, top + first, inverse + first, row + place * kBlock, room);
+      for (int64_t i = 0; g == 0 && i < count; ++i)
+        sums_[counter(thread, members[i], l)] += newest ? tails[i] : kBlock;
     }
-    const float* q = queries(thread, l, t);
-    const Listed listed = list_blocks(thread, t, l);
-    for (int64_t g = 0; g < kv_heads; ++g) {
-      float* row = chunk.received + (l * kv_heads + g) * chunk.room_received;
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t place = listed.places[g] ? listed.places[g][i] : i;
-        if (place % threads != thread) continue;
-        const int64_t valid = i + 1 == blocks ? token.offset(l) + 1 : kBlock;
-        k->receive(&pages, static_cast<int32_t>(model->kv_format), g, listed.blocks[g][i], q + g * ratio * size, ratio,
-                   model->scale, valid, top + g * ratio, inverse + g * ratio, row + place * kBlock);
-        if (g == 0) sums_[counter(thread, t, l)] += valid;
-      }
+  }
+}
+
+// The same for all tokens whose chunks ask.
+void Pass::receive(int64_t thread, int64_t l) {
+  std::vector<int64_t>& members = scratch[thread].members;
+  for (const Run& run : runs) {
+    if (!tokens[run.first].chunk->received) continue;
+    members.clear();
+    bool choosing = false;
+    for (int64_t t = run.first; t < run.last; ++t) {
+      if (!lane(thread, t).row.attention) continue;
+      members.push_back(t);
+      choosing = choosing || chooses(thread, t, l);
     }
+    const int64_t count = static_cast<int64_t>(members.size()), step = choosing ? 1 : count;
+    for (int64_t i = 0; i < count; i += step) receive_from(thread, l, members.data() + i, step);
   }
 }
 
