@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vesicle.evaluation.regret_plots import save_plot
-from vesicle.evaluation.regret_results import Result
-from vesicle.evaluation.regret_table import markdown as regret_markdown
 from vesicle.evaluation.results_page import results_page
 from vesicle.evaluation.task_plots import save_plots
 from vesicle.evaluation.task_results import TaskResult
 from vesicle.evaluation.task_table import markdown as task_markdown
+from vesicle.evaluation.text_plots import save_plot
+from vesicle.evaluation.text_results import Result
+from vesicle.evaluation.text_table import markdown as regret_markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

@@ -1,5 +1,6 @@
 """Controls: priced without running, equal cost, and what each keeps of the learnt levels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,13 @@ from tests.tiny import SHAPE, shape_of, tiny_control, tiny_modulator
 from vesicle.cost import price
 from vesicle.errors import BudgetError
 from vesicle.evaluation import controls
-from vesicle.evaluation.controls import (
-    TOLERANCE,
-    Control,
-    Ledger,
-    Matched,
-    match,
-    plan_from_levels,
-    released,
-    tune_learnt,
-)
+from vesicle.evaluation.controls import NAMES, Control
 from vesicle.evaluation.language_modelling import score
+from vesicle.evaluation.ledger import Ledger, plan_from_levels, released
+from vesicle.evaluation.matching import TOLERANCE, Matched, match
+from vesicle.evaluation.tuning import tune_learnt
 from vesicle.modulator import Modulator
-from vesicle.plan import FloatArray
+from vesicle.plan import FloatArray, Method
 from vesicle.predictors import CONTROLS
 from vesicle.reference.attach import attach
 
@@ -50,22 +45,15 @@ def learnt(llama: Any, ledger: Ledger, windows: Tensor) -> list[FloatArray]:
 def build(
     name: str, ledger: Ledger, target: float, learnt: list[FloatArray], model: Any, ids: Tensor
 ) -> Control:
-    match name:
-        case "uniform":
-            return controls.uniform(ledger, target)
-        case "random":
-            return controls.random(ledger, target, seed=4)
-        case "best-of-n":
-            return controls.best_of_n(ledger, target, model, ids[:2, :40], n=3)
-    rules = {
-        "uniform-mix": controls.uniform_mix,
-        "per-layer": controls.per_layer,
-        "shuffled": controls.shuffled,
-    }
-    return rules[name](ledger, target, learnt)
+    loss = loss_on(model, ids[:2, :40])
+    seed = 4 if name == "random" else 0
+    return controls.control(name, ledger, target, seed=seed, learnt=learnt, n=3, loss=loss)
 
 
-NAMES = ("uniform", "uniform-mix", "per-layer", "random", "shuffled", "best-of-n")
+def loss_on(model: Any, ids: Tensor) -> Callable[[Method], float]:
+    """Windows in one pass, as `best-of-n` selects by them."""
+    n, length = ids.shape
+    return lambda method: float(score(model, ids, method, batch=n).nats.sum() / (n * (length - 1)))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -143,6 +131,7 @@ def test_mixes_keep_what_they_should(ledger: Ledger, learnt: list[FloatArray]):
     deficits = 1 - np.stack(learnt)[..., ledger.columns]
 
     def directions(control: Control) -> FloatArray:
+        assert not isinstance(control.deficits, list)
         return control.deficits / control.details["x"]
 
     mix = controls.uniform_mix(ledger, 0.9, learnt)
@@ -161,7 +150,7 @@ def test_shuffled_keeps_each_layers_levels(ledger: Ledger, learnt: list[FloatArr
         assert not np.allclose(window, own)
         np.testing.assert_allclose(np.sort(window, axis=0), np.sort(own, axis=0), atol=1e-12)
     assert not np.array_equal(
-        np.argsort(built.deficits[0, :, 0, 0]), np.argsort(built.deficits[1, :, 0, 0])
+        np.argsort(built.deficits[0][:, 0, 0]), np.argsort(built.deficits[1][:, 0, 0])
     )
 
 
@@ -173,11 +162,12 @@ def test_random_is_reproducible(ledger: Ledger):
 
 def test_best_of_n_takes_the_best(ledger: Ledger, llama: Any, windows: Tensor):
     selection = windows[:2, :40]
-    found = controls.best_of_n(ledger, 0.8, llama, selection, n=6)
+    on_selection = loss_on(llama, selection)
+    found = controls.best_of_n(ledger, 0.8, on_selection, n=6)
     loss = score(llama, selection, found.method, batch=2).nats.sum() / (2 * 39)
     assert loss == pytest.approx(found.details["selection_loss_nats"], rel=1e-12)
     assert loss <= found.details["selection_quartiles_nats"][0]
-    one = controls.best_of_n(ledger, 0.8, llama, selection, n=1)
+    one = controls.best_of_n(ledger, 0.8, on_selection, n=1)
     assert found.details["selection_loss_nats"] <= one.details["selection_loss_nats"]
 
 

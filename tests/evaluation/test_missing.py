@@ -16,7 +16,7 @@ from tests.tiny import tiny_model
 from vesicle.errors import DataError, VesicleError
 from vesicle.evaluation import task_plots, task_run, task_table
 from vesicle.evaluation.executors import Execution
-from vesicle.evaluation.methods import NAMES
+from vesicle.evaluation.methods import ON_ALL_TASKS
 from vesicle.evaluation.store import ITEMS
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.evaluation.task_results import TaskResult
@@ -186,7 +186,7 @@ def test_an_item_that_fails_under_some_methods(
         "wikitext2": [{"text": "Some words of a text that is cut into pieces. " * 20}],
     }[task]
     config = replace(
-        CONFIG, tasks=(task,), methods=NAMES, budgets=(0.8,), window=96, limit=6, best_of=2
+        CONFIG, tasks=(task,), methods=ON_ALL_TASKS, budgets=(0.8,), window=96, limit=6, best_of=2
     )
     whole = run(given, config, out="whole")
     items = whole.rows[0].items["ids"]
@@ -280,7 +280,7 @@ def test_when_nothing_at_all_could_be_run(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     failing(monkeypatch, lambda item, method: True)
-    config = replace(CONFIG, methods=NAMES, budgets=(0.8,))
+    config = replace(CONFIG, methods=ON_ALL_TASKS, budgets=(0.8,))
     with pytest.raises(VesicleError) as raised:
         run(rows(3), config)
     assert str(raised.value) == (
@@ -289,7 +289,7 @@ def test_when_nothing_at_all_could_be_run(
     )
     kept = TaskResult.load(tmp_path / "out" / "result.json")
     assert kept.rows == []
-    assert [m["method"] for m in kept.missing] == list(NAMES)
+    assert [m["method"] for m in kept.missing] == list(ON_ALL_TASKS)
     assert "## Missing" in task_table.markdown(kept)
     pytest.importorskip("matplotlib")
     assert task_plots.save_plots(kept, tmp_path).is_file()

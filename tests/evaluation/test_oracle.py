@@ -11,9 +11,10 @@ from tests.evaluation.helpers import some_windows
 from tests.tiny import shape_of, tiny_modulator
 from vesicle.errors import BudgetError
 from vesicle.evaluation import controls
-from vesicle.evaluation.controls import TOLERANCE, Ledger
 from vesicle.evaluation.language_modelling import score
-from vesicle.evaluation.oracle import Descent, OracleConfig, oracle
+from vesicle.evaluation.ledger import Ledger
+from vesicle.evaluation.matching import TOLERANCE
+from vesicle.evaluation.oracle import Descent, Losses, OracleConfig, oracle
 
 T = 48
 
@@ -29,9 +30,15 @@ def ledger(llama: Any) -> Ledger:
     return Ledger(tiny_modulator(shape), shape, T)
 
 
+def losses_on(model: Any, window: Tensor) -> Losses:
+    return lambda methods: [
+        float(score(model, window[None], method).nats[0]) / (len(window) - 1) for method in methods
+    ]
+
+
 @pytest.fixture
 def descents(llama: Any, ledger: Ledger, windows: Tensor) -> list[Descent]:
-    return [Descent(llama, ledger, w, OracleConfig()) for w in windows]
+    return [Descent(losses_on(llama, w), ledger, OracleConfig()) for w in windows]
 
 
 def test_equal_cost_and_no_worse_than_uniform(
@@ -60,7 +67,7 @@ def test_path_falls_one_cell_at_a_time(descents: list[Descent]):
 
 
 def test_path_does_not_depend_on_the_costs_asked_for(llama: Any, ledger: Ledger, windows: Tensor):
-    once, often = (Descent(llama, ledger, windows[0], OracleConfig()) for _ in range(2))
+    once, often = (Descent(losses_on(llama, windows[0]), ledger, OracleConfig()) for _ in range(2))
     for target in (0.95, 0.9, 0.8):
         often.at(target)
     a, b = once.at(0.7), often.at(0.7)
@@ -71,7 +78,7 @@ def test_path_does_not_depend_on_the_costs_asked_for(llama: Any, ledger: Ledger,
 
 def test_first_step_is_the_cheapest(llama: Any, ledger: Ledger, windows: Tensor):
     """Against every single step, scored by hand."""
-    descent = Descent(llama, ledger, windows[0], OracleConfig(step=0.25, batch=1))
+    descent = Descent(losses_on(llama, windows[0]), ledger, OracleConfig(step=0.25, batch=1))
     descent._round()
     rest, first = descent._path[0][1], descent._path[1][1]
 
@@ -94,7 +101,7 @@ def test_first_step_is_the_cheapest(llama: Any, ledger: Ledger, windows: Tensor)
 def test_cost_out_of_reach(llama: Any, windows: Tensor):
     shape = shape_of(llama)
     ledger = Ledger(tiny_modulator(shape, transmitters=("gaba",)), shape, T)
-    descent = Descent(llama, ledger, windows[0], OracleConfig())
+    descent = Descent(losses_on(llama, windows[0]), ledger, OracleConfig())
     assert descent.at(0.5) is None
     with pytest.raises(BudgetError, match="the oracle cannot reach"):
         oracle([descent], ledger, 0.5)

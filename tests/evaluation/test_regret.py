@@ -11,12 +11,13 @@ import pytest
 from tests.evaluation.helpers import Bytes, write_text
 from tests.tiny import shape_of, tiny_control, tiny_model, tiny_modulator
 from vesicle.errors import DataError, ModelError, VesicleError
-from vesicle.evaluation import regret
-from vesicle.evaluation.controls import TOLERANCE
+from vesicle.evaluation import text_rows, text_run
+from vesicle.evaluation.matching import TOLERANCE
 from vesicle.evaluation.oracle import OracleConfig
 from vesicle.evaluation.provenance import fingerprint
-from vesicle.evaluation.regret import METHODS, EvalConfig, evaluate
-from vesicle.evaluation.regret_results import Result, Row
+from vesicle.evaluation.text_config import METHODS, EvalConfig
+from vesicle.evaluation.text_results import Result, Row
+from vesicle.evaluation.text_run import evaluate
 
 Run = Callable[..., Result]
 
@@ -111,8 +112,8 @@ def test_finished_rows_are_not_computed_again(run: Run, monkeypatch: pytest.Monk
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(regret, "score", never)
-    monkeypatch.setattr(regret, "tune_learnt", never)
+    monkeypatch.setattr(text_rows, "score", never)
+    monkeypatch.setattr(text_rows, "tune_learnt", never)
     assert run() == whole
 
 
@@ -139,7 +140,7 @@ def test_another_setting_keeps_no_rows(run: Run, config: EvalConfig, tmp_path: P
 
 def test_interrupt_keeps_finished_rows(run: Run, config: EvalConfig, monkeypatch: Any):
     config = replace(config, methods=("uniform", "random"))
-    real, calls, said = regret.score, [0], list[str]()
+    real, calls, said = text_rows.score, [0], list[str]()
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -147,11 +148,11 @@ def test_interrupt_keeps_finished_rows(run: Run, config: EvalConfig, monkeypatch
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(regret, "score", interrupted)
+    monkeypatch.setattr(text_rows, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config, say=said.append)
     assert said == ["interrupted; 2 of 5 rows are done: run the same command again to go on"]
-    monkeypatch.setattr(regret, "score", real)
+    monkeypatch.setattr(text_rows, "score", real)
     assert len(run(config).rows) == 5
 
 
@@ -249,8 +250,8 @@ def test_rows_of_other_code_are_computed_again(
 ):
     config = replace(config, budgets=(0.8,), methods=("uniform",))
     first, said = run(config), list[str]()
-    real = regret.versions()
-    monkeypatch.setattr(regret, "versions", lambda: {**real, "code": "other"})
+    real = text_run.versions()
+    monkeypatch.setattr(text_run, "versions", lambda: {**real, "code": "other"})
     second = run(config, say=said.append)
     rows = tmp_path / "out" / "rows.jsonl"
     assert said[0] == (

@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 
 from tests.evaluation.test_regret_results import make_row, result
-from vesicle.evaluation.regret_plots import MissingPlots, plot, save_plot
-from vesicle.evaluation.regret_results import Result
-from vesicle.evaluation.regret_table import COLUMNS, markdown, rich_table
+from vesicle.evaluation.plots import MissingPlots
+from vesicle.evaluation.text_plots import plot, save_plot
+from vesicle.evaluation.text_results import Result
+from vesicle.evaluation.text_table import COLUMNS, markdown, rich_table
 
 __all__ = ["result"]  # a fixture
 

@@ -9,13 +9,13 @@ import pytest
 
 from vesicle.errors import DataError
 from vesicle.evaluation.provenance import hardware, versions
-from vesicle.evaluation.regret_results import (
-    FEWEST,
+from vesicle.evaluation.text_results import (
     SCHEMA,
     Result,
     Row,
     paired_difference,
 )
+from vesicle.tasks.metrics.bootstrap import FEWEST
 
 
 def make_row(method: str = "learnt", budget: float = 0.8, nats: tuple[float, ...] = (1.0,)) -> Row:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from vesicle.errors import VesicleError
 from vesicle.evaluation import results_page, task_plots, task_run, task_table
-from vesicle.evaluation.regret_plots import MissingPlots
+from vesicle.evaluation.plots import MissingPlots
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.evaluation.task_results import Score, TaskResult, TaskRow
 

@@ -14,9 +14,9 @@ from tests.tiny import shape_of, tiny_control, tiny_model, tiny_modulator
 from vesicle.engine import Engine
 from vesicle.errors import DataError, VesicleError
 from vesicle.evaluation import task_run
-from vesicle.evaluation.controls import TOLERANCE
 from vesicle.evaluation.executors import EngineExecutor, Span, TransformersExecutor
-from vesicle.evaluation.methods import NAMES, check_methods
+from vesicle.evaluation.matching import TOLERANCE
+from vesicle.evaluation.methods import ON_ALL_TASKS, check_methods
 from vesicle.evaluation.store import ITEMS
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.evaluation.task_results import TaskResult
@@ -26,7 +26,7 @@ Run = Callable[..., TaskResult]
 
 CONFIG = TaskConfig(
     tasks=("squad", "race", "wikitext2"),
-    methods=NAMES,
+    methods=ON_ALL_TASKS,
     budgets=(1.0, 0.8),
     data="sample",
     limit=5,

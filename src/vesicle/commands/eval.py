@@ -198,7 +198,7 @@ def evaluate(
 def _list() -> None:
     from rich.table import Table
 
-    from vesicle.evaluation.methods import NAMES
+    from vesicle.evaluation.methods import ON_ALL_TASKS as NAMES
     from vesicle.tasks.registry import find_task, task_names
 
     table = Table()

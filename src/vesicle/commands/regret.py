@@ -78,8 +78,9 @@ def regret(
         raise VesicleError("no modulator is shipped with this package: name one")
     from dataclasses import fields
 
-    from vesicle.evaluation.regret import EvalConfig, evaluate
-    from vesicle.evaluation.regret_table import SUBSETS, rich_table
+    from vesicle.evaluation.text_config import EvalConfig
+    from vesicle.evaluation.text_run import evaluate
+    from vesicle.evaluation.text_table import SUBSETS, rich_table
     from vesicle.modulator import Modulator
 
     given["budgets"] = _numbers(budgets)

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesicle.cost import price_tokens
-from vesicle.evaluation.controls import Ledger
 from vesicle.evaluation.executors import Span
+from vesicle.evaluation.ledger import Ledger
 from vesicle.modulator import DECIMALS, Modulator, plan_rows
 from vesicle.phases import Phases
 from vesicle.plan import FloatArray, Plan

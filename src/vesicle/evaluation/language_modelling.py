@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vesicle.cost import price, price_dense
 from vesicle.errors import ModelError, VesicleError
+from vesicle.evaluation.prompts import Codec
 from vesicle.families import find_family
 from vesicle.plan import Author, Equipment, FloatArray, Method
 from vesicle.reference.attach import Run, attach
@@ -36,16 +37,6 @@ from vesicle.training.data import load_documents, token_windows
 
 HEAD_POSITIONS = 256
 """Positions whose logits exist at once, over all windows of a batch."""
-
-
-class Codec(Protocol):
-    """Text to token ids and back, such as `vesicle.models.text.Text`."""
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that a tokenizer adds by itself."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +56,7 @@ class Windows:
     @classmethod
     def of(cls, ids: Tensor, codec: Codec, description: str) -> Windows:
         """Windows from token ids (N, T)."""
-        sizes = tuple(len(codec.decode(row[1:]).encode("utf-8")) for row in ids.tolist())
+        sizes = tuple(scored_bytes(row, codec) for row in ids.tolist())
         return cls(ids=ids, n_bytes=sizes, description=description)
 
     def __len__(self) -> int:
@@ -94,6 +85,11 @@ class Windows:
         return float(nats.sum() / math.log(2) / total) if total else 0.0
 
 
+def scored_bytes(ids: Sequence[int], codec: Codec) -> int:
+    """UTF-8 bytes of a window's scored text."""
+    return len(codec.decode(ids[1:]).encode("utf-8"))
+
+
 def load_windows(
     source: str | Path,
     codec: Codec,
@@ -119,15 +115,20 @@ def load_windows(
     documents = load_documents(source, split, field)
     ids = token_windows(documents, codec.encode, length)
     n = len(ids)
-    kept = n if limit is None else min(limit, n)
-    ids = ids[torch.arange(kept) * n // kept]
+    ids = ids[evenly(n, limit)]
     name = Path(source).name if Path(source).expanduser().exists() else str(source)
     return Windows.of(
         ids,
         codec,
         f"{name}, split {split}, field {field}: {len(documents)} document(s), "
-        f"{kept} of {n} windows of {length} tokens, evenly spread",
+        f"{len(ids)} of {n} windows of {length} tokens, evenly spread",
     )
+
+
+def evenly(n: int, limit: int | None) -> list[int]:
+    """Places of at most `limit` of n things, spread evenly; all of them for None."""
+    kept = n if limit is None else min(limit, n)
+    return [i * n // kept for i in range(kept)]
 
 
 @dataclass(frozen=True, kw_only=True)

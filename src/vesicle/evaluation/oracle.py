@@ -22,15 +22,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor, nn
 
 from vesicle.errors import BudgetError
-from vesicle.evaluation.controls import Control, Ledger, match
-from vesicle.evaluation.language_modelling import score
-from vesicle.plan import FloatArray
+from vesicle.evaluation.controls import Control
+from vesicle.evaluation.ledger import Ledger
+from vesicle.evaluation.matching import match
+from vesicle.plan import FloatArray, Method
 
 Cell = tuple[int, int]
 """Layer and transmitter, the latter by its place among those released."""
+
+Losses = Callable[[Sequence[Method]], list[float]]
+"""A window's loss, in nats per token, under each of several methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,26 +73,16 @@ class OracleConfig:
 class Descent:
     """One window's path from rest downwards."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        ledger: Ledger,
-        window: Tensor,
-        config: OracleConfig,
-        on_tokens: Callable[[int], None] | None = None,
-    ) -> None:
+    def __init__(self, losses: Losses, ledger: Ledger, config: OracleConfig) -> None:
         """Start at rest.
 
         Args:
-            model: A causal LM.
+            losses: Runs the window under methods.
             ledger: Prices deficits, at the window's length.
-            window: (T,) token ids.
             config: How to search.
-            on_tokens: Told after each pass how many tokens it had.
         """
         shape = (ledger.config.n_layers, len(ledger.config.transmitters))
-        self._model, self._ledger, self._config = model, ledger, config
-        self._window, self._on_tokens = window, on_tokens
+        self._run, self._ledger, self._config = losses, ledger, config
         rest = np.zeros(shape)
         self._path: list[tuple[float, FloatArray]] = [(ledger.share(rest), rest)]
         self._ratios: dict[Cell, float] = {}
@@ -104,20 +97,13 @@ class Descent:
         if place == 0:
             return self._path[0][1]
         before, after = self._path[place - 1][1], self._path[place][1]
-        return match(
-            self._ledger, lambda x: before + x * (after - before), target, high=1.0
-        ).deficits
+        found = match(self._ledger, lambda x: before + x * (after - before), target, high=1.0)
+        assert not isinstance(found.deficits, list)
+        return found.deficits
 
     def losses(self, tables: Sequence[FloatArray]) -> list[float]:
         """The window's loss, in nats per token, under each of several tables of deficits."""
-        result: list[float] = []
-        for start in range(0, len(tables), self._config.batch):
-            part = tables[start : start + self._config.batch]
-            methods = [self._ledger.method(self._ledger.table(d)) for d in part]
-            ids = self._window.expand(len(part), -1)
-            scores = score(self._model, ids, methods, batch=len(part), on_tokens=self._on_tokens)
-            result += (scores.nats / (len(self._window) - 1)).tolist()
-        return result
+        return self._run([self._ledger.method(self._ledger.table(d)) for d in tables])
 
     def _round(self) -> bool:
         """Measure, then take steps worth one stride; False if no step is left."""
@@ -184,7 +170,8 @@ def oracle(
         own = descent.at(target)
         tables = {} if own is None else {"greedy": own}
         for other in others:
-            tables[other.name] = other.deficits[i] if other.deficits.ndim == 4 else other.deficits
+            given = other.deficits
+            tables[other.name] = given[i] if isinstance(given, list) else given
         if not tables:
             raise BudgetError(f"the oracle cannot reach a cost of {target:.3f} of dense")
         losses = descent.losses(list(tables.values()))
@@ -192,7 +179,7 @@ def oracle(
         names.append(list(tables)[best])
         chosen.append(list(tables.values())[best])
     full = (ledger.n_tokens, *chosen[0].shape[-2:])
-    deficits = np.stack([np.broadcast_to(d, full) for d in chosen])
+    deficits = [np.broadcast_to(d, full) for d in chosen]
     return Control(
         name="oracle",
         method=[ledger.method(ledger.table(d)) for d in chosen],

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vesicle.evaluation.cells import made_with
 from vesicle.evaluation.methods import PRESS
 from vesicle.evaluation.task_results import Score, TaskResult, TaskRow
 from vesicle.models.default import DEFAULT_MODEL
@@ -50,7 +51,6 @@ def results_page(
 
 def _run(name: str, result: TaskResult) -> list[str]:
     model, config = result.model, result.config
-    versions = ", ".join(f"{k} {v}" for k, v in result.versions.items())
     lines = [
         f"## {name.capitalize().replace('_', ' ')}",
         "",
@@ -59,8 +59,8 @@ def _run(name: str, result: TaskResult) -> list[str]:
         "```",
         "",
         f"{model['name']}, {model['weights']} weights, {model['kv']} cache, executed by "
-        f"{model['through']}; modulator: {result.modulator.get('name', 'none')}. {versions}; "
-        f"{result.hardware['cpu']}, {result.hardware['cores']} cores. "
+        f"{model['through']}; modulator: {result.modulator.get('name', 'none')}. "
+        f"{made_with(result.versions, result.hardware)} "
         f"[All columns](../results/tasks/{name}/table.md).",
         "",
     ]

@@ -1,17 +1,12 @@
 """ItemStore: what a run has finished, on disk as it comes, so that it may be killed at any moment.
 
-Lines of `items.jsonl` are appended and flushed to the disk; a torn last line is dropped and its
-item run again. A line belongs to a hash (of task, data, model and settings), a row and an item;
+A line of `items.jsonl` belongs to a hash (of task, data, model and settings), a row and an item;
 later lines replace earlier ones. Lines of other hashes stay, for other settings in one folder.
-
-A hash is `BASE-CODE`: lines of the same base and other code (see `provenance.code_digest`) answer
-the same questions, but other code answered them. They are counted, and not used.
+Those of the same base and other code (see `provenance.with_code`) are counted, and not used.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from vesicle.errors import VesicleError
+from vesicle.evaluation.lines import JsonLines
+from vesicle.evaluation.provenance import base_of
 from vesicle.evaluation.task_results import Key
 from vesicle.files import atomic_path
 from vesicle.plan import FloatArray
@@ -35,23 +32,16 @@ class ItemStore:
         Raises:
             VesicleError: The folder cannot be read or made.
         """
-        self._path, self._levels = folder / ITEMS, folder / LEVELS
+        self._levels = folder / LEVELS
         self._rows: dict[tuple[str, Key], dict[str, dict[str, Any]]] = {}
         self._missing: dict[tuple[str, Key], dict[str, str]] = {}
         self._settings: dict[tuple[str, Key], dict[str, Any]] = {}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if restart:
-                self._path.unlink(missing_ok=True)
-                shutil.rmtree(self._levels, ignore_errors=True)
-            text = self._path.read_text("utf-8", errors="replace") if self._path.exists() else ""
-        except OSError as error:
-            raise VesicleError(f"cannot use {folder}: {error.strerror or error}") from error
-        # A line cut short by a killed process must not swallow the next one.
-        self._torn = bool(text) and not text.endswith("\n")
-        for line in text.split("\n"):
+        self._lines = JsonLines(folder / ITEMS, restart=restart)
+        if restart:
+            shutil.rmtree(self._levels, ignore_errors=True)
+        for values in self._lines.found:
             try:
-                self._keep(json.loads(line))
+                self._keep(values)
             except (ValueError, LookupError, TypeError):
                 continue  # not a whole line: its item is run again
 
@@ -73,12 +63,12 @@ class ItemStore:
 
     def count_by_other_code(self, hash_: str, key: Key) -> int:
         """Items of a row that are done by other code alone."""
-        base = _base(hash_)
+        base = base_of(hash_)
         done = self._rows.get((hash_, key), {}).keys()
         others = [
             items.keys()
             for (other, place), items in self._rows.items()
-            if place == key and other != hash_ and _base(other) == base
+            if place == key and other != hash_ and base_of(other) == base
         ]
         return len(set().union(*others) - done)
 
@@ -152,18 +142,4 @@ class ItemStore:
             self._missing.get(place, {}).pop(values["item"], None)
 
     def _write(self, values: dict[str, Any]) -> None:
-        line = json.dumps(values, allow_nan=False) + "\n"
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("\n" + line if self._torn else line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise VesicleError(f"cannot write {self._path}: {error.strerror or error}") from error
-        self._torn = False
-        self._keep(json.loads(line))
-
-
-def _base(hash_: str) -> str:
-    """Without the code's part, which early lines do not have."""
-    return hash_.rpartition("-")[0] or hash_
+        self._keep(self._lines.append(values))

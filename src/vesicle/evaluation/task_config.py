@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from vesicle.errors import VesicleError
 from vesicle.evaluation.methods import check_methods
+from vesicle.evaluation.settings import as_json, check_whole, sorted_budgets
 from vesicle.evaluation.task_results import Key
-from vesicle.modulator import check_budget
 from vesicle.phases import Phases
 from vesicle.tasks.registry import find_task
 
@@ -76,10 +75,7 @@ class TaskConfig:
             "best_of": 1,
             "selection": 1,
         }
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise VesicleError(f"{name} is {value}; allowed: whole numbers from {low}")
+        check_whole(self, least, optional=("limit", "max_length", "window", "per_cell"))
         if any(n < 16 for n in self.lengths):
             raise VesicleError(f"lengths is {min(self.lengths)}; allowed: 16 tokens and more")
         if any(not 0 <= d <= 1 for d in self.depths):
@@ -89,22 +85,16 @@ class TaskConfig:
         if not self.tasks:
             raise VesicleError("no task is named")
         Phases.parse(self.phases)
-        if not self.budgets:
-            raise VesicleError("budgets is empty; give at least one, above 0 and up to 1")
         for name in self.tasks:
             find_task(name)
         set_ = object.__setattr__
         set_(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         set_(self, "methods", check_methods(self.methods))
-        budgets = sorted({check_budget(b) for b in self.budgets}, reverse=True)
-        set_(self, "budgets", tuple(budgets))
+        set_(self, "budgets", sorted_budgets(self.budgets))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON writes it; of a local folder the name alone, as machines differ in folders."""
-        values = asdict(self)
-        if self.data is not None and Path(self.data).expanduser().exists():
-            values["data"] = Path(self.data).expanduser().name
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        """As JSON writes it; of a local folder the name alone."""
+        return as_json(self)
 
     def keys(self, task: str) -> list[Key]:
         """The rows of a task, in the order they are run in; at a budget of 1 all are dense."""

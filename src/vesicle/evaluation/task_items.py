@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vesicle.errors import DataError, VesicleError
+from vesicle.evaluation.language_modelling import evenly, scored_bytes
 from vesicle.evaluation.prompts import Codec, Prompt, continuation, make_prompt
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.tasks.base import Task
@@ -112,16 +113,16 @@ def _windows(
         lambda text: codec.encode(text, control_tokens=False),
         length,
     )
-    n = len(windows)
-    kept = n if config.limit is None else min(config.limit, n)
-    prepared = []
-    for number in (i * n // kept for i in range(kept)):
-        ids = windows[number].tolist()
-        prepared.append(
-            Prepared(
-                item=Item(id=f"window {number}", context=""),
-                prompt=Prompt(ids=ids, n_context=len(ids)),
-                n_bytes=len(codec.decode(ids[1:]).encode("utf-8")),
-            )
-        )
-    return prepared
+    return [
+        window(f"window {number}", windows[number].tolist(), codec)
+        for number in evenly(len(windows), config.limit)
+    ]
+
+
+def window(name: str, ids: list[int], codec: Codec) -> Prepared:
+    """A window of a text, of which all tokens but the first are scored."""
+    return Prepared(
+        item=Item(id=name, context=""),
+        prompt=Prompt(ids=ids, n_context=len(ids)),
+        n_bytes=scored_bytes(ids, codec),
+    )

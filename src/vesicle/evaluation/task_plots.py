@@ -1,7 +1,6 @@
 """Plots of a TaskResult: each task's main metric against the executed cost, one line a method.
 
-Bands are 95 % bootstrap intervals over items. Colours are those of Okabe and Ito, told apart by
-people with the common kinds of colour blindness; markers differ too.
+Bands are 95 % bootstrap intervals over items.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vesicle.evaluation.methods import PRESS
-from vesicle.evaluation.regret_plots import STYLES, MissingPlots
+from vesicle.evaluation.plots import STYLES, cost_axis, new_figure, save
 from vesicle.evaluation.task_results import TaskResult, TaskRow
-from vesicle.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,14 +24,10 @@ def save_plots(result: TaskResult, folder: Path) -> Path:
     Raises:
         MissingPlots: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPlots("plots need matplotlib: pip install 'vesicle[plot]'") from error
     n = len(result.tasks)
     columns = min(n, 3)
     rows = -(-n // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
+    figure = new_figure(figsize=(5.2 * columns, 3.8 * rows), dpi=120)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in panels[n:]:
         panel.set_axis_off()
@@ -48,8 +42,7 @@ def save_plots(result: TaskResult, folder: Path) -> Path:
             list(seen.values()), list(seen), loc="outside lower center", ncols=6, frameon=False
         )
     target = folder / "quality_against_cost.png"
-    with atomic_path(target) as part:
-        figure.savefig(part, format="png", dpi=120)
+    save(figure, target)
     return target
 
 
@@ -89,10 +82,7 @@ def _draw(
     values = [row.scores[metric["name"]].value for row in rows]
     if not metric["percent"] and max(values) > _LOG_BEYOND * min(values) > 0:
         axes.set_yscale("log")
-    axes.invert_xaxis()
     axes.set_title(f"{task['title']}, {task['n_items']} items", fontsize=10)
     share = "KV memory held" if memory else "executed FLOPs"
-    axes.set_xlabel(f"{share}, share of dense")
+    cost_axis(axes, f"{share}, share of dense")
     axes.set_ylabel(metric["title"] + (", %" if metric["percent"] else ""))
-    axes.grid(visible=True, color="#E5E5E5", linewidth=0.7)
-    axes.set_axisbelow(True)

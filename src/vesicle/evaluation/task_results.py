@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from vesicle.records import Record, checked
+from vesicle.evaluation.evaluation_record import Evaluation
+from vesicle.records import checked
 
 SCHEMA = "vesicle-tasks-1"
 
@@ -103,17 +104,10 @@ class TaskRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskResult(Record):
+class TaskResult(Evaluation):
     """A run.
 
     Attributes:
-        config: The `TaskConfig`, as JSON.
-        config_hash: Identifies settings, data, model, modulator and versions together.
-        seed: Of everything random.
-        versions: Of this package and of what decides its numbers.
-        hardware: CPU model, cores and threads.
-        model: Name, sizes, fingerprint and number formats.
-        modulator: Name, kind and fingerprint; empty without one.
         tasks: For each task: `name`, `title`, `kind`, `style`, `split`, `data`, `sha256`,
             `n_items`, `shortened` (prompts that lost a part of their context), `n_rows` of the data
             and `missing` (rows and items that could not be asked, each with `item` and `reason`)
@@ -122,17 +116,9 @@ class TaskResult(Record):
         missing: Rows that could not be had, each with `task`, `method`, `budget` and `reason`.
     """
 
-    what = "an evaluation"
     version = SCHEMA
     indent = None  # the numbers of each item would fill thousands of lines
 
-    config: dict[str, Any]
-    config_hash: str
-    seed: int
-    versions: dict[str, str]
-    hardware: dict[str, Any]
-    model: dict[str, Any]
-    modulator: dict[str, Any]
     tasks: list[dict[str, Any]]
     rows: list[TaskRow]
     missing: list[dict[str, Any]] = field(default_factory=list)

@@ -18,35 +18,34 @@ time writes to a folder.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vesicle.errors import BudgetError, VesicleError
+from vesicle.evaluation.controls import FROM_LEARNT, control
 from vesicle.evaluation.earlier import keep_earlier
 from vesicle.evaluation.executors import Execution, Executor
 from vesicle.evaluation.item_ledger import ItemLedger
-from vesicle.evaluation.methods import FROM_LEARNT, NAMES, PRESS, Chosen, control, tune_dial
+from vesicle.evaluation.methods import NAMES, PRESS, check_trained
 from vesicle.evaluation.progress import progress_bar
 from vesicle.evaluation.prompts import Codec
-from vesicle.evaluation.provenance import fingerprint, hardware, versions
+from vesicle.evaluation.provenance import digest, fingerprint, hardware, versions, with_code
+from vesicle.evaluation.session import Say, resumable, tell_kept, to_standard_error
 from vesicle.evaluation.store import ITEMS, ItemStore
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.evaluation.task_items import Prepared, prepare
 from vesicle.evaluation.task_results import Key, TaskResult, TaskRow
 from vesicle.evaluation.task_rows import Record, executed_share, make_record, make_row, spans_of
+from vesicle.evaluation.tuning import tune_dial
 from vesicle.folders import locked
 from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.phases import ALL, GENERATED
 from vesicle.plan import Dense, FloatArray, Method
-from vesicle.predictors import Predictor
 from vesicle.tasks.base import Settings, Task
 from vesicle.tasks.items import Missing
 from vesicle.tasks.registry import find_task
@@ -58,6 +57,19 @@ _NAMED = 5
 
 FILES = ("result.json", "table.md", "quality_against_cost.png")
 """The record, and what is made from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A method that is ready to run.
+
+    Attributes:
+        of: From an item's place in the task to the method that decides on it.
+        details: What it was set to, as JSON can hold it.
+    """
+
+    of: Callable[[int], Method | None]
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -90,7 +102,7 @@ def evaluate_tasks(
     *,
     restart: bool = False,
     show_progress: bool = True,
-    say: Callable[[str], None] | None = None,
+    say: Say = to_standard_error,
 ) -> TaskResult:
     """Run tasks under methods, or go on with a run that was cut off.
 
@@ -112,9 +124,8 @@ def evaluate_tasks(
             a modulator, or no item at all could be run.
         KeyboardInterrupt: After Ctrl-C; finished items are on disk.
     """
-    speak = say or (lambda line: print(line, file=sys.stderr))
     with locked(out):
-        return _evaluate(subject, config, Path(out), restart, show_progress, speak)
+        return _evaluate(subject, config, Path(out), restart, show_progress, say)
 
 
 def _evaluate(
@@ -123,7 +134,7 @@ def _evaluate(
     folder: Path,
     restart: bool,
     show_progress: bool,
-    speak: Callable[[str], None],
+    speak: Say,
 ) -> TaskResult:
     _check_subject(subject, config)
     runs = [_TaskRun(find_task(name), subject, config) for name in config.tasks]
@@ -132,23 +143,17 @@ def _evaluate(
     store = ItemStore(folder, restart)
     keys = [(run, key) for run in runs for key in config.keys(run.task.name)]
     kept = sum(store.count(run.hash, key) for run, key in keys)
-    if kept:
-        speak(f"{kept} items were done before and are kept")
     stale = sum(store.count_by_other_code(run.hash, key) for run, key in keys)
-    if stale:
-        speak(
-            f"{stale} items were done by other code than this and are run again; "
-            f"their lines stay in {folder / ITEMS}"
-        )
-    try:
-        with progress_bar([run.n_tokens for run, _ in keys], show_progress) as bar:
-            for run, key in keys:
-                with bar(f"{key[0]}: {key[1]} at {key[2]:g}") as tick:
-                    run.finish(key, store, tick)
-                _tell(speak, f"{key[0]}: {key[1]} at {key[2]:g}, item", run.gone(key, store))
-    except KeyboardInterrupt:
-        speak("interrupted; finished items are kept: run the same command again to go on")
-        raise
+    tell_kept(speak, "items", kept, stale, folder / ITEMS)
+    with (
+        resumable(speak, lambda: "finished items are kept"),
+        progress_bar([run.n_tokens for run, _ in keys], show_progress) as bar,
+    ):
+        for run, key in keys:
+            name = f"{key[0]}: {key[1]} at {key[2]:g}"
+            with bar(name) as tick:
+                run.finish(key, store, tick)
+            _tell(speak, f"{name}, item", run.gone(key, store))
     rows: list[TaskRow] = []
     missing: list[dict[str, Any]] = []
     for run in runs:
@@ -157,7 +162,7 @@ def _evaluate(
         missing += absent
     result = TaskResult(
         config=config.to_dict(),
-        config_hash=_digest([run.hash for run in runs]),
+        config_hash=digest([run.hash for run in runs]),
         seed=config.seed,
         versions=versions(),
         hardware=hardware(),
@@ -182,23 +187,20 @@ class _TaskRun:
         self.loaded = _load(task, subject, config)
         window = subject.executor.context_window
         self.items, self._unfit = prepare(task, self.loaded.items, config, subject.codec, window)
-        known = versions()
-        code = known.pop("code")
-        base = _digest(
+        self.hash = with_code(
             {
                 "task": task.name,
                 "sha256": self.loaded.sha256,
-                "prompts": _digest([p.prompt.ids for p in self.items]),
+                "prompts": digest([p.prompt.ids for p in self.items]),
                 "settings": {
                     k: getattr(config, k) for k in ("seed", "dial", "best_of", "selection")
                 },
                 "phases": config.acts.to_dict(),
                 "model": subject.model,
                 "modulator": _modulator_facts(subject),
-                "versions": known,
-            }
+            },
+            versions(),
         )
-        self.hash = f"{base}-{code}"
         self._pressed: Any = None
 
     @property
@@ -234,7 +236,7 @@ class _TaskRun:
             ],
         }
 
-    def tell_missing(self, speak: Callable[[str], None]) -> None:
+    def tell_missing(self, speak: Say) -> None:
         """Name what cannot be asked, before anything is run."""
         rows, place = self.loaded.missing, self.loaded.place
         if rows:
@@ -380,7 +382,7 @@ class _TaskRun:
         return replace(found, output=output)
 
     def _levels_name(self, key: Key, item: str) -> str:
-        return _digest([self.hash, key, item])[:24]
+        return digest([self.hash, key, item])[:24]
 
     def _target(self, key: Key, store: ItemStore) -> float:
         """The share that a row is to execute."""
@@ -433,29 +435,27 @@ class _TaskRun:
                 raise BudgetError("there are no levels to make it from: no learnt item was run")
         selection = [self.items[i] for i in self._done(self._dense, store)]
 
-        def score(method: Method) -> float:
+        def loss(method: Method) -> float:
             with _for_the_row():
                 return self._selection_nats(method, selection[: self._config.selection])
 
-        chosen = control(
+        built = control(
             method,
             self._item_ledger(modulator, key, store),
             target,
             seed=self._config.seed,
             learnt=[*learnt.values()],
-            best_of=self._config.best_of,
-            score=score,
+            n=self._config.best_of,
+            loss=loss,
         )
-        if method != "shuffled":
-            return chosen
         place = {i: n for n, i in enumerate(learnt)}
 
-        def of(i: int) -> Method | None:
-            if i not in place:
+        def of(i: int) -> Method:
+            if isinstance(built.method, list) and i not in place:
                 raise VesicleError("there are no learnt levels of it to shuffle")
-            return chosen.of(place[i])
+            return built.of(place.get(i, 0))
 
-        return replace(chosen, of=of)
+        return Chosen(of=of, details={"priced": built.cost_share, **built.details})
 
     def _item_ledger(self, modulator: Modulator, key: Key, store: ItemStore) -> ItemLedger:
         """Prices on the tokens of the learnt run, else of the dense one."""
@@ -553,7 +553,7 @@ def _for_the_row() -> Iterator[None]:
         raise BudgetError(str(error)) from error
 
 
-def _tell(speak: Callable[[str], None], where: str, missing: Sequence[Missing]) -> None:
+def _tell(speak: Say, where: str, missing: Sequence[Missing]) -> None:
     """Name the first missing items."""
     for one in missing[:_NAMED]:
         speak(f"{where} {one}")
@@ -580,12 +580,7 @@ def _check_subject(subject: Subject, config: TaskConfig) -> None:
     if ours and min(config.budgets) < 1:
         if modulator is None:
             raise VesicleError(f"{ours[0]} needs a modulator; name one with --modulator")
-        if not isinstance(modulator.predictor, Predictor):
-            raise VesicleError(
-                f"a {modulator.predictor.kind!r} control is no trained modulator; "
-                "controls are built here"
-            )
-        modulator.check_fits(subject.executor.shape)
+        check_trained(modulator, subject.executor.shape)
 
 
 def _modulator_facts(subject: Subject) -> dict[str, Any]:
@@ -597,10 +592,5 @@ def _modulator_facts(subject: Subject) -> dict[str, Any]:
         "name": subject.modulator_name,
         "kind": modulator.predictor.kind,
         "transmitters": list(modulator.predictor.config.transmitters),
-        "sha256": _digest([fingerprint(modulator), effectors, modulator.info.dial]),
+        "sha256": digest([fingerprint(modulator), effectors, modulator.info.dial]),
     }
-
-
-def _digest(values: Any) -> str:
-    text = json.dumps(values, sort_keys=True, default=list)
-    return hashlib.sha256(text.encode()).hexdigest()

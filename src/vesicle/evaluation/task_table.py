@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vesicle.evaluation.cells import (
+    difference,
+    made_with,
+    markdown_table,
+    terminal_table,
+    with_interval,
+)
 from vesicle.evaluation.task_results import Score, TaskResult, TaskRow
 from vesicle.phases import GENERATED
 from vesicle.tasks.items import Missing
@@ -53,8 +60,8 @@ def cells(task: dict[str, Any], row: TaskRow) -> list[str]:
         # Without phases all tokens were governed alike.
         f"{row.shares.get(GENERATED, row.ratio['flops']):.3f}",
         *(f"{row.ratio[name]:.3f}" for name in _RATIOS),
-        _interval(score.value, score.low, score.high, digits) + _fewer(task, row),
-        "" if dense else _signed(score.delta, score.delta_low, score.delta_high, digits),
+        with_interval(score.value, score.low, score.high, digits) + _fewer(task, row),
+        "" if dense else difference(score.delta, score.delta_low, score.delta_high, digits),
         _gain(score, digits),
         *(f"{row.scores[m['name']].value:.{1 if m['percent'] else 3}f}" for m in others),
         f"{seconds['prefill']:.0f}",
@@ -64,43 +71,30 @@ def cells(task: dict[str, Any], row: TaskRow) -> list[str]:
 
 def rich_tables(result: TaskResult) -> list[Table]:
     """One table a task, for the terminal: the columns that fit; `markdown` has them all."""
-    from rich.markup import escape
-    from rich.table import Table
-
     tables = []
     for task in result.tasks:
-        table = Table(
-            title=escape(f"{_title(task)}, {task['n_items']} items"),
-            title_justify="left",
-            caption=escape("\n".join(missing(result, task["name"]))) or None,
-            caption_justify="left",
-        )
         names = columns(task)
         shown = [i for i, name in enumerate(names) if name not in _LEFT_OUT]
-        for i in shown:
-            table.add_column(escape(names[i]), justify="left" if i == 0 else "right")
-        before: TaskRow | None = None
-        for row in result.of_task(task["name"]):
-            if before is not None and before.budget != row.budget:
-                table.add_section()
-            found = cells(task, row)
-            table.add_row(*(escape(found[i]) for i in shown))
-            before = row
-        tables.append(table)
+        rows = [(row.budget, cells(task, row)) for row in result.of_task(task["name"])]
+        tables.append(
+            terminal_table(
+                [names[i] for i in shown],
+                [(budget, [found[i] for i in shown]) for budget, found in rows],
+                title=f"{_title(task)}, {task['n_items']} items",
+                caption="\n".join(missing(result, task["name"])),
+            )
+        )
     return tables
 
 
 def markdown(result: TaskResult) -> str:
     """A page with what was measured on what, one table a task, and what is missing."""
-    versions = ", ".join(f"{name} {value}" for name, value in result.versions.items())
     model, under = result.model, result.modulator.get("name", "none")
     lines = [
         f"# {model['name']} on {len(result.tasks)} task{'s' if len(result.tasks) > 1 else ''}",
         "",
         f"Executed by {model['through']}, weights {model['weights']}, cache {model['kv']}; "
-        f"modulator: {under}. "
-        f"Seed {result.seed}; {versions}; {result.hardware['cpu']}, "
-        f"{result.hardware['cores']} cores.",
+        f"modulator: {under}. Seed {result.seed}; " + made_with(result.versions, result.hardware),
         "",
         "FLOPs, weights read, KV read and KV held are executed shares of the dense model's on the "
         "same tokens, prompts included; of the FLOPs, that of generated and scored tokens alone "
@@ -121,9 +115,8 @@ def markdown(result: TaskResult) -> str:
         for metric in task["metrics"]:
             if metric["signature"]:
                 lines.append(f"{metric['title']}: `{metric['signature']}`.")
-        names = columns(task)
-        lines += ["", _line(names), "|" + " --- |" * len(names)]
-        lines += [_line(cells(task, row)) for row in result.of_task(task["name"])]
+        rows = [cells(task, row) for row in result.of_task(task["name"])]
+        lines += ["", *markdown_table(columns(task), rows)]
     gone = [line for task in result.tasks for line in missing(result, task["name"])]
     if gone:
         lines += ["", "## Missing", "", *(f"- {line}" for line in gone)]
@@ -164,19 +157,4 @@ def _title(task: dict[str, Any]) -> str:
 def _gain(score: Score, digits: int) -> str:
     if score.learnt is None:
         return ""
-    return _signed(score.learnt, score.learnt_low, score.learnt_high, digits)
-
-
-def _interval(value: float, low: float | None, high: float | None, digits: int) -> str:
-    text = f"{value:.{digits}f}"
-    return text if low is None or high is None else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _signed(value: float, low: float | None, high: float | None, digits: int) -> str:
-    if low is None or high is None:
-        return f"{value:+.{digits}f}"
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-def _line(values: list[str]) -> str:
-    return "| " + " | ".join(values) + " |"
+    return difference(score.learnt, score.learnt_low, score.learnt_high, digits)

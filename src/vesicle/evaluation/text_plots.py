@@ -1,8 +1,7 @@
 """Plots of a Result: the rise in loss against the executed cost, one line a method.
 
 The left panel has all windows, the right one the oracle's, where there are any. Bands are 95 %
-bootstrap intervals over windows. Colours are those of Okabe and Ito, told apart by people with the
-common kinds of colour blindness; markers differ too.
+bootstrap intervals over windows.
 """
 
 from __future__ import annotations
@@ -10,32 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vesicle.errors import VesicleError
-from vesicle.evaluation.regret_results import Result, Row
-from vesicle.files import atomic_path
+from vesicle.evaluation.plots import STYLES, cost_axis, new_figure, save
+from vesicle.evaluation.text_results import Result, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLES: dict[str, tuple[str, str]] = {
-    "learnt": ("#000000", "o"),
-    "uniform": ("#E69F00", "s"),
-    "uniform-mix": ("#56B4E9", "D"),
-    "per-layer": ("#009E73", "^"),
-    "random": ("#CC79A7", "v"),
-    "shuffled": ("#D55E00", "P"),
-    "best-of-n": ("#0072B2", "X"),
-    "oracle": ("#7F7F7F", "*"),
-}
-"""Colour and marker of each method."""
-
 TITLES = {"all": "All windows", "oracle": "The oracle's windows"}
 _LOG_BEYOND = 15.0
-
-
-class MissingPlots(VesicleError):
-    """Matplotlib is not installed."""
 
 
 def plot(result: Result) -> Figure:
@@ -44,13 +26,9 @@ def plot(result: Result) -> Figure:
     Raises:
         MissingPlots: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPlots("plots need matplotlib: pip install 'vesicle[plot]'") from error
     drawn = {row.subset for row in result.rows if row.budget < 1} | {"all"}
     panels = [subset for subset in TITLES if subset in drawn]
-    figure = Figure(figsize=(1.2 + 5.2 * len(panels), 4.4), dpi=160, layout="constrained")
+    figure = new_figure(figsize=(1.2 + 5.2 * len(panels), 4.4), dpi=160)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     seen: dict[str, Any] = {}
     for ax, subset in zip(axes, panels, strict=True):
@@ -74,9 +52,7 @@ def save_plot(result: Result, path: Path | str) -> None:
         MissingPlots: If matplotlib is not installed.
         VesicleError: The file cannot be written.
     """
-    figure = plot(result)
-    with atomic_path(path) as part:
-        figure.savefig(part, format="png")
+    save(plot(result), path)
 
 
 def _panel(ax: Axes, result: Result, subset: str) -> dict[str, Any]:
@@ -117,14 +93,11 @@ def _panel(ax: Axes, result: Result, subset: str) -> dict[str, Any]:
         ax.axhline(0, color="#999999", linewidth=0.8, zorder=1)
     if rows:
         ax.set_xticks(sorted({r.budget for r in rows} | (set() if logarithmic else {1.0})))
-    ax.invert_xaxis()
     some = next((r for r in result.rows if r.subset == subset), None)
     sizes = f": {some.n_windows} × {some.n_tokens // some.n_windows + 1} tokens" if some else ""
     ax.set_title(TITLES[subset] + sizes, fontsize=10)
-    ax.set_xlabel("executed FLOPs, share of dense")
+    cost_axis(ax, "executed FLOPs, share of dense", "both" if logarithmic else "major")
     ax.set_ylabel("rise in loss over dense (nats per token)")
-    ax.grid(True, color="#E5E5E5", linewidth=0.7, which="both" if logarithmic else "major")
-    ax.set_axisbelow(True)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     return lines

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vesicle.evaluation.regret_results import Result, Row
+from vesicle.evaluation.cells import difference, made_with, markdown_table, terminal_table
+from vesicle.evaluation.text_results import Result, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,40 +35,29 @@ def cells(result: Result, row: Row) -> list[str]:
         f"{row.budget:g}",
         f"{row.cost_share:.4f}",
         f"{row.loss_nats:.4f}",
-        _difference(row.delta_nats, row.delta_low_nats, row.delta_high_nats),
+        difference(row.delta_nats, row.delta_low_nats, row.delta_high_nats, 4),
         f"{row.bits_per_byte:.4f}",
-        "" if against is None else _difference(against.mean, against.low, against.high),
+        "" if against is None else difference(against.mean, against.low, against.high, 4),
         f"{row.seconds:.0f}",
     ]
 
 
 def rich_table(result: Result, subset: str = "all") -> Table:
     """A table for the terminal."""
-    from rich.table import Table
-
-    table = Table(title=SUBSETS[subset], title_justify="left")
-    for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    before: Row | None = None
-    for row in _rows(result, subset):
-        if before is not None and before.budget != row.budget:
-            table.add_section()
-        table.add_row(*cells(result, row))
-        before = row
-    return table
+    rows = [(row.budget, cells(result, row)) for row in _rows(result, subset)]
+    return terminal_table(COLUMNS, rows, title=SUBSETS[subset])
 
 
 def markdown(result: Result) -> str:
     """A page with what was measured on what, one table per set of windows, and what is missing."""
-    versions = ", ".join(f"{name} {value}" for name, value in result.versions.items())
     lines = [
         f"# {result.model['name']} under {result.modulator['name']}",
         "",
         f"Text: {result.data['description']}. {result.data['n_tokens']:,} tokens scored, "
         f"{result.data['n_bytes']:,} bytes, SHA-256 {result.data['sha256'][:12]}.",
         "",
-        f"Seed {result.seed}; {result.config['dtype']}; {versions}; {result.hardware['cpu']}, "
-        f"{result.hardware['cores']} cores.",
+        f"Seed {result.seed}; {result.config['dtype']}; "
+        + made_with(result.versions, result.hardware),
         "",
         "Cost is the share of the dense model's FLOPs that was executed, everything counted. "
         "Intervals are 95 % bootstrap intervals over windows, paired.",
@@ -76,8 +66,8 @@ def markdown(result: Result) -> str:
         rows = _rows(result, subset)
         if not rows:
             continue
-        lines += ["", f"## {title}", "", _line(COLUMNS), "|" + " --- |" * len(COLUMNS)]
-        lines += [_line(cells(result, row)) for row in rows]
+        lines += ["", f"## {title}", ""]
+        lines += markdown_table(COLUMNS, [cells(result, row) for row in rows])
     if result.missing:
         lines += ["", "## Missing", ""]
         lines += [
@@ -89,12 +79,3 @@ def markdown(result: Result) -> str:
 
 def _rows(result: Result, subset: str) -> list[Row]:
     return [row for row in result.rows if row.subset == subset]
-
-
-def _line(values: list[str] | tuple[str, ...]) -> str:
-    return "| " + " | ".join(values) + " |"
-
-
-def _difference(mean: float, low: float | None, high: float | None) -> str:
-    text = f"{mean:+.4f}"
-    return text if low is None or high is None else f"{text} [{low:+.4f}, {high:+.4f}]"

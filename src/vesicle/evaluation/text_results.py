@@ -2,9 +2,9 @@
 
 A row is one method at one budget on one set of windows. Losses are compared window by window: with
 d_w the difference between two methods' mean losses on window w, the difference that is reported is
-mean(d_w), its standard error std(d_w) / sqrt(N), and its interval the 2.5 % and 97.5 % quantiles of
-mean(d_w) over windows drawn with replacement (the percentile bootstrap). The interval is about the
-choice of text alone, not about training seeds or random controls' seeds.
+mean(d_w), its standard error std(d_w) / sqrt(N), and its interval that of the percentile bootstrap
+over windows (`vesicle.tasks.metrics.bootstrap`). The interval is about the choice of text alone,
+not about training seeds or random controls' seeds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from typing import Any, Self
 
 import numpy as np
 
+from vesicle.evaluation.evaluation_record import Evaluation
 from vesicle.plan import FloatArray
-from vesicle.records import Record, checked
+from vesicle.records import checked
+from vesicle.tasks.items import Item, Output
+from vesicle.tasks.metrics.base import Metric
+from vesicle.tasks.metrics.bootstrap import interval
 
 SCHEMA = "vesicle-evaluation-1"
 DRAWS = 10_000
-FEWEST = 5
-"""Windows below which a bootstrap interval would mislead, so that none is given."""
+
+Key = tuple[str, str, float]
+"""Method, subset, budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +62,21 @@ def paired_difference(
     if len(a) != len(b) or len(a) == 0:
         raise ValueError(f"cannot pair {len(a)} windows with {len(b)}; equal and above 0 is needed")
     d = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    n = len(d)
-    mean = float(d.mean())
-    if n == 1:
-        return Difference(mean=mean)
-    error = float(d.std(ddof=1) / np.sqrt(n))
-    if n < FEWEST:
-        return Difference(mean=mean, standard_error=error)
-    drawn = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
-    low, high = np.quantile(d[drawn].mean(1), (0.025, 0.975))
-    return Difference(
-        mean=mean,
-        standard_error=error,
-        low=float(low),
-        high=float(high),
-    )
+    found = interval(_Mean(), np.stack([d, np.ones(len(d))], axis=1), seed, DRAWS)
+    error = float(d.std(ddof=1) / np.sqrt(len(d))) if len(d) > 1 else None
+    return Difference(mean=found.value, standard_error=error, low=found.low, high=found.high)
+
+
+class _Mean(Metric):
+    """A plain mean, from sums of numbers and of ones."""
+
+    name = title = "mean"
+
+    def statistics(self, item: Item, output: Output) -> tuple[float, ...]:
+        return (output.nats, 1.0)
+
+    def value(self, sums: FloatArray) -> float:
+        return float(sums[0] / sums[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,7 @@ class Row:
     """One method at one budget.
 
     Attributes:
-        method: One of `regret.METHODS`, or `dense`.
+        method: As in `methods.NAMES`.
         subset: `all` windows, or `oracle`: the fewer, shorter windows on which the oracle is
         affordable.
         budget: Asked share of the dense FLOPs.
@@ -115,7 +120,7 @@ class Row:
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[str, str, float]:
+    def key(self) -> Key:
         """What identifies a row within one evaluation."""
         return (self.method, self.subset, self.budget)
 
@@ -130,32 +135,17 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result(Record):
-    """An evaluation.
+class Result(Evaluation):
+    """An evaluation of a text.
 
     Attributes:
-        config: The `EvalConfig`, as JSON.
-        config_hash: Identifies config, data, model, modulator and versions together.
-        seed: Of everything random.
-        versions: vesicle, torch, transformers and python.
-        hardware: CPU model, cores and threads.
-        model: Name, sizes and fingerprint of the model.
-        modulator: Name, kind and fingerprint of the modulator.
         data: Description, SHA-256 of the tokens, and counts.
         rows: By subset, budget (falling) and method.
         missing: Rows that could not be had, each with `method`, `subset`, `budget` and `reason`.
     """
 
-    what = "an evaluation"
     version = SCHEMA
 
-    config: dict[str, Any]
-    config_hash: str
-    seed: int
-    versions: dict[str, str]
-    hardware: dict[str, Any]
-    model: dict[str, Any]
-    modulator: dict[str, Any]
     data: dict[str, Any]
     rows: list[Row]
     missing: list[dict[str, Any]] = field(default_factory=list)
