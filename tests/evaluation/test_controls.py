@@ -16,8 +16,8 @@ from vesicle.evaluation.controls import NAMES, Control
 from vesicle.evaluation.language_modelling import score
 from vesicle.evaluation.ledger import Ledger, plan_from_levels, released
 from vesicle.evaluation.matching import TOLERANCE, Matched, match
-from vesicle.evaluation.tuning import tune_learnt
-from vesicle.modulator import Modulator
+from vesicle.evaluation.tuning import tune_dial
+from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.plan import FloatArray, Method
 from vesicle.predictors import CONTROLS
 from vesicle.reference.attach import attach
@@ -171,27 +171,32 @@ def test_best_of_n_takes_the_best(ledger: Ledger, llama: Any, windows: Tensor):
     assert found.details["selection_loss_nats"] <= one.details["selection_loss_nats"]
 
 
+def share_on(model: Any, ids: Tensor) -> Callable[[ModulatorMethod], float]:
+    return lambda method: score(model, ids, method, batch=len(ids)).cost_share
+
+
 @pytest.mark.parametrize("preview", [2, 8])
 @pytest.mark.parametrize("target", TARGETS)
 def test_learnt_is_tuned(target: float, preview: int, llama: Any, ledger: Ledger):
-    tuned = tune_learnt(
-        llama, ledger.modulator, some_windows(6, T), target, batch=3, preview=preview
-    )
-    assert tuned.scores.cost_share == pytest.approx(target, rel=TOLERANCE)
-    assert len(tuned.scores.levels) == 6
-    assert 0 < tuned.dial < 1
+    ids = some_windows(6, T)
+    stages = [share_on(llama, some) for some in (ids[:preview], ids)]
+    dial = tune_dial(ledger.modulator, target, *stages, near=TOLERANCE)
+    found = stages[-1](ModulatorMethod(ledger.modulator, dial))
+    assert found == pytest.approx(target, rel=TOLERANCE)
+    assert 0 < dial < 1
 
 
 def test_tuning_to_rest(llama: Any, modulator: Modulator, windows: Tensor):
-    tuned = tune_learnt(llama, modulator, windows, 1.0)
-    assert tuned.dial == 1.0
-    assert np.array_equal(tuned.scores.nats, score(llama, windows).nats)
+    dial = tune_dial(modulator, 1.0, share_on(llama, windows))
+    assert dial == 1.0
+    rest = score(llama, windows, ModulatorMethod(modulator, dial))
+    assert np.array_equal(rest.nats, score(llama, windows).nats)
 
 
 def test_cost_out_of_reach(llama: Any, windows: Tensor):
     modulator = tiny_modulator(shape_of(llama), transmitters=("gaba",))
     with pytest.raises(BudgetError, match=r"no dial of this modulator gives a cost of 0\.500"):
-        tune_learnt(llama, modulator, windows, 0.5)
+        tune_dial(modulator, 0.5, share_on(llama, windows))
 
 
 def test_matched_is_plain_data():

@@ -14,11 +14,11 @@ import pytest
 from tests.evaluation.test_task_run import lasting, tiny_subject
 from tests.tiny import tiny_model
 from vesicle.errors import VesicleError
-from vesicle.evaluation import earlier, provenance, task_run
+from vesicle.evaluation import earlier, provenance, run_rows, task_run
+from vesicle.evaluation.evaluate_tasks import evaluate_tasks
 from vesicle.evaluation.store import ITEMS
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.evaluation.task_results import TaskResult
-from vesicle.evaluation.task_run import evaluate_tasks
 from vesicle.folders import EARLIER, LOCK
 
 Run = Callable[..., TaskResult]
@@ -147,7 +147,8 @@ def test_covers_asks_for_every_part():
 
 def with_code(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     real = provenance.versions()
-    monkeypatch.setattr(task_run, "versions", lambda: {**real, "code": code})
+    for module in (task_run, run_rows):
+        monkeypatch.setattr(module, "versions", lambda: {**real, "code": code})
 
 
 def test_rows_of_other_code_are_run_again(

@@ -16,7 +16,7 @@ from vesicle.bench.prompts import read_stream
 from vesicle.evaluation.prompts import continuation, make_prompt
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.evaluation.task_items import prepare
-from vesicle.evaluation.task_run import _TaskRun
+from vesicle.evaluation.task_run import TaskRun
 from vesicle.models.text import Text
 from vesicle.tasks.items import Item
 from vesicle.tasks.registry import find_task
@@ -89,7 +89,7 @@ def test_answers_by_which_best_of_n_selects(text: Text):
         asked.extend(choices)
         return SimpleNamespace(output=SimpleNamespace(choice_nats=(-1.0,)))
 
-    run: Any = object.__new__(_TaskRun)
+    run: Any = object.__new__(TaskRun)
     item = Item(id="a", context="x", references=("the cat",))
     run._subject = SimpleNamespace(codec=text, executor=SimpleNamespace(choose=choose))
     run._config = SimpleNamespace(selection=1)

@@ -15,12 +15,12 @@ from tests.tasks.rows import LOCAL, write_rows
 from tests.tiny import tiny_model
 from vesicle.errors import DataError, VesicleError
 from vesicle.evaluation import task_plots, task_run, task_table
+from vesicle.evaluation.evaluate_tasks import evaluate_tasks
 from vesicle.evaluation.executors import Execution
 from vesicle.evaluation.methods import ON_ALL_TASKS
 from vesicle.evaluation.store import ITEMS
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.evaluation.task_results import TaskResult
-from vesicle.evaluation.task_run import evaluate_tasks
 from vesicle.plan import Method
 
 SQUAD = LOCAL["squad"][0]
@@ -67,7 +67,7 @@ def failing(
 
     By default those whose answers are scored, else those by which a dial is turned.
     """
-    real, ran = task_run._TaskRun._run, []
+    real, ran = task_run.TaskRun._run, []
 
     def failing(self: Any, prepared: Any, method: Any, **named: Any) -> Execution:
         bad = ("keep_levels" in named) != while_set and fails(prepared.item.id, method)
@@ -76,7 +76,7 @@ def failing(
             raise VesicleError(f"the loss of {prepared.item.id} is nan; it must be finite")
         return real(self, prepared, method, **named)
 
-    monkeypatch.setattr(task_run._TaskRun, "_run", failing)
+    monkeypatch.setattr(task_run.TaskRun, "_run", failing)
     return ran
 
 

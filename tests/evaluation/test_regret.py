@@ -11,15 +11,17 @@ import pytest
 from tests.evaluation.helpers import Bytes, write_text
 from tests.tiny import shape_of, tiny_control, tiny_model, tiny_modulator
 from vesicle.errors import DataError, ModelError, VesicleError
-from vesicle.evaluation import text_rows, text_run
+from vesicle.evaluation import run_rows, task_run
+from vesicle.evaluation.executors import TransformersExecutor
 from vesicle.evaluation.matching import TOLERANCE
+from vesicle.evaluation.methods import ON_A_TEXT
 from vesicle.evaluation.oracle import OracleConfig
 from vesicle.evaluation.provenance import fingerprint
-from vesicle.evaluation.text_config import METHODS, EvalConfig
-from vesicle.evaluation.text_results import Result, Row
+from vesicle.evaluation.task_results import TaskResult, TaskRow
+from vesicle.evaluation.text_config import EvalConfig
 from vesicle.evaluation.text_run import evaluate
 
-Run = Callable[..., Result]
+Run = Callable[..., TaskResult]
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def run(llama: Any, config: EvalConfig, tmp_path: Path) -> Run:
     """Evaluates into a folder, by default `out`, with `config` or another."""
     modulator = tiny_modulator(shape_of(llama))
 
-    def run(config: EvalConfig = config, out: str = "out", **settings: Any) -> Result:
+    def run(config: EvalConfig = config, out: str = "out", **settings: Any) -> TaskResult:
         return evaluate(
             llama,
             Bytes(),
@@ -58,36 +60,52 @@ def run(llama: Any, config: EvalConfig, tmp_path: Path) -> Run:
     return run
 
 
-def without_seconds(result: Result) -> list[Row]:
-    return [replace(row, seconds=0.0) for row in result.rows]
+def unmeasured(result: TaskResult) -> list[TaskRow]:
+    return [replace(row, measured={}) for row in result.rows]
+
+
+def nats_of(row: TaskRow) -> list[float]:
+    """The mean loss of each window."""
+    return [nats / n for nats, n in row.items["statistics"]["loss"]]
 
 
 def test_whole_evaluation(run: Run, config: EvalConfig, tmp_path: Path):
     result = run(model_name="tiny", modulator_name="test")
     assert result.missing == []
     assert [row.key for row in result.rows] == config.keys()
-    assert {row.method for row in result.rows} == {"dense", *METHODS}
+    assert {row.method for row in result.rows} == {"dense", *ON_A_TEXT}
     for row in result.rows:
-        assert row.cost_share == pytest.approx(row.budget, rel=TOLERANCE)
-        assert row.n_windows == len(row.window_nats) == (5 if row.subset == "all" else 2)
-        assert row.n_tokens == row.n_windows * (63 if row.subset == "all" else 59)
-        dense = result.find("dense", 1.0, row.subset)
-        assert row.delta_nats == pytest.approx(row.loss_nats - dense.loss_nats, abs=1e-12)
+        assert row.ratio["flops"] == pytest.approx(row.budget, rel=TOLERANCE)
+        assert row.n_items == len(nats_of(row)) == (5 if row.task == "text" else 2)
+        tokens = sum(n for _, n in row.items["statistics"]["loss"])
+        assert tokens == row.n_items * (63 if row.task == "text" else 59)
+        dense, loss = result.find(row.task, "dense", 1.0), row.scores["loss"]
+        assert loss.value == pytest.approx(sum(nats_of(row)) / row.n_items)
+        assert loss.delta == pytest.approx(loss.value - dense.scores["loss"].value, abs=1e-12)
         # Here one token is one byte.
-        assert row.bits_per_byte == pytest.approx(row.loss_nats * 1.4426950408889634)
-    rest = result.find("learnt", 1.0)
-    assert rest.delta_nats == rest.delta_low_nats == rest.delta_high_nats == 0
-    assert rest.cost_share == 1.0
+        bits = row.scores["bits_per_byte"].value
+        assert bits == pytest.approx(loss.value * 1.4426950408889634)
+        if row.method not in ("dense", "learnt"):
+            learnt = result.find(row.task, "learnt", row.budget).scores["loss"].value
+            assert loss.learnt == pytest.approx(learnt - loss.value, abs=1e-12)
+    rest = result.find("text", "learnt", 1.0)
+    loss = rest.scores["loss"]
+    assert loss.delta == loss.delta_low == loss.delta_high == 0
+    assert rest.ratio["flops"] == 1.0
     for budget in (0.8, 0.65):
-        oracle = result.find("oracle", budget, "oracle").loss_nats
+        oracle = result.find("text-oracle", "oracle", budget).scores["loss"].value
         for other in ("uniform", "uniform-mix", "per-layer"):
-            assert oracle <= result.find(other, budget, "oracle").loss_nats + 1e-9
+            found = result.find("text-oracle", other, budget).scores["loss"].value
+            assert oracle <= found + 1e-9
 
     out = tmp_path / "out"
-    assert Result.load(out / "result.json") == result
+    assert TaskResult.load(out / "result.json").to_dict() == result.to_dict()
     assert (out / "loss_against_cost.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "table.md").read_text(encoding="utf-8")
-    assert "| best of 3 | 0.65 |" in page
+    assert "## All windows (lower is better)" in page
+    assert "## All windows, the oracle's windows (lower is better)" in page
+    assert "| best-of-n | 0.65 |" in page
+    assert result.find("text", "best-of-n", 0.65).details["n"] == 3
     # A result may be shared: it names no folder of the machine it was made on.
     assert str(tmp_path) not in (out / "result.json").read_text(encoding="utf-8")
 
@@ -97,12 +115,12 @@ def test_resuming_gives_the_same(run: Run, tmp_path: Path):
     rows = tmp_path / "out" / "rows.jsonl"
     lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
     # Cut off behind a learnt row, whose levels the next controls need, inside the next line.
-    kept = next(i for i, line in enumerate(lines) if '"learnt"' in line and '"budget": 0.8' in line)
+    kept = next(i for i, line in enumerate(lines) if '"learnt", 0.8' in line)
     rows.write_text("".join(lines[: kept + 1]) + lines[kept + 1][:40], encoding="utf-8")
     said: list[str] = []
     resumed = run(say=said.append)
     assert said == [f"{kept + 1} of {len(lines)} rows were done before and are kept"]
-    assert without_seconds(resumed) == without_seconds(whole)
+    assert unmeasured(resumed) == unmeasured(whole)
     assert resumed.rows[: kept + 1] == whole.rows[: kept + 1]
 
 
@@ -112,9 +130,10 @@ def test_finished_rows_are_not_computed_again(run: Run, monkeypatch: pytest.Monk
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(text_rows, "score", never)
-    monkeypatch.setattr(text_rows, "tune_learnt", never)
-    assert run() == whole
+    monkeypatch.setattr(TransformersExecutor, "losses", never)
+    assert run().to_dict() == whole.to_dict()
+    with pytest.raises(AssertionError, match="again"):
+        run(restart=True)
 
 
 def test_more_budgets_and_methods_keep_what_is_done(run: Run, config: EvalConfig):
@@ -122,7 +141,7 @@ def test_more_budgets_and_methods_keep_what_is_done(run: Run, config: EvalConfig
     said: list[str] = []
     more = run(replace(config, budgets=(0.8, 0.7), methods=("uniform", "random")), say=said.append)
     assert said == ["2 of 5 rows were done before and are kept"]
-    assert more.find("uniform", 0.8) == few.find("uniform", 0.8)
+    assert more.find("text", "uniform", 0.8) == few.find("text", "uniform", 0.8)
 
 
 def test_another_setting_keeps_no_rows(run: Run, config: EvalConfig, tmp_path: Path):
@@ -132,15 +151,16 @@ def test_another_setting_keeps_no_rows(run: Run, config: EvalConfig, tmp_path: P
     second = run(replace(config, seed=1), say=said.append)
     (kept,) = (tmp_path / "out" / "earlier").iterdir()
     assert said == [f"the results of an earlier run are kept in {kept}"]
-    assert Result.load(kept / "result.json") == first
-    assert second.find("random", 0.8).window_nats != first.find("random", 0.8).window_nats
+    assert TaskResult.load(kept / "result.json").to_dict() == first.to_dict()
+    other, one = (nats_of(found.find("text", "random", 0.8)) for found in (second, first))
+    assert other != one
     assert run(config).rows == first.rows
-    assert without_seconds(run(config, restart=True)) == without_seconds(first)
+    assert unmeasured(run(config, restart=True)) == unmeasured(first)
 
 
 def test_interrupt_keeps_finished_rows(run: Run, config: EvalConfig, monkeypatch: Any):
     config = replace(config, methods=("uniform", "random"))
-    real, calls, said = text_rows.score, [0], list[str]()
+    real, calls, said = task_run.TaskRun.finish, [0], list[str]()
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -148,12 +168,35 @@ def test_interrupt_keeps_finished_rows(run: Run, config: EvalConfig, monkeypatch
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(text_rows, "score", interrupted)
+    monkeypatch.setattr(task_run.TaskRun, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config, say=said.append)
     assert said == ["interrupted; 2 of 5 rows are done: run the same command again to go on"]
-    monkeypatch.setattr(text_rows, "score", real)
-    assert len(run(config).rows) == 5
+    monkeypatch.setattr(task_run.TaskRun, "finish", real)
+    said.clear()
+    assert len(run(config, say=said.append).rows) == 5
+    assert said == ["2 of 5 rows were done before and are kept"]
+
+
+def test_a_row_that_was_cut_off_is_run_again(run: Run, config: EvalConfig, monkeypatch: Any):
+    """Half of its windows are no row."""
+    config = replace(config, methods=("uniform",), budgets=(0.8,))
+    whole = run(config, out="whole")
+    real, calls = TransformersExecutor.losses, [0]
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(TransformersExecutor, "losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.setattr(TransformersExecutor, "losses", real)
+    said: list[str] = []
+    assert unmeasured(run(config, say=said.append)) == unmeasured(whole)
+    assert said == ["1 of 2 rows were done before and are kept"]
 
 
 def test_what_cannot_be_reached_is_listed(run: Run, config: EvalConfig, llama: Any):
@@ -162,8 +205,8 @@ def test_what_cannot_be_reached_is_listed(run: Run, config: EvalConfig, llama: A
     result = run(config, modulator=modulator)
     assert {row.budget for row in result.rows} == {1.0, 0.99}
     missing = {m["method"] for m in result.missing if m["budget"] == 0.3}
-    assert missing == set(METHODS)
-    assert run(config, modulator=modulator) == result
+    assert missing == set(ON_A_TEXT)
+    assert run(config, modulator=modulator).to_dict() == result.to_dict()
 
 
 def test_learnt_levels_without_a_learnt_row(run: Run, config: EvalConfig):
@@ -250,16 +293,17 @@ def test_rows_of_other_code_are_computed_again(
 ):
     config = replace(config, budgets=(0.8,), methods=("uniform",))
     first, said = run(config), list[str]()
-    real = text_run.versions()
-    monkeypatch.setattr(text_run, "versions", lambda: {**real, "code": "other"})
+    real = run_rows.versions()
+    for module in (run_rows, task_run):
+        monkeypatch.setattr(module, "versions", lambda: {**real, "code": "other"})
     second = run(config, say=said.append)
     rows = tmp_path / "out" / "rows.jsonl"
     assert said[0] == (
         "2 of 2 rows were done by other code than this and are run again; "
         f"their lines stay in {rows}"
     )
-    assert without_seconds(second) == without_seconds(first)
+    assert unmeasured(second) == unmeasured(first)
     assert second.config_hash != first.config_hash
     said.clear()
-    assert run(config, say=said.append) == second
+    assert run(config, say=said.append).to_dict() == second.to_dict()
     assert said == ["2 of 2 rows were done before and are kept"]

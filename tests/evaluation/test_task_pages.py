@@ -14,8 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vesicle.errors import VesicleError
-from vesicle.evaluation import results_page, task_plots, task_run, task_table
-from vesicle.evaluation.plots import MissingPlots
+from vesicle.evaluation import evaluate_tasks, results_page, task_plots, task_table
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.evaluation.task_results import Score, TaskResult, TaskRow
 
@@ -281,7 +280,7 @@ def test_a_plot_that_cannot_be_written(result: TaskResult, tmp_path: Path):
 
 def test_without_matplotlib(result: TaskResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingPlots, match=r"pip install 'vesicle\[plot\]'"):
+    with pytest.raises(task_plots.MissingPlots, match=r"pip install 'vesicle\[plot\]'"):
         task_plots.save_plots(result, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -526,7 +525,7 @@ def test_the_command_asks_for_the_same_again(
         asked.append(config)
         raise VesicleError("enough")
 
-    monkeypatch.setattr(task_run, "evaluate_tasks", take)
+    monkeypatch.setattr(evaluate_tasks, "evaluate_tasks", take)
     monkeypatch.setattr("vesicle.commands.eval._subject", lambda *given: None)
     CliRunner().invoke(app, words[1:])
     assert words[:2] == ["vesicle", "eval"]

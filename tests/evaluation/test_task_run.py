@@ -14,13 +14,14 @@ from tests.tiny import shape_of, tiny_control, tiny_model, tiny_modulator
 from vesicle.engine import Engine
 from vesicle.errors import DataError, VesicleError
 from vesicle.evaluation import task_run
+from vesicle.evaluation.evaluate_tasks import evaluate_tasks
 from vesicle.evaluation.executors import EngineExecutor, Span, TransformersExecutor
 from vesicle.evaluation.matching import TOLERANCE
 from vesicle.evaluation.methods import ON_ALL_TASKS, check_methods
 from vesicle.evaluation.store import ITEMS
+from vesicle.evaluation.subject import Subject
 from vesicle.evaluation.task_config import TaskConfig
 from vesicle.evaluation.task_results import TaskResult
-from vesicle.evaluation.task_run import Subject, evaluate_tasks
 
 Run = Callable[..., TaskResult]
 
@@ -169,7 +170,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
     after: int,
 ):
     """Killed while an item runs, with a torn line behind the finished ones."""
-    real, calls = task_run._TaskRun._run, [0]
+    real, calls = task_run.TaskRun._run, [0]
 
     def dying(self: Any, *given: Any, **named: Any) -> Any:
         calls[0] += 1
@@ -177,10 +178,10 @@ def test_a_killed_run_goes_on_to_the_same_end(
             raise Killed
         return real(self, *given, **named)
 
-    monkeypatch.setattr(task_run._TaskRun, "_run", dying)
+    monkeypatch.setattr(task_run.TaskRun, "_run", dying)
     with pytest.raises(Killed):
         run()
-    monkeypatch.setattr(task_run._TaskRun, "_run", real)
+    monkeypatch.setattr(task_run.TaskRun, "_run", real)
     items = tmp_path / "out" / ITEMS
     if items.exists():
         with items.open("a", encoding="utf-8") as file:

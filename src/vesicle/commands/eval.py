@@ -17,7 +17,7 @@ from vesicle.shipped import is_default_model, shipped_modulator
 from vesicle.terminal import SafeConsole
 
 if TYPE_CHECKING:
-    from vesicle.evaluation.task_run import Subject
+    from vesicle.evaluation.subject import Subject
 
 
 class Through(StrEnum):
@@ -37,8 +37,8 @@ def evaluate(
         typer.Option(
             "--method",
             "-m",
-            help="learnt (the modulator), dense, a control, or kvpress:NAME; repeat, or put "
-            "commas between. \\[default: learnt]",
+            help="learnt (the modulator), dense, a control, oracle (on a text), or kvpress:NAME; "
+            "repeat, or put commas between. \\[default: learnt]",
             show_default=False,
         ),
     ] = None,
@@ -131,6 +131,10 @@ def evaluate(
     ] = "tuned",
     best_of: Annotated[int, typer.Option(help="Random tables that best-of-n tries.")] = 20,
     selection: Annotated[int, typer.Option(help="Items that best-of-n selects on.")] = 4,
+    oracle_windows: Annotated[
+        int, typer.Option(help="Windows of a text that the oracle searches on.")
+    ] = 2,
+    oracle_length: Annotated[int, typer.Option(help="Their tokens.")] = 512,
     restart: Annotated[bool, typer.Option("--restart", help="Forget finished items.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List tasks and methods.")] = False,
 ) -> None:
@@ -150,8 +154,8 @@ def evaluate(
         return _list()
     if not tasks:
         raise VesicleError("no task is named; vesicle eval --list tells them")
+    from vesicle.evaluation.evaluate_tasks import evaluate_tasks
     from vesicle.evaluation.task_config import TaskConfig
-    from vesicle.evaluation.task_run import evaluate_tasks
 
     config = TaskConfig(
         tasks=tuple(tasks),
@@ -169,6 +173,8 @@ def evaluate(
         dial=dial,
         best_of=best_of,
         selection=selection,
+        oracle_windows=oracle_windows,
+        oracle_length=oracle_length,
         phases=tuple(phase or ()),
     )
     check_folder(out)
@@ -198,7 +204,7 @@ def evaluate(
 def _list() -> None:
     from rich.table import Table
 
-    from vesicle.evaluation.methods import ON_ALL_TASKS as NAMES
+    from vesicle.evaluation.methods import NAMES
     from vesicle.tasks.registry import find_task, task_names
 
     table = Table()
@@ -226,7 +232,7 @@ def _subject(
     from vesicle.engine import Engine
     from vesicle.evaluation.executors import EngineExecutor, Executor, TransformersExecutor
     from vesicle.evaluation.provenance import folder_fingerprint
-    from vesicle.evaluation.task_run import Subject
+    from vesicle.evaluation.subject import Subject
     from vesicle.models import Text, resolve_model
     from vesicle.models.default import DEFAULT_MODEL
     from vesicle.modulator import Modulator

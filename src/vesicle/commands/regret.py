@@ -78,9 +78,9 @@ def regret(
         raise VesicleError("no modulator is shipped with this package: name one")
     from dataclasses import fields
 
+    from vesicle.evaluation.task_table import rich_tables
     from vesicle.evaluation.text_config import EvalConfig
     from vesicle.evaluation.text_run import evaluate
-    from vesicle.evaluation.text_table import SUBSETS, rich_table
     from vesicle.modulator import Modulator
 
     given["budgets"] = _numbers(budgets)
@@ -104,9 +104,8 @@ def regret(
         say=notice,
     )
     console = SafeConsole()
-    for subset in SUBSETS:
-        if any(row.subset == subset for row in result.rows):
-            console.print(rich_table(result, subset))
+    for table in rich_tables(result):
+        console.print(table)
     notice(f"wrote {out}")
 
 

@@ -28,11 +28,11 @@ from vesicle.engine import Engine
 from vesicle.engine.engine import CHUNK
 from vesicle.engine.sequence import Sequence as EngineSequence
 from vesicle.errors import VesicleError
-from vesicle.evaluation.language_modelling import model_shape
+from vesicle.evaluation.language_modelling import model_shape, score
 from vesicle.evaluation.memory import peak_bytes, reset_peak
 from vesicle.evaluation.prompts import Codec, Prompt
 from vesicle.families import cache_argument, find_cache, find_family
-from vesicle.plan import FloatArray, Method
+from vesicle.plan import Dense, FloatArray, Method
 from vesicle.reference.attach import attach
 from vesicle.shapes import ModelShape
 from vesicle.tasks.items import Output
@@ -88,10 +88,12 @@ class Executor(ABC):
     Attributes:
         shape: The sizes by which costs are counted.
         context_window: Most tokens of a sequence.
+        batch: Windows of a text that are run in one pass.
     """
 
     shape: ModelShape
     context_window: int
+    batch = 1
 
     @abstractmethod
     def generate(
@@ -133,6 +135,19 @@ class Executor(ABC):
         self, ids: list[int], method: Method | None, *, keep_levels: bool = False
     ) -> Execution:
         """The summed loss of a window; its first token is not scored."""
+
+    def losses(
+        self,
+        windows: Sequence[list[int]],
+        methods: Sequence[Method | None],
+        *,
+        keep_levels: bool = False,
+    ) -> list[Execution]:
+        """The same of several windows of one length, each under its method, in one pass if able."""
+        return [
+            self.loss(ids, method, keep_levels=keep_levels)
+            for ids, method in zip(windows, methods, strict=True)
+        ]
 
     def dense(self, spans: Sequence[Span]) -> Cost:
         """What the dense model costs for the same tokens."""
@@ -278,14 +293,16 @@ class EngineExecutor(Executor):
 class TransformersExecutor(Executor):
     """Runs items in Hugging Face transformers: dense as it is, other methods by the reference."""
 
-    def __init__(self, model: nn.Module, *, attached: bool) -> None:
+    def __init__(self, model: nn.Module, *, attached: bool, batch: int = 1) -> None:
         """Use a causal LM.
 
         Args:
             model: Of a supported family.
             attached: Whether the reference is attached, also where nothing need be decided.
+            batch: Windows of a text in one pass. Compare losses of one batch size only: sums of
+                floats round by it.
         """
-        self.model, self.attached = model, attached
+        self.model, self.attached, self.batch = model, attached, batch
         self.shape = model_shape(model)
         config: Any = model.config
         self.context_window = find_family(config).decoder_config(config).context_window
@@ -371,35 +388,50 @@ class TransformersExecutor(Executor):
     def loss(
         self, ids: list[int], method: Method | None, *, keep_levels: bool = False
     ) -> Execution:
-        """As `Executor.loss`, in one pass, which holds the logits (T, V) of the whole window."""
+        """As `Executor.loss`."""
+        return self.losses([ids], [method], keep_levels=keep_levels)[0]
+
+    def losses(
+        self,
+        windows: Sequence[list[int]],
+        methods: Sequence[Method | None],
+        *,
+        keep_levels: bool = False,
+    ) -> list[Execution]:
+        """As `Executor.losses`, in one pass; the LM head runs on a few positions at a time."""
+        bare = not self.attached and all(method is None for method in methods)
+        given = None if bare else [method or Dense() for method in methods]
         clock = _Clock()
-        with self._running(method, 0) as run, torch.inference_mode():
-            logits, _ = self._step(ids, None, len(ids))
-        nats = _nats(logits[:-1], ids[1:])
-        clock.prefill()
-        span = Span(0, len(ids), 0)
-        cost = self._cost(run, span)
-        return Execution(
-            output=Output(nats=nats, n_tokens=len(ids) - 1),
-            spans=(span,),
-            prefill=cost,
-            decode=Cost(),
-            prompt=0,
-            generated=cost,
-            seconds=clock.seconds,
-            peak_bytes=peak_bytes(),
-            levels=run.levels[0] if keep_levels and run is not None else None,
+        found = score(
+            self.model,
+            torch.tensor(windows),
+            given,
+            batch=len(windows),
+            keep_levels=keep_levels,
         )
+        clock.prefill()
+        seconds = {phase: value / len(windows) for phase, value in clock.seconds.items()}
+        levels: list[Any] = found.levels or [None] * len(windows)
+        return [
+            Execution(
+                output=Output(nats=float(found.nats[i]), n_tokens=len(ids) - 1),
+                spans=(Span(0, len(ids), 0),),
+                prefill=found.costs[i],
+                decode=Cost(),
+                prompt=0,
+                generated=found.costs[i],
+                seconds=seconds,
+                peak_bytes=peak_bytes(),
+                levels=levels[i],
+            )
+            for i, ids in enumerate(windows)
+        ]
 
     def _running(self, method: Method | None, prompt_tokens: int) -> Any:
         """The reference's run in a `with` statement, or None for the bare model."""
         if method is None and not self.attached:
             return nullcontext()
-        if method is None:
-            from vesicle.plan import Dense
-
-            method = Dense()
-        return attach(self.model, method, prompt_tokens=prompt_tokens)
+        return attach(self.model, method or Dense(), prompt_tokens=prompt_tokens)
 
     def _step(self, ids: list[int], cache: Any, n_logits: int) -> tuple[Tensor, Any]:
         """Logits (n, V) of the last n tokens, and the cache that was filled."""

@@ -14,8 +14,7 @@ window.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vesicle.cost import price, price_dense
+from vesicle.cost import Cost, price, price_dense
 from vesicle.errors import ModelError, VesicleError
 from vesicle.evaluation.prompts import Codec
 from vesicle.families import find_family
@@ -45,44 +43,17 @@ class Windows:
 
     Attributes:
         ids: (N, T) token ids.
-        n_bytes: (N,) UTF-8 bytes of each window's scored text.
         description: What it is, in words.
     """
 
     ids: Tensor
-    n_bytes: tuple[int, ...]
     description: str
-
-    @classmethod
-    def of(cls, ids: Tensor, codec: Codec, description: str) -> Windows:
-        """Windows from token ids (N, T)."""
-        sizes = tuple(scored_bytes(row, codec) for row in ids.tolist())
-        return cls(ids=ids, n_bytes=sizes, description=description)
-
-    def __len__(self) -> int:
-        """N, the number of windows."""
-        return len(self.ids)
-
-    @property
-    def length(self) -> int:
-        """T, the tokens in a window."""
-        return int(self.ids.shape[1])
-
-    @property
-    def n_scored(self) -> int:
-        """Scored tokens, over all windows."""
-        return len(self) * (self.length - 1)
 
     @property
     def sha256(self) -> str:
         """Of the token ids and their arrangement in windows."""
         ids = self.ids.to("cpu", torch.int64).contiguous().numpy()
         return hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest()
-
-    def bits_per_byte(self, nats: FloatArray) -> float:
-        """Bits per byte from each window's summed loss (N,) in nats; 0 for no bytes."""
-        total = sum(self.n_bytes)
-        return float(nats.sum() / math.log(2) / total) if total else 0.0
 
 
 def scored_bytes(ids: Sequence[int], codec: Codec) -> int:
@@ -117,10 +88,9 @@ def load_windows(
     n = len(ids)
     ids = ids[evenly(n, limit)]
     name = Path(source).name if Path(source).expanduser().exists() else str(source)
-    return Windows.of(
-        ids,
-        codec,
-        f"{name}, split {split}, field {field}: {len(documents)} document(s), "
+    return Windows(
+        ids=ids,
+        description=f"{name}, split {split}, field {field}: {len(documents)} document(s), "
         f"{len(ids)} of {n} windows of {length} tokens, evenly spread",
     )
 
@@ -137,20 +107,20 @@ class Scores:
 
     Attributes:
         nats: (N,) summed loss of each window's scored tokens.
-        flops: (N,) executed FLOPs.
-        flops_dense: (N,) FLOPs of the dense model.
+        costs: Executed for each window.
+        dense: What the dense model costs for one.
         levels: Released levels, one (T, L, 5) a window, if they were asked for.
     """
 
     nats: FloatArray
-    flops: NDArray[np.int64]
-    flops_dense: NDArray[np.int64]
+    costs: list[Cost]
+    dense: Cost
     levels: list[FloatArray] = field(default_factory=list)
 
     @property
     def cost_share(self) -> float:
         """Executed FLOPs as a share of the dense model's, over all windows."""
-        return float(self.flops.sum() / self.flops_dense.sum())
+        return sum(c.flops_total for c in self.costs) / (len(self.costs) * self.dense.flops_total)
 
 
 class Together(Method):
@@ -202,7 +172,6 @@ def score(
     *,
     batch: int = 1,
     keep_levels: bool = False,
-    on_tokens: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score windows under a method, executed by the hard reference.
 
@@ -213,51 +182,24 @@ def score(
         batch: Windows in a forward pass. Compare losses of one batch size only: sums of floats
         round by it.
         keep_levels: Whether to keep the released levels.
-        on_tokens: Told after each pass how many tokens it had.
 
     Raises:
         VesicleError: A loss is not finite.
         ModelError: The model is not supported.
     """
     nats: list[float] = []
-    flops: list[int] = []
+    costs: list[Cost] = []
     levels: list[FloatArray] = []
-    shape = model_shape(model)
-    dense = price_dense(shape, ids.shape[1]).flops_total
+    dense = price_dense(model_shape(model), ids.shape[1])
     for rows, hidden, run in _passes(model, ids, method, batch):
         nats += _losses(model, hidden, rows)
-        flops += [dense] * len(rows) if run is None else _executed(run)
+        costs += [dense] * len(rows) if run is None else _executed(run)
         if keep_levels and run is not None:
             levels += run.levels
-        if on_tokens:
-            on_tokens(rows.numel())
     if not np.isfinite(nats).all():
         window = int(np.argmin(np.isfinite(nats)))
         raise VesicleError(f"the loss of window {window} is {nats[window]}; it must be finite")
-    return Scores(
-        nats=np.array(nats),
-        flops=np.array(flops, np.int64),
-        flops_dense=np.full(len(ids), dense, np.int64),
-        levels=levels,
-    )
-
-
-def executed_share(
-    model: nn.Module,
-    ids: Tensor,
-    method: Method,
-    *,
-    batch: int = 1,
-    on_tokens: Callable[[int], None] | None = None,
-) -> float:
-    """Executed share of the dense FLOPs on windows (N, T); the LM head is priced but not run."""
-    total = 0
-    for rows, _, run in _passes(model, ids, method, batch):
-        assert run is not None
-        total += sum(_executed(run))
-        if on_tokens:
-            on_tokens(rows.numel())
-    return total / (len(ids) * price_dense(model_shape(model), ids.shape[1]).flops_total)
+    return Scores(nats=np.array(nats), costs=costs, dense=dense, levels=levels)
 
 
 @torch.no_grad()
@@ -280,10 +222,10 @@ def _passes(
             yield rows, hidden, run
 
 
-def _executed(run: Run) -> list[int]:
+def _executed(run: Run) -> list[Cost]:
     overhead = run.method.overhead(run.shape)
     return [
-        price(plan, run.shape, overhead, released=released).flops_total
+        price(plan, run.shape, overhead, released=released)
         for plan, released in zip(run.plans, run.released, strict=True)
     ]
 

@@ -39,7 +39,7 @@ def check_methods(names: Sequence[str]) -> tuple[str, ...]:
 
             check_press(name.removeprefix(PRESS))
         else:
-            check_name(name, ON_ALL_TASKS, f", and {PRESS}NAME for a press of kvpress")
+            check_name(name, NAMES, f", and {PRESS}NAME for a press of kvpress")
     ours = [name for name in NAMES if name in names]
     return (*ours, *dict.fromkeys(name for name in names if name not in NAMES))
 

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vesicle.evaluation.cells import made_with
 from vesicle.evaluation.methods import PRESS
 from vesicle.evaluation.task_results import Score, TaskResult, TaskRow
+from vesicle.evaluation.task_table import made_with
 from vesicle.models.default import DEFAULT_MODEL
 
 HEAD = """# Results

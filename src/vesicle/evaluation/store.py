@@ -7,9 +7,11 @@ Those of the same base and other code (see `provenance.with_code`) are counted, 
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,11 +22,16 @@ from vesicle.evaluation.task_results import Key
 from vesicle.files import atomic_path
 from vesicle.plan import FloatArray
 
-ITEMS, LEVELS = "items.jsonl", "levels"
+ITEMS, ROWS, LEVELS = "items.jsonl", "rows.jsonl", "levels"
+
+Place = tuple[str, Key]
+"""A row: a hash and its key."""
 
 
 class ItemStore:
     """Finished items, settings of rows, and released levels of one output folder."""
+
+    file: ClassVar[str] = ITEMS
 
     def __init__(self, folder: Path, restart: bool = False) -> None:
         """Read what is there.
@@ -32,17 +39,17 @@ class ItemStore:
         Raises:
             VesicleError: The folder cannot be read or made.
         """
-        self._levels = folder / LEVELS
+        self.folder, self._levels = folder, folder / LEVELS
         self._rows: dict[tuple[str, Key], dict[str, dict[str, Any]]] = {}
         self._missing: dict[tuple[str, Key], dict[str, str]] = {}
         self._settings: dict[tuple[str, Key], dict[str, Any]] = {}
-        self._lines = JsonLines(folder / ITEMS, restart=restart)
+        self._lines = JsonLines(folder / self.file, restart=restart)
         if restart:
             shutil.rmtree(self._levels, ignore_errors=True)
         for values in self._lines.found:
             try:
                 self._keep(values)
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, AttributeError):
                 continue  # not a whole line: its item is run again
 
     def has(self, hash_: str, key: Key, item: str) -> bool:
@@ -125,6 +132,18 @@ class ItemStore:
                 f"cannot read {path}: {error}; delete it and run the same command again"
             ) from error
 
+    def finish_row(self) -> None:
+        """Told where a row has all that can be had."""
+
+    def tally(self, places: Sequence[Place]) -> tuple[str, int, int]:
+        """What is counted, how many of these rows are kept, and how many other code has done."""
+        kept = sum(self.count(*place) for place in places)
+        return "items", kept, sum(self.count_by_other_code(*place) for place in places)
+
+    def progress(self, places: Sequence[Place]) -> str:
+        """What an interrupted run may rely on."""
+        return "finished items are kept"
+
     def _keep(self, values: dict[str, Any]) -> None:
         task, method, budget = values["key"]
         place = (values["hash"], (task, method, float(budget)))
@@ -143,3 +162,47 @@ class ItemStore:
 
     def _write(self, values: dict[str, Any]) -> None:
         self._keep(self._lines.append(values))
+
+
+class RowStore(ItemStore):
+    """The same, with one line a finished row: rows are whole, or run again."""
+
+    file = ROWS
+
+    def __init__(self, folder: Path, restart: bool = False) -> None:
+        """Read what is there.
+
+        Raises:
+            VesicleError: The folder cannot be read or made.
+        """
+        self._row: list[dict[str, Any]] = []
+        super().__init__(folder, restart)
+
+    def finish_row(self) -> None:
+        """Write the row's line."""
+        if self._row:
+            self._lines.append({"row": self._row})
+            self._row = []
+
+    def tally(self, places: Sequence[Place]) -> tuple[str, int, int]:
+        """Rows, where `ItemStore` counts items."""
+        done = [self.settings(*place) is not None for place in places]
+        others = [self.count_by_other_code(*place) > 0 for place in places]
+        return (
+            f"of {len(places)} rows",
+            sum(done),
+            sum(other and not own for own, other in zip(done, others, strict=True)),
+        )
+
+    def progress(self, places: Sequence[Place]) -> str:
+        """How many rows are done."""
+        what, done, _ = self.tally(places)
+        return f"{done} {what} are done"
+
+    def _keep(self, values: dict[str, Any]) -> None:
+        for one in values.get("row", [values]):
+            super()._keep(one)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._keep(json.loads(json.dumps(values, allow_nan=False)))
+        self._row.append(values)

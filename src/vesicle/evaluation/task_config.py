@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from vesicle.errors import VesicleError
-from vesicle.evaluation.methods import check_methods
+from vesicle.evaluation.methods import BESIDE_ORACLE, ORACLE, check_methods
 from vesicle.evaluation.settings import as_json, check_whole, sorted_budgets
-from vesicle.evaluation.task_results import Key
+from vesicle.evaluation.task_results import ORACLE_PART, Key
 from vesicle.phases import Phases
-from vesicle.tasks.registry import find_task
+from vesicle.tasks.base import Task
+from vesicle.tasks.registry import find_task, task_names
 
 DIALS = ("tuned", "shipped")
 
@@ -35,6 +36,8 @@ class TaskConfig:
         dial: `tuned` on the task's prompts, or `shipped`: as the modulator was calibrated.
         best_of: Random tables that `best-of-n` tries.
         selection: Items on which it selects: the first ones.
+        oracle_windows: Windows of a text that the oracle searches on, spread evenly.
+        oracle_length: Their tokens, from the beginning.
         phases: On which tokens the modulator and the controls act, as `Phases.parse` reads it.
     """
 
@@ -53,6 +56,8 @@ class TaskConfig:
     dial: str = "tuned"
     best_of: int = 20
     selection: int = 4
+    oracle_windows: int = 2
+    oracle_length: int = 512
     phases: tuple[str, ...] = ()
 
     @property
@@ -74,6 +79,8 @@ class TaskConfig:
             "per_cell": 1,
             "best_of": 1,
             "selection": 1,
+            "oracle_windows": 1,
+            "oracle_length": 2,
         }
         check_whole(self, least, optional=("limit", "max_length", "window", "per_cell"))
         if any(n < 16 for n in self.lengths):
@@ -86,20 +93,37 @@ class TaskConfig:
             raise VesicleError("no task is named")
         Phases.parse(self.phases)
         for name in self.tasks:
-            find_task(name)
+            self._check_oracle(find_task(name))
         set_ = object.__setattr__
         set_(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         set_(self, "methods", check_methods(self.methods))
         set_(self, "budgets", sorted_budgets(self.budgets))
 
+    def _check_oracle(self, task: Task) -> None:
+        if ORACLE in self.methods and task.kind != "loss":
+            texts = [name for name in task_names() if find_task(name).kind == "loss"]
+            raise VesicleError(
+                f"method {ORACLE!r} searches the windows of a text, and task {task.name!r} has "
+                f"none; allowed with it: {', '.join(texts)}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON writes it; of a local folder the name alone."""
         return as_json(self)
+
+    def oracle_keys(self, task: str) -> list[Key]:
+        """The rows of a text's few windows on which the oracle searches; none without it."""
+        budgets = [budget for budget in self.budgets if budget < 1]
+        if ORACLE not in self.methods or not budgets:
+            return []
+        few = task + ORACLE_PART
+        beside = [m for m in self.methods if m in (*BESIDE_ORACLE, ORACLE)]
+        return [(few, "dense", 1.0), *((few, m, budget) for budget in budgets for m in beside)]
 
     def keys(self, task: str) -> list[Key]:
         """The rows of a task, in the order they are run in; at a budget of 1 all are dense."""
         keys: list[Key] = [(task, "dense", 1.0)]
         for budget in self.budgets:
             if budget < 1:
-                keys += [(task, m, budget) for m in self.methods if m != "dense"]
+                keys += [(task, m, budget) for m in self.methods if m not in ("dense", ORACLE)]
         return keys

@@ -1,6 +1,7 @@
 """Plots of a TaskResult: each task's main metric against the executed cost, one line a method.
 
-Bands are 95 % bootstrap intervals over items.
+Bands are 95 % bootstrap intervals over items. Colours are those of Okabe and Ito, told apart by
+people with the common kinds of colour blindness; markers differ too.
 """
 
 from __future__ import annotations
@@ -8,26 +9,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vesicle.errors import VesicleError
 from vesicle.evaluation.methods import PRESS
-from vesicle.evaluation.plots import STYLES, cost_axis, new_figure, save
 from vesicle.evaluation.task_results import TaskResult, TaskRow
+from vesicle.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+STYLES: dict[str, tuple[str, str]] = {
+    "learnt": ("#000000", "o"),
+    "uniform": ("#E69F00", "s"),
+    "uniform-mix": ("#56B4E9", "D"),
+    "per-layer": ("#009E73", "^"),
+    "random": ("#CC79A7", "v"),
+    "shuffled": ("#D55E00", "P"),
+    "best-of-n": ("#0072B2", "X"),
+    "oracle": ("#7F7F7F", "*"),
+}
+"""Colour and marker of each method."""
+
 _LOG_BEYOND = 3.0
 
 
-def save_plots(result: TaskResult, folder: Path) -> Path:
-    """Draw all tasks side by side into `quality_against_cost.png`; returns its path.
+class MissingPlots(VesicleError):
+    """Matplotlib is not installed."""
+
+
+def save_plots(result: TaskResult, folder: Path, name: str = "quality_against_cost.png") -> Path:
+    """Draw all tasks side by side into a PNG file of that name; returns its path.
 
     Raises:
         MissingPlots: matplotlib is not installed.
     """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPlots("plots need matplotlib: pip install 'vesicle[plot]'") from error
     n = len(result.tasks)
     columns = min(n, 3)
     rows = -(-n // columns)
-    figure = new_figure(figsize=(5.2 * columns, 3.8 * rows), dpi=120)
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in panels[n:]:
         panel.set_axis_off()
@@ -41,8 +63,9 @@ def save_plots(result: TaskResult, folder: Path) -> Path:
         figure.legend(
             list(seen.values()), list(seen), loc="outside lower center", ncols=6, frameon=False
         )
-    target = folder / "quality_against_cost.png"
-    save(figure, target)
+    target = folder / name
+    with atomic_path(target) as part:
+        figure.savefig(part, format="png", dpi=120)
     return target
 
 
@@ -84,5 +107,8 @@ def _draw(
         axes.set_yscale("log")
     axes.set_title(f"{task['title']}, {task['n_items']} items", fontsize=10)
     share = "KV memory held" if memory else "executed FLOPs"
-    cost_axis(axes, f"{share}, share of dense")
+    axes.set_xlabel(f"{share}, share of dense")
+    axes.invert_xaxis()
+    axes.grid(visible=True, color="#E5E5E5", linewidth=0.7)
+    axes.set_axisbelow(True)
     axes.set_ylabel(metric["title"] + (", %" if metric["percent"] else ""))

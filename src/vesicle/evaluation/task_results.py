@@ -1,4 +1,4 @@
-"""TaskResult: the record of `vesicle eval`, with units and provenance; one JSON file a run.
+"""TaskResult: the record of an evaluation, with units and provenance; one JSON file a run.
 
 Everything but what lies under `measured` (seconds, peak memory) follows from settings, data, model
 and seed: a run that was killed and went on writes the same.
@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from vesicle.evaluation.evaluation_record import Evaluation
-from vesicle.records import checked
+from vesicle.records import Record, checked
 
 SCHEMA = "vesicle-tasks-1"
 
 Key = tuple[str, str, float]
 """Task, method, budget."""
+
+ORACLE_PART = "-oracle"
+"""How the names of those parts of a task end on which the oracle searches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class TaskRow:
         dense: The same for the dense model on the same tokens.
         ratio: Executed over dense, of the total: `flops`, `weight_bytes`, `kv_bytes_read`,
             `kv_bytes_held`, `bytes_read`.
-        measured: `seconds` by phase over all items, and the largest `peak_bytes` of the process.
+        measured: `seconds` by phase over all items and of `setting` the method (absent in old
+            records), and the largest `peak_bytes` of the process.
         items: (n_items,) each: `ids`, `statistics` by metric, executed `flops` and `dense_flops`,
             `prompt_tokens`, `answer_tokens`; and those that could not be run, `missing`, each with
             `item` and `reason` (absent in old records).
@@ -104,21 +107,37 @@ class TaskRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskResult(Evaluation):
+class TaskResult(Record):
     """A run.
 
     Attributes:
+        config: What was asked for, as JSON.
+        config_hash: Identifies settings, data, model, modulator and versions together.
+        seed: Of everything random.
+        versions: Of this package and of what decides its numbers.
+        hardware: CPU model, cores and threads.
+        model: Name, sizes, fingerprint and number formats.
+        modulator: Name, kind and fingerprint; empty without one.
         tasks: For each task: `name`, `title`, `kind`, `style`, `split`, `data`, `sha256`,
             `n_items`, `shortened` (prompts that lost a part of their context), `n_rows` of the data
             and `missing` (rows and items that could not be asked, each with `item` and `reason`)
-            and `metrics`, each with `name`, `title`, `percent`, `higher_is_better` and `signature`.
+            and `metrics`, each with `name`, `title`, `percent`, `digits`,
+            `higher_is_better` and `signature`.
         rows: By task, budget (falling) and method.
         missing: Rows that could not be had, each with `task`, `method`, `budget` and `reason`.
     """
 
+    what = "an evaluation"
     version = SCHEMA
     indent = None  # the numbers of each item would fill thousands of lines
 
+    config: dict[str, Any]
+    config_hash: str
+    seed: int
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    model: dict[str, Any]
+    modulator: dict[str, Any]
     tasks: list[dict[str, Any]]
     rows: list[TaskRow]
     missing: list[dict[str, Any]] = field(default_factory=list)

@@ -28,6 +28,18 @@ Record = dict[str, Any]
 _RATIOS = ("flops_total", "weight_bytes", "kv_bytes_read", "kv_bytes_held", "bytes_read")
 
 
+def facts_of(metric: Metric) -> dict[str, Any]:
+    """What the record says of a metric."""
+    return {
+        "name": metric.name,
+        "title": metric.title,
+        "percent": metric.percent,
+        "digits": 1 if metric.percent else metric.digits,
+        "higher_is_better": metric.higher_is_better,
+        "signature": metric.signature,
+    }
+
+
 def make_record(task: Task, prepared: Prepared, execution: Execution) -> Record:
     """What is kept of an item that was run."""
     item, output = prepared.item, execution.output
@@ -75,6 +87,7 @@ def make_row(
     learnt: Mapping[str, Record] | None,
     seed: int,
     details: dict[str, Any],
+    setting_seconds: float = 0.0,
     missing: Sequence[Missing] = (),
 ) -> TaskRow:
     """A row. Differences are over the items that both rows have.
@@ -89,6 +102,7 @@ def make_row(
         learnt: Records of the learnt row at this budget; None where there is none to compare.
         seed: Of bootstraps.
         details: What the method was set to.
+        setting_seconds: How long that took.
         missing: Items that could not be run.
     """
     items = [p for p in items if p.item.id in scored]
@@ -100,7 +114,7 @@ def make_row(
         method=key[1],
         budget=key[2],
         n_items=len(records),
-        scores={m.name: _score(m, scored, dense, learnt, seed) for m in task.metrics},
+        scores={m.name: score_of(m, scored, dense, learnt, seed) for m in task.metrics},
         executed=executed,
         dense=rest,
         ratio={
@@ -110,6 +124,9 @@ def make_row(
         shares={phase: executed_share(records, executor, phase) for phase in (PROMPT, GENERATED)},
         measured={
             "seconds": {
+                "setting": setting_seconds,
+            }
+            | {
                 phase: round(sum(r["measured"]["seconds"][phase] for r in records), 3)
                 for phase in ("prefill", "decode")
             },
@@ -131,13 +148,15 @@ def make_row(
     )
 
 
-def _score(
+def score_of(
     metric: Metric,
     own: Mapping[str, Record],
     dense: Mapping[str, Record],
     learnt: Mapping[str, Record] | None,
     seed: int,
 ) -> Score:
+    """A metric of a row from records by item, beside the dense and the learnt row's."""
+
     def statistics(rows: Mapping[str, Record], ids: Sequence[str]) -> FloatArray:
         return np.array([rows[i]["statistics"][metric.name] for i in ids], np.float64)
 

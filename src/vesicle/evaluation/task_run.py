@@ -1,62 +1,43 @@
-"""`vesicle eval`: tasks under methods, at equal executed cost, one item at a time.
+"""TaskRun: runs the rows of a part, one method at one budget after another, at equal executed cost.
 
-    result = evaluate_tasks(subject, TaskConfig(tasks=("squad",), budgets=(1.0, 0.8)), "out")
-
-For each task the dense model comes first, then for each budget the learnt modulator, whose dial is
-turned until the task's own prompts execute that share of the dense FLOPs, then the controls, scaled
-to the share that the learnt modulator executed. The output folder holds
-
-    items.jsonl   one line a finished item, written as it finishes; those that fit are kept
-    result.json   the whole `TaskResult` of the last run
-    earlier/      results of runs before it that it does not hold
-    levels/       released levels of learnt items, where a control needs them
-
-What one item cannot do, the others do without: it is listed as missing, in the task if it cannot
-be asked, in the row if it cannot be run, and tried again by the next run. Only one process at a
-time writes to a folder.
+A row is set, then run: the learnt modulator's dial is turned until its items execute the budget,
+and controls are scaled to a share; then each item is run under the method, and what it gave is
+stored. An item that cannot be run is stored as missing, with the reason, and tried again by the
+next run; so is a row whose method cannot be set.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from vesicle.errors import BudgetError, VesicleError
-from vesicle.evaluation.controls import FROM_LEARNT, control
-from vesicle.evaluation.earlier import keep_earlier
-from vesicle.evaluation.executors import Execution, Executor
+from vesicle.evaluation.controls import FROM_LEARNT, Control, control
+from vesicle.evaluation.executors import Execution
 from vesicle.evaluation.item_ledger import ItemLedger
-from vesicle.evaluation.methods import NAMES, PRESS, check_trained
-from vesicle.evaluation.progress import progress_bar
-from vesicle.evaluation.prompts import Codec
-from vesicle.evaluation.provenance import digest, fingerprint, hardware, versions, with_code
-from vesicle.evaluation.session import Say, resumable, tell_kept, to_standard_error
-from vesicle.evaluation.store import ITEMS, ItemStore
+from vesicle.evaluation.matching import TOLERANCE
+from vesicle.evaluation.methods import PRESS
+from vesicle.evaluation.part import Part
+from vesicle.evaluation.progress import Tick
+from vesicle.evaluation.provenance import digest, versions, with_code
+from vesicle.evaluation.store import ItemStore
+from vesicle.evaluation.subject import Subject
 from vesicle.evaluation.task_config import TaskConfig
-from vesicle.evaluation.task_items import Prepared, prepare
-from vesicle.evaluation.task_results import Key, TaskResult, TaskRow
+from vesicle.evaluation.task_items import Prepared
+from vesicle.evaluation.task_results import Key, TaskRow
 from vesicle.evaluation.task_rows import Record, executed_share, make_record, make_row, spans_of
 from vesicle.evaluation.tuning import tune_dial
-from vesicle.folders import locked
 from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.phases import ALL, GENERATED
 from vesicle.plan import Dense, FloatArray, Method
-from vesicle.tasks.base import Settings, Task
 from vesicle.tasks.items import Missing
-from vesicle.tasks.registry import find_task
-from vesicle.tasks.sources import Loaded, load_items
 
 _PREVIEW_ITEMS, _PREVIEW_TOKENS = 4, 6000
-_NAMED = 5
-"""Missing items that are told one by one; the record has them all."""
-
-FILES = ("result.json", "table.md", "quality_against_cost.png")
-"""The record, and what is made from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,183 +53,49 @@ class Chosen:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(kw_only=True)
-class Subject:
-    """What is evaluated.
+class TaskRun:
+    """The rows of a part as they are run."""
 
-    Attributes:
-        executor: Who runs items.
-        codec: The model's text side.
-        ends: Tokens that end an answer.
-        modulator: Under whose effectors controls act; None for dense and presses alone.
-        model: Name and number formats, for the record.
-        modulator_name: For the record.
-        hugging_face: Loads the model in transformers, which presses read.
-    """
+    def __init__(self, part: Part, subject: Subject, config: TaskConfig) -> None:
+        """Run `part`.
 
-    executor: Executor
-    codec: Codec
-    ends: frozenset[int]
-    modulator: Modulator | None
-    model: dict[str, Any]
-    modulator_name: str = ""
-    hugging_face: Callable[[], Any] | None = None
-
-
-def evaluate_tasks(
-    subject: Subject,
-    config: TaskConfig,
-    out: Path | str,
-    *,
-    restart: bool = False,
-    show_progress: bool = True,
-    say: Say = to_standard_error,
-) -> TaskResult:
-    """Run tasks under methods, or go on with a run that was cut off.
-
-    Args:
-        subject: What is evaluated.
-        config: On what, under which methods.
-        out: Folder to write to.
-        restart: Forget what `out` holds.
-        show_progress: Show a progress bar on the terminal.
-        say: Takes one-line notices; by default they go to standard error.
-
-    Returns:
-        The result, as written to `out`.
-
-    Raises:
-        DataError: Data are missing or empty, or no item of a task can be asked.
-        ModelError: The modulator was made for another model.
-        VesicleError: The folder cannot be written or another process writes to it, a method needs
-            a modulator, or no item at all could be run.
-        KeyboardInterrupt: After Ctrl-C; finished items are on disk.
-    """
-    with locked(out):
-        return _evaluate(subject, config, Path(out), restart, show_progress, say)
-
-
-def _evaluate(
-    subject: Subject,
-    config: TaskConfig,
-    folder: Path,
-    restart: bool,
-    show_progress: bool,
-    speak: Say,
-) -> TaskResult:
-    _check_subject(subject, config)
-    runs = [_TaskRun(find_task(name), subject, config) for name in config.tasks]
-    for run in runs:
-        run.tell_missing(speak)
-    store = ItemStore(folder, restart)
-    keys = [(run, key) for run in runs for key in config.keys(run.task.name)]
-    kept = sum(store.count(run.hash, key) for run, key in keys)
-    stale = sum(store.count_by_other_code(run.hash, key) for run, key in keys)
-    tell_kept(speak, "items", kept, stale, folder / ITEMS)
-    with (
-        resumable(speak, lambda: "finished items are kept"),
-        progress_bar([run.n_tokens for run, _ in keys], show_progress) as bar,
-    ):
-        for run, key in keys:
-            name = f"{key[0]}: {key[1]} at {key[2]:g}"
-            with bar(name) as tick:
-                run.finish(key, store, tick)
-            _tell(speak, f"{name}, item", run.gone(key, store))
-    rows: list[TaskRow] = []
-    missing: list[dict[str, Any]] = []
-    for run in runs:
-        found, absent = run.rows(store)
-        rows += found
-        missing += absent
-    result = TaskResult(
-        config=config.to_dict(),
-        config_hash=digest([run.hash for run in runs]),
-        seed=config.seed,
-        versions=versions(),
-        hardware=hardware(),
-        model={**subject.model, "shape": subject.executor.shape.fingerprint()},
-        modulator=_modulator_facts(subject),
-        tasks=[run.facts() for run in runs],
-        rows=rows,
-        missing=missing,
-    )
-    keep_earlier(result, folder, FILES, speak)
-    result.save(folder / FILES[0])
-    if not rows:
-        raise VesicleError(f"nothing could be scored: {missing[0]['reason']}")
-    return result
-
-
-class _TaskRun:
-    """One task: its items, and its rows as they are run."""
-
-    def __init__(self, task: Task, subject: Subject, config: TaskConfig) -> None:
-        self.task, self._subject, self._config = task, subject, config
-        self.loaded = _load(task, subject, config)
-        window = subject.executor.context_window
-        self.items, self._unfit = prepare(task, self.loaded.items, config, subject.codec, window)
+        Args:
+            part: Items and rows.
+            subject: What is evaluated.
+            config: How controls are made, and on which tokens methods act.
+        """
+        self.part, self._subject, self._config = part, subject, config
+        self.task, self.items, self._dense = part.task, part.items, part.dense
         self.hash = with_code(
             {
-                "task": task.name,
-                "sha256": self.loaded.sha256,
+                "task": part.name,
+                "sha256": part.loaded.sha256,
                 "prompts": digest([p.prompt.ids for p in self.items]),
                 "settings": {
                     k: getattr(config, k) for k in ("seed", "dial", "best_of", "selection")
                 },
+                "more": part.settings,
                 "phases": config.acts.to_dict(),
                 "model": subject.model,
-                "modulator": _modulator_facts(subject),
+                "modulator": subject.modulator_facts(),
             },
             versions(),
         )
         self._pressed: Any = None
+        self._tick: Tick = lambda n: None
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of one row, answers as long as they may be."""
-        return sum(p.n_most for p in self.items)
-
-    def facts(self) -> dict[str, Any]:
-        """What the record says of the task: one entry of `TaskResult.tasks`."""
-        task = self.task
-        return {
-            "name": task.name,
-            "title": task.title,
-            "kind": task.kind,
-            "style": task.style,
-            "split": self.loaded.split,
-            "data": self.loaded.description,
-            "sha256": self.loaded.sha256,
-            "n_items": len(self.items),
-            "n_rows": self.loaded.n_rows,
-            "missing": [asdict(one) for one in (*self.loaded.missing, *self._unfit)],
-            "prompt_tokens": sum(len(p.prompt.ids) for p in self.items),
-            "shortened": sum(p.prompt.shortened > 0 for p in self.items),
-            "metrics": [
-                {
-                    "name": m.name,
-                    "title": m.title,
-                    "percent": m.percent,
-                    "higher_is_better": m.higher_is_better,
-                    "signature": m.signature,
-                }
-                for m in task.metrics
-            ],
-        }
-
-    def tell_missing(self, speak: Say) -> None:
-        """Name what cannot be asked, before anything is run."""
-        rows, place = self.loaded.missing, self.loaded.place
-        if rows:
-            speak(
-                f"{self.task.name}: {len(rows)} of {self.loaded.n_rows} rows of {place} cannot be "
-                "asked and are left out"
-            )
-        _tell(speak, place, rows)
-        if self._unfit:
-            n = len(self._unfit)
-            speak(f"{self.task.name}: {n} of {n + len(self.items)} items are left out")
-        _tell(speak, f"{self.task.name} item", self._unfit)
+    def size(self, key: Key, store: ItemStore) -> int:
+        """Tokens that a row takes, roughly: those of its items, and of what sets its method."""
+        _, method, budget = key
+        once = self.part.n_tokens
+        if store.settings(self.hash, key) is not None:
+            return once
+        if method == "learnt" and budget < 1:
+            return (4 if self.part.exact else 2) * once
+        if method == "best-of-n":
+            few = self._selection(self.items)
+            return once + self._config.best_of * sum(p.n_tokens for p in few)
+        return once
 
     def gone(self, key: Key, store: ItemStore) -> list[Missing]:
         """Items of a row that could not be run."""
@@ -257,11 +104,12 @@ class _TaskRun:
             Missing(item=p.item.id, reason=why[p.item.id]) for p in self.items if p.item.id in why
         ]
 
-    def finish(self, key: Key, store: ItemStore, tick: Callable[[int], None]) -> None:
+    def finish(self, key: Key, store: ItemStore, tick: Tick) -> None:
         """Run the items of a row that are not stored."""
         _, method, _ = key
+        self._tick = tick
         left = [i for i, p in enumerate(self.items) if not store.has(self.hash, key, p.item.id)]
-        keeps = method == "learnt" and any(m in FROM_LEARNT for m in self._config.methods)
+        keeps = method == "learnt" and any(m in FROM_LEARNT for m in self.part.methods)
         if keeps:  # an item whose levels are gone is run again
             names = [self._levels_name(key, p.item.id) for p in self.items]
             gone = [i for i, name in enumerate(names) if not store.has_levels(name)]
@@ -271,35 +119,37 @@ class _TaskRun:
         if settings is not None and settings.get("target") != target:
             store.forget(self.hash, key)  # made for another share
             left, settings = list(range(len(self.items))), None
-        tick(self.n_tokens - sum(self.items[i].n_most for i in left))
+        tick(self.part.n_tokens - sum(self.items[i].n_most for i in left))
         if settings is not None and (not left or "missing" in settings):
             return
+        start = time.perf_counter()
         try:
             chosen = self._choose(key, store, target, settings)
         except BudgetError as error:
             store.add_settings(self.hash, key, {"target": target, "missing": str(error)})
+            store.finish_row()
             return
         if settings is None:
-            store.add_settings(self.hash, key, {"target": target, **chosen.details})
-        for i in left:
+            seconds = round(time.perf_counter() - start, 3)
+            details = {"target": target, "seconds": seconds, **chosen.details}
+            store.add_settings(self.hash, key, details)
+        for i, found in self._executions(left, chosen, keeps):
             prepared = self.items[i]
-            try:
-                execution = self._run(prepared, chosen.of(i), keep_levels=keeps)
-            except VesicleError as error:
-                store.add_missing(self.hash, key, prepared.item.id, str(error))
-                tick(prepared.n_most)
-                continue
-            if keeps and execution.levels is not None:
-                store.save_levels(
-                    self._levels_name(key, prepared.item.id), self._released(execution)
-                )
-            store.add(self.hash, key, prepared.item.id, make_record(self.task, prepared, execution))
+            if isinstance(found, VesicleError):
+                store.add_missing(self.hash, key, prepared.item.id, str(found))
+            else:
+                if keeps and found.levels is not None:
+                    name = self._levels_name(key, prepared.item.id)
+                    store.save_levels(name, self._released(found))
+                record = make_record(self.task, prepared, found)
+                store.add(self.hash, key, prepared.item.id, record)
             tick(prepared.n_most)
+        store.finish_row()
 
     def rows(self, store: ItemStore) -> tuple[list[TaskRow], list[dict[str, Any]]]:
         """The rows, and what could not be had."""
         rows, missing = [], []
-        for key in self._config.keys(self.task.name):
+        for key in self.part.keys:
             settings = dict(store.settings(self.hash, key) or {})
             reason = settings.get("missing") or self._no_row(key, store)
             if reason:
@@ -322,7 +172,8 @@ class _TaskRun:
     def _row(self, key: Key, store: ItemStore, settings: dict[str, Any]) -> TaskRow:
         task, method, budget = key
         learnt: Key = (task, "learnt", budget)
-        beside = method not in ("dense", "learnt") and "learnt" in self._config.methods
+        details = {name: value for name, value in settings.items() if name != "seconds"}
+        beside = method not in ("dense", "learnt") and "learnt" in self.part.methods
         return make_row(
             key,
             self.task,
@@ -334,13 +185,10 @@ class _TaskRun:
             if beside and store.count(self.hash, learnt)
             else None,
             seed=self._config.seed,
-            details=settings,
+            details=details,
+            setting_seconds=settings.get("seconds", 0.0),
             missing=self.gone(key, store),
         )
-
-    @property
-    def _dense(self) -> Key:
-        return (self.task.name, "dense", 1.0)
 
     def _records(self, key: Key, store: ItemStore) -> dict[str, Record]:
         """Finished items of a row, in their order."""
@@ -354,15 +202,44 @@ class _TaskRun:
             if store.has(self.hash, key, p.item.id)
         }
 
+    def _executions(
+        self, places: list[int], chosen: Chosen, keeps: bool
+    ) -> Iterator[tuple[int, Execution | VesicleError]]:
+        """Run items: windows of a text several in a pass, and one by one where that fails."""
+        most = self._subject.executor.batch if self.task.kind == "loss" else 1
+        for start in range(0, len(places), most):
+            together = places[start : start + most]
+            if len(together) > 1:
+                windows = [self.items[i] for i in together]
+                with suppress(VesicleError):
+                    methods = [chosen.of(i) for i in together]
+                    yield from zip(together, self._losses(windows, methods, keeps), strict=True)
+                    continue
+            for i in together:
+                try:
+                    yield i, self._run(self.items[i], chosen.of(i), keep_levels=keeps)
+                except VesicleError as error:
+                    yield i, error
+
+    def _losses(
+        self, windows: Sequence[Prepared], methods: Sequence[Method | None], keeps: bool = False
+    ) -> list[Execution]:
+        """Windows of a text in one pass."""
+        ids = [p.prompt.ids for p in windows]
+        ran = self._subject.executor.losses(ids, methods, keep_levels=keeps)
+        return [
+            replace(found, output=replace(found.output, n_bytes=p.n_bytes))
+            for p, found in zip(windows, ran, strict=True)
+        ]
+
     def _run(
         self, prepared: Prepared, method: Method | None, *, keep_levels: bool = False
     ) -> Execution:
         subject, item = self._subject, prepared.item
         executor = subject.executor
         if self.task.kind == "loss":
-            found = executor.loss(prepared.prompt.ids, method, keep_levels=keep_levels)
-            output = replace(found.output, n_bytes=prepared.n_bytes)
-        elif self.task.kind == "choose":
+            return self._losses([prepared], [method], keep_levels)[0]
+        if self.task.kind == "choose":
             found = executor.choose(
                 prepared.prompt, prepared.choices, method, keep_levels=keep_levels
             )
@@ -387,11 +264,10 @@ class _TaskRun:
     def _target(self, key: Key, store: ItemStore) -> float:
         """The share that a row is to execute."""
         task, method, budget = key
-        if method in ("dense", "learnt") or method.startswith(PRESS):
+        given = method in ("dense", "learnt") or method.startswith(PRESS)
+        if given or self.part.exact or "learnt" not in self.part.methods:
             return budget
         learnt = (task, "learnt", budget)
-        if "learnt" not in self._config.methods:
-            return budget
         if "missing" in (store.settings(self.hash, learnt) or {}):
             return budget
         records = [*self._records(learnt, store).values()]
@@ -424,20 +300,37 @@ class _TaskRun:
             dial = self._dial(modulator, budget, store) if settings is None else settings["dial"]
             tuned = ModulatorMethod(modulator, dial, self._config.acts)
             return Chosen(of=lambda i: tuned, details={"dial": dial})
+        built, places = self._control(key, store, target)
+        place = {i: n for n, i in enumerate(places)}
+
+        def of(i: int) -> Method:
+            if isinstance(built.method, list) and i not in place:
+                raise VesicleError(f"there is nothing to make its own {method} levels from")
+            return built.of(place.get(i, 0))
+
+        return Chosen(of=of, details={"priced": built.cost_share, **built.details})
+
+    def _control(self, key: Key, store: ItemStore, target: float) -> tuple[Control, list[int]]:
+        """A control, and the items that it has methods of their own for, if it has such."""
+        task, method, budget = key
+        modulator = self._subject.modulator
+        assert modulator is not None
         learnt: dict[int, FloatArray] = {}
         if method in FROM_LEARNT:
-            source = (key[0], "learnt", budget)
+            source = (task, "learnt", budget)
+            if "learnt" not in self.part.methods:
+                self.finish(source, store, self._tick)
             learnt = {
                 i: store.levels(self._levels_name(source, self.items[i].item.id))
                 for i in self._done(source, store)
             }
             if not learnt:
                 raise BudgetError("there are no levels to make it from: no learnt item was run")
-        selection = [self.items[i] for i in self._done(self._dense, store)]
+        able = [self.items[i] for i in self._done(self._dense, store)]
 
         def loss(method: Method) -> float:
-            with _for_the_row():
-                return self._selection_nats(method, selection[: self._config.selection])
+            with for_the_row():
+                return self._selection_nats(method, self._selection(able))
 
         built = control(
             method,
@@ -448,20 +341,13 @@ class _TaskRun:
             n=self._config.best_of,
             loss=loss,
         )
-        place = {i: n for n, i in enumerate(learnt)}
-
-        def of(i: int) -> Method:
-            if isinstance(built.method, list) and i not in place:
-                raise VesicleError("there are no learnt levels of it to shuffle")
-            return built.of(place.get(i, 0))
-
-        return Chosen(of=of, details={"priced": built.cost_share, **built.details})
+        return built, [*learnt]
 
     def _item_ledger(self, modulator: Modulator, key: Key, store: ItemStore) -> ItemLedger:
         """Prices on the tokens of the learnt run, else of the dense one."""
         task, _, budget = key
         source: Key = (task, "learnt", budget)
-        if "learnt" not in self._config.methods or not store.count(self.hash, source):
+        if "learnt" not in self.part.methods or not store.count(self.hash, source):
             source = self._dense
         records = self._records(source, store).values()
         spans = [spans_of(record, self._counted) for record in records]
@@ -483,33 +369,63 @@ class _TaskRun:
             size = sum(p.n_tokens for p in preview) + able[i].n_tokens
             if not preview or size <= _PREVIEW_TOKENS:
                 preview.append(able[i])
+        acts = self._config.acts
+        if not self.part.exact:
+            return tune_dial(modulator, budget, self._share_on(preview), phases=acts)
+        stages = [self._share_on(able)]
+        if len(preview) < len(able):
+            stages.insert(0, self._share_on(preview))
+        return tune_dial(modulator, budget, *stages, phases=acts, near=TOLERANCE)
+
+    def _share_on(self, items: Sequence[Prepared]) -> Callable[[ModulatorMethod], float]:
+        """What a method executes of the dense FLOPs on items, with answers of a few tokens."""
+        short = [
+            replace(p, item=replace(p.item, max_new_tokens=min(8, p.item.max_new_tokens)))
+            for p in items
+        ]
+        most = self._subject.executor.batch if self.task.kind == "loss" else 1
+
+        def run(together: list[Prepared], method: ModulatorMethod) -> list[Execution]:
+            if len(together) > 1:
+                return self._losses(together, [method] * len(together))
+            return [self._run(together[0], method)]
 
         def share(method: ModulatorMethod) -> float:
             executed = dense = 0
-            for prepared in preview:
-                item = replace(prepared.item, max_new_tokens=min(8, prepared.item.max_new_tokens))
-                with _for_the_row():
-                    found = self._run(replace(prepared, item=item), method)
-                spans, cost = found.spans, found.prefill.flops_total + found.decode.flops_total
-                if self._counted == GENERATED:
-                    spans = tuple(span.behind(found.prompt) for span in spans)
-                    cost = found.generated.flops_total
-                executed += cost
-                dense += self._subject.executor.dense(spans).flops_total
+            for start in range(0, len(short), most):
+                together = short[start : start + most]
+                with for_the_row():
+                    ran = run(together, method)
+                for found in ran:
+                    spans, cost = found.spans, found.prefill.flops_total + found.decode.flops_total
+                    if self._counted == GENERATED:
+                        spans = tuple(span.behind(found.prompt) for span in spans)
+                        cost = found.generated.flops_total
+                    executed += cost
+                    dense += self._subject.executor.dense(spans).flops_total
+                self._tick(sum(p.n_tokens for p in together))
             return executed / dense
 
-        return tune_dial(modulator, budget, share, self._config.acts)
+        return share
+
+    def _selection(self, able: Sequence[Prepared]) -> list[Prepared]:
+        """The items on which best-of-n selects."""
+        length = self.part.selection_length
+        few = able[: self._config.selection]
+        if length is None:
+            return list(few)
+        return [replace(p, prompt=replace(p.prompt, ids=p.prompt.ids[:length])) for p in few]
 
     def _selection_nats(self, method: Method, selection: list[Prepared]) -> float:
         """Loss of the right answers of items, in nats per token."""
         nats, tokens = 0.0, 0
         codec, executor = self._subject.codec, self._subject.executor
+        if self.task.kind == "loss":
+            ran = self._losses(selection, [method] * len(selection))
+            self._tick(sum(p.n_tokens for p in selection))
+            return sum(e.output.nats for e in ran) / sum(e.output.n_tokens for e in ran)
         for prepared in selection:
             item = prepared.item
-            if self.task.kind == "loss":
-                output = executor.loss(prepared.prompt.ids, method).output
-                nats, tokens = nats + output.nats, tokens + output.n_tokens
-                continue
             if self.task.kind == "choose":
                 assert item.answer is not None
                 right = prepared.choices[item.answer]
@@ -545,52 +461,9 @@ class _TaskRun:
 
 
 @contextmanager
-def _for_the_row() -> Iterator[None]:
+def for_the_row() -> Iterator[None]:
     """While a method is set: what an item cannot do then, no item of the row can have."""
     try:
         yield
     except VesicleError as error:
         raise BudgetError(str(error)) from error
-
-
-def _tell(speak: Say, where: str, missing: Sequence[Missing]) -> None:
-    """Name the first missing items."""
-    for one in missing[:_NAMED]:
-        speak(f"{where} {one}")
-    if len(missing) > _NAMED:
-        speak(f"{where}: and {len(missing) - _NAMED} more, which the record lists")
-
-
-def _load(task: Task, subject: Subject, config: TaskConfig) -> Loaded:
-    settings = Settings(
-        seed=config.seed,
-        encode=lambda text: subject.codec.encode(text, control_tokens=False),
-        lengths=config.lengths,
-        depths=config.depths,
-        per_cell=config.per_cell,
-    )
-    return load_items(
-        task, data=config.data, split=config.split, settings=settings, limit=config.limit
-    )
-
-
-def _check_subject(subject: Subject, config: TaskConfig) -> None:
-    ours = [m for m in config.methods if m in NAMES and m != "dense"]
-    modulator = subject.modulator
-    if ours and min(config.budgets) < 1:
-        if modulator is None:
-            raise VesicleError(f"{ours[0]} needs a modulator; name one with --modulator")
-        check_trained(modulator, subject.executor.shape)
-
-
-def _modulator_facts(subject: Subject) -> dict[str, Any]:
-    modulator = subject.modulator
-    if modulator is None:
-        return {}
-    effectors = {name: e.to_dict() for name, e in modulator.effectors.items()}
-    return {
-        "name": subject.modulator_name,
-        "kind": modulator.predictor.kind,
-        "transmitters": list(modulator.predictor.config.transmitters),
-        "sha256": digest([fingerprint(modulator), effectors, modulator.info.dial]),
-    }

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vesicle.evaluation.cells import (
-    difference,
-    made_with,
-    markdown_table,
-    terminal_table,
-    with_interval,
-)
-from vesicle.evaluation.task_results import Score, TaskResult, TaskRow
+from vesicle.evaluation.task_results import ORACLE_PART, Score, TaskResult, TaskRow
 from vesicle.phases import GENERATED
 from vesicle.tasks.items import Missing
 
@@ -50,7 +43,7 @@ def cells(task: dict[str, Any], row: TaskRow) -> list[str]:
     """One row as text, in the order of `columns`."""
     main, *others = task["metrics"]
     score = row.scores[main["name"]]
-    digits = 1 if main["percent"] else 3
+    digits = _digits(main)
     dense = row.method == "dense"
     seconds = row.measured["seconds"]
     return [
@@ -59,11 +52,11 @@ def cells(task: dict[str, Any], row: TaskRow) -> list[str]:
         f"{row.ratio['flops']:.3f}",
         # Without phases all tokens were governed alike.
         f"{row.shares.get(GENERATED, row.ratio['flops']):.3f}",
-        *(f"{row.ratio[name]:.3f}" for name in _RATIOS),
-        with_interval(score.value, score.low, score.high, digits) + _fewer(task, row),
-        "" if dense else difference(score.delta, score.delta_low, score.delta_high, digits),
+        *(f"{row.ratio[name]:.3f}" if name in row.ratio else "" for name in _RATIOS),
+        _interval(score.value, score.low, score.high, digits) + _fewer(task, row),
+        "" if dense else _signed(score.delta, score.delta_low, score.delta_high, digits),
         _gain(score, digits),
-        *(f"{row.scores[m['name']].value:.{1 if m['percent'] else 3}f}" for m in others),
+        *(f"{row.scores[m['name']].value:.{_digits(m)}f}" for m in others),
         f"{seconds['prefill']:.0f}",
         f"{seconds['decode']:.0f}",
     ]
@@ -71,27 +64,38 @@ def cells(task: dict[str, Any], row: TaskRow) -> list[str]:
 
 def rich_tables(result: TaskResult) -> list[Table]:
     """One table a task, for the terminal: the columns that fit; `markdown` has them all."""
+    from rich.markup import escape
+    from rich.table import Table
+
     tables = []
     for task in result.tasks:
+        table = Table(
+            title=escape(f"{_title(task)}, {task['n_items']} items"),
+            title_justify="left",
+            caption=escape("\n".join(missing(result, task["name"]))) or None,
+            caption_justify="left",
+        )
         names = columns(task)
         shown = [i for i, name in enumerate(names) if name not in _LEFT_OUT]
-        rows = [(row.budget, cells(task, row)) for row in result.of_task(task["name"])]
-        tables.append(
-            terminal_table(
-                [names[i] for i in shown],
-                [(budget, [found[i] for i in shown]) for budget, found in rows],
-                title=f"{_title(task)}, {task['n_items']} items",
-                caption="\n".join(missing(result, task["name"])),
-            )
-        )
+        for i in shown:
+            table.add_column(escape(names[i]), justify="left" if i == 0 else "right")
+        before: TaskRow | None = None
+        for row in result.of_task(task["name"]):
+            if before is not None and before.budget != row.budget:
+                table.add_section()
+            found = cells(task, row)
+            table.add_row(*(escape(found[i]) for i in shown))
+            before = row
+        tables.append(table)
     return tables
 
 
 def markdown(result: TaskResult) -> str:
     """A page with what was measured on what, one table a task, and what is missing."""
+    n = sum(not task["name"].endswith(ORACLE_PART) for task in result.tasks)
     model, under = result.model, result.modulator.get("name", "none")
     lines = [
-        f"# {model['name']} on {len(result.tasks)} task{'s' if len(result.tasks) > 1 else ''}",
+        f"# {model['name']} on {n} task{'s' if n > 1 else ''}",
         "",
         f"Executed by {model['through']}, weights {model['weights']}, cache {model['kv']}; "
         f"modulator: {under}. Seed {result.seed}; " + made_with(result.versions, result.hardware),
@@ -116,7 +120,8 @@ def markdown(result: TaskResult) -> str:
             if metric["signature"]:
                 lines.append(f"{metric['title']}: `{metric['signature']}`.")
         rows = [cells(task, row) for row in result.of_task(task["name"])]
-        lines += ["", *markdown_table(columns(task), rows)]
+        names = columns(task)
+        lines += ["", _line(names), "|" + " --- |" * len(names), *map(_line, rows)]
     gone = [line for task in result.tasks for line in missing(result, task["name"])]
     if gone:
         lines += ["", "## Missing", "", *(f"- {line}" for line in gone)]
@@ -157,4 +162,32 @@ def _title(task: dict[str, Any]) -> str:
 def _gain(score: Score, digits: int) -> str:
     if score.learnt is None:
         return ""
-    return difference(score.learnt, score.learnt_low, score.learnt_high, digits)
+    return _signed(score.learnt, score.learnt_low, score.learnt_high, digits)
+
+
+def _interval(value: float, low: float | None, high: float | None, digits: int) -> str:
+    """A number, with its interval if it has one."""
+    text = f"{value:.{digits}f}"
+    return text if low is None or high is None else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _signed(value: float, low: float | None, high: float | None, digits: int) -> str:
+    """The same of a difference, signed."""
+    if low is None or high is None:
+        return f"{value:+.{digits}f}"
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def made_with(versions: dict[str, str], hardware: dict[str, Any]) -> str:
+    """What numbers were made with, as pages have it."""
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{named}; {hardware['cpu']}, {hardware['cores']} cores."
+
+
+def _digits(metric: dict[str, Any]) -> int:
+    """Behind the point; old records do not say."""
+    return int(metric.get("digits", 1 if metric["percent"] else 3))
+
+
+def _line(values: Sequence[str]) -> str:
+    return "| " + " | ".join(values) + " |"

@@ -8,14 +8,18 @@ from typing import Any, Self
 import torch
 
 from vesicle.errors import VesicleError
-from vesicle.evaluation.methods import BESIDE_ORACLE, ORACLE, check_name
 from vesicle.evaluation.methods import ON_A_TEXT as METHODS
+from vesicle.evaluation.methods import check_name
 from vesicle.evaluation.oracle import OracleConfig
 from vesicle.evaluation.settings import as_json, check_whole, sorted_budgets
-from vesicle.evaluation.text_results import Key
+from vesicle.evaluation.task_config import TaskConfig
+from vesicle.evaluation.task_results import Key
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _ORACLE = OracleConfig()
+
+TEXT = "text"
+"""The name of its windows in keys; those that the oracle searches on end in `ORACLE_PART`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,21 +113,24 @@ class EvalConfig:
             given["oracle"] = OracleConfig(**given["oracle"])
         return cls(**given)
 
+    def rules(self) -> TaskConfig:
+        """How rows are run, as all tasks have it."""
+        return TaskConfig(
+            tasks=("wikitext2",),
+            methods=self.methods,
+            budgets=self.budgets,
+            seed=self.seed,
+            best_of=self.best_of,
+            selection=self.selection_windows,
+        )
+
     def keys(self) -> list[Key]:
         """The rows of the evaluation, in the order in which they are computed.
 
         At a budget of 1 every method is the dense model, so that the learnt one alone is run, as a
         check.
         """
-        keys: list[Key] = [("dense", "all", 1.0)]
-        for budget in self.budgets:
-            for method in self.methods:
-                if method != ORACLE and (budget < 1 or method == "learnt"):
-                    keys.append((method, "all", budget))
-        if ORACLE in self.methods and self.budgets[-1] < 1:
-            keys.append(("dense", "oracle", 1.0))
-            for budget in self.budgets:
-                for method in self.methods:
-                    if budget < 1 and method in (*BESIDE_ORACLE, ORACLE):
-                        keys.append((method, "oracle", budget))
-        return keys
+        keys = self.rules().keys(TEXT)
+        if 1 in self.budgets and "learnt" in self.methods:
+            keys.insert(1, (TEXT, "learnt", 1.0))
+        return keys + self.rules().oracle_keys(TEXT)

@@ -7,43 +7,52 @@ For each budget the learnt modulator's dial is tuned until it executes that shar
 FLOPs, and each control is scaled to the same executed share (`controls`, `oracle`). The output
 folder holds
 
-    rows.jsonl             one line a finished row; rows whose config hash fits are kept
+    rows.jsonl             one line a finished row; rows of the same settings are kept
     result.json            the whole `Result`
     table.md               the same as tables
     loss_against_cost.png  a plot, if matplotlib is installed
+    levels/                released levels of learnt rows, where a control needs them
 
 The oracle is affordable on few, short windows only. On these the learnt modulator and the static
 controls are tuned and scored once more (subset `oracle`), so that regret is taken at equal cost on
 the same text.
+
+Rows are run as those of any task are (`task_run`, `oracle_run`). What differs: the text is any, the
+dial is turned on all of it, and the record has the loss of each window.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vesicle.errors import VesicleError
-from vesicle.evaluation.earlier import keep_earlier
+from vesicle.evaluation.executors import TransformersExecutor
 from vesicle.evaluation.language_modelling import Windows, load_windows, model_shape
 from vesicle.evaluation.methods import check_trained
-from vesicle.evaluation.plots import MissingPlots
-from vesicle.evaluation.progress import progress_bar
+from vesicle.evaluation.oracle_run import OracleRun
+from vesicle.evaluation.part import Part, oracle_part
 from vesicle.evaluation.prompts import Codec
-from vesicle.evaluation.provenance import fingerprint, hardware, versions, with_code
-from vesicle.evaluation.row_store import ROWS, RowStore
-from vesicle.evaluation.session import Say, resumable, tell_kept, to_standard_error
-from vesicle.evaluation.text_config import DTYPES, EvalConfig
-from vesicle.evaluation.text_plots import save_plot
-from vesicle.evaluation.text_results import SCHEMA, Key, Result, Row
-from vesicle.evaluation.text_rows import TextRows
-from vesicle.evaluation.text_table import markdown
+from vesicle.evaluation.provenance import fingerprint
+from vesicle.evaluation.run_rows import run_all
+from vesicle.evaluation.session import Say, to_standard_error
+from vesicle.evaluation.store import RowStore
+from vesicle.evaluation.subject import Subject
+from vesicle.evaluation.task_items import window
+from vesicle.evaluation.task_plots import MissingPlots, save_plots
+from vesicle.evaluation.task_results import TaskResult
+from vesicle.evaluation.task_run import TaskRun
+from vesicle.evaluation.task_table import markdown
+from vesicle.evaluation.text_config import DTYPES, TEXT, EvalConfig
 from vesicle.families import find_family
 from vesicle.files import atomic_path
 from vesicle.folders import locked
 from vesicle.modulator import Modulator
+from vesicle.tasks.metrics.likelihood import BitsPerByte, Loss
+from vesicle.tasks.sources import Loaded
+from vesicle.tasks.wikitext import WikiText2
 
 FILES = ("result.json", "table.md", "loss_against_cost.png")
 """The record, and what is made from it."""
@@ -62,7 +71,7 @@ def evaluate(
     restart: bool = False,
     progress: bool = True,
     say: Say = to_standard_error,
-) -> Result:
+) -> TaskResult:
     """Evaluate a modulator and its controls, or go on with an evaluation that was cut off.
 
     The model is converted to the configured dtype and is otherwise left as it was.
@@ -92,17 +101,23 @@ def evaluate(
     with locked(out):
         check_trained(modulator, model_shape(model))
         windows = _windows(model, codec, config)
-        facts = _facts(model, modulator, windows, config, model_name, modulator_name)
-        store = RowStore(Path(out), facts["config_hash"], restart=restart)
-        rows = TextRows(model, modulator, windows, config, codec, store)
-        _run(rows, config.keys(), store, Path(out), progress, say)
-        found = [store.done[key] for key in config.keys()]
-        result = Result(
-            **facts,
-            rows=[row for row in found if isinstance(row, Row)],
-            missing=[row for row in found if not isinstance(row, Row)],
+        subject = Subject(
+            executor=TransformersExecutor(model, attached=False, batch=config.batch),
+            codec=codec,
+            ends=frozenset(),
+            modulator=modulator,
+            model=_model_facts(model, model_name, config),
+            modulator_name=modulator_name or "a modulator",
         )
-        _write(result, Path(out), say)
+        runs = _runs(subject, windows, config)
+        store = RowStore(Path(out), restart)
+        result = run_all(runs, subject, config, store, FILES, progress, say)
+        with atomic_path(Path(out) / FILES[1]) as part:
+            part.write_text(markdown(result), encoding="utf-8")
+        try:
+            save_plots(result, Path(out), FILES[2])
+        except MissingPlots as error:
+            say(f"no plot: {error}")
     return result
 
 
@@ -125,86 +140,52 @@ def _windows(model: nn.Module, codec: Codec, config: EvalConfig) -> Windows:
     )
 
 
-def _run(
-    rows: TextRows, keys: list[Key], store: RowStore, folder: Path, progress: bool, say: Say
-) -> None:
-    """Compute the rows that are not done."""
-    of = f"of {len(keys)} rows"
-    kept = sum(key in store.done for key in keys)
-    stale = len(set(keys) & store.by_other_code - store.done.keys())
-    tell_kept(say, of, kept, stale, folder / ROWS)
+def _runs(subject: Subject, windows: Windows, config: EvalConfig) -> list[TaskRun]:
+    """Of all windows, and of those on which the oracle searches."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_IN_HASH}
+    ids = windows.ids.tolist()
+    keys = config.keys()
+    part = Part(
+        name=TEXT,
+        title="All windows",
+        task=_Text(),
+        loaded=Loaded(
+            items=(),
+            available=len(ids),
+            split=config.split,
+            origin="local",
+            description=windows.description,
+            sha256=windows.sha256,
+        ),
+        items=[window(f"window {i}", row, subject.codec) for i, row in enumerate(ids)],
+        keys=[key for key in keys if key[0] == TEXT],
+        exact=True,
+        selection_length=config.selection_length,
+        settings=settings,
+    )
+    few = [key for key in keys if key[0] != TEXT]
+    runs = [TaskRun(part, subject, config.rules())]
+    if few:
+        n, length = config.oracle_windows, config.oracle_length
+        small = oracle_part(part, few, n, length, subject.codec)
+        runs.append(OracleRun(small, subject, config.rules(), config.oracle))
+    return runs
 
-    def done() -> str:
-        return f"{sum(key in store.done for key in keys)} {of} are done"
 
-    with resumable(say, done), progress_bar([rows.tokens(k) for k in keys], progress) as bar:
-        for key in keys:
-            with bar(_note(key)) as rows.on_tokens:
-                if key not in store.done:
-                    rows.finish(key)
+class _Text(WikiText2):
+    """Any text, as WikiText is run; its loss is what methods are compared by."""
+
+    name = TEXT
+    metrics = (Loss(), BitsPerByte())
 
 
-def _write(result: Result, folder: Path, say: Say) -> None:
-    """The record, and what is made from it."""
-    keep_earlier(result, folder, FILES, say)
-    result.save(folder / FILES[0])
-    with atomic_path(folder / FILES[1]) as part:
-        part.write_text(markdown(result), encoding="utf-8")
-    try:
-        save_plot(result, folder / FILES[2])
-    except MissingPlots as error:
-        say(f"no plot: {error}")
-
-
-def _facts(
-    model: nn.Module,
-    modulator: Modulator,
-    windows: Windows,
-    config: EvalConfig,
-    model_name: str,
-    modulator_name: str,
-) -> dict[str, Any]:
-    """Everything in a Result but its rows."""
+def _model_facts(model: nn.Module, name: str, config: EvalConfig) -> dict[str, Any]:
     loaded: Any = model.config
     own = str(getattr(loaded, "_name_or_path", "") or "")
-    facts: dict[str, Any] = {
-        "config": config.to_dict(),
-        "seed": config.seed,
-        "versions": versions(),
-        "hardware": hardware(),
-        "model": {
-            "name": model_name or Path(own).name or type(model).__name__,
-            "shape": model_shape(model).fingerprint(),
-            "fingerprint": fingerprint(model),
-        },
-        "modulator": {
-            "name": modulator_name or "a modulator",
-            "predictor": modulator.predictor.kind,
-            "trained_on": modulator.info.model_name,
-            "effectors": {name: e.to_dict() for name, e in modulator.effectors.items()},
-            "fingerprint": fingerprint(modulator),
-        },
-        "data": {
-            "description": windows.description,
-            "sha256": windows.sha256,
-            "n_windows": len(windows),
-            "n_tokens": windows.n_scored,
-            "n_bytes": sum(windows.n_bytes),
-        },
+    return {
+        "name": name or Path(own).name or type(model).__name__,
+        "fingerprint": fingerprint(model),
+        "through": "reference",
+        "weights": config.dtype,
+        "kv": config.dtype,
     }
-    settings = {
-        "schema": SCHEMA,
-        "config": {k: v for k, v in facts["config"].items() if k not in _NOT_IN_HASH},
-        "model": [facts["model"]["shape"], facts["model"]["fingerprint"]],
-        "modulator": [facts["modulator"]["effectors"], facts["modulator"]["fingerprint"]],
-        "dial": modulator.info.dial,
-        "data": windows.sha256,
-    }
-    facts["config_hash"] = with_code(settings, facts["versions"])
-    # Through JSON, so that tuples are lists now, as they are when the record is read again.
-    return dict(json.loads(json.dumps(facts)))
-
-
-def _note(key: Key) -> str:
-    method, subset, budget = key
-    return f"{method} at {budget:g}" + ("" if subset == "all" else ", the oracle's windows")

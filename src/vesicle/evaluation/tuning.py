@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-
-from torch import Tensor, nn
 
 from vesicle.errors import BudgetError
-from vesicle.evaluation.language_modelling import Scores, evenly, executed_share, score
 from vesicle.evaluation.matching import TOLERANCE
 from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.phases import Phases
@@ -31,97 +27,47 @@ _SLOPE = -0.2
 def tune_dial(
     modulator: Modulator,
     target: float,
-    share: Callable[[ModulatorMethod], float],
+    *stages: Callable[[ModulatorMethod], float],
     phases: Phases | None = None,
+    near: float = NEAR,
 ) -> float:
-    """The dial at which `share` of a modulator's method is the target.
+    """The dial at which the share of a modulator's method is the target.
+
+    Args:
+        modulator: Whose dial is turned.
+        target: Executed share; 1 is rest.
+        stages: Measure a method's share, each more dearly than the one before, from whose dial it
+            goes on; the last one counts.
+        phases: On which tokens transmitters act.
+        near: How far from the target the share may stay, as a part of it, where it jumps there.
 
     Raises:
         BudgetError: If no dial gives it.
     """
-    tried: list[tuple[float, float]] = []
-
-    def measure(x: float) -> float:
-        value = share(ModulatorMethod(modulator, dial_at(x), phases))
-        tried.append((abs(value / target - 1), x))
-        return value
-
-    try:
-        x, _ = solve(measure, target, _start(modulator, target, phases), _SLOPE, TOLERANCE)
-    except BudgetError:
-        # An answer that changes with the dial makes the share of its few tokens jump.
-        off, x = min(tried, default=(math.inf, 0.0))
-        if off > NEAR:
-            raise
-    return dial_at(x)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """A learnt modulator at a cost: its dial and its scores, levels included."""
-
-    dial: float
-    scores: Scores
-
-
-def tune_learnt(
-    model: nn.Module,
-    modulator: Modulator,
-    ids: Tensor,
-    target: float,
-    *,
-    batch: int = 1,
-    preview: int = 4,
-    on_tokens: Callable[[int], None] | None = None,
-) -> Tuned:
-    """Turn the dial until the executed cost on these windows is the asked one, within `TOLERANCE`.
-
-    It is found on a few windows first, without the LM head, and is corrected on all of them, which
-    are scored at the same time.
-
-    Args:
-        model: A causal LM.
-        modulator: With a trained predictor.
-        ids: (N, T) token ids.
-        target: Executed share; 1 is rest.
-        batch: Windows in a forward pass.
-        preview: Windows of the first stage, spread evenly.
-        on_tokens: Told after each pass how many tokens it had.
-
-    Raises:
-        BudgetError: If no dial gives that cost.
-    """
     if target == 1:
-        scores = score(
-            model, ids, modulator.at(1.0), batch=batch, keep_levels=True, on_tokens=on_tokens
-        )
-        return Tuned(dial=1.0, scores=scores)
-    x, slope = _start(modulator, target), _SLOPE
-    if len(ids) > preview:
-        few = ids[evenly(len(ids), preview)]
+        return 1.0
+    x, slope = _start(modulator, target, phases), _SLOPE
+    for number, share in enumerate(stages, 1):
+        tried: list[tuple[float, float]] = []
 
-        def share(x: float) -> float:
-            return executed_share(
-                model, few, ModulatorMethod(modulator, dial_at(x)), batch=batch, on_tokens=on_tokens
-            )
+        def measure(
+            x: float,
+            share: Callable[[ModulatorMethod], float] = share,
+            tried: list[tuple[float, float]] = tried,
+        ) -> float:
+            value = share(ModulatorMethod(modulator, dial_at(x), phases))
+            tried.append((abs(value / target - 1), x))
+            return value
 
-        x, slope = solve(share, target, x, slope, TOLERANCE / 4)
-    done: list[Tuned] = []
-
-    def scored(x: float) -> float:
-        scores = score(
-            model,
-            ids,
-            ModulatorMethod(modulator, dial_at(x)),
-            batch=batch,
-            keep_levels=True,
-            on_tokens=on_tokens,
-        )
-        done[:] = [Tuned(dial=dial_at(x), scores=scores)]
-        return scores.cost_share
-
-    solve(scored, target, x, slope, TOLERANCE)
-    return done[0]
+        last = number == len(stages)
+        try:
+            x, slope = solve(measure, target, x, slope, TOLERANCE if last else TOLERANCE / 4)
+        except BudgetError:
+            # An answer that changes with the dial makes the share of its few tokens jump.
+            off, x = min(tried, default=(math.inf, x))
+            if last and off > near:
+                raise
+    return dial_at(x)
 
 
 def dial_at(x: float) -> float:
