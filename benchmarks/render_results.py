@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vesicle.evaluation.old_text_results import load_result
-from vesicle.evaluation.results_page import results_page
-from vesicle.evaluation.task_plots import save_plots
-from vesicle.evaluation.task_results import TaskResult
-from vesicle.evaluation.task_table import markdown
+from vesicle.evaluation.report.old_results import load_result
+from vesicle.evaluation.report.page import results_page
+from vesicle.evaluation.report.plots import save_plots
+from vesicle.evaluation.report.results import TaskResult
+from vesicle.evaluation.report.table import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

@@ -24,7 +24,7 @@ from vesicle.commands.outputs import print_json
 from vesicle.cost import Cost
 from vesicle.engine import Engine, core
 from vesicle.errors import VesicleError
-from vesicle.evaluation.methods import ON_ALL_TASKS as METHODS
+from vesicle.evaluation.methods.names import ON_ALL_TASKS as METHODS
 from vesicle.models.text import TextStream
 from vesicle.modulator import Modulator
 from vesicle.plan import Plan
@@ -483,8 +483,8 @@ def test_option_defaults_are_those_of_the_library():
     from vesicle.commands.run import KvFormat, WeightFormat
     from vesicle.commands.train import train
     from vesicle.engine import pool, weights
-    from vesicle.evaluation.task_config import TaskConfig
-    from vesicle.evaluation.text_config import EvalConfig
+    from vesicle.evaluation.run.task_config import TaskConfig
+    from vesicle.evaluation.run.text_config import EvalConfig
     from vesicle.training.trainer import TrainConfig
 
     def defaults(config: type, command: Callable[..., None], left_out: set[str]) -> None:

@@ -19,7 +19,7 @@ from vesicle.cli import app, load_command
 from vesicle.commands import SUMMARIES
 from vesicle.cost import Cost
 from vesicle.effectors import EFFECTORS
-from vesicle.evaluation.methods import ON_A_TEXT
+from vesicle.evaluation.methods.names import ON_A_TEXT
 from vesicle.families import FAMILIES, supported_model_types
 from vesicle.plan import FIELDS, SITES
 from vesicle.predictors import CONTROLS, PREDICTORS

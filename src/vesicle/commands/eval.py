@@ -17,7 +17,7 @@ from vesicle.shipped import is_default_model, shipped_modulator
 from vesicle.terminal import SafeConsole
 
 if TYPE_CHECKING:
-    from vesicle.evaluation.subject import Subject
+    from vesicle.evaluation.run.subject import Subject
 
 
 class Through(StrEnum):
@@ -154,8 +154,8 @@ def evaluate(
         return _list()
     if not tasks:
         raise VesicleError("no task is named; vesicle eval --list tells them")
-    from vesicle.evaluation.evaluate_tasks import evaluate_tasks
-    from vesicle.evaluation.task_config import TaskConfig
+    from vesicle.evaluation.run.task_config import TaskConfig
+    from vesicle.evaluation.run.tasks import evaluate_tasks
 
     config = TaskConfig(
         tasks=tuple(tasks),
@@ -181,7 +181,7 @@ def evaluate(
     check_free(out)
     subject = _subject(model, revision, modulator, through, weights, kv, threads)
     result = evaluate_tasks(subject, config, out, restart=restart, say=notice)
-    from vesicle.evaluation.task_table import markdown, rich_tables
+    from vesicle.evaluation.report.table import markdown, rich_tables
 
     if table:
         from vesicle.files import atomic_path
@@ -189,7 +189,7 @@ def evaluate(
         with atomic_path(out / "table.md") as part:
             part.write_text(markdown(result), encoding="utf-8")
     if plot:
-        from vesicle.evaluation.task_plots import save_plots
+        from vesicle.evaluation.report.plots import save_plots
 
         save_plots(result, out)
     if json:
@@ -204,7 +204,7 @@ def evaluate(
 def _list() -> None:
     from rich.table import Table
 
-    from vesicle.evaluation.methods import NAMES
+    from vesicle.evaluation.methods.names import NAMES
     from vesicle.tasks.registry import find_task, task_names
 
     table = Table()
@@ -230,9 +230,13 @@ def _subject(
 ) -> Subject:
     """Load what is evaluated."""
     from vesicle.engine import Engine
-    from vesicle.evaluation.executors import EngineExecutor, Executor, TransformersExecutor
-    from vesicle.evaluation.provenance import folder_fingerprint
-    from vesicle.evaluation.subject import Subject
+    from vesicle.evaluation.execution.executors import (
+        EngineExecutor,
+        Executor,
+        TransformersExecutor,
+    )
+    from vesicle.evaluation.run.provenance import folder_fingerprint
+    from vesicle.evaluation.run.subject import Subject
     from vesicle.models import Text, resolve_model
     from vesicle.models.default import DEFAULT_MODEL
     from vesicle.modulator import Modulator

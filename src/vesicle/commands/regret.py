@@ -78,9 +78,9 @@ def regret(
         raise VesicleError("no modulator is shipped with this package: name one")
     from dataclasses import fields
 
-    from vesicle.evaluation.task_table import rich_tables
-    from vesicle.evaluation.text_config import EvalConfig
-    from vesicle.evaluation.text_run import evaluate
+    from vesicle.evaluation.report.table import rich_tables
+    from vesicle.evaluation.run.text import evaluate
+    from vesicle.evaluation.run.text_config import EvalConfig
     from vesicle.modulator import Modulator
 
     given["budgets"] = _numbers(budgets)
