@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vesicle.commands.inputs import PHASE, REVISION, check_folder, notice
+from vesicle.commands.inputs import PHASE, REVISION, check_folder, notice, numbers
 from vesicle.commands.outputs import print_json
 from vesicle.errors import VesicleError
 from vesicle.folders import check_free
@@ -160,15 +160,15 @@ def evaluate(
     config = TaskConfig(
         tasks=tuple(tasks),
         methods=_names(method or ["learnt"]),
-        budgets=_numbers(budget, "--budget"),
+        budgets=numbers(budget, "--budget"),
         data=data,
         split=split,
         limit=limit or None,
         seed=seed,
         max_length=max_length,
         window=window,
-        lengths=tuple(int(n) for n in _numbers(lengths, "--lengths")),
-        depths=_numbers(depths, "--depths"),
+        lengths=tuple(int(n) for n in numbers(lengths, "--lengths")),
+        depths=numbers(depths, "--depths"),
         per_cell=per_cell,
         dial=dial,
         best_of=best_of,
@@ -292,12 +292,3 @@ def _names(parts: list[str]) -> tuple[str, ...]:
     """Names with commas between; those in brackets belong to a press's arguments."""
     split = (name.strip() for part in parts for name in re.split(r",(?![^()]*\))", part))
     return tuple(name for name in split if name)
-
-
-def _numbers(text: str, option: str) -> tuple[float, ...]:
-    if not text.strip():
-        return ()
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise VesicleError(f"{option} is {text!r}; allowed: numbers with commas between") from error

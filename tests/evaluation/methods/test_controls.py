@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from tests.evaluation.helpers import some_windows
+from tests.evaluation.helpers import ledger_of, some_windows
 from tests.tiny import SHAPE, shape_of, tiny_control, tiny_modulator
 from vesicle.cost import price
 from vesicle.errors import BudgetError
 from vesicle.evaluation.execution.language_modelling import score
 from vesicle.evaluation.methods import controls
 from vesicle.evaluation.methods.controls import NAMES, Control
-from vesicle.evaluation.methods.ledger import Ledger, plan_from_levels, released
+from vesicle.evaluation.methods.ledger import Ledger, released
 from vesicle.evaluation.methods.matching import TOLERANCE, Matched, match
 from vesicle.evaluation.methods.tuning import tune_dial
 from vesicle.modulator import Modulator, ModulatorMethod
@@ -34,7 +34,7 @@ def windows() -> Tensor:
 @pytest.fixture
 def ledger(llama: Any) -> Ledger:
     shape = shape_of(llama)
-    return Ledger(tiny_modulator(shape), shape, T)
+    return ledger_of(tiny_modulator(shape), shape, T, n=3)
 
 
 @pytest.fixture
@@ -85,19 +85,15 @@ def test_plan_without_running_is_the_executed_plan(
     control = modulator.with_levels(levels)
     with attach(model, control.at(1.0)) as run:
         model(input_ids=windows[:1])
-    plan = plan_from_levels(control, shape, released(control, T))
+    ledger, of_control = (ledger_of(m, shape, T) for m in (modulator, control))
+    plan = of_control.plan(released(control, T))
     assert plan.equals(run.plan)
     overhead = control.at(1.0).overhead(shape)
-    share = Ledger(modulator, shape, T).control_share(levels)
-    dense = Ledger(modulator, shape, T).share(np.zeros((shape.n_layers, 3)))
-    assert dense == 1.0
-    assert (
-        share
-        == price(run.plan, shape, overhead).flops_total
-        / price(
-            plan_from_levels(modulator, shape, np.ones((T, shape.n_layers, 5))), shape
-        ).flops_total
-    )
+    deficits = 1.0 - released(control, T)[..., ledger.columns]
+    rest = np.zeros((shape.n_layers, 3))
+    assert ledger.share(rest) == 1.0
+    dense = price(ledger.plan(np.ones((T, shape.n_layers, 5))), shape).flops_total
+    assert ledger.share(deficits) == price(run.plan, shape, overhead).flops_total / dense
 
 
 def test_learnt_plan_follows_from_its_levels(llama: Any, windows: Tensor):
@@ -105,12 +101,12 @@ def test_learnt_plan_follows_from_its_levels(llama: Any, windows: Tensor):
     modulator = tiny_modulator(shape)
     with attach(llama, modulator.at(0.6)) as run:
         llama(input_ids=windows[:1])
-    assert plan_from_levels(modulator, shape, run.levels[0]).equals(run.plan)
+    assert ledger_of(modulator, shape, T).plan(run.levels[0]).equals(run.plan)
 
 
 def test_one_transmitter_alone(llama: Any):
     shape = shape_of(llama)
-    ledger = Ledger(tiny_modulator(shape, transmitters=("gaba",)), shape, T)
+    ledger = ledger_of(tiny_modulator(shape, transmitters=("gaba",)), shape, T)
     assert controls.uniform(ledger, 0.99).cost_share == pytest.approx(0.99, rel=TOLERANCE)
     with pytest.raises(BudgetError, match="cannot be reached: these levels end at"):
         controls.uniform(ledger, 0.5)
@@ -119,7 +115,7 @@ def test_one_transmitter_alone(llama: Any):
 def test_jumps_are_dithered():
     """All tokens pass serotonin's only step together; the cost between its sides needs both."""
     modulator = tiny_modulator(SHAPE, transmitters=("serotonin",))
-    ledger = Ledger(modulator, SHAPE, T)
+    ledger = ledger_of(modulator, SHAPE, T)
     found = match(ledger, lambda x: np.full((3, 1), x), 0.8, high=1.0)
     assert found.dither is not None
     assert found.deficits.shape == (T, 3, 1)

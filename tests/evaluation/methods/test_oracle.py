@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from tests.evaluation.helpers import some_windows
+from tests.evaluation.helpers import ledger_of, some_windows
 from tests.tiny import shape_of, tiny_modulator
 from vesicle.errors import BudgetError
 from vesicle.evaluation.execution.language_modelling import score
@@ -27,7 +27,7 @@ def windows() -> Tensor:
 @pytest.fixture
 def ledger(llama: Any) -> Ledger:
     shape = shape_of(llama)
-    return Ledger(tiny_modulator(shape), shape, T)
+    return ledger_of(tiny_modulator(shape), shape, T, n=2)
 
 
 def losses_on(model: Any, window: Tensor) -> Losses:
@@ -100,7 +100,7 @@ def test_first_step_is_the_cheapest(llama: Any, ledger: Ledger, windows: Tensor)
 
 def test_cost_out_of_reach(llama: Any, windows: Tensor):
     shape = shape_of(llama)
-    ledger = Ledger(tiny_modulator(shape, transmitters=("gaba",)), shape, T)
+    ledger = ledger_of(tiny_modulator(shape, transmitters=("gaba",)), shape, T)
     descent = Descent(losses_on(llama, windows[0]), ledger, OracleConfig())
     assert descent.at(0.5) is None
     with pytest.raises(BudgetError, match="the oracle cannot reach"):

@@ -59,7 +59,7 @@ class OracleRun(PartRun):
                 with suppress(BudgetError):  # its own row says so
                     others.append(self._control((task, other, budget), store, target)[0])
         assert self._subject.modulator is not None
-        ledger = self._item_ledger(self._subject.modulator, key, store)
+        ledger = self._ledger(self._subject.modulator, key, store)
         places = [*self._done(self._dense, store)]
         for i in places:
             if i not in self._descents:

@@ -20,7 +20,7 @@ from vesicle.errors import BudgetError, VesicleError
 from vesicle.evaluation.execution.executors import Execution
 from vesicle.evaluation.execution.items import Prepared
 from vesicle.evaluation.methods.controls import FROM_LEARNT, Control, control
-from vesicle.evaluation.methods.item_ledger import ItemLedger
+from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.evaluation.methods.matching import TOLERANCE
 from vesicle.evaluation.methods.names import ORACLE, PRESS
 from vesicle.evaluation.methods.tuning import tune_dial
@@ -338,7 +338,7 @@ class PartRun:
 
         built = control(
             method,
-            self._item_ledger(modulator, key, store),
+            self._ledger(modulator, key, store),
             target,
             seed=self._config.seed,
             learnt=[*learnt.values()],
@@ -347,7 +347,7 @@ class PartRun:
         )
         return built, [*learnt]
 
-    def _item_ledger(self, modulator: Modulator, key: Key, store: ItemStore) -> ItemLedger:
+    def _ledger(self, modulator: Modulator, key: Key, store: ItemStore) -> Ledger:
         """Prices on the tokens of the learnt run, else of the dense one."""
         task, _, budget = key
         source: Key = (task, "learnt", budget)
@@ -358,7 +358,7 @@ class PartRun:
         if not spans:
             raise BudgetError("there is nothing to price it on: no dense item was run")
         shape, screens = self._subject.executor.shape, self.task.kind == "generate"
-        return ItemLedger(modulator, shape, spans, screens=screens, phases=self._config.acts)
+        return Ledger(modulator, shape, spans, screens=screens, phases=self._config.acts)
 
     def _dial(self, modulator: Modulator, budget: float, store: ItemStore) -> float:
         if self._config.dial == "shipped":

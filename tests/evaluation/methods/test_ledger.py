@@ -1,4 +1,4 @@
-"""ItemLedger: what it prices without running is what the engine counts when it runs."""
+"""Ledger: what it prices without running is what the engine counts when it runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.decoding import modulator_for, tiny
-from tests.evaluation.helpers import Bytes
+from tests.evaluation.helpers import Bytes, ledger_of
 from tests.tiny import SHAPE, shape_of, tiny_modulator, tokens
 from vesicle.cost import price, price_dense
 from vesicle.engine import Engine
 from vesicle.evaluation.execution.executors import EngineExecutor, Execution, Span
 from vesicle.evaluation.execution.prompts import Prompt
-from vesicle.evaluation.methods.item_ledger import ItemLedger
 from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.modulator import Modulator
 from vesicle.phases import EVERYWHERE, Phases
@@ -43,7 +42,7 @@ def run(
     phases: Phases,
 ) -> list[Execution]:
     """Items of three lengths, each under deficits of its own."""
-    ledger = Ledger(modulator, executor.shape, 1, phases)
+    ledger = Ledger(modulator, executor.shape, [(Span(0, 1, 0),)], phases=phases)
     found = []
     for i, (length, own) in enumerate(zip(LENGTHS, deficits, strict=True)):
         method = ledger.method(ledger.table(own))
@@ -96,7 +95,7 @@ def test_the_price_is_what_the_engine_counts(kind: str, timed: bool, llama: Any,
     deficits = rng.uniform(0, 0.9, (80, 3, 3) if timed else (3, 3))
     found = run(kind, executor, modulator, of_one(deficits), phases)
     spans = counted_spans(found, phases)
-    ledger = ItemLedger(modulator, executor.shape, spans, screens=True, phases=phases)
+    ledger = Ledger(modulator, executor.shape, spans, screens=True, phases=phases)
     longest = max(span.stop for e in found for span in e.spans)
     share = ledger.share(deficits[:longest] if timed else deficits)
     assert share == executed(found, executor, phases)
@@ -114,7 +113,7 @@ def test_each_item_has_deficits_of_its_own(kind: str, llama: Any, phases: Phases
     own = [rng.uniform(0, 1, (n, 3, 3)) for n in (17, 5, 80)]
     found = run(kind, executor, modulator, own, phases)
     spans = counted_spans(found, phases)
-    ledger = ItemLedger(modulator, executor.shape, spans, screens=False, phases=phases)
+    ledger = Ledger(modulator, executor.shape, spans, screens=False, phases=phases)
     assert ledger.each(own) == executed(found, executor, phases)
     assert ledger.each(own) != ledger.each(own[1:] + own[:1])
     same = [np.tile(own[0][:1], (80, 1, 1))] * 3
@@ -127,7 +126,7 @@ def test_resting_levels_cost_as_much_as_the_dense_model(llama: Any):
     executor = executor_of(llama)
     modulator = tiny_modulator(executor.shape)
     spans = [(Span(0, 30, 29), Span(30, 34, 30)), (Span(0, 70, 0),)]
-    ledger = ItemLedger(modulator, executor.shape, spans, screens=True)
+    ledger = Ledger(modulator, executor.shape, spans, screens=True)
     assert ledger.share(np.zeros((3, 3))) == 1.0
     assert ledger.each([np.zeros((9, 3, 3))] * 2) == 1.0
 
@@ -142,9 +141,7 @@ def test_a_screened_head_is_priced(weights: str, screens: bool):
     n_transmitters = len(modulator.predictor.config.transmitters)
     deficits = np.random.default_rng(6).uniform(0, 0.8, (80, 4, n_transmitters))
     found = run("generate", executor, modulator, of_one(deficits), EVERYWHERE)
-    ledger = ItemLedger(
-        modulator, shape, [e.spans for e in found], screens=screens, phases=EVERYWHERE
-    )
+    ledger = Ledger(modulator, shape, [e.spans for e in found], screens=screens, phases=EVERYWHERE)
     share = ledger.share(deficits[: ledger.n_tokens])
     counted = executed(found, executor, EVERYWHERE)
     heads = sum(s.stop - max(s.head, s.start) for e in found for s in e.spans)
@@ -163,7 +160,7 @@ def test_a_screened_head_is_priced(weights: str, screens: bool):
 def test_the_last_layers_dopamine_screens_the_head():
     shape = executor_of(tiny(), "int8").shape
     modulator = modulator_for(shape, "plain", head_survivors=11, head_below=0.6)
-    ledger = ItemLedger(modulator, shape, [(Span(0, 40, 0),)], screens=True)
+    ledger = Ledger(modulator, shape, [(Span(0, 40, 0),)], screens=True)
     levels = np.random.default_rng(9).uniform(0, 1, (40, 4, 5))
     low = levels[:, -1, index("dopamine")] < 0.6
     assert 5 < low.sum() < 35
@@ -174,26 +171,34 @@ def test_only_a_head_that_can_be_screened_is(llama: Any):
     shape = shape_of(llama)
     modulator = modulator_for(shape, "plain", head_survivors=11)
     levels = np.full((20, 3, 5), 0.5)
-    ledger = ItemLedger(modulator, shape, [(Span(0, 20, 0),)], screens=True)
+    ledger = Ledger(modulator, shape, [(Span(0, 20, 0),)], screens=True)
     assert not ledger.plan(levels).head.any()
 
 
-def test_of_one_whole_window_it_is_the_ledger():
+def test_of_whole_windows_it_is_the_price_of_their_plan():
     modulator, rng = tiny_modulator(SHAPE, bypass_below=0.3), np.random.default_rng(7)
-    ledger = Ledger(modulator, SHAPE, 70)
-    items = ItemLedger(modulator, SHAPE, [(Span(0, 70, 0),)], screens=False)
-    for size in ((3, 3), (70, 3, 3), (2, 70, 3, 3)):
+    ledger = ledger_of(modulator, SHAPE, 70, n=2)
+    overhead = ledger.method(ledger.table(np.zeros((3, 3)))).overhead(SHAPE)
+    dense = price_dense(SHAPE, 70).flops_total
+
+    def plainly(deficits: FloatArray) -> float:
+        levels = np.ones((70, 3, 5))
+        levels[..., ledger.columns] = 1.0 - np.clip(deficits, 0.0, 1.0)
+        return price(ledger.plan(levels), SHAPE, overhead).flops_total / dense
+
+    for size in ((3, 3), (70, 3, 3)):
         for deficits in (np.zeros(size), np.ones(size), rng.uniform(-0.2, 1.2, size)):
-            given = deficits if deficits.ndim < 4 else [deficits[0]]
-            assert items.share(given) == ledger.share(given)
-    assert items.share(rng.uniform(0, 1, (3, 3))) < 1
+            assert ledger.share(deficits) == plainly(deficits)
+    own = [rng.uniform(-0.2, 1.2, (70, 3, 3)) for _ in range(2)]
+    assert ledger.share(own) == pytest.approx((plainly(own[0]) + plainly(own[1])) / 2, rel=1e-12)
+    assert ledger.share(rng.uniform(0, 1, (3, 3))) < 1
 
 
 def test_items_add_up():
     """A span's work is that of a Plan's tokens, priced where they stand."""
     modulator, rng = tiny_modulator(SHAPE), np.random.default_rng(8)
     spans = [(Span(0, 33, 32), Span(33, 33, 33), Span(33, 40, 33)), (Span(0, 50, 20),)]
-    ledger = ItemLedger(modulator, SHAPE, spans, screens=False)
+    ledger = Ledger(modulator, SHAPE, spans, screens=False)
     levels = rng.uniform(0, 1, (50, 3, 5)).round(6)
     levels[..., [i for i in range(5) if i not in ledger.columns]] = 1.0
     plan = ledger.plan(levels)
@@ -231,7 +236,7 @@ def test_share_falls_as_deficits_rise(
         Span(prompt, prompt + answer, prompt),
         Span(prompt, prompt + branch, prompt),
     )
-    ledger = ItemLedger(MODULATOR, SHAPE, [spans], screens=False)
+    ledger = Ledger(MODULATOR, SHAPE, [spans], screens=False)
     more = np.minimum(deficits + rise, 1.0)
     assert ledger.share(np.ones((3, 3))) <= ledger.share(more) <= ledger.share(deficits) <= 1.0
     assert ledger.share(np.ones((3, 3))) < 0.7
