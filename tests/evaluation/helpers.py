@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import VOCABULARY
-from vesicle.evaluation.execution.executors import Span
+from vesicle.evaluation.execution.executor import Span
 from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.modulator import Modulator
 from vesicle.shapes import ModelShape

@@ -230,11 +230,9 @@ def _subject(
 ) -> Subject:
     """Load what is evaluated."""
     from vesicle.engine import Engine
-    from vesicle.evaluation.execution.executors import (
-        EngineExecutor,
-        Executor,
-        TransformersExecutor,
-    )
+    from vesicle.evaluation.execution.engine_executor import EngineExecutor
+    from vesicle.evaluation.execution.executor import Executor
+    from vesicle.evaluation.execution.transformers_executor import TransformersExecutor
     from vesicle.evaluation.run.provenance import folder_fingerprint
     from vesicle.evaluation.run.subject import Subject
     from vesicle.models import Text, resolve_model

@@ -15,8 +15,9 @@ from tests.models.test_text import byte_level, metaspace, save
 from vesicle.bench.prompts import read_stream
 from vesicle.evaluation.execution.items import prepare
 from vesicle.evaluation.execution.prompts import continuation, make_prompt
-from vesicle.evaluation.run.part_run import PartRun
+from vesicle.evaluation.run.item_runner import ItemRunner
 from vesicle.models.text import Text
+from vesicle.plan import Dense
 from vesicle.tasks.items import Item
 from vesicle.tasks.registry import find_task
 
@@ -87,13 +88,11 @@ def test_answers_by_which_best_of_n_selects(text: Text):
         asked.extend(choices)
         return SimpleNamespace(output=SimpleNamespace(choice_nats=(-1.0,)))
 
-    run: Any = object.__new__(PartRun)
     item = Item(id="a", context="x", references=("the cat",))
-    run._subject = SimpleNamespace(codec=text, executor=SimpleNamespace(choose=choose))
-    run._config = SimpleNamespace(selection=1)
-    run.task = SimpleNamespace(kind="generate", name="x")
-    run.items = [SimpleNamespace(item=item, prompt=make_prompt(item, text, "chat", 99))]
-    run._selection_nats(None, run.items)
+    subject: Any = SimpleNamespace(codec=text, executor=SimpleNamespace(choose=choose))
+    task: Any = SimpleNamespace(kind="generate", name="x")
+    asking: Any = SimpleNamespace(item=item, prompt=make_prompt(item, text, "chat", 99))
+    ItemRunner(task, subject).nats_of_right_answers(Dense(), [asking])
     (answer,) = asked
     assert special(text, answer) == []
     assert text.decode(answer).strip() == "the cat"

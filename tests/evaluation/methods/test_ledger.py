@@ -13,7 +13,8 @@ from tests.evaluation.helpers import Bytes, ledger_of
 from tests.tiny import SHAPE, shape_of, tiny_modulator, tokens
 from vesicle.cost import price, price_dense
 from vesicle.engine import Engine
-from vesicle.evaluation.execution.executors import EngineExecutor, Execution, Span
+from vesicle.evaluation.execution.engine_executor import EngineExecutor
+from vesicle.evaluation.execution.executor import Execution, Span
 from vesicle.evaluation.execution.prompts import Prompt
 from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.modulator import Modulator

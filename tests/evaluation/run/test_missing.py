@@ -14,11 +14,11 @@ from tests.evaluation.run.test_tasks import lasting, tiny_subject
 from tests.tasks.rows import LOCAL, write_rows
 from tests.tiny import tiny_model
 from vesicle.errors import DataError, VesicleError
-from vesicle.evaluation.execution.executors import Execution
+from vesicle.evaluation.execution.executor import Execution
 from vesicle.evaluation.methods.names import ON_ALL_TASKS
 from vesicle.evaluation.report import plots, table
 from vesicle.evaluation.report.results import TaskResult
-from vesicle.evaluation.run import part_run
+from vesicle.evaluation.run import item_runner
 from vesicle.evaluation.run.store import ITEMS
 from vesicle.evaluation.run.task_config import TaskConfig
 from vesicle.evaluation.run.tasks import evaluate_tasks
@@ -68,7 +68,7 @@ def failing(
 
     By default those whose answers are scored, else those by which a dial is turned.
     """
-    real, ran = part_run.PartRun._run, []
+    real, ran = item_runner.ItemRunner.run, []
 
     def failing(self: Any, prepared: Any, method: Any, **named: Any) -> Execution:
         bad = ("keep_levels" in named) != while_set and fails(prepared.item.id, method)
@@ -77,7 +77,7 @@ def failing(
             raise VesicleError(f"the loss of {prepared.item.id} is nan; it must be finite")
         return real(self, prepared, method, **named)
 
-    monkeypatch.setattr(part_run.PartRun, "_run", failing)
+    monkeypatch.setattr(item_runner.ItemRunner, "run", failing)
     return ran
 
 

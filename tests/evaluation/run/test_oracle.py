@@ -11,13 +11,13 @@ from tests.evaluation.helpers import Bytes
 from tests.evaluation.run.test_tasks import lasting, tiny_subject
 from tests.tiny import tiny_model
 from vesicle.errors import VesicleError
-from vesicle.evaluation.execution.executors import TransformersExecutor
+from vesicle.evaluation.execution.transformers_executor import TransformersExecutor
 from vesicle.evaluation.methods.matching import TOLERANCE
 from vesicle.evaluation.methods.oracle import Descent
 from vesicle.evaluation.report.page import command, results_page
 from vesicle.evaluation.report.results import TaskResult
 from vesicle.evaluation.report.table import markdown, rich_tables
-from vesicle.evaluation.run import part_run
+from vesicle.evaluation.run import item_runner
 from vesicle.evaluation.run.oracle_run import OracleRun
 from vesicle.evaluation.run.part import oracle_part, part_of
 from vesicle.evaluation.run.store import ItemStore
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
 ):
     """While the text itself is run, and while its windows are."""
     whole = run(out="whole")
-    real, calls = part_run.PartRun._losses, [0]
+    real, calls = item_runner.ItemRunner.losses, [0]
 
     def dying(*given: Any, **named: Any) -> Any:
         calls[0] += 1
@@ -96,10 +96,10 @@ def test_a_killed_run_goes_on_to_the_same_end(
             raise KeyboardInterrupt
         return real(*given, **named)
 
-    monkeypatch.setattr(part_run.PartRun, "_losses", dying)
+    monkeypatch.setattr(item_runner.ItemRunner, "losses", dying)
     with pytest.raises(KeyboardInterrupt):
         run()
-    monkeypatch.setattr(part_run.PartRun, "_losses", real)
+    monkeypatch.setattr(item_runner.ItemRunner, "losses", real)
     assert lasting(run()) == lasting(whole)
 
 

@@ -13,11 +13,13 @@ from tests.evaluation.helpers import Bytes
 from tests.tiny import shape_of, tiny_control, tiny_model, tiny_modulator
 from vesicle.engine import Engine
 from vesicle.errors import DataError, VesicleError
-from vesicle.evaluation.execution.executors import EngineExecutor, Span, TransformersExecutor
+from vesicle.evaluation.execution.engine_executor import EngineExecutor
+from vesicle.evaluation.execution.executor import Span
+from vesicle.evaluation.execution.transformers_executor import TransformersExecutor
 from vesicle.evaluation.methods.matching import TOLERANCE
 from vesicle.evaluation.methods.names import ON_ALL_TASKS, check_methods
 from vesicle.evaluation.report.results import TaskResult
-from vesicle.evaluation.run import part_run
+from vesicle.evaluation.run import item_runner
 from vesicle.evaluation.run.store import ITEMS
 from vesicle.evaluation.run.subject import Subject
 from vesicle.evaluation.run.task_config import TaskConfig
@@ -170,7 +172,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
     after: int,
 ):
     """Killed while an item runs, with a torn line behind the finished ones."""
-    real, calls = part_run.PartRun._run, [0]
+    real, calls = item_runner.ItemRunner.run, [0]
 
     def dying(self: Any, *given: Any, **named: Any) -> Any:
         calls[0] += 1
@@ -178,10 +180,10 @@ def test_a_killed_run_goes_on_to_the_same_end(
             raise Killed
         return real(self, *given, **named)
 
-    monkeypatch.setattr(part_run.PartRun, "_run", dying)
+    monkeypatch.setattr(item_runner.ItemRunner, "run", dying)
     with pytest.raises(Killed):
         run()
-    monkeypatch.setattr(part_run.PartRun, "_run", real)
+    monkeypatch.setattr(item_runner.ItemRunner, "run", real)
     items = tmp_path / "out" / ITEMS
     if items.exists():
         with items.open("a", encoding="utf-8") as file:
@@ -227,6 +229,16 @@ def test_another_share_makes_controls_anew(run: Run):
     beside = run(replace(CONFIG, tasks=("race",), methods=("learnt", "uniform")))
     found = beside.find("race", "uniform", 0.8)
     assert found.details["target"] == beside.find("race", "learnt", 0.8).shares["generated"]
+
+
+def test_levels_of_the_learnt_run_without_its_row(run: Run):
+    """Controls that need them have them made, and the budget is the share to be executed."""
+    result = run(replace(CONFIG, tasks=("race",), methods=("shuffled", "per-layer")))
+    assert [row.method for row in result.rows] == ["dense", "per-layer", "shuffled"]
+    assert not result.missing
+    for row in result.rows[1:]:
+        assert row.details["target"] == 0.8
+        assert row.details["priced"] == pytest.approx(0.8, rel=TOLERANCE)
 
 
 def test_every_token_may_be_governed(run: Run):

@@ -11,7 +11,7 @@ import pytest
 from tests.evaluation.helpers import Bytes, write_text
 from tests.tiny import shape_of, tiny_control, tiny_model, tiny_modulator
 from vesicle.errors import DataError, ModelError, VesicleError
-from vesicle.evaluation.execution.executors import TransformersExecutor
+from vesicle.evaluation.execution.transformers_executor import TransformersExecutor
 from vesicle.evaluation.methods.matching import TOLERANCE
 from vesicle.evaluation.methods.names import ON_A_TEXT
 from vesicle.evaluation.methods.oracle import OracleConfig

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from vesicle.cost import price_tokens
-from vesicle.evaluation.execution.executors import Span
+from vesicle.evaluation.execution.executor import Span
 from vesicle.modulator import DECIMALS, Modulator, ModulatorMethod, plan_rows
 from vesicle.phases import Phases
 from vesicle.plan import FloatArray, Plan

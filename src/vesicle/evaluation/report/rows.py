@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vesicle.cost import Cost
-from vesicle.evaluation.execution.executors import Execution, Executor, Span
+from vesicle.evaluation.execution.executor import Execution, Executor, Span
 from vesicle.evaluation.execution.items import Prepared
 from vesicle.evaluation.report.results import Key, Score, TaskRow
 from vesicle.phases import ALL, GENERATED, PROMPT

@@ -14,8 +14,9 @@ from vesicle.evaluation.methods.controls import Control
 from vesicle.evaluation.methods.names import BESIDE_ORACLE, ORACLE
 from vesicle.evaluation.methods.oracle import Descent, Losses, OracleConfig, oracle
 from vesicle.evaluation.report.results import Key
+from vesicle.evaluation.run.item_runner import for_the_row
 from vesicle.evaluation.run.part import Part
-from vesicle.evaluation.run.part_run import PartRun, for_the_row
+from vesicle.evaluation.run.part_run import PartRun
 from vesicle.evaluation.run.store import ItemStore
 from vesicle.evaluation.run.subject import Subject
 from vesicle.evaluation.run.task_config import TaskConfig
@@ -75,9 +76,9 @@ class OracleRun(PartRun):
             for start in range(0, len(methods), most):
                 part = methods[start : start + most]
                 with for_the_row():
-                    ran = self._losses([prepared] * len(part), part)
+                    ran = self._runner.losses([prepared] * len(part), part)
                 found += [e.output.nats / e.output.n_tokens for e in ran]
-                self._tick(len(part) * prepared.n_tokens)
+                self._runner.tick(len(part) * prepared.n_tokens)
             return found
 
         return losses

@@ -9,23 +9,23 @@ next run; so is a row whose method cannot be set.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from vesicle.errors import BudgetError, VesicleError
-from vesicle.evaluation.execution.executors import Execution
+from vesicle.evaluation.execution.executor import Execution
 from vesicle.evaluation.execution.items import Prepared
 from vesicle.evaluation.methods.controls import FROM_LEARNT, Control, control
 from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.evaluation.methods.matching import TOLERANCE
 from vesicle.evaluation.methods.names import ORACLE, PRESS
-from vesicle.evaluation.methods.tuning import tune_dial
+from vesicle.evaluation.methods.tuning import NEAR, tune_dial
 from vesicle.evaluation.report.results import Key, TaskRow
 from vesicle.evaluation.report.rows import Record, executed_share, make_record, make_row, spans_of
+from vesicle.evaluation.run.item_runner import ItemRunner, Methods, for_the_row
 from vesicle.evaluation.run.part import Part
 from vesicle.evaluation.run.progress import Tick
 from vesicle.evaluation.run.provenance import digest, versions, with_code
@@ -45,11 +45,11 @@ class Chosen:
     """A method that is ready to run.
 
     Attributes:
-        of: From an item's place in the task to the method that decides on it.
+        of: From an item's place in the part to the method that decides on it.
         details: What it was set to, as JSON can hold it.
     """
 
-    of: Callable[[int], Method | None]
+    of: Methods
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -81,8 +81,8 @@ class PartRun:
             },
             versions(),
         )
+        self._runner = ItemRunner(part.task, subject)
         self._pressed: Any = None
-        self._tick: Tick = lambda n: None
 
     def size(self, key: Key, store: ItemStore) -> int:
         """Tokens that a row takes, roughly: those of its items, and of what sets its method."""
@@ -107,7 +107,7 @@ class PartRun:
     def finish(self, key: Key, store: ItemStore, tick: Tick) -> None:
         """Run the items of a row that are not stored."""
         _, method, _ = key
-        self._tick = tick
+        self._runner.tick = tick
         left = [i for i, p in enumerate(self.items) if not store.has(self.hash, key, p.item.id)]
         keeps = method == "learnt" and any(m in FROM_LEARNT for m in self.part.methods)
         if keeps:  # an item whose levels are gone is run again
@@ -133,7 +133,7 @@ class PartRun:
             seconds = round(time.perf_counter() - start, 3)
             details = {"target": target, "seconds": seconds, **chosen.details}
             store.add_settings(self.hash, key, details)
-        for i, found in self._executions(left, chosen, keeps):
+        for i, found in self._runner.each(self.items, left, chosen.of, keeps=keeps):
             prepared = self.items[i]
             if isinstance(found, VesicleError):
                 store.add_missing(self.hash, key, prepared.item.id, str(found))
@@ -202,62 +202,6 @@ class PartRun:
             if store.has(self.hash, key, p.item.id)
         }
 
-    def _executions(
-        self, places: list[int], chosen: Chosen, keeps: bool
-    ) -> Iterator[tuple[int, Execution | VesicleError]]:
-        """Run items: windows of a text several in a pass, and one by one where that fails."""
-        most = self._subject.executor.batch if self.task.kind == "loss" else 1
-        for start in range(0, len(places), most):
-            together = places[start : start + most]
-            if len(together) > 1:
-                windows = [self.items[i] for i in together]
-                with suppress(VesicleError):
-                    methods = [chosen.of(i) for i in together]
-                    yield from zip(together, self._losses(windows, methods, keeps), strict=True)
-                    continue
-            for i in together:
-                try:
-                    yield i, self._run(self.items[i], chosen.of(i), keep_levels=keeps)
-                except VesicleError as error:
-                    yield i, error
-
-    def _losses(
-        self, windows: Sequence[Prepared], methods: Sequence[Method | None], keeps: bool = False
-    ) -> list[Execution]:
-        """Windows of a text in one pass."""
-        ids = [p.prompt.ids for p in windows]
-        ran = self._subject.executor.losses(ids, methods, keep_levels=keeps)
-        return [
-            replace(found, output=replace(found.output, n_bytes=p.n_bytes))
-            for p, found in zip(windows, ran, strict=True)
-        ]
-
-    def _run(
-        self, prepared: Prepared, method: Method | None, *, keep_levels: bool = False
-    ) -> Execution:
-        subject, item = self._subject, prepared.item
-        executor = subject.executor
-        if self.task.kind == "loss":
-            return self._losses([prepared], [method], keep_levels)[0]
-        if self.task.kind == "choose":
-            found = executor.choose(
-                prepared.prompt, prepared.choices, method, keep_levels=keep_levels
-            )
-            sizes = tuple(len(c.strip().encode("utf-8")) for c in item.choices)
-            output = replace(found.output, choice_bytes=sizes)
-        else:
-            found = executor.generate(
-                prepared.prompt,
-                method,
-                subject.codec,
-                max_new_tokens=item.max_new_tokens,
-                stop=item.stop,
-                ends=subject.ends,
-                keep_levels=keep_levels,
-            )
-            output = found.output
-        return replace(found, output=output)
-
     def _levels_name(self, key: Key, item: str) -> str:
         return digest([self.hash, key, item])[:24]
 
@@ -323,18 +267,21 @@ class PartRun:
         if method in FROM_LEARNT:
             source = (task, "learnt", budget)
             if "learnt" not in self.part.methods:
-                self.finish(source, store, self._tick)
+                self.finish(source, store, self._runner.tick)
             learnt = {
                 i: store.levels(self._levels_name(source, self.items[i].item.id))
                 for i in self._done(source, store)
             }
             if not learnt:
-                raise BudgetError("there are no levels to make it from: no learnt item was run")
+                why = (store.settings(self.hash, source) or {}).get("missing")
+                raise BudgetError(
+                    why or "there are no levels to make it from: no learnt item was run"
+                )
         able = [self.items[i] for i in self._done(self._dense, store)]
 
         def loss(method: Method) -> float:
             with for_the_row():
-                return self._selection_nats(method, self._selection(able))
+                return self._runner.nats_of_right_answers(method, self._selection(able))
 
         built = control(
             method,
@@ -374,43 +321,12 @@ class PartRun:
             if not preview or size <= _PREVIEW_TOKENS:
                 preview.append(able[i])
         acts = self._config.acts
-        if not self.part.exact:
-            return tune_dial(modulator, budget, self._share_on(preview), phases=acts)
-        stages = [self._share_on(able)]
-        if len(preview) < len(able):
-            stages.insert(0, self._share_on(preview))
-        return tune_dial(modulator, budget, *stages, phases=acts, near=TOLERANCE)
-
-    def _share_on(self, items: Sequence[Prepared]) -> Callable[[ModulatorMethod], float]:
-        """What a method executes of the dense FLOPs on items, with answers of a few tokens."""
-        short = [
-            replace(p, item=replace(p.item, max_new_tokens=min(8, p.item.max_new_tokens)))
-            for p in items
-        ]
-        most = self._subject.executor.batch if self.task.kind == "loss" else 1
-
-        def run(together: list[Prepared], method: ModulatorMethod) -> list[Execution]:
-            if len(together) > 1:
-                return self._losses(together, [method] * len(together))
-            return [self._run(together[0], method)]
-
-        def share(method: ModulatorMethod) -> float:
-            executed = dense = 0
-            for start in range(0, len(short), most):
-                together = short[start : start + most]
-                with for_the_row():
-                    ran = run(together, method)
-                for found in ran:
-                    spans, cost = found.spans, found.prefill.flops_total + found.decode.flops_total
-                    if self._counted == GENERATED:
-                        spans = tuple(span.behind(found.prompt) for span in spans)
-                        cost = found.generated.flops_total
-                    executed += cost
-                    dense += self._subject.executor.dense(spans).flops_total
-                self._tick(sum(p.n_tokens for p in together))
-            return executed / dense
-
-        return share
+        parts = [preview]
+        if self.part.exact:
+            parts = [preview, able] if len(preview) < len(able) else [able]
+        stages = [self._runner.share_on(some, self._counted) for some in parts]
+        near = TOLERANCE if self.part.exact else NEAR
+        return tune_dial(modulator, budget, *stages, phases=acts, near=near)
 
     def _selection(self, able: Sequence[Prepared]) -> list[Prepared]:
         """The items on which best-of-n selects."""
@@ -419,31 +335,6 @@ class PartRun:
         if length is None:
             return list(few)
         return [replace(p, prompt=replace(p.prompt, ids=p.prompt.ids[:length])) for p in few]
-
-    def _selection_nats(self, method: Method, selection: list[Prepared]) -> float:
-        """Loss of the right answers of items, in nats per token."""
-        nats, tokens = 0.0, 0
-        codec, executor = self._subject.codec, self._subject.executor
-        if self.task.kind == "loss":
-            ran = self._losses(selection, [method] * len(selection))
-            self._tick(sum(p.n_tokens for p in selection))
-            return sum(e.output.nats for e in ran) / sum(e.output.n_tokens for e in ran)
-        for prepared in selection:
-            item = prepared.item
-            if self.task.kind == "choose":
-                assert item.answer is not None
-                right = prepared.choices[item.answer]
-            else:
-                answer = " " + item.references[0] if item.references else ""
-                right = codec.encode(answer, control_tokens=False, continues=True)[:64]
-            if right:
-                output = executor.choose(prepared.prompt, [right], method).output
-                nats, tokens = nats - output.choice_nats[0], tokens + len(right)
-        if not tokens:
-            raise BudgetError(
-                f"{self.task.name} has no right answers by which best-of-n could select"
-            )
-        return nats / tokens
 
     def _press(self, name: str, budget: float) -> Chosen:
         from vesicle.integrations.kvpress import make_press, press_method
@@ -462,12 +353,3 @@ class PartRun:
             return press_method(press, model, ids) if ids else Dense()
 
         return Chosen(of=of, details={"compression_ratio": 1 - budget})
-
-
-@contextmanager
-def for_the_row() -> Iterator[None]:
-    """While a method is set: what an item cannot do then, no item of the row can have."""
-    try:
-        yield
-    except VesicleError as error:
-        raise BudgetError(str(error)) from error

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vesicle.evaluation.execution.executors import Executor
+from vesicle.evaluation.execution.executor import Executor
 from vesicle.evaluation.execution.prompts import Codec
 from vesicle.evaluation.run.provenance import digest, fingerprint
 from vesicle.modulator import Modulator
@@ -40,9 +41,13 @@ class Subject:
         if modulator is None:
             return {}
         effectors = {name: e.to_dict() for name, e in modulator.effectors.items()}
+        # Through JSON, so that tuples are lists, as they are when the record is read again.
+        effectors = json.loads(json.dumps(effectors))
         return {
             "name": self.modulator_name,
             "kind": modulator.predictor.kind,
             "transmitters": list(modulator.predictor.config.transmitters),
+            "trained_on": modulator.info.model_name,
+            "effectors": effectors,
             "sha256": digest([fingerprint(modulator), effectors, modulator.info.dial]),
         }

@@ -8,17 +8,17 @@ FLOPs, and each control is scaled to the same executed share (`controls`, `oracl
 folder holds
 
     rows.jsonl             one line a finished row; rows of the same settings are kept
-    result.json            the whole `Result`
+    result.json            the whole `TaskResult`
     table.md               the same as tables
     loss_against_cost.png  a plot, if matplotlib is installed
     levels/                released levels of learnt rows, where a control needs them
 
 The oracle is affordable on few, short windows only. On these the learnt modulator and the static
-controls are tuned and scored once more (subset `oracle`), so that regret is taken at equal cost on
-the same text.
+controls are tuned and scored once more (task `text-oracle`), so that regret is taken at equal cost
+on the same text.
 
 Rows are run as those of any task are (`part_run`, `oracle_run`). What differs: the text is any, the
-dial is turned on all of it, and the record has the loss of each window.
+dial is turned on all of it, and the loss itself is what methods are compared by.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from typing import Any
 from torch import nn
 
 from vesicle.errors import VesicleError
-from vesicle.evaluation.execution.executors import TransformersExecutor
 from vesicle.evaluation.execution.items import window
 from vesicle.evaluation.execution.language_modelling import Windows, load_windows, model_shape
 from vesicle.evaluation.execution.prompts import Codec
+from vesicle.evaluation.execution.transformers_executor import TransformersExecutor
 from vesicle.evaluation.methods.names import check_trained
 from vesicle.evaluation.report.plots import MissingPlots, save_plots
 from vesicle.evaluation.report.results import TEXT, TaskResult
@@ -94,8 +94,8 @@ def evaluate(
     Raises:
         DataError: The text is missing, empty or shorter than a window.
         ModelError: The modulator was made for another model.
-        VesicleError: The folder cannot be written or another process writes to it, or a loss is
-            not finite.
+        VesicleError: The folder cannot be written or another process writes to it, or nothing could
+            be scored.
         KeyboardInterrupt: After Ctrl-C; finished rows are on disk.
     """
     with locked(out):
