@@ -40,7 +40,7 @@ def pages() -> Iterator[tuple[Path, str]]:
 def figures() -> None:
     """Draw every figure."""
     for path in sorted(RESULTS.glob("*/result.json")):
-        save_plots(load_result(path), path.parent, "loss_against_cost.png")
+        save_plots(load_result(path), path.parent, "loss_against_cost.png", rise=True)
     for path in sorted(RESULTS.glob("tasks/*/result.json")):
         save_plots(TaskResult.load(path), path.parent)
 

@@ -225,7 +225,9 @@ def test_terminal_tables_say_the_same(result: TaskResult):
 
 
 @contextmanager
-def drawn(result: TaskResult, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Any]:
+def drawn(
+    result: TaskResult, monkeypatch: pytest.MonkeyPatch, folder: Path, **how: bool
+) -> Iterator[Any]:
     """The figure that was saved."""
     figure = pytest.importorskip("matplotlib.figure")
     made: list[Any] = []
@@ -236,7 +238,7 @@ def drawn(result: TaskResult, monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
         real(self, *given, **named)
 
     monkeypatch.setattr(figure.Figure, "savefig", save)
-    task_plots.save_plots(result, folder)
+    task_plots.save_plots(result, folder, **how)
     yield made[0]
 
 
@@ -339,6 +341,37 @@ def test_axis_fits_the_values(
     made = make_result(make_row(task, "learnt", 0.8, worst), tasks=(task,))
     with drawn(made, monkeypatch, tmp_path) as figure:
         assert figure.axes[0].get_yscale() == scale
+
+
+@pytest.mark.parametrize(
+    ("rises", "scale", "points"), [((1, 2, 10), "linear", 4), ((1, 10, 200), "log", 3)]
+)
+def test_rises_over_dense(
+    rises: tuple[float, ...],
+    scale: str,
+    points: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    """Paired differences; on a logarithmic axis the dense model, at a rise of 0, has no place."""
+    rest = make_row(WIKITEXT, "learnt", 1.0, 50)
+    budgets = (0.9, 0.8, 0.7)
+    rows = [
+        make_row(WIKITEXT, method, budget, 50 + up)
+        for method in ("learnt", "random")
+        for budget, up in zip(budgets, rises, strict=True)
+    ]
+    made = make_result(rest, *rows, tasks=(WIKITEXT,))
+    with drawn(made, monkeypatch, tmp_path, rise=True) as figure:
+        (panel,) = figure.axes
+        assert panel.get_yscale() == scale
+        assert panel.get_ylabel() == "Perplexity, less dense"
+        for line in panel.get_lines():
+            assert line.get_ydata().tolist() == [*([0] * (points - 3)), *rises]
+        assert len(panel.collections) == 2
+        assert panel.get_xlim()[0] > panel.get_xlim()[1]
+    with drawn(make_result(tasks=(WIKITEXT,)), monkeypatch, tmp_path, rise=True) as figure:
+        assert figure.axes[0].get_yscale() == "linear"
 
 
 def test_the_dense_model_alone_is_a_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

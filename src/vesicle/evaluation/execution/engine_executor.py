@@ -13,7 +13,6 @@ from vesicle.engine import Engine
 from vesicle.engine.engine import CHUNK
 from vesicle.engine.sequence import Sequence as EngineSequence
 from vesicle.evaluation.execution.executor import Clock, Execution, Executor, Span, answer, nats_of
-from vesicle.evaluation.execution.memory import peak_bytes
 from vesicle.evaluation.execution.prompts import Codec, Prompt
 from vesicle.plan import Method
 from vesicle.tasks.items import Output
@@ -66,7 +65,6 @@ class EngineExecutor(Executor):
             prompt=n - 1,
             generated=generated,
             seconds=clock.seconds,
-            peak_bytes=peak_bytes(),
             levels=levels,
         )
 
@@ -106,11 +104,9 @@ class EngineExecutor(Executor):
             output=Output(choice_nats=tuple(nats)),
             spans=tuple(spans),
             prefill=_holding(cost, held),
-            decode=Cost(),
             prompt=n - 1,
             generated=generated,
             seconds=clock.seconds,
-            peak_bytes=peak_bytes(),
             levels=np.concatenate(levels) if keep_levels else None,
         )
 
@@ -134,11 +130,9 @@ class EngineExecutor(Executor):
             output=Output(nats=total, n_tokens=len(ids) - 1),
             spans=(Span(0, len(ids), 0),),
             prefill=_holding(cost, held),
-            decode=Cost(),
             prompt=0,
             generated=cost,
             seconds=clock.seconds,
-            peak_bytes=peak_bytes(),
             levels=levels,
         )
 

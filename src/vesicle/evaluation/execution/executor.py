@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vesicle.cost import Cost, price_dense_span
 from vesicle.errors import VesicleError
-from vesicle.evaluation.execution.memory import reset_peak
+from vesicle.evaluation.execution.memory import peak_bytes, reset_peak
 from vesicle.evaluation.execution.prompts import Codec, Prompt
 from vesicle.plan import FloatArray, Method
 from vesicle.shapes import ModelShape
@@ -65,11 +65,11 @@ class Execution:
     output: Output
     spans: tuple[Span, ...]
     prefill: Cost
-    decode: Cost
+    decode: Cost = field(default_factory=Cost)
     prompt: int
     generated: Cost
     seconds: dict[str, float]
-    peak_bytes: int
+    peak_bytes: int = field(default_factory=peak_bytes)
     levels: FloatArray | None = field(default=None, repr=False)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vesicle.cost import Cost, price, price_dense_span
 from vesicle.evaluation.execution.executor import Clock, Execution, Executor, Span, answer, nats_of
 from vesicle.evaluation.execution.language_modelling import model_shape, score
-from vesicle.evaluation.execution.memory import peak_bytes
 from vesicle.evaluation.execution.prompts import Codec, Prompt
 from vesicle.families import cache_argument, find_cache, find_family
 from vesicle.plan import Dense, Method
@@ -76,7 +75,6 @@ class TransformersExecutor(Executor):
             prompt=n - 1,
             generated=self._cost(run, spans[0].behind(n - 1)) + decode,
             seconds=clock.seconds,
-            peak_bytes=peak_bytes(),
             levels=run.levels[0] if keep_levels and run is not None else None,
         )
 
@@ -108,11 +106,9 @@ class TransformersExecutor(Executor):
             output=Output(choice_nats=tuple(nats)),
             spans=tuple(spans),
             prefill=cost,
-            decode=Cost(),
             prompt=n - 1,
             generated=generated,
             seconds=clock.seconds,
-            peak_bytes=peak_bytes(),
             levels=np.concatenate(levels) if levels else None,
         )
 
@@ -148,11 +144,9 @@ class TransformersExecutor(Executor):
                 output=Output(nats=float(found.nats[i]), n_tokens=len(ids) - 1),
                 spans=(Span(0, len(ids), 0),),
                 prefill=found.costs[i],
-                decode=Cost(),
                 prompt=0,
                 generated=found.costs[i],
                 seconds=seconds,
-                peak_bytes=peak_bytes(),
                 levels=levels[i],
             )
             for i, ids in enumerate(windows)

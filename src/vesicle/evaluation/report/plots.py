@@ -6,6 +6,7 @@ people with the common kinds of colour blindness; markers differ too.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +30,26 @@ STYLES: dict[str, tuple[str, str]] = {
 }
 """Colour and marker of each method."""
 
-_LOG_BEYOND = 3.0
+_LOG_BEYOND, _LOG_BEYOND_RISE = 3.0, 15.0
 
 
 class MissingPlots(VesicleError):
     """Matplotlib is not installed."""
 
 
-def save_plots(result: TaskResult, folder: Path, name: str = "quality_against_cost.png") -> Path:
-    """Draw all tasks side by side into a PNG file of that name; returns its path.
+def save_plots(
+    result: TaskResult, folder: Path, name: str = "quality_against_cost.png", *, rise: bool = False
+) -> Path:
+    """Draw all tasks side by side.
+
+    Args:
+        result: What is drawn.
+        folder: To write to.
+        name: Of the PNG file.
+        rise: Whether to draw differences to the dense model, which are paired.
+
+    Returns:
+        The file's path.
 
     Raises:
         MissingPlots: matplotlib is not installed.
@@ -56,7 +68,7 @@ def save_plots(result: TaskResult, folder: Path, name: str = "quality_against_co
     styles = _styles(result)
     seen: dict[str, Any] = {}
     for panel, task in zip(panels, result.tasks, strict=False):
-        _draw(panel, task, result.of_task(task["name"]), styles)
+        _draw(panel, task, result.of_task(task["name"]), styles, rise)
         handles, labels = panel.get_legend_handles_labels()
         seen |= dict(zip(labels, handles, strict=True))
     if seen:
@@ -82,28 +94,43 @@ def _draw(
     task: dict[str, Any],
     rows: list[TaskRow],
     styles: dict[str, tuple[str, str]],
+    rise: bool,
 ) -> None:
     metric = task["metrics"][0]
     dense = next((row for row in rows if row.method == "dense"), None)
     if dense is None:  # none of its items could be run, so that there are no other rows
         axes.set_axis_off()
         return
-    others = [row for row in rows if row.method != "dense"]
+    others = [row for row in rows if row.method != "dense" and (row.budget < 1 or not rise)]
+
+    def point(row: TaskRow) -> tuple[float, float | None, float | None]:
+        s = row.scores[metric["name"]]
+        return (s.delta, s.delta_low, s.delta_high) if rise else (s.value, s.low, s.high)
+
+    values = [point(row)[0] for row in (others if rise else rows)]
+    beyond = _LOG_BEYOND_RISE if rise else _LOG_BEYOND
+    least = min(values, default=0.0)
+    logarithmic = not metric["percent"] and max(values, default=0.0) > beyond * least > 0
+    # On a logarithmic axis a rise of 0 has no place.
+    start = [] if rise and logarithmic else [dense]
     # A press saves memory and no FLOPs.
     memory = bool(others) and all(row.method.startswith(PRESS) for row in others)
     cost = "kv_bytes_held" if memory else "flops"
     for method in dict.fromkeys(row.method for row in others) or ["dense"]:
-        own = [dense, *(row for row in others if row.method == method)]
+        own = [*start, *(row for row in others if row.method == method)]
         colour, marker = styles[method]
-        scores = [row.scores[metric["name"]] for row in own]
-        x = [row.ratio[cost] for row in own]
-        axes.plot(x, [s.value for s in scores], color=colour, marker=marker, label=method)
-        bounds = [(s.low, s.high) for s in scores if s.low is not None and s.high is not None]
-        if len(bounds) == len(x):
+        x, points = [row.ratio[cost] for row in own], [point(row) for row in own]
+        axes.plot(x, [value for value, *_ in points], color=colour, marker=marker, label=method)
+        floor = least / 3 if rise and logarithmic else -math.inf
+        bounds = [
+            (max(low, floor), high)
+            for _, low, high in points
+            if low is not None and high is not None
+        ]
+        if x and len(bounds) == len(x):
             low, high = zip(*bounds, strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
-    values = [row.scores[metric["name"]].value for row in rows]
-    if not metric["percent"] and max(values) > _LOG_BEYOND * min(values) > 0:
+    if logarithmic:
         axes.set_yscale("log")
     axes.set_title(f"{task['title']}, {task['n_items']} items", fontsize=10)
     share = "KV memory held" if memory else "executed FLOPs"
@@ -111,4 +138,5 @@ def _draw(
     axes.invert_xaxis()
     axes.grid(visible=True, color="#E5E5E5", linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.set_ylabel(metric["title"] + (", %" if metric["percent"] else ""))
+    unit = ", %" if metric["percent"] else ""
+    axes.set_ylabel(metric["title"] + unit + (", less dense" if rise else ""))

@@ -115,7 +115,7 @@ def evaluate(
         with atomic_path(Path(out) / FILES[1]) as part:
             part.write_text(markdown(result), encoding="utf-8")
         try:
-            save_plots(result, Path(out), FILES[2])
+            save_plots(result, Path(out), FILES[2], rise=True)
         except MissingPlots as error:
             say(f"no plot: {error}")
     return result
