@@ -74,7 +74,7 @@ sanitize-threads: ## passes under checks of what threads share (GCC on Linux)
 test-kvpress: ## the bridge to NVIDIA's kvpress, in .venv-kvpress (made if missing; needs minutes)
 	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
 	.venv-kvpress/bin/pip install -q '.[kvpress]' pytest pytest-timeout pytest-xdist hypothesis
-	.venv-kvpress/bin/python -m pytest tests/presses -m kvpress
+	.venv-kvpress/bin/python -m pytest tests/integrations/kvpress -m kvpress
 
 test-oldest: ## fast tests with the oldest transformers, in .venv-oldest (made if missing; needs minutes)
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vesicle.errors import DataError, VesicleError
-from vesicle.evaluation.task_results import TaskResult, TaskRow
+from vesicle.evaluation.report.results import TaskResult, TaskRow
 from vesicle.files import write_json
 
 POINTS = 0.5

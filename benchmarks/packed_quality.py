@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import vesicle
 from vesicle.engine.packed import PackedHead
-from vesicle.evaluation.language_modelling import load_windows
+from vesicle.evaluation.execution.language_modelling import load_windows
 from vesicle.files import write_json
 
 KV_FORMATS = ("fp16", "int8")

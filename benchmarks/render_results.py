@@ -11,13 +11,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vesicle.evaluation.regret_plots import save_plot
-from vesicle.evaluation.regret_results import Result
-from vesicle.evaluation.regret_table import markdown as regret_markdown
-from vesicle.evaluation.results_page import results_page
-from vesicle.evaluation.task_plots import save_plots
-from vesicle.evaluation.task_results import TaskResult
-from vesicle.evaluation.task_table import markdown as task_markdown
+from vesicle.evaluation.report.old_results import load_result
+from vesicle.evaluation.report.page import results_page
+from vesicle.evaluation.report.plots import save_plots
+from vesicle.evaluation.report.results import TaskResult
+from vesicle.evaluation.report.table import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -26,11 +24,11 @@ RESULTS = ROOT / "results"
 def pages() -> Iterator[tuple[Path, str]]:
     """Every page with its text."""
     for path in sorted(RESULTS.glob("*/result.json")):
-        yield path.with_name("table.md"), regret_markdown(Result.load(path))
+        yield path.with_name("table.md"), markdown(load_result(path))
     runs: dict[str, TaskResult] = {}
     for path in sorted(RESULTS.glob("tasks/*/result.json")):
         runs[path.parent.name] = TaskResult.load(path)
-        yield path.with_name("table.md"), task_markdown(runs[path.parent.name])
+        yield path.with_name("table.md"), markdown(runs[path.parent.name])
     agreements = [
         json.loads(path.read_text("utf-8"))
         for path in sorted(RESULTS.glob("tasks/agreement*.json"))
@@ -42,7 +40,7 @@ def pages() -> Iterator[tuple[Path, str]]:
 def figures() -> None:
     """Draw every figure."""
     for path in sorted(RESULTS.glob("*/result.json")):
-        save_plot(Result.load(path), path.with_name("loss_against_cost.png"))
+        save_plots(load_result(path), path.parent, "loss_against_cost.png", rise=True)
     for path in sorted(RESULTS.glob("tasks/*/result.json")):
         save_plots(TaskResult.load(path), path.parent)
 

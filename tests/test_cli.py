@@ -24,7 +24,7 @@ from vesicle.commands.outputs import print_json
 from vesicle.cost import Cost
 from vesicle.engine import Engine, core
 from vesicle.errors import VesicleError
-from vesicle.evaluation.methods import NAMES as METHODS
+from vesicle.evaluation.methods.names import NAMES as METHODS
 from vesicle.models.text import TextStream
 from vesicle.modulator import Modulator
 from vesicle.plan import Plan
@@ -447,6 +447,23 @@ def test_eval(vesicle: Run, model: Path, modulator: Path, tmp_path: Path):
     assert "shuffled" in out
 
 
+def test_eval_with_an_oracle(vesicle: Run, model: Path, modulator: Path, tmp_path: Path):
+    words = ("eval", "wikitext2", "--data", "sample", "--model", model, "--modulator", modulator)
+    words += ("--window", 32, "--limit", 3, "--budget", "0.8", "-m", "uniform,oracle")
+    words += ("--oracle-windows", 1, "--oracle-length", 24, "--out", tmp_path)
+    status, out, err = vesicle(*words)
+    assert status == 0, err
+    assert "oracle's windows" in out
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert [(row["task"], row["method"]) for row in result["rows"]] == [
+        ("wikitext2", "dense"),
+        ("wikitext2", "uniform"),
+        ("wikitext2-oracle", "dense"),
+        ("wikitext2-oracle", "uniform"),
+        ("wikitext2-oracle", "oracle"),
+    ]
+
+
 def test_eval_list(vesicle: Run):
     status, out, _ = vesicle("eval", "--list")
     assert status == 0
@@ -462,6 +479,7 @@ def test_eval_list(vesicle: Run):
         (("squad", "--data", "sample", "--split", "tset"), "tset"),
         (("wikitext2", "--data", "sample", "--window", "65"), "at most 64"),
         (("squad", "--data", "sample"), "--max-length"),
+        (("squad", "--data", "sample", "-m", "oracle"), "allowed with it: wikitext2, wikitext103"),
         (
             ("wikitext2", "--data", "sample", "--window", "32", "--out", "pyproject.toml"),
             "pyproject",
@@ -483,8 +501,8 @@ def test_option_defaults_are_those_of_the_library():
     from vesicle.commands.run import KvFormat, WeightFormat
     from vesicle.commands.train import train
     from vesicle.engine import pool, weights
-    from vesicle.evaluation.regret import EvalConfig
-    from vesicle.evaluation.task_config import TaskConfig
+    from vesicle.evaluation.run.task_config import TaskConfig
+    from vesicle.evaluation.run.text_config import EvalConfig
     from vesicle.training.trainer import TrainConfig
 
     def defaults(config: type, command: Callable[..., None], left_out: set[str]) -> None:

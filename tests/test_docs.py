@@ -19,7 +19,7 @@ from vesicle.cli import app, load_command
 from vesicle.commands import SUMMARIES
 from vesicle.cost import Cost
 from vesicle.effectors import EFFECTORS
-from vesicle.evaluation.regret import METHODS
+from vesicle.evaluation.methods.names import ON_A_TEXT
 from vesicle.families import FAMILIES, supported_model_types
 from vesicle.plan import FIELDS, SITES
 from vesicle.predictors import CONTROLS, PREDICTORS
@@ -102,7 +102,7 @@ def test_pages_of_transmitters_and_predictors_belong_to_something():
         ("notation.md", SITES),
         ("ledger.md", [f.name for f in dataclasses.fields(Cost)]),
         ("training.md", [f.name for f in dataclasses.fields(TrainConfig)]),
-        ("regret.md", METHODS),
+        ("regret.md", ON_A_TEXT),
     ],
 )
 def test_every_name_is_on_the_page_about_it(page: str, names: Any):

@@ -11,10 +11,13 @@ TIERS = """
     errors < terminal streams files < records folders < transmitters shapes
     < nested activations phases < small_modules < plan < blocks retention eviction
     < cost < families < models < predictors < effectors < modulator < shipped reference engine
-    < presses < calibration < training < tasks < evaluation < report < bench < commands < cli
+    < integrations < presses < calibration < training < tasks < evaluation < report < bench
+    < commands < cli
 """
 # A module may import itself and lower tiers. Two names in one tier may not import each other.
 RANK = {name: rank for rank, tier in enumerate(TIERS.split("<")) for name in tier.split()}
+EVALUATION = ("execution", "methods", "report", "run")
+"""The order within `evaluation`."""
 USES_TRANSFORMERS = {"models", "reference", "training", "evaluation", "families"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -72,3 +75,15 @@ def test_imports_respect_the_order(path: Path):
     on_import = {name.partition(".")[0] for name, _ in imports(path, deferred=False)}
     assert unit in USES_TRANSFORMERS or "transformers" not in on_import
     assert unit != "cli" or "torch" not in on_import, "`vesicle --help` must not wait for torch"
+
+
+@pytest.mark.parametrize("folder", EVALUATION)
+def test_evaluation_has_an_order_of_its_own(folder: str):
+    above = [f"vesicle.evaluation.{f}." for f in EVALUATION[EVALUATION.index(folder) + 1 :]]
+    found = [
+        f"{path.name}:{line} imports {name}"
+        for path in sorted((PACKAGE / "evaluation" / folder).glob("*.py"))
+        for name, line in imports(path, deferred=True)
+        if name.startswith(tuple(above))
+    ]
+    assert found == []

@@ -16,7 +16,7 @@ from tests.engine.decoding import IDS, method_for, native
 from tests.tiny import random_plan, tiny_control, tiny_model, tiny_modulator, tokens
 from vesicle.engine import Engine, Sequence
 from vesicle.errors import CacheFullError, VesicleError
-from vesicle.evaluation.language_modelling import Together
+from vesicle.evaluation.execution.language_modelling import Together
 from vesicle.plan import (
     FFN_SKIP,
     Author,

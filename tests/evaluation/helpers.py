@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from tests.tiny import VOCABULARY
+from vesicle.evaluation.execution.executor import Span
+from vesicle.evaluation.methods.ledger import Ledger
+from vesicle.modulator import Modulator
+from vesicle.shapes import ModelShape
 
 
 class Bytes:
@@ -30,6 +34,11 @@ def write_text(path: Path, n: int = 1500, seed: int = 0) -> Path:
     letters = np.random.default_rng(seed).integers(97, 123, n)
     path.write_text("".join(map(chr, letters)), encoding="utf-8")
     return path
+
+
+def ledger_of(modulator: Modulator, shape: ModelShape, length: int, n: int = 1) -> Ledger:
+    """Prices on n windows, all of whose tokens need logits."""
+    return Ledger(modulator, shape, [(Span(0, length, 0),)] * n)
 
 
 def some_windows(n: int = 4, length: int = 64, seed: int = 3) -> Tensor:

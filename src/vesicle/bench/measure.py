@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from vesicle.bench.runners import Runner
-from vesicle.evaluation.memory import peak_bytes, reset_peak
+from vesicle.evaluation.execution.memory import peak_bytes, reset_peak
 
 
 def measure(runner: Runner, rows: list[list[int]], prompt_tokens: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from typing import Any, TextIO
 from vesicle.bench.contenders import Contender
 from vesicle.bench.machine import resident_bytes
 from vesicle.errors import VesicleError
-from vesicle.evaluation.memory import peak_bytes
+from vesicle.evaluation.execution.memory import peak_bytes
 
 
 class Server:

@@ -91,7 +91,7 @@ def calibrate(
             attention_rank=attention_rank,
         )
     else:
-        from vesicle.evaluation.language_modelling import model_shape
+        from vesicle.evaluation.execution.language_modelling import model_shape
 
         loaded.check_fits(model_shape(subject.model))
     recipe.measure(subject, loaded, ids, last, gap=gap, cache=cache)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vesicle.commands.inputs import PHASE, REVISION, check_folder, notice
+from vesicle.commands.inputs import PHASE, REVISION, check_folder, notice, numbers
 from vesicle.commands.outputs import print_json
 from vesicle.errors import VesicleError
 from vesicle.folders import check_free
@@ -17,7 +17,7 @@ from vesicle.shipped import is_default_model, shipped_modulator
 from vesicle.terminal import SafeConsole
 
 if TYPE_CHECKING:
-    from vesicle.evaluation.task_run import Subject
+    from vesicle.evaluation.run.subject import Subject
 
 
 class Through(StrEnum):
@@ -37,8 +37,8 @@ def evaluate(
         typer.Option(
             "--method",
             "-m",
-            help="learnt (the modulator), dense, a control, or kvpress:NAME; repeat, or put "
-            "commas between. \\[default: learnt]",
+            help="learnt (the modulator), dense, a control, oracle (on a text), or kvpress:NAME; "
+            "repeat, or put commas between. \\[default: learnt]",
             show_default=False,
         ),
     ] = None,
@@ -131,6 +131,10 @@ def evaluate(
     ] = "tuned",
     best_of: Annotated[int, typer.Option(help="Random tables that best-of-n tries.")] = 20,
     selection: Annotated[int, typer.Option(help="Items that best-of-n selects on.")] = 4,
+    oracle_windows: Annotated[
+        int, typer.Option(help="Windows of a text that the oracle searches on.")
+    ] = 2,
+    oracle_length: Annotated[int, typer.Option(help="Their tokens.")] = 512,
     restart: Annotated[bool, typer.Option("--restart", help="Forget finished items.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List tasks and methods.")] = False,
 ) -> None:
@@ -150,32 +154,34 @@ def evaluate(
         return _list()
     if not tasks:
         raise VesicleError("no task is named; vesicle eval --list tells them")
-    from vesicle.evaluation.task_config import TaskConfig
-    from vesicle.evaluation.task_run import evaluate_tasks
+    from vesicle.evaluation.run.task_config import TaskConfig
+    from vesicle.evaluation.run.tasks import evaluate_tasks
 
     config = TaskConfig(
         tasks=tuple(tasks),
         methods=_names(method or ["learnt"]),
-        budgets=_numbers(budget, "--budget"),
+        budgets=numbers(budget, "--budget"),
         data=data,
         split=split,
         limit=limit or None,
         seed=seed,
         max_length=max_length,
         window=window,
-        lengths=tuple(int(n) for n in _numbers(lengths, "--lengths")),
-        depths=_numbers(depths, "--depths"),
+        lengths=tuple(int(n) for n in numbers(lengths, "--lengths")),
+        depths=numbers(depths, "--depths"),
         per_cell=per_cell,
         dial=dial,
         best_of=best_of,
         selection=selection,
+        oracle_windows=oracle_windows,
+        oracle_length=oracle_length,
         phases=tuple(phase or ()),
     )
     check_folder(out)
     check_free(out)
     subject = _subject(model, revision, modulator, through, weights, kv, threads)
     result = evaluate_tasks(subject, config, out, restart=restart, say=notice)
-    from vesicle.evaluation.task_table import markdown, rich_tables
+    from vesicle.evaluation.report.table import markdown, rich_tables
 
     if table:
         from vesicle.files import atomic_path
@@ -183,7 +189,7 @@ def evaluate(
         with atomic_path(out / "table.md") as part:
             part.write_text(markdown(result), encoding="utf-8")
     if plot:
-        from vesicle.evaluation.task_plots import save_plots
+        from vesicle.evaluation.report.plots import save_plots
 
         save_plots(result, out)
     if json:
@@ -198,7 +204,7 @@ def evaluate(
 def _list() -> None:
     from rich.table import Table
 
-    from vesicle.evaluation.methods import NAMES
+    from vesicle.evaluation.methods.names import NAMES
     from vesicle.tasks.registry import find_task, task_names
 
     table = Table()
@@ -224,9 +230,11 @@ def _subject(
 ) -> Subject:
     """Load what is evaluated."""
     from vesicle.engine import Engine
-    from vesicle.evaluation.executors import EngineExecutor, Executor, TransformersExecutor
-    from vesicle.evaluation.provenance import folder_fingerprint
-    from vesicle.evaluation.task_run import Subject
+    from vesicle.evaluation.execution.engine_executor import EngineExecutor
+    from vesicle.evaluation.execution.executor import Executor
+    from vesicle.evaluation.execution.transformers_executor import TransformersExecutor
+    from vesicle.evaluation.run.provenance import folder_fingerprint
+    from vesicle.evaluation.run.subject import Subject
     from vesicle.models import Text, resolve_model
     from vesicle.models.default import DEFAULT_MODEL
     from vesicle.modulator import Modulator
@@ -282,12 +290,3 @@ def _names(parts: list[str]) -> tuple[str, ...]:
     """Names with commas between; those in brackets belong to a press's arguments."""
     split = (name.strip() for part in parts for name in re.split(r",(?![^()]*\))", part))
     return tuple(name for name in split if name)
-
-
-def _numbers(text: str, option: str) -> tuple[float, ...]:
-    if not text.strip():
-        return ()
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise VesicleError(f"{option} is {text!r}; allowed: numbers with commas between") from error

@@ -110,6 +110,20 @@ def check_folder(path: Path, option: str = "--out") -> None:
     _check_target(path, option, folder=True)
 
 
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Numbers with commas between, as an option has them.
+
+    Raises:
+        VesicleError: Naming the option.
+    """
+    if not text.strip():
+        return ()
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise VesicleError(f"{option} is {text!r}; allowed: numbers with commas between") from error
+
+
 def notice(line: str) -> None:
     """Tell something in one line on standard error."""
     print(f"vesicle: {one_line(line)}", file=sys.stderr)

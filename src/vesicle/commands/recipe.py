@@ -98,7 +98,7 @@ def new_modulator(
     import torch
 
     from vesicle.calibration import allocate, fit_standins, measure_sensitivity
-    from vesicle.evaluation.language_modelling import model_shape
+    from vesicle.evaluation.execution.language_modelling import model_shape
     from vesicle.modulator import Modulator
     from vesicle.predictors import Predictor
     from vesicle.small_modules import LowRankMaps

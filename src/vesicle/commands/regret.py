@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import REVISION, check_folder, notice
+from vesicle.commands.inputs import REVISION, check_folder, notice, numbers
 from vesicle.errors import VesicleError
 from vesicle.folders import check_free
 from vesicle.shipped import shipped_modulator
@@ -78,11 +78,12 @@ def regret(
         raise VesicleError("no modulator is shipped with this package: name one")
     from dataclasses import fields
 
-    from vesicle.evaluation.regret import EvalConfig, evaluate
-    from vesicle.evaluation.regret_table import SUBSETS, rich_table
+    from vesicle.evaluation.report.table import rich_tables
+    from vesicle.evaluation.run.text import evaluate
+    from vesicle.evaluation.run.text_config import EvalConfig
     from vesicle.modulator import Modulator
 
-    given["budgets"] = _numbers(budgets)
+    given["budgets"] = numbers(budgets, "--budgets")
     given["methods"] = tuple(name.strip() for name in methods.split(","))
     given["limit"] = limit or None
     names = [f.name for f in fields(EvalConfig) if f.name != "oracle"]
@@ -103,16 +104,6 @@ def regret(
         say=notice,
     )
     console = SafeConsole()
-    for subset in SUBSETS:
-        if any(row.subset == subset for row in result.rows):
-            console.print(rich_table(result, subset))
+    for table in rich_tables(result):
+        console.print(table)
     notice(f"wrote {out}")
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise VesicleError(
-            f"--budgets is {text!r}; allowed: numbers with commas between"
-        ) from error

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from vesicle.tasks.base import HubSet, Row, Settings, Task
 from vesicle.tasks.items import Item
+from vesicle.tasks.metrics.base import Metric
 from vesicle.tasks.metrics.likelihood import BitsPerByte, Perplexity
 from vesicle.training.data import joined
 
@@ -25,7 +26,7 @@ class WikiText2(Task):
     name = "wikitext2"
     title = "WikiText-2"
     kind = "loss"
-    metrics = (Perplexity(), BitsPerByte())
+    metrics: ClassVar[tuple[Metric, ...]] = (Perplexity(), BitsPerByte())
     folder = "wikitext2"
     hub = HubSet(path="Salesforce/wikitext", configuration="wikitext-2-raw-v1")
     splits: ClassVar[tuple[str, ...]] = ("test", "validation", "train")

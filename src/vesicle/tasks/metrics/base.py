@@ -24,13 +24,15 @@ class Metric(ABC):
     Attributes:
         name: As in tables and JSON, such as `f1`.
         title: As a heading, such as `F1`.
-        percent: Whether it runs from 0 to 100.
+        percent: Whether it runs from 0 to 100; then it is shown with one digit behind the point.
+        digits: Shown behind the point otherwise.
         higher_is_better: False for perplexity.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     percent: ClassVar[bool] = True
+    digits: ClassVar[int] = 3
     higher_is_better: ClassVar[bool] = True
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What is read off log-likelihoods: accuracy of a choice, perplexity, bits per byte."""
+"""What is read off log-likelihoods: accuracy of a choice, loss, perplexity, bits per byte."""
 
 from __future__ import annotations
 
@@ -39,17 +39,30 @@ class NormalisedAccuracy(MeanMetric):
         return float(int(np.argmax(per_byte)) == item.answer)
 
 
-class Perplexity(Metric):
-    """exp of the mean loss of all scored tokens together; depends on the tokenizer."""
+class Loss(Metric):
+    """The mean loss in nats of all scored tokens together; depends on the tokenizer."""
 
-    name = "perplexity"
-    title = "Perplexity"
+    name = "loss"
+    title = "Loss (nats/token)"
     percent = False
+    digits = 4
     higher_is_better = False
 
     def statistics(self, item: Item, output: Output) -> tuple[float, ...]:
         """Summed loss in nats, and the number of scored tokens."""
         return (output.nats, float(output.n_tokens))
+
+    def value(self, sums: FloatArray) -> float:
+        """Nats per token, from sums (2,) of both."""
+        return float(sums[0] / sums[1])
+
+
+class Perplexity(Loss):
+    """exp of the mean loss."""
+
+    name = "perplexity"
+    title = "Perplexity"
+    digits = 3
 
     def value(self, sums: FloatArray) -> float:
         """The exponential of nats per token, from sums (2,) of both."""

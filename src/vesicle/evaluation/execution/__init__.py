@@ -1,0 +1,1 @@
+"""Who runs an item, and items as token ids."""

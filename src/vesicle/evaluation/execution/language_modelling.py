@@ -1,0 +1,259 @@
+"""Scoring text: the loss of each window under a method, and what the method executed.
+
+Every window is a fresh sequence. Its first token has nothing before it and is not scored; logits
+are paid for at all positions, as a prefill that returns log-likelihoods pays for them. With L the
+summed loss in nats and n the UTF-8 bytes of the scored text,
+
+    bits per byte = L / (n ln 2)
+
+where a window's text is what its scored tokens decode to, special tokens left out. A character that
+is cut by a window's edge decodes to one or more U+FFFD of three bytes: an error of a few bytes a
+window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vesicle.cost import Cost, price, price_dense
+from vesicle.errors import ModelError, VesicleError
+from vesicle.evaluation.execution.prompts import Codec
+from vesicle.families import find_family
+from vesicle.plan import Author, Equipment, FloatArray, Method
+from vesicle.reference.attach import Run, attach
+from vesicle.shapes import ModelShape, Overhead
+from vesicle.training.data import load_documents, token_windows
+
+HEAD_POSITIONS = 256
+"""Positions whose logits exist at once, over all windows of a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Text to score.
+
+    Attributes:
+        ids: (N, T) token ids.
+        description: What it is, in words.
+    """
+
+    ids: Tensor
+    description: str
+
+    @property
+    def sha256(self) -> str:
+        """Of the token ids and their arrangement in windows."""
+        ids = self.ids.to("cpu", torch.int64).contiguous().numpy()
+        return hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest()
+
+
+def scored_bytes(ids: Sequence[int], codec: Codec) -> int:
+    """UTF-8 bytes of a window's scored text."""
+    return len(codec.decode(ids[1:]).encode("utf-8"))
+
+
+def load_windows(
+    source: str | Path,
+    codec: Codec,
+    *,
+    split: str = "test",
+    field: str = "text",
+    length: int = 1024,
+    limit: int | None = None,
+) -> Windows:
+    """Read a text and cut it into windows.
+
+    Args:
+        source: A file, a folder or a hub data set, as `vesicle.training.data` tells.
+        codec: The model's text side.
+        split: Which part of the source.
+        field: The field of JSON lines that holds the text.
+        length: Tokens in a window.
+        limit: Keep this many windows, spread evenly over the text; None for all.
+
+    Raises:
+        DataError: The source is missing, empty, malformed or shorter than a window.
+    """
+    documents = load_documents(source, split, field)
+    ids = token_windows(documents, codec.encode, length)
+    n = len(ids)
+    ids = ids[evenly(n, limit)]
+    name = Path(source).name if Path(source).expanduser().exists() else str(source)
+    return Windows(
+        ids=ids,
+        description=f"{name}, split {split}, field {field}: {len(documents)} document(s), "
+        f"{len(ids)} of {n} windows of {length} tokens, evenly spread",
+    )
+
+
+def evenly(n: int, limit: int | None) -> list[int]:
+    """Places of at most `limit` of n things, spread evenly; all of them for None."""
+    kept = n if limit is None else min(limit, n)
+    return [i * n // kept for i in range(kept)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What scoring N windows gave.
+
+    Attributes:
+        nats: (N,) summed loss of each window's scored tokens.
+        costs: Executed for each window.
+        dense: What the dense model costs for one.
+        levels: Released levels, one (T, L, 5) a window, if they were asked for.
+    """
+
+    nats: FloatArray
+    costs: list[Cost]
+    dense: Cost
+    levels: list[FloatArray] = field(default_factory=list)
+
+    @property
+    def cost_share(self) -> float:
+        """Executed FLOPs as a share of the dense model's, over all windows."""
+        return sum(c.flops_total for c in self.costs) / (len(self.costs) * self.dense.flops_total)
+
+
+class Together(Method):
+    """Several methods, one for each sequence of a batch, in order."""
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        """Take methods that share their equipment and overhead, such as controls of one modulator.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not methods:
+            raise ValueError("methods is empty; give one for each sequence")
+        self._methods = list(methods)
+        self._next = 0
+
+    @property
+    def equipment(self) -> Equipment:
+        """The first method's stand-ins and block summary, which all of them share."""
+        return self._methods[0].equipment
+
+    def overhead(self, shape: ModelShape) -> Overhead:
+        """The work that the first method adds, which is that of all of them."""
+        return self._methods[0].overhead(shape)
+
+    def author(self, shape: ModelShape) -> Author:
+        """An author of the next method; after the last comes the first again."""
+        method = self._methods[self._next % len(self._methods)]
+        self._next += 1
+        return method.author(shape)
+
+
+def model_shape(model: nn.Module) -> ModelShape:
+    """The sizes by which a model's costs are counted.
+
+    Raises:
+        ModelError: If its family is not supported.
+    """
+    config: Any = model.config
+    size = next(model.parameters()).element_size()
+    shape = find_family(config).decoder_config(config).shape
+    return replace(shape, weight_bytes=size, kv_bytes=size)
+
+
+def score(
+    model: nn.Module,
+    ids: Tensor,
+    method: Method | Sequence[Method] | None = None,
+    *,
+    batch: int = 1,
+    keep_levels: bool = False,
+) -> Scores:
+    """Score windows under a method, executed by the hard reference.
+
+    Args:
+        model: A causal LM of a supported family.
+        ids: (N, T) token ids; each row is a fresh sequence.
+        method: For all windows, or one for each; None for the bare model.
+        batch: Windows in a forward pass. Compare losses of one batch size only: sums of floats
+        round by it.
+        keep_levels: Whether to keep the released levels.
+
+    Raises:
+        VesicleError: A loss is not finite.
+        ModelError: The model is not supported.
+    """
+    nats: list[float] = []
+    costs: list[Cost] = []
+    levels: list[FloatArray] = []
+    dense = price_dense(model_shape(model), ids.shape[1])
+    for rows, hidden, run in _passes(model, ids, method, batch):
+        nats += _losses(model, hidden, rows)
+        costs += [dense] * len(rows) if run is None else _executed(run)
+        if keep_levels and run is not None:
+            levels += run.levels
+    if not np.isfinite(nats).all():
+        window = int(np.argmin(np.isfinite(nats)))
+        raise VesicleError(f"the loss of window {window} is {nats[window]}; it must be finite")
+    return Scores(nats=np.array(nats), costs=costs, dense=dense, levels=levels)
+
+
+@torch.no_grad()
+def _passes(
+    model: nn.Module, ids: Tensor, method: Method | Sequence[Method] | None, batch: int
+) -> Iterator[tuple[Tensor, Tensor, Run | None]]:
+    """For each batch: token ids (B, T), the hidden states before the LM head (B, T, D), the run."""
+    backbone: Any = getattr(model, "base_model", None)
+    if backbone is None or backbone is model:
+        raise ModelError(f"{type(model).__name__} is not a causal LM of transformers")
+    device = next(model.parameters()).device
+    with _evaluating(model):
+        for start in range(0, len(ids), batch):
+            rows = ids[start : start + batch].to(device)
+            part = (
+                Together(method[start : start + batch]) if isinstance(method, Sequence) else method
+            )
+            with nullcontext() if part is None else attach(model, part) as run:
+                hidden = backbone(input_ids=rows, use_cache=False).last_hidden_state
+            yield rows, hidden, run
+
+
+def _executed(run: Run) -> list[Cost]:
+    overhead = run.method.overhead(run.shape)
+    return [
+        price(plan, run.shape, overhead, released=released)
+        for plan, released in zip(run.plans, run.released, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, hidden: Tensor, rows: Tensor) -> list[float]:
+    """Summed loss of each window; the head runs on a few positions at a time: logits are large."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]  # a method of PreTrainedModel
+    b, t = rows.shape
+    total = torch.zeros(b, dtype=torch.float64)
+    step = max(1, HEAD_POSITIONS // b)
+    for start in range(0, t - 1, step):
+        stop = min(start + step, t - 1)
+        logits = head(hidden[:, start:stop])
+        # A float64 model keeps its precision; anything coarser is worked out in float32.
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), rows[:, start + 1 : stop + 1].flatten(), reduction="none"
+        )
+        total += loss.view(b, -1).double().sum(1).cpu()
+    return [float(x) for x in total]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)

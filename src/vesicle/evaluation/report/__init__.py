@@ -1,0 +1,1 @@
+"""What an evaluation found: records, rows, tables, plots and pages."""
