@@ -34,6 +34,6 @@ for quantity, share in sequence.cost.ratio(sequence.dense_cost).items():
     print(f"{quantity:14} {share:.3f} of dense")
 
 # The Plan can be executed again, token for token, without the predictor.
-replay = engine.start(Replay(sequence.plan, modulator.equipment))
+replay = engine.start(Replay(sequence.plan, modulator.stand_ins))
 engine.forward([(replay, sequence.token_ids)])
 print(f"replayed {replay.length} tokens; the same Plan: {replay.plan.equals(sequence.plan)}")

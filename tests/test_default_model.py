@@ -126,7 +126,7 @@ def test_the_shipped_modulator_agrees_in_both_executors(default):
     sequence = engine.start(method)
     engine.forward([(sequence, ids)], "all")
     assert price(sequence.plan, engine.shape, method.overhead(engine.shape)) == sequence.cost
-    replay = Replay(sequence.plan, modulator.equipment)
+    replay = Replay(sequence.plan, modulator.stand_ins)
     exact = with_double_norms(model)
     exact_engine = Engine.from_model(exact, weights="fp64")
     [logits] = exact_engine.forward([(exact_engine.start(replay), ids)], "all")

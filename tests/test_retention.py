@@ -83,7 +83,7 @@ def test_all_else_is_the_inner_methods(shape: ModelShape):
     inner = tiny_modulator(shape).at(0.6)
     some = [[[0]] * shape.n_kv_heads] * shape.n_layers
     method = Retention(some, 40, inner)
-    assert method.equipment == inner.equipment
+    assert method.stand_ins == inner.stand_ins
     assert method.overhead(shape) == inner.overhead(shape)
     assert isinstance(method.author(shape), type(inner.author(shape)))
     assert inner.author(shape).evict_after is None

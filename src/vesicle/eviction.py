@@ -19,12 +19,12 @@ from vesicle.errors import VesicleError
 from vesicle.plan import (
     Author,
     Dense,
-    Equipment,
     Events,
     Evidence,
     FloatArray,
     Forgetter,
     Method,
+    StandIns,
     all_but,
 )
 from vesicle.shapes import ModelShape, Overhead
@@ -52,9 +52,9 @@ class EvictionPolicy(Method):
         self.inner = inner or Dense()
 
     @property
-    def equipment(self) -> Equipment:
+    def stand_ins(self) -> StandIns:
         """The inner method's."""
-        return self.inner.equipment
+        return self.inner.stand_ins
 
     def overhead(self, shape: ModelShape) -> Overhead:
         """The inner method's; what gathering evidence adds is known to whoever gathers it."""

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vesicle.errors import VesicleError
-from vesicle.plan import BLOCK, FOREVER, Author, Dense, Equipment, IntArray, Method
+from vesicle.plan import BLOCK, FOREVER, Author, Dense, IntArray, Method, StandIns
 from vesicle.plan.forgetting import rounded_up
 from vesicle.shapes import ModelShape, Overhead
 
@@ -57,9 +57,9 @@ class Retention(Method):
         self._evict_after: IntArray | None = None
 
     @property
-    def equipment(self) -> Equipment:
+    def stand_ins(self) -> StandIns:
         """The inner method's stand-ins and block summary."""
-        return self.inner.equipment
+        return self.inner.stand_ins
 
     def overhead(self, shape: ModelShape) -> Overhead:
         """The inner method's: what choosing the entries took is not counted."""

@@ -98,5 +98,5 @@ def method_for(engine: Engine, kind: str, summary: str = "bounds", seed: int = 3
         plan = random_plan(engine.shape, len(IDS), np.random.default_rng(seed))
         if engine.shape.stored_bits is None:  # no planes of bits: fewer take the general path
             plan = plan.with_fields(bits=np.full_like(plan.bits, 16))
-        return Replay(plan, modulator.equipment)
+        return Replay(plan, modulator.stand_ins)
     return ModulatorMethod(modulator, 0.5)

@@ -299,8 +299,8 @@ def spoil(weight: Projection, first: int = 0) -> None:
 
 
 def last_logits(engine: Engine, plan: Plan, spoilt: Any = None) -> Tensor:
-    equipment = modulator_for(engine.shape, "stand-ins").equipment
-    sequence = engine.start(Replay(plan, equipment))
+    stand_ins = modulator_for(engine.shape, "stand-ins").stand_ins
+    sequence = engine.start(Replay(plan, stand_ins))
     engine.forward([(sequence, IDS[:69])], "none")
     if spoilt is not None:
         spoilt(sequence)
@@ -397,7 +397,7 @@ def test_blocks_that_were_not_chosen_are_not_read(kv: str):
                 store[unread] = torch.nan
 
     modulator = modulator_for(engine.shape, "stand-ins")
-    assert modulator.equipment.summary == "bounds"
+    assert modulator.stand_ins.summary == "bounds"
     expected = last_logits(engine, plan)
     assert torch.equal(last_logits(engine, plan, spoilt), expected)
     rest = Plan.rest(engine.shape, 70)

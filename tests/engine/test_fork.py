@@ -47,7 +47,7 @@ def method_of(engine: Engine, kind: str) -> Method:
     modulator = tiny_modulator(engine.shape, form)
     if kind == "saved":
         plan = random_plan(engine.shape, 70, np.random.default_rng(3))
-        return Replay(plan, modulator.equipment)
+        return Replay(plan, modulator.stand_ins)
     if kind in CONTROLS:
         modulator = modulator.with_levels(tiny_control(kind, modulator.predictor.config))
     return modulator.at(1.0 if kind == "rest" else 0.6)

@@ -141,7 +141,7 @@ def test_a_plan_replays(path: str):
     modulator = modulator_for(engine.shape, "stand-ins", head_survivors=3)
     first, a = engine.generate(IDS[:20], modulator, 0.6, max_new_tokens=40)
     assert set(a.plan.head[19:]) == {3}
-    again, b = engine.generate(IDS[:20], Replay(a.plan, modulator.equipment), max_new_tokens=40)
+    again, b = engine.generate(IDS[:20], Replay(a.plan, modulator.stand_ins), max_new_tokens=40)
     assert again == first
     assert b.plan.equals(a.plan)
     assert b.cost.flops_head == a.cost.flops_head

@@ -77,7 +77,7 @@ def companions(engine: Engine) -> list[Request]:
     """Native and general, stateful and not, greedy and sampled."""
     linear = tiny_modulator(engine.shape, dtype=torch.float32)
     recurrent = tiny_modulator(engine.shape, "recurrent", dtype=torch.float32)
-    screened = Replay(random_plan(engine.shape, 60, np.random.default_rng(7)), linear.equipment)
+    screened = Replay(random_plan(engine.shape, 60, np.random.default_rng(7)), linear.stand_ins)
     warm = Sampling(temperature=0.9, seed=3)
     return [
         Request(prompt=text(21), max_new_tokens=NEW),
@@ -173,7 +173,7 @@ def test_logits_that_are_no_numbers(greedy: bool):
     sampling = Sampling() if greedy else Sampling(temperature=1.0)
     bad = Request(
         prompt=text(10),
-        method=Replay(plan, spoilt.equipment),
+        method=Replay(plan, spoilt.stand_ins),
         max_new_tokens=NEW,
         sampling=sampling,
     )

@@ -56,8 +56,8 @@ def test_every_format_is_close_to_fp32_and_priced_as_counted(kv: str, summary: s
     exact, engine = Engine.from_model(model), Engine.from_model(model, kv=kv)
     method: Method = Dense()
     if summary != "dense":
-        equipment = tiny_modulator(exact.shape, summary=summary).equipment
-        method = Replay(blocks_plan(exact), equipment)
+        stand_ins = tiny_modulator(exact.shape, summary=summary).stand_ins
+        method = Replay(blocks_plan(exact), stand_ins)
     expected, _ = executed(exact, ids, method)
     logits, sequence = executed(engine, ids, method)
     # The mean, because rounding a summary may change which block is read, once in a while.

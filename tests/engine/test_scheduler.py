@@ -47,7 +47,7 @@ def mixed(engine: Engine) -> list[Request]:
     linear = tiny_modulator(engine.shape, ladder=True, seed=3)
     recurrent = tiny_modulator(engine.shape, "recurrent")
     bounds = tiny_modulator(engine.shape, "mlp", summary="bounds", seed=4)
-    replay = Replay(random_plan(engine.shape, 60, np.random.default_rng(7)), bounds.equipment)
+    replay = Replay(random_plan(engine.shape, 60, np.random.default_rng(7)), bounds.stand_ins)
     shared = text(40, seed=30)
     warm = {seed: Sampling(temperature=0.9, top_p=0.95, seed=seed) for seed in range(4)}
     return [

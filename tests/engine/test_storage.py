@@ -79,7 +79,7 @@ def method_of(kind: str, modulator: Modulator) -> Any:
         return ModulatorMethod(modulator, 0.5)
     plan = Plan.rest(native("fp32").shape, 100)
     plan.ffn[:, 1], plan.attention[:, 2] = FFN_SMALL, 0
-    return Replay(plan, modulator.equipment)
+    return Replay(plan, modulator.stand_ins)
 
 
 def decode(engine: Engine, method: Any, module: nn.Module, change: Any) -> tuple[Tensor, Sequence]:

@@ -117,7 +117,7 @@ def test_steps_and_passes_agree(ids: Tensor, form: str):
 def test_what_is_counted_is_what_is_priced(ids: Tensor, rng: np.random.Generator, form: str):
     engine = Engine.from_model(from_four_bits("llama"), weights=form)
     plan = random_plan(engine.shape, 70, rng)
-    sequence = engine.start(Replay(plan, tiny_modulator(engine.shape).equipment))
+    sequence = engine.start(Replay(plan, tiny_modulator(engine.shape).stand_ins))
     row = ids[0].tolist()
     for start, stop in ((0, 50), (50, 51), (51, 70)):
         engine.forward([(sequence, row[start:stop])], logits="all")

@@ -157,7 +157,7 @@ def test_spellings(model_type: str, name: str, saved: dict[str, Path], tmp_path:
     plan = random_plan(shape, 70, np.random.default_rng(0)).with_fields(
         kv_blocks=Plan.rest(shape, 70).kv_blocks
     )
-    method = Replay(plan, tiny_modulator(shape).equipment)
+    method = Replay(plan, tiny_modulator(shape).stand_ins)
     with attach(model, method):
         expected = model(ids).logits[0]
     close(executed(engine, ids, method)[0], expected, FP64)

@@ -152,10 +152,10 @@ def test_a_damaged_block_is_chosen_and_told(summary: str, path: str):
         engine = native("fp32")
         plan = Plan.rest(engine.shape, 82)
         plan.kv_blocks[80:] = 3
-        equipment = modulator_for(engine.shape, "stand-ins", summary).equipment
+        stand_ins = modulator_for(engine.shape, "stand-ins", summary).stand_ins
         results = []
         for damaged in (False, True):
-            sequence = engine.start(Replay(plan, equipment))
+            sequence = engine.start(Replay(plan, stand_ins))
             engine.forward([(sequence, IDS[:80])], "none")
             for layer in range(engine.shape.n_layers):
                 engine.pool.keys[int(sequence.cache.tables[layer, 2]), 1, 3, 5] = (

@@ -17,7 +17,7 @@ import transformers
 from tests.engine.caching import drop_blocks
 from tests.tiny import randomise
 from vesicle.engine import Engine, Sequence, core
-from vesicle.plan import Equipment, Plan, Replay, visible_blocks
+from vesicle.plan import Plan, Replay, StandIns, visible_blocks
 from vesicle.shapes import ModelShape
 from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
 
@@ -113,7 +113,7 @@ def random_method(engine: Engine, rng: np.random.Generator) -> Replay:
     summary = str(rng.choice(["mean", "bounds"]))
     return Replay(
         random_plan(engine.shape, LONGEST + 20, rng),
-        Equipment(ffn_standin=ffn, attention_standin=attention, summary=summary),
+        StandIns(ffn=ffn, attention=attention, summary=summary),
     )
 
 

@@ -27,7 +27,7 @@ from vesicle.cost import price, price_dense, price_tokens
 from vesicle.engine import Engine, Sequence, core, linear
 from vesicle.errors import VesicleError
 from vesicle.modulator import Modulator
-from vesicle.plan import Dense, Equipment, Method, Plan, Replay
+from vesicle.plan import Dense, Method, Plan, Replay, StandIns
 from vesicle.predictors import CONTROLS, PREDICTORS
 from vesicle.reference.attach import attach
 
@@ -109,8 +109,8 @@ def test_execution(model: Any, ids: Tensor, rng: np.random.Generator, name: str,
     plan = varied
     if name != "all":
         plan = Plan.rest(shape, 70).with_fields(**{name: getattr(varied, name)})
-    equipment = tiny_modulator(shape, summary=summary).equipment
-    method = Replay(plan, equipment)
+    stand_ins = tiny_modulator(shape, summary=summary).stand_ins
+    method = Replay(plan, stand_ins)
     engine = Engine.from_model(model)
     logits, sequence = executed(engine, ids, method)
     close(logits, reference(model, ids, method)[0], FP64)
@@ -120,7 +120,7 @@ def test_execution(model: Any, ids: Tensor, rng: np.random.Generator, name: str,
 
 
 def test_execution_without_stand_ins(model: Any, ids: Tensor, rng: np.random.Generator):
-    method = Replay(random_plan(shape_of(model), 70, rng), Equipment())
+    method = Replay(random_plan(shape_of(model), 70, rng), StandIns())
     logits, _ = executed(Engine.from_model(model), ids, method)
     close(logits, reference(model, ids, method)[0], FP64)
 
@@ -182,7 +182,7 @@ def test_the_only_running_token_of_a_chunk_sees_no_later_one(llama: Any, ids: Te
     rest = Plan.rest(engine.shape, 70)
     runs = rest.attention.copy()
     runs[[t for t in (50, 51, 52) if t != 50 + running], 1] = 0
-    method = Replay(rest.with_fields(attention=runs), tiny_modulator(engine.shape).equipment)
+    method = Replay(rest.with_fields(attention=runs), tiny_modulator(engine.shape).stand_ins)
     logits, _ = executed(engine, ids, method, (50, 53))
     close(logits, reference(llama, ids, method)[0], FP64)
 
@@ -197,7 +197,7 @@ def test_a_ragged_batch_is_its_sequences(model: Any, rng: np.random.Generator):
         Dense(),
         modulator.at(0.3),
         bounds.at(0.6),
-        Replay(random_plan(engine.shape, 50, rng), bounds.equipment),
+        Replay(random_plan(engine.shape, 50, rng), bounds.stand_ins),
         Replay(random_plan(engine.shape, 50, rng)),
     ]
     texts = [tokens(50, seed=i) for i in range(len(methods))]
@@ -248,9 +248,9 @@ def test_generate_is_the_references(model: Any):
 def test_the_native_core_is_the_torch_pass(family: str, ids: Tensor, summary: str):
     model = tiny_model(family, dtype=torch.float32)
     engine = Engine.from_model(model)
-    equipment = tiny_modulator(engine.shape, summary=summary, dtype=torch.float32).equipment
+    stand_ins = tiny_modulator(engine.shape, summary=summary, dtype=torch.float32).stand_ins
     plan = random_plan(engine.shape, 70, np.random.default_rng(3))
-    method = Replay(plan.with_fields(bits=np.full_like(plan.bits, 16)), equipment)
+    method = Replay(plan.with_fields(bits=np.full_like(plan.bits, 16)), stand_ins)
     if core.available():
         assert engine._native is not None
         assert engine._native.reach(engine.start(method)) == 70
@@ -268,8 +268,8 @@ def test_skipped_weights_are_not_read(model: Any, ids: Tensor):
     rest = Plan.rest(engine.shape, 70)
     ffn, runs = rest.ffn.copy(), rest.attention.copy()
     ffn[:, 1], ffn[:, 2], runs[:, 2] = 0, 1, 0
-    equipment = tiny_modulator(engine.shape).equipment
-    method = Replay(rest.with_fields(ffn=ffn, attention=runs), equipment)
+    stand_ins = tiny_modulator(engine.shape).stand_ins
+    method = Replay(rest.with_fields(ffn=ffn, attention=runs), stand_ins)
     before, _ = executed(engine, ids, method)
     layers = engine._weights.layers
     for weight in (layers[1].ffn_in, layers[1].ffn_out, layers[2].ffn_in, layers[2].attention_out):

@@ -13,7 +13,7 @@ from tests.tiny import DECIDED, shape_of, tiny_model, tiny_modulator
 from vesicle.families import find_family
 from vesicle.families.base import LayerModules
 from vesicle.nested import NestedWeight
-from vesicle.plan import Equipment, Plan, Replay
+from vesicle.plan import Plan, Replay, StandIns
 from vesicle.reference.attach import attach
 
 TOKEN, LAYER = 61, 1
@@ -71,7 +71,7 @@ def largest(x: Tensor, count: int) -> Tensor:
     return torch.zeros_like(row).scatter(-1, keep, row.gather(-1, keep))
 
 
-def by_hand(model: Any, ids: Tensor, edits: tuple[Edit, ...], equipment: Equipment) -> Tensor:
+def by_hand(model: Any, ids: Tensor, edits: tuple[Edit, ...], stand_ins: StandIns) -> Tensor:
     """Logits of the model with hooks that do what the edits say."""
     family = find_family(model.config)
     modules = family.modules(family.layers(model)[LAYER])
@@ -92,7 +92,7 @@ def by_hand(model: Any, ids: Tensor, edits: tuple[Edit, ...], equipment: Equipme
                     hook(linear.register_forward_hook, fewer_bits)
         if given.get(("kv_blocks", None)):
             hook(modules.attention.register_forward_pre_hook, first_and_own, with_kwargs=True)
-        replace_modules(modules, given, equipment, hook)
+        replace_modules(modules, given, stand_ins, hook)
         return model(ids).logits
 
 
@@ -119,7 +119,7 @@ def first_and_own(
 def replace_modules(
     modules: LayerModules,
     given: dict[tuple[str, int | None], int],
-    equipment: Equipment,
+    stand_ins: StandIns,
     hook: Callable[..., None],
 ) -> None:
     """Send the token to stand-ins; their input is the module's own, with every channel."""
@@ -129,11 +129,11 @@ def replace_modules(
         inputs[module] = args[0] if args else kwargs["hidden_states"]
 
     def small(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        row = equipment.ffn_standin.apply_layer(LAYER, inputs[module][:, TOKEN])
+        row = stand_ins.ffn.apply_layer(LAYER, inputs[module][:, TOKEN])
         return with_row(output, row if given["ffn", None] == 1 else torch.zeros_like(row))
 
     def skip(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
-        row = equipment.attention_standin.apply_layer(LAYER, inputs[module][:, TOKEN])
+        row = stand_ins.attention.apply_layer(LAYER, inputs[module][:, TOKEN])
         return (with_row(output[0], row), *output[1:])
 
     for module, function, field in (
@@ -155,13 +155,13 @@ def test_a_field_does_what_it_says(variant: tuple[str, str], ids: Tensor, name: 
     family, attention = variant
     model = tiny_model(family, attention=attention)
     shape = shape_of(model)
-    equipment = tiny_modulator(shape).equipment
+    stand_ins = tiny_modulator(shape).stand_ins
     own = model(ids).logits
-    with attach(model, Replay(planned(shape, EDITS[name]), equipment)):
+    with attach(model, Replay(planned(shape, EDITS[name]), stand_ins)):
         logits = model(ids).logits
     # In eager mode softmax runs in fp32, but in fp64 where blocks are chosen.
     tolerance = 1e-4 if attention == "eager" and "kv_blocks" in str(EDITS[name]) else TOLERANCE
-    difference = (logits - by_hand(model, ids, EDITS[name], equipment)).abs().amax((0, 2))
+    difference = (logits - by_hand(model, ids, EDITS[name], stand_ins)).abs().amax((0, 2))
     assert difference.max() < tolerance, f"{difference.max():.2e} at token {difference.argmax()}"
     moved = (logits - own).abs().amax((0, 2))
     assert moved[:TOKEN].max() < tolerance
@@ -177,7 +177,7 @@ def test_in_the_last_layer_other_tokens_do_not_notice(llama: Any, ids: Tensor, n
         **{n: np.roll(getattr(plan, n), 1, axis=1) for n in DECIDED}  # layer 1 becomes layer 2
     )
     own = llama(ids).logits
-    with attach(llama, Replay(last, tiny_modulator(shape).equipment)):
+    with attach(llama, Replay(last, tiny_modulator(shape).stand_ins)):
         moved = (llama(ids).logits - own).abs().amax((0, 2))
     assert moved[TOKEN] > 0.01
     assert moved[:TOKEN].max() == 0

@@ -274,7 +274,7 @@ def test_a_replay_gives_the_same_bits_and_gathers_nothing(kind: str, tmp_path):
     inner = method_for(engine, kind)
     first, logits = read(engine, Watched(32, 32, inner), [160])
     first.plan.save(tmp_path / "plan")
-    method = Replay(Plan.load(tmp_path / "plan"), inner.equipment)
+    method = Replay(Plan.load(tmp_path / "plan"), inner.stand_ins)
     again, replayed = read(engine, method, [70, 90])
     assert torch.equal(logits, replayed)
     assert again.plan.equals(first.plan)
@@ -462,8 +462,8 @@ class Failing(Method):
         self.inner = inner
 
     @property
-    def equipment(self) -> Any:
-        return self.inner.equipment
+    def stand_ins(self) -> Any:
+        return self.inner.stand_ins
 
     def author(self, shape: Any) -> Any:
         author = self.inner.author(shape)

@@ -111,7 +111,7 @@ def test_a_replayed_plan_is_the_run(variant: tuple[str, str], ids: Tensor, cuts:
         0.6
     )
     first = in_pieces(model, ids, method, cuts)
-    again = in_pieces(model, ids, Replay(first[1].plan, method.equipment), cuts)
+    again = in_pieces(model, ids, Replay(first[1].plan, method.stand_ins), cuts)
     assert again[1].plan.equals(first[1].plan)
     assert torch.equal(again[0], first[0])
 
@@ -127,7 +127,7 @@ def test_equipment_matters(llama: Any, ids: Tensor, modulator: Modulator):
 
 def test_random_plans_run_in_pieces(model: Any, ids: Tensor, rng: np.random.Generator):
     shape = shape_of(model)
-    method = Replay(random_plan(shape, 70, rng), tiny_modulator(shape).equipment)
+    method = Replay(random_plan(shape, 70, rng), tiny_modulator(shape).stand_ins)
     whole = in_pieces(model, ids, method, ())
     assert whole[1].plan.equals(method.plan)
     agree(whole, in_pieces(model, ids, method, (3, 50)), SDPA)

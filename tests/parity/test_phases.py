@@ -105,7 +105,7 @@ def test_a_replay_gives_the_same_bits_however_it_is_cut(
     first.plan.save(tmp_path / "plan.safetensors")
     plan = Plan.load(tmp_path / "plan.safetensors")
     assert plan.equals(first.plan)
-    again, replayed = read(engine, Replay(plan, modulator.equipment), None, [3, 20, N - 23])
+    again, replayed = read(engine, Replay(plan, modulator.stand_ins), None, [3, 20, N - 23])
     assert torch.equal(logits, replayed)
     assert again.plan.equals(plan)
 

@@ -156,7 +156,7 @@ def test_a_replayed_plan_forgets_again(llama: Any, ids: Tensor, tmp_path, cuts):
     engine, rng = Engine.from_model(llama), np.random.default_rng(5)
     forgetful_plan(engine.shape, 70, rng).save(tmp_path / "plan")
     plan = Plan.load(tmp_path / "plan")
-    method = Replay(plan, tiny_modulator(engine.shape).equipment)
+    method = Replay(plan, tiny_modulator(engine.shape).stand_ins)
     logits, sequence = executed(engine, ids, method, cuts)
     close(logits, reference(llama, ids, method)[0], FP64)
     assert sequence.plan.equals(plan)
@@ -199,7 +199,7 @@ INNER: dict[str, Callable[[Engine], Method]] = {
         random_plan(engine.shape, len(IDS), np.random.default_rng(3)).with_fields(
             bits=np.full((len(IDS), engine.shape.n_layers, 4), 16, np.int32),
         ),
-        modulator_for(engine.shape, "stand-ins").equipment,
+        modulator_for(engine.shape, "stand-ins").stand_ins,
     ),
     "modulator": modulated,
 }

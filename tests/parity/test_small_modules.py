@@ -16,7 +16,7 @@ from vesicle.engine import Engine, core
 from vesicle.errors import VesicleError
 from vesicle.families import find_family
 from vesicle.modulator import Modulator
-from vesicle.plan import Equipment, Method, Plan, Replay
+from vesicle.plan import Method, Plan, Replay, StandIns
 from vesicle.shapes import ModelShape
 from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
 
@@ -59,7 +59,7 @@ def plan_for(shape: ModelShape) -> Plan:
 
 
 def replay(shape: ModelShape, ffn: SmallModule | None, attention: SmallModule | None) -> Method:
-    return Replay(plan_for(shape), Equipment(ffn_standin=ffn, attention_standin=attention))
+    return Replay(plan_for(shape), StandIns(ffn=ffn, attention=attention))
 
 
 def test_every_family(model: Any, ids: Tensor):
@@ -110,7 +110,7 @@ def test_the_core_computes_what_pytorch_does(units: int):
     shape = engine.shape
     every = np.broadcast_to(np.arange(160, dtype=np.int32)[:, None] // 16 + 1, (160, 4))
     plan = plan_for(shape).with_fields(kv_blocks=every)
-    small = Equipment(ffn_standin=small_ffn(shape, units), attention_standin=low_rank(shape))
+    small = StandIns(ffn=small_ffn(shape, units), attention=low_rank(shape))
     _, logits = read(engine, Replay(plan, small), [100])
     _, expected = read(without, Replay(plan, small), [100])
     assert (logits - expected).abs().max() < 2e-3 * expected.abs().max()

@@ -446,7 +446,7 @@ def _method(
         raise VesicleError(
             "this plan lands on stand-ins: name the --modulator that it was made with"
         )
-    return Replay(saved, None if modulator is None else modulator.equipment)
+    return Replay(saved, None if modulator is None else modulator.stand_ins)
 
 
 def _tell_reach(modulator: Modulator, budget: float, phases: Phases) -> None:

@@ -143,8 +143,8 @@ class ChunkBuffer:
 
     def _follow(self, sequence: Sequence) -> None:
         """Point to where parameters lie now: they may have been replaced, or moved and back."""
-        equipment = sequence.equipment
-        both = equipment.ffn_standin, equipment.attention_standin
+        stand_ins = sequence.stand_ins
+        both = stand_ins.ffn, stand_ins.attention
         now = [p for module in both for p in parts_of(module)]
         if not _same_places(now, self._small):
             self._small = [p.detach() for p in now]

@@ -162,10 +162,10 @@ class NativeCore:
 
     def reach(self, sequence: Sequence) -> int:
         """How many of a sequence's next tokens a pass may take; 0 if it cannot execute the next."""
-        author, equipment, buffer = sequence.author, sequence.equipment, sequence.buffer()
-        if not self._executes(equipment.ffn_standin, ffn=True):
+        author, stand_ins, buffer = sequence.author, sequence.stand_ins, sequence.buffer()
+        if not self._executes(stand_ins.ffn, ffn=True):
             return 0
-        if not self._executes(equipment.attention_standin, ffn=False):
+        if not self._executes(stand_ins.attention, ffn=False):
             return 0
         decides = Decides.BEFORE
         if isinstance(author, ModulatorAuthor) and author.reads_hidden:

@@ -42,7 +42,7 @@ class Sequence:
         shape = engine.shape
         self.engine = engine
         self.method = method
-        self.equipment = method.equipment
+        self.stand_ins = method.stand_ins
         self.author = author or method.author(shape)
         self.overhead = with_evidence(method.overhead(shape), self.author)
         self.forgetter = forgetter_of(self.author)

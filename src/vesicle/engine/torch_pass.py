@@ -184,7 +184,7 @@ class TorchPass:
                 positions[active],
                 decided["kv_blocks"][rows][active],
                 engine._scale,
-                sequence.equipment.summary,
+                sequence.stand_ins.summary,
                 self.masks,
                 None if sequence.received is None else sequence.received.sums[number],
             )
@@ -246,8 +246,8 @@ class TorchPass:
         """Write the small modules' outputs for the chosen tokens into `result` (N, D)."""
         for sequence, rows in zip(self.sequences, self.rows, strict=True):
             index = np.arange(rows.start, rows.stop)[chosen[rows]]
-            equipment = sequence.equipment
-            small = equipment.ffn_standin if kind == "ffn" else equipment.attention_standin
+            stand_ins = sequence.stand_ins
+            small = stand_ins.ffn if kind == "ffn" else stand_ins.attention
             if small is None or not len(index):  # a method without small modules skips outright
                 continue
             where = torch.from_numpy(index)

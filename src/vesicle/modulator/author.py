@@ -41,7 +41,7 @@ class ModulatorAuthor(Author):
     def __init__(self, method: ModulatorMethod, shape: ModelShape) -> None:
         """Start a sequence of no tokens under `method`, on a model of `shape`."""
         self.modulator = method.modulator
-        self.dial = method.dial_position
+        self.dial = method.dial
         self._rests = method.at_rest
         self._shape = shape
         self._rules = self.modulator.rules(shape)

@@ -9,7 +9,7 @@ from vesicle.errors import VesicleError
 from vesicle.modulator.author import ModulatorAuthor
 from vesicle.modulator.modulator import Modulator
 from vesicle.phases import Phases
-from vesicle.plan import Equipment, Method
+from vesicle.plan import Method, StandIns
 from vesicle.predictors import Predictor
 from vesicle.shapes import ModelShape, Overhead
 
@@ -19,20 +19,20 @@ class ModulatorMethod(Method):
 
     Attributes:
         modulator: The modulator.
-        dial_position: In (0, 1]; 1 is rest.
+        dial: In (0, 1]; 1 is rest.
         phases: On which tokens each transmitter acts.
     """
 
     def __init__(self, modulator: Modulator, dial: float, phases: Phases | None = None) -> None:
         """Serve `dial` in (0, 1] on the tokens that `phases` tells."""
         self.modulator = modulator
-        self.dial_position = dial
+        self.dial = dial
         self.phases = phases or Phases()
 
     @property
     def at_rest(self) -> bool:
         """Whether every level is 1 by construction, so that nothing need be predicted."""
-        return self.dial_position >= 1 and isinstance(self.modulator.predictor, Predictor)
+        return self.dial >= 1 and isinstance(self.modulator.predictor, Predictor)
 
     def overhead(self, shape: ModelShape) -> Overhead:
         """What the modulator adds to the model's own work."""
@@ -51,9 +51,9 @@ class ModulatorMethod(Method):
         return self.phases.ignores_phase(self.modulator.predictor.config.transmitters)
 
     @property
-    def equipment(self) -> Equipment:
+    def stand_ins(self) -> StandIns:
         """The modulator's stand-ins and block summary."""
-        return self.modulator.equipment
+        return self.modulator.stand_ins
 
     def author(self, shape: ModelShape) -> ModulatorAuthor:
         """An author for one new sequence on a model of `shape`, without state or levels yet."""

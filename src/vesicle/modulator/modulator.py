@@ -14,7 +14,7 @@ from vesicle.effectors.rules import Rules
 from vesicle.errors import ModelError, VesicleError
 from vesicle.modulator.info import Measured, ModulatorInfo, check_budget
 from vesicle.phases import Phases
-from vesicle.plan import Equipment
+from vesicle.plan import StandIns
 from vesicle.predictors import PREDICTORS, Levels, PredictorConfig, State
 from vesicle.shapes import ModelShape
 from vesicle.small_modules import LowRankMaps, SmallModule
@@ -135,11 +135,11 @@ class Modulator(nn.Module):
         return tuple(rule for effector in each for rule in effector.rules(shape))
 
     @property
-    def equipment(self) -> Equipment:
+    def stand_ins(self) -> StandIns:
         """What executors need to run this modulator's Plans."""
-        return Equipment(
-            ffn_standin=self.ffn_standin,
-            attention_standin=self.attention_standin,
+        return StandIns(
+            ffn=self.ffn_standin,
+            attention=self.attention_standin,
             summary=self.gaba.summary,
         )
 

@@ -29,7 +29,7 @@ than the likeliest token, and where the head is not stored in planes of bits.
 A new decision is a line in `layout.FIELDS`, a price in `cost.py` and its execution.
 """
 
-from vesicle.plan.author import Author, Equipment, Method
+from vesicle.plan.author import Author, Method, StandIns
 from vesicle.plan.builder import PlanBuilder, opening
 from vesicle.plan.events import EVENT, FOREVER, FORGET, Events
 from vesicle.plan.forgetting import Evidence, Forgetter, all_but
@@ -67,7 +67,6 @@ __all__ = [
     "SITES",
     "Author",
     "Dense",
-    "Equipment",
     "Events",
     "Evidence",
     "Field",
@@ -79,6 +78,7 @@ __all__ = [
     "PlanBuilder",
     "Replay",
     "Rows",
+    "StandIns",
     "all_but",
     "check_rows",
     "numbers",

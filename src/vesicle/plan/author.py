@@ -150,17 +150,17 @@ class Author(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Equipment:
-    """What an executor needs, beside the model, to run a method's Plans.
+class StandIns:
+    """What a method's Plans need beside the model: what stands in for what they leave out.
 
     Attributes:
-        ffn_standin: Where tokens go whose FFN is small.
-        attention_standin: Where tokens go whose attention is skipped.
-        summary: How KV blocks are summarised to choose among them: `mean` or `bounds`.
+        ffn: Where tokens go whose FFN is small; None skips it outright.
+        attention: Where tokens go whose attention is skipped; likewise.
+        summary: What stands for the keys of a KV block when blocks are chosen: `mean` or `bounds`.
     """
 
-    ffn_standin: SmallModule | None = None
-    attention_standin: SmallModule | None = None
+    ffn: SmallModule | None = None
+    attention: SmallModule | None = None
     summary: str = "mean"
 
 
@@ -175,15 +175,15 @@ class Method(ABC):
         """A fresh author for one sequence on a model of `shape`."""
 
     @property
-    def equipment(self) -> Equipment:
-        """What executors need to run its Plans; nothing by default."""
-        return Equipment()
+    def stand_ins(self) -> StandIns:
+        """What its Plans need beside the model; nothing by default."""
+        return StandIns()
 
     def overhead(self, shape: ModelShape) -> Overhead:
-        """What the method adds to the model's own work; by default its equipment alone."""
-        ffn, attention = self.equipment.ffn_standin, self.equipment.attention_standin
+        """What the method adds to the model's own work; by default its stand-ins alone."""
+        ffn, attention = self.stand_ins.ffn, self.stand_ins.attention
         return Overhead(
             small_ffn_weights=ffn.weights if ffn else 0,
             small_attention_weights=attention.weights if attention else 0,
-            selection_vectors=1 if self.equipment.summary == "mean" else 2,
+            selection_vectors=1 if self.stand_ins.summary == "mean" else 2,
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vesicle.errors import VesicleError
-from vesicle.plan.author import Author, Equipment, Method
+from vesicle.plan.author import Author, Method, StandIns
 from vesicle.plan.events import evict_after_of
 from vesicle.plan.plan import Plan
 from vesicle.plan.rows import IntArray, Rows, resting_rows
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 class Replay(Method):
     """Executes a saved Plan again; asking for a token beyond its end is an error."""
 
-    def __init__(self, plan: Plan, equipment: Equipment | None = None) -> None:
-        """Replay `plan` with the equipment of the method that wrote it."""
+    def __init__(self, plan: Plan, stand_ins: StandIns | None = None) -> None:
+        """Replay `plan` with the stand-ins of the method that wrote it."""
         self.plan = plan
-        self._equipment = equipment or Equipment()
+        self._stand_ins = stand_ins or StandIns()
 
     @property
-    def equipment(self) -> Equipment:
-        """The equipment that was given; nothing by default."""
-        return self._equipment
+    def stand_ins(self) -> StandIns:
+        """Those that were given; none by default."""
+        return self._stand_ins
 
     def author(self, shape: ModelShape) -> Author:
         """An author that reads the Plan's rows by position."""

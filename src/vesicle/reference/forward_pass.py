@@ -113,7 +113,7 @@ class ForwardPass:
         if run.soft is not None:
             method = run.method
             assert isinstance(method, ModulatorMethod)
-            self.dial = torch.full((b,), method.dial_position, device=hidden.device)
+            self.dial = torch.full((b,), method.dial, device=hidden.device)
             self.levels = None
             run.soft_cost = SoftCost(run.shape, method.modulator, method.overhead(run.shape))
             run.soft_cost.head(self.positions)

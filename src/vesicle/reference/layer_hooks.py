@@ -114,7 +114,7 @@ class LayerHooks:
             attends=attends,
             effector=self.run.modulator.gaba
             if soft
-            else GabaSparsity(summary=self.run.method.equipment.summary),
+            else GabaSparsity(summary=self.run.method.stand_ins.summary),
         )
 
     def before_out(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -130,7 +130,7 @@ class LayerHooks:
     ) -> tuple[Any, ...] | None:
         """Replace the outputs (B, T, D) of tokens that skip attention."""
         result = output[0]
-        standin = self.run.method.equipment.attention_standin
+        standin = self.run.method.stand_ins.attention
         if self.run.soft is not None:
             if self.levels_attention is not None and self.run.soft_steps:
                 serotonin = self.run.modulator.serotonin
@@ -186,7 +186,7 @@ class LayerHooks:
 
     def after_ffn(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Replace the outputs (B, T, D) of tokens whose FFN is small or skipped."""
-        standin = self.run.method.equipment.ffn_standin
+        standin = self.run.method.stand_ins.ffn
         if self.run.soft is not None:
             if not self.run.soft_steps:
                 return None

@@ -28,7 +28,7 @@ from vesicle.cost import Cost, price, price_dense
 from vesicle.errors import ModelError, VesicleError
 from vesicle.evaluation.execution.prompts import Codec
 from vesicle.families import find_family
-from vesicle.plan import Author, Equipment, FloatArray, Method
+from vesicle.plan import Author, FloatArray, Method, StandIns
 from vesicle.reference.attach import Run, attach
 from vesicle.shapes import ModelShape, Overhead
 from vesicle.training.data import load_documents, token_windows
@@ -127,7 +127,7 @@ class Together(Method):
     """Several methods, one for each sequence of a batch, in order."""
 
     def __init__(self, methods: Sequence[Method]) -> None:
-        """Take methods that share their equipment and overhead, such as controls of one modulator.
+        """Take methods that share their stand-ins and overhead, such as controls of one modulator.
 
         Raises:
             ValueError: If there are none.
@@ -138,9 +138,9 @@ class Together(Method):
         self._next = 0
 
     @property
-    def equipment(self) -> Equipment:
+    def stand_ins(self) -> StandIns:
         """The first method's stand-ins and block summary, which all of them share."""
-        return self._methods[0].equipment
+        return self._methods[0].stand_ins
 
     def overhead(self, shape: ModelShape) -> Overhead:
         """The work that the first method adds, which is that of all of them."""
