@@ -27,6 +27,7 @@ from vesicle.plan import (
     StandIns,
     all_but,
 )
+from vesicle.plan.forgetting import check_interval
 from vesicle.shapes import ModelShape, Overhead
 
 INTERVAL = 64
@@ -44,11 +45,15 @@ class EvictionPolicy(Method):
             inner: Decides everything else; `Dense` by default.
 
         Raises:
-            VesicleError: If `entries` is below 1.
+            VesicleError: If `entries` is no number from 1 on, `interval` no multiple of 16, or
+                `inner` no method.
         """
-        if entries < 1:
-            raise VesicleError(f"{entries} entries are to be held; allowed: from 1")
-        self.entries, self.interval = entries, interval
+        check_interval(interval, type(self).__name__)
+        if not isinstance(inner, Method | None):
+            raise VesicleError(
+                f"inner is a {type(inner).__name__}; allowed: a Method such as modulator.at(0.8)"
+            )
+        self.entries, self.interval = _whole("entries", entries, 1), interval
         self.inner = inner or Dense()
 
     @property
@@ -84,19 +89,17 @@ class SinksAndRecent(EvictionPolicy):
         self,
         entries: int,
         *,
-        sinks: int = 4,
+        sinks: int | None = None,
         interval: int = INTERVAL,
         inner: Method | None = None,
     ) -> None:
-        """Hold the first `sinks` entries and, to make up `entries`, the newest.
+        """Hold the first `sinks` entries (4 by default) and, to make up `entries`, the newest.
 
         Raises:
-            VesicleError: If `entries` is below 1, or `sinks` outside 0 to `entries`.
+            VesicleError: As `EvictionPolicy`, or if `sinks` is outside 0 to `entries`.
         """
         super().__init__(entries, interval=interval, inner=inner)
-        if not 0 <= sinks <= entries:
-            raise VesicleError(f"sinks is {sinks}; allowed: 0 to {entries}")
-        self.sinks = sinks
+        self.sinks = _whole("sinks", min(4, entries) if sinks is None else sinks, 0, entries)
 
     def forgetter(self, shape: ModelShape) -> Forgetter:
         """Remembers nothing."""
@@ -132,16 +135,15 @@ class HeavyHitters(EvictionPolicy):
         """Hold the newest `recent` entries and, to make up `entries`, those of largest sums.
 
         Raises:
-            VesicleError: If `entries` is below 1, or `recent` outside 0 to `entries`.
+            VesicleError: As `EvictionPolicy`, or if `recent` is outside 0 to `entries`.
         """
         super().__init__(entries, interval=interval, inner=inner)
-        self.recent = entries // 2 if recent is None else recent
-        if not 0 <= self.recent <= entries:
-            raise VesicleError(f"recent is {self.recent}; allowed: 0 to {entries}")
+        self.recent = _whole("recent", entries // 2 if recent is None else recent, 0, entries)
 
     def forgetter(self, shape: ModelShape) -> Forgetter:
         """Remembers the sums of all attention that each entry has received."""
-        return _HeavyHitters(self, [np.zeros((shape.n_kv_heads, 0)) for _ in range(shape.n_layers)])
+        nothing = np.zeros((shape.n_kv_heads, 0))
+        return _HeavyHitters(self, [nothing] * shape.n_layers)
 
 
 class _HeavyHitters(Forgetter):
@@ -153,10 +155,11 @@ class _HeavyHitters(Forgetter):
 
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
         positions, sums = evidence.positions, self._sums[layer]
-        sums = np.pad(sums, ((0, 0), (0, length - sums.shape[1])))
         heads = np.arange(len(positions))[:, None]
-        sums[heads, positions] += evidence.received
-        self._sums[layer] = sums
+        if sums.shape[1] < length:  # unless it is asked again
+            sums = np.pad(sums, ((0, 0), (0, length - sums.shape[1])))
+            sums[heads, positions] += evidence.received
+            self._sums[layer] = sums
         return all_but(layer, length, positions, self._stays(sums[heads, positions]))
 
     def _stays(self, sums: FloatArray) -> NDArray[np.bool_]:
@@ -172,3 +175,16 @@ class _HeavyHitters(Forgetter):
 
     def fork(self, n_tokens: int) -> Forgetter:
         return _HeavyHitters(self._policy, [sums.copy() for sums in self._sums])
+
+
+def _whole(name: str, value: object, least: int, most: int | None = None) -> int:
+    """A whole number in bounds.
+
+    Raises:
+        VesicleError: If it is none.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
+        allowed = f"{least} and above" if most is None else f"{least} to {most}"
+        raise VesicleError(f"{name} is {value!r}; allowed: {allowed}")
+    return int(value)  # type: ignore[call-overload]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vesicle.activations import ACTIVATIONS
+from vesicle.errors import VesicleError
 
 
 class SmallModule(nn.Module, ABC):
@@ -32,6 +33,29 @@ class SmallModule(nn.Module, ABC):
     @abstractmethod
     def size(self) -> dict[str, Any]:
         """What `of_size` needs to make another like it, as JSON has it, with its `kind`."""
+
+    def shapes(self, n_layers: int, width: int) -> dict[str, tuple[int, ...]]:
+        """What shape each of its parameters has that depends on the model; none by default."""
+        return {}
+
+    def check(self, n_layers: int, width: int) -> None:
+        """Refuse to stand in for modules of a model of other sizes.
+
+        Raises:
+            VesicleError: With the parameter and what is allowed.
+        """
+        for name, shape in self.shapes(n_layers, width).items():
+            found = getattr(self, name)
+            if tuple(found.shape) != shape:
+                raise VesicleError(
+                    f"{name} of a {type(self).__name__} has shape {tuple(found.shape)}; "
+                    f"allowed: {shape}, for {n_layers} layers of width {width}"
+                )
+            if not found.is_floating_point() or found.device.type == "meta":
+                raise VesicleError(
+                    f"{name} of a {type(self).__name__} is {found.dtype} on {found.device}; "
+                    "allowed: floating-point numbers, on a device that holds them"
+                )
 
 
 class LowRankMaps(SmallModule):
@@ -67,6 +91,15 @@ class LowRankMaps(SmallModule):
         """Its kind and rank."""
         return {"kind": "low-rank", "rank": self.rank}
 
+    def shapes(self, n_layers: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Of both maps and the bias."""
+        rank = self.rank
+        return {
+            "down": (n_layers, rank, width),
+            "up": (n_layers, width, rank),
+            "bias": (n_layers, width),
+        }
+
     def apply_layer(self, layer: int, x: Tensor) -> Tensor:
         """The maps of `layer` on x (..., D)."""
         inner = nn.functional.linear(x, self.down[layer].to(x.dtype))
@@ -92,11 +125,11 @@ class SmallFfn(SmallModule):
             ValueError: If there are no units, or the activation is unknown.
         """
         super().__init__()
-        if units < 1:
-            raise ValueError(f"a small FFN has {units} hidden units; allowed: from 1")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
-        self.activation, self.gated = activation, gated
+        if not isinstance(units, int) or isinstance(units, bool) or units < 1:
+            raise ValueError(f"a small FFN has {units!r} hidden units; allowed: 1 and above")
+        if not isinstance(gated, bool):
+            raise ValueError(f"gated is {gated!r}; allowed: true, false")
+        self.activation, self.gated = _known(activation), gated
         columns = 2 * units if gated else units
         self.ffn_in = nn.Parameter(torch.zeros(n_layers, width, columns), requires_grad=False)
         self.ffn_out = nn.Parameter(torch.zeros(n_layers, units, width), requires_grad=False)
@@ -117,6 +150,15 @@ class SmallFfn(SmallModule):
         form = {"activation": self.activation, "gated": self.gated}
         return {"kind": "ffn", "units": self.units, **form}
 
+    def shapes(self, n_layers: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Of both projections."""
+        _known(self.activation)
+        columns = 2 * self.units if self.gated else self.units
+        return {
+            "ffn_in": (n_layers, width, columns),
+            "ffn_out": (n_layers, self.units, width),
+        }
+
     def apply_layer(self, layer: int, x: Tensor) -> Tensor:
         """The FFN of `layer` on x (..., D)."""
         inner, activate = x @ self.ffn_in[layer].to(x.dtype), ACTIVATIONS[self.activation]
@@ -126,6 +168,12 @@ class SmallFfn(SmallModule):
         else:
             inner = activate(inner)
         return inner @ self.ffn_out[layer].to(x.dtype)
+
+
+def _known(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    return activation
 
 
 KINDS: dict[str, type[SmallModule]] = {"low-rank": LowRankMaps, "ffn": SmallFfn}
@@ -140,6 +188,6 @@ def of_size(size: Mapping[str, Any], n_layers: int, width: int) -> SmallModule:
     """
     settings = dict(size)
     kind = settings.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind of small module is {kind!r}; allowed: {', '.join(KINDS)}")
     return KINDS[kind](n_layers, width, **settings)

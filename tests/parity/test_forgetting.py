@@ -61,8 +61,8 @@ class Says(EvictionPolicy):
     """Gives events that somebody has made up."""
 
     def __init__(self, make: Any, interval: int = 16) -> None:
-        super().__init__(1, interval=interval)
-        self.make = make
+        super().__init__(1)
+        self.make, self.interval = make, interval
 
     def forgetter(self, shape: Any) -> Forgetter:
         return Saying(self)
@@ -391,6 +391,8 @@ WRONG = [
     (changed(kv_head=2), "kv_head 2; allowed: -1 to 1"),
     (changed(kv_head=0), "leaves .0, 16. entries in the KV heads of layer 0"),
     (changed(last=3), "leaves .12, 12. entries"),
+    (changed(first=8, last=4), "last 4; allowed: 8 and above"),
+    (changed(value=7), "value 7; allowed: 0"),
 ]
 
 
@@ -417,7 +419,7 @@ def test_events_are_checked_before_anything_is_freed(make: Any, line: str, run: 
 @pytest.mark.parametrize("interval", [0, 8, 24, -16, 16.0, True])
 @pytest.mark.parametrize("run", ["engine", "reference"])
 def test_intervals_are_checked(llama: Any, interval: Any, run: str):
-    method = SinksAndRecent(16, interval=interval)
+    method = Says(stays(16), interval=interval)
     start = Engine.from_model(llama).start if run == "engine" else partial(reference, llama)
     what = (method,) if run == "engine" else (tokens(3), method)
     with pytest.raises(VesicleError, match=f"interval of .* is {interval}; allowed: multiples"):
@@ -482,10 +484,189 @@ class Failing(Method):
         return author
 
 
-def test_policies_refuse_what_cannot_be():
-    with pytest.raises(VesicleError, match="0 entries are to be held; allowed: from 1"):
-        HeavyHitters(0)
-    with pytest.raises(VesicleError, match="recent is 17; allowed: 0 to 16"):
-        HeavyHitters(16, recent=17)
-    with pytest.raises(VesicleError, match="sinks is 17; allowed: 0 to 16"):
-        SinksAndRecent(16, sinks=17)
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: HeavyHitters(0), "entries is 0; allowed: 1 and above"),
+        (lambda: HeavyHitters(40.5), "entries is 40.5; allowed: 1 and above"),
+        (lambda: HeavyHitters(16, recent=17), "recent is 17; allowed: 0 to 16"),
+        (lambda: SinksAndRecent(16, sinks=17), "sinks is 17; allowed: 0 to 16"),
+        (
+            lambda: SinksAndRecent(16, interval=20),
+            "interval of SinksAndRecent is 20; allowed: m",
+        ),
+        (lambda: SinksAndRecent(16, inner=3), "inner is a int; allowed: a Method such as"),
+    ],
+)
+def test_policies_refuse_what_cannot_be(make: Any, line: str):
+    with pytest.raises(VesicleError, match=line):
+        make()
+    assert SinksAndRecent(2).sinks == 2
+
+
+def with_forgetter(what: Any) -> Method:
+    class Some(Dense):
+        def author(self, shape: Any) -> Any:
+            author = super().author(shape)
+            author.forgetter = what
+            return author
+
+    return Some()
+
+
+@pytest.mark.parametrize("what", ["x", Saying])
+def test_what_is_no_forgetter_is_refused(what: Any):
+    with pytest.raises(VesicleError, match=r"forgetter is .*; allowed: an instance of a Forgetter"):
+        native("int4").start(with_forgetter(what))
+
+
+def test_an_interval_that_is_missing_is_told():
+    saying = Saying(Says(None))
+    del saying.interval
+    with pytest.raises(VesicleError, match="interval of Saying is None; allowed: multiples of 16"):
+        native("int4").start(with_forgetter(saying))
+
+
+def test_what_it_is_given_and_gives_is_its_own():
+    """Evidence cannot be written to, and a table that it uses again does not change the Plan."""
+    engine = native("int4")
+    seen: list[Evidence] = []
+    table = all_but(0, 0, np.zeros((2, 16), np.int32), np.zeros((2, 16), bool))
+
+    def make(layer: int, length: int, evidence: Evidence) -> Events:
+        seen.append(evidence)
+        table["position"], table["layer"] = length, layer
+        table["first"], table["last"] = length - 16, length - 1
+        return table
+
+    sequence = engine.start(Says(make))
+    engine.forward([(sequence, IDS[:70])])
+    table["position"] = 0
+    sequence.plan.check(engine.shape)
+    assert sorted(set(sequence.plan.events["position"].tolist())) == [16, 32, 48, 64]
+    for evidence in seen:
+        with pytest.raises(ValueError, match="read-only"):
+            evidence.positions[:] = 0
+        with pytest.raises(ValueError, match="read-only"):
+            evidence.received[:] = 0
+
+
+def test_what_is_read_once_may_not_change_on_the_way(llama: Any, ids: Tensor):
+    """Interval and whether attention is read: as when the sequence started, in both executors."""
+
+    class Changing(Watched):
+        def forgetter(self, shape: Any) -> Forgetter:
+            found = super().forgetter(shape)
+            forget = found.forget
+
+            def changing(*args: Any) -> Events:
+                found.interval, found.reads_attention = 7, False  # type: ignore[misc]
+                return forget(*args)
+
+            found.forget = changing  # type: ignore[method-assign]
+            return found
+
+    engine = Engine.from_model(llama)
+    logits, sequence = executed(engine, ids, Changing(16, 16), (30,))
+    expected, other = executed(engine, ids, Watched(16, 16), (30,))
+    assert torch.equal(logits, expected)
+    assert sequence.cost == other.cost
+    found, plan = reference(llama, ids, Changing(16, 16))
+    close(found, expected, FP64)
+    assert plan.equals(other.plan)
+
+
+class Fails(Says):
+    """Keeps the newest 16 entries, and raises when it is asked about a layer for the first time."""
+
+    def __init__(self, layer: int, error: type[BaseException], inner: Forgetter) -> None:
+        super().__init__(self.answer)
+        self.layer, self.error, self.hitters, self.asked = layer, error, inner, []
+
+    def answer(self, layer: int, length: int, evidence: Evidence) -> Events:
+        self.asked.append((layer, length))
+        if layer == self.layer and self.asked.count((layer, length)) == 1:
+            self.hitters.forget(layer, length, evidence)
+            raise self.error("no")
+        return self.hitters.forget(layer, length, evidence)
+
+    def forgetter(self, shape: Any) -> Forgetter:
+        found = super().forgetter(shape)
+        found.reads_attention = True
+        found.fork = lambda n: self.forgetter(shape)  # type: ignore[method-assign]
+        return found
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("forked", [False, True])
+def test_one_that_fails_is_asked_again_about_that_layer(layer: int, error: Any, forked: bool):
+    """Then all is as if it had not failed, in its sequence and in a fork of it."""
+    engine = native("int4")
+    hitters = HeavyHitters(16, interval=16)
+    method = Fails(layer, error, hitters.forgetter(engine.shape))
+    sequence, clean = engine.start(method), engine.start(hitters)
+    with pytest.raises(error, match="no"):
+        engine.forward([(sequence, IDS[:16])])
+    engine.forward([(clean, IDS[:16])])
+    assert (sequence.length, sequence.evicts_at) == (16, 16)
+    going = engine.fork(sequence) if forked else sequence
+    for start, stop in ((16, 17), (17, 31)):
+        pair = [engine.forward([(s, IDS[start:stop])])[0] for s in (going, clean)]
+        assert torch.equal(*pair)
+    assert method.asked[: layer + 2] == [*((i, 16) for i in range(layer + 1)), (layer, 16)]
+    assert going.plan.equals(clean.plan)
+
+
+def test_what_it_may_not_do_while_it_is_asked():
+    engine = native("int4")
+    expected = engine.start()
+    alone = engine.forward([(expected, IDS[:40])])[0]
+
+    def asked(act: Any) -> Any:
+        def make(layer: int, length: int, evidence: Evidence) -> Events:
+            act(sequences[0])
+            return table_of(layer=[])
+
+        return make
+
+    for act, line in (
+        (lambda s: engine.forward([(s, IDS[:1])]), "to be read whose forgetter is being asked"),
+        (engine.fork, "to be forked whose forgetter is being asked"),
+        (lambda s: s.close(), "the sequence is closed"),
+    ):
+        sequences = [engine.start(Says(asked(act))), engine.start()]
+        first, second = engine.attempt([(s, IDS[:40]) for s in sequences])
+        assert isinstance(first, VesicleError)
+        assert line in str(first)
+        assert torch.equal(second, alone)
+
+
+def test_closing_another_stops_that_one_alone():
+    engine = native("int4")
+
+    def make(layer: int, length: int, evidence: Evidence) -> Events:
+        sequences[1].close()
+        return table_of(layer=[])
+
+    sequences = [engine.start(Says(make)), engine.start(), engine.start()]
+    found = engine.attempt([(s, IDS[:40]) for s in sequences])
+    assert [type(outcome) for outcome in found] == [Tensor, VesicleError, Tensor]
+
+
+@pytest.mark.parametrize("what", [None, "x"])
+def test_a_fork_of_a_forgetter_must_be_one(what: Any):
+    engine = native("int4")
+    method = Says(stays(16))
+    sequence = engine.start(method)
+    sequence.forgetter.fork = lambda n: what
+    with pytest.raises(VesicleError, match=r"fork of Saying gives .*; allowed: a Forgetter"):
+        engine.fork(sequence)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.ones((1, 16), bool), np.ones((2, 16)), np.ones(16, bool), 3, torch.ones(2, 16)]
+)
+def test_masks_of_all_but_are_checked(wrong: Any):
+    with pytest.raises(VesicleError, match=r"stays is .*; allowed: an array of bool of"):
+        all_but(0, 16, np.zeros((2, 16), np.int32), wrong)

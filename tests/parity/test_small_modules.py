@@ -17,6 +17,7 @@ from vesicle.errors import VesicleError
 from vesicle.families import find_family
 from vesicle.modulator import Modulator
 from vesicle.plan import Method, Plan, Replay, StandIns
+from vesicle.reference.attach import attach
 from vesicle.shapes import ModelShape
 from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
 
@@ -191,8 +192,85 @@ def test_a_modulator_keeps_them(llama: Any, tmp_path: Path):
         Modulator.from_pretrained(tmp_path)
 
 
-def test_sizes_are_checked():
-    with pytest.raises(ValueError, match="0 hidden units; allowed: from 1"):
-        SmallFfn(2, 8, 0)
+@pytest.mark.parametrize("units", [0, -1, 2.5, True, "x"])
+def test_units_are_checked(units: Any):
+    with pytest.raises(ValueError, match="hidden units; allowed: 1 and above"):
+        SmallFfn(2, 8, units)
+
+
+def test_forms_are_checked():
     with pytest.raises(ValueError, match="activation is 'tanh'; allowed: silu"):
         SmallFfn(2, 8, 1, activation="tanh")
+    with pytest.raises(ValueError, match="gated is 'no'; allowed: true, false"):
+        SmallFfn(2, 8, 1, gated="no")  # type: ignore[arg-type]
+
+
+def misfits(shape: ModelShape) -> dict[str, SmallModule]:
+    layers, width = shape.n_layers, shape.width
+    odd = SmallFfn(layers, width, 6)
+    odd.ffn_in.data = torch.zeros(layers, width, 11)
+    return {
+        "layers": SmallFfn(layers - 1, width, 6),
+        "more layers": SmallFfn(layers + 1, width, 6),
+        "width": SmallFfn(layers, width // 2, 6),
+        "odd": odd,
+        "nowhere": SmallFfn(layers, width, 6).to("meta"),
+        "complex": SmallFfn(layers, width, 6).to(torch.complex64),
+        "maps' layers": LowRankMaps(layers - 1, width, 4),
+        "maps' width": LowRankMaps(layers, width // 2, 4),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize(
+    "name",
+    ["layers", "more layers", "width", "odd", "nowhere", "complex", "maps' layers", "maps' width"],
+)
+@pytest.mark.parametrize("place", ["ffn", "attention"])
+def test_what_does_not_fit_is_refused_wherever_it_is_brought(llama: Any, name: str, place: str):
+    """Before anything is read beyond its end."""
+    shape = shape_of(llama)
+    module = misfits(shape)[name]
+    method = Replay(plan_for(shape), StandIns(**{place: module}))
+    line = r"ffn_in of a SmallFfn (has shape|is)|down of a LowRankMaps has shape"
+    with pytest.raises(VesicleError, match=line):
+        Engine.from_model(llama).start(method)
+    with pytest.raises(VesicleError, match=line):
+        attach(llama, method)
+    good = tiny_modulator(shape)
+    with pytest.raises(VesicleError, match=line):
+        Modulator(good.predictor, good.effectors, good.info, **{f"{place}_standin": module})
+
+
+@needs_core
+def test_what_is_replaced_by_something_that_does_not_fit_is_refused():
+    engine = native("int4")
+    small = small_ffn(engine.shape)
+    sequence = engine.start(replay(engine.shape, small, None))
+    engine.forward([(sequence, IDS[:10])])
+    small.ffn_out.data = small.ffn_out.data[:2].clone()
+    with pytest.raises(VesicleError, match="ffn_out of a SmallFfn has shape"):
+        engine.forward([(sequence, IDS[10:20])])
+
+
+class Mine(SmallFfn):
+    pass
+
+
+@pytest.mark.parametrize("wrong", ["own", "subclass", "nan", "size"])
+def test_nothing_is_saved_that_cannot_be_read(llama: Any, tmp_path: Path, wrong: str):
+    shape = shape_of(llama)
+    modulator, small = tiny_modulator(shape), small_ffn(shape)
+    match wrong:
+        case "own":
+            small = Halves()
+        case "subclass":
+            small = Mine(shape.n_layers, shape.width, 3)
+        case "nan":
+            small.ffn_out.data[0, 0, 0] = torch.nan
+        case _:
+            small = SmallFfn(shape.n_layers + 1, shape.width, 3)
+    modulator.ffn_standin = small
+    with pytest.raises(VesicleError, match=r"cannot be saved|not finite|has shape"):
+        modulator.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -147,6 +147,7 @@ class ChunkBuffer:
         both = stand_ins.ffn, stand_ins.attention
         now = [p for module in both for p in parts_of(module)]
         if not _same_places(now, self._small):
+            stand_ins.check(self._shape)  # the core reads as far as the model's sizes say
             self._small = [p.detach() for p in now]
             self._small_ffn, self._small_attention = map(small_module, both)
             self.chunk.small_ffn = _where(self._small_ffn)

@@ -44,6 +44,7 @@ from vesicle.plan import (
     Dense,
     Method,
 )
+from vesicle.plan.forgetting import fork_of
 from vesicle.shapes import ModelShape
 
 CHUNK = 2048
@@ -275,6 +276,7 @@ class Engine:
             raise VesicleError("a sequence of another engine is to be forked; use that engine")
         with self.lock:
             sequence.flush()
+            sequence.check_not_asking("forked")
             if sequence.received is not None and n != sequence.length:
                 raise VesicleError(
                     f"a sequence whose forgetter reads attention is to be forked at {n} tokens; "
@@ -282,16 +284,14 @@ class Engine:
                 )
             author = sequence.author.fork(n)
             if sequence.forgetter is not None:
-                author.forgetter = sequence.forgetter.fork(n)
+                author.forgetter = fork_of(sequence.forgetter, n)
             try:
                 cache = sequence.cache.fork(n)
             except ValueError as error:
                 raise VesicleError(str(error)) from error
             fork = Sequence(self, sequence.method, author)
             fork.cache, fork.taken_over = cache, n
-            if sequence.received is not None:
-                fork.received = sequence.received.fork()
-            fork.await_eviction()
+            fork.follow(sequence)
             fork.prompts = sequence.prompts.opening(n)
             fork.token_ids = sequence.token_ids[:n]
             fork.builder = sequence.builder.opening(n)
@@ -415,6 +415,7 @@ class Engine:
         Raises:
             Exception: Whatever an author may raise.
         """
+        sequence.cache.check_open()  # a forgetter may have closed it
         if sequence.length >= sequence.evicts_at:  # it could not forget when it came here
             sequence.evict()
         cut = sequence.evicts_at - sequence.length

@@ -13,8 +13,10 @@ from vesicle.cost import Cost, flops_of, price_dense_tokens
 from vesicle.engine.cache import SequenceCache
 from vesicle.engine.chunk import ChunkBuffer
 from vesicle.engine.received import Received
+from vesicle.errors import VesicleError
 from vesicle.phases import ALL, GENERATED, PROMPT, Spans
 from vesicle.plan import BLOCK, FOREVER, Author, FloatArray, IntArray, Method, Plan, PlanBuilder
+from vesicle.plan.events import Events
 from vesicle.plan.forgetting import ask, forgetter_of, with_evidence
 from vesicle.retention import eviction_lengths, held_entries
 from vesicle.transmitters import NAMES
@@ -35,6 +37,7 @@ class Sequence:
         evicts_at: The next length at which entries of the cache are forgotten, or a forgetter is
             asked which; `FOREVER` for none.
         received: What attention the entries received, where a forgetter wants to know.
+        asking: Whether its forgetter is being asked.
     """
 
     def __init__(self, engine: Engine, method: Method, author: Author | None = None) -> None:
@@ -44,12 +47,18 @@ class Sequence:
         self.method = method
         self.stand_ins = method.stand_ins
         self.author = author or method.author(shape)
-        self.overhead = with_evidence(method.overhead(shape), self.author)
+        self.stand_ins.check(shape)
         self.forgetter = forgetter_of(self.author)
+        self.overhead = with_evidence(method.overhead(shape), self.author)
         self.received: Received | None = None
-        if self.forgetter is not None and self.forgetter.reads_attention:
-            self.received = Received(shape)
+        self._interval = 0  # of the forgetter, who may not change it any more
+        if self.forgetter is not None:
+            self._interval = self.forgetter.interval
+            if self.forgetter.reads_attention:
+                self.received = Received(shape)
+        self._answers: list[tuple[Events, IntArray]] = []  # of the first layers, at this length
         self._left: list[IntArray] | None = None  # (G, n) of each layer, told but not done yet
+        self.asking = False
         self.builder = PlanBuilder(shape, self.author.evict_after)
         self.cache = SequenceCache(engine.pool, shape.n_layers)
         self.prompts = Spans()
@@ -124,8 +133,7 @@ class Sequence:
         later = (n for n in self._evictions if n > length)
         self.evicts_at = next(later, FOREVER)
         if self.forgetter is not None:
-            interval = self.forgetter.interval
-            self.evicts_at = (length // interval + 1) * interval
+            self.evicts_at = (length // self._interval + 1) * self._interval
 
     def evict(self) -> None:
         """Forget the entries that no query from here on may read, and free their memory.
@@ -137,6 +145,7 @@ class Sequence:
         """
         if self._left is None:
             self._left = self._known() if self.forgetter is None else self._asked()
+        self.cache.check_open()  # perhaps its forgetter has closed it
         self._most_bytes = self.kv_bytes_peak
         for layer, left in enumerate(self._left):
             self.cache.compact(layer, left)
@@ -156,16 +165,40 @@ class Sequence:
     def _asked(self) -> list[IntArray]:
         """(G, n) positions that each layer keeps, as the forgetter decides; the Plan takes note."""
         assert self.forgetter is not None
+        self.check_not_asking("read")
         self.flush()
-        answers = []
-        for layer in range(self.cache.n_layers):
-            held, received = self.cache.held(layer), None
-            if self.received is not None:
-                received = self.received.sums[layer, :, : held.shape[1]].copy()
-            answers.append(ask(self.forgetter, layer, self.length, held, received))
+        self.asking = True
+        try:
+            for layer in range(len(self._answers), self.cache.n_layers):
+                held, received = self.cache.held(layer), None
+                if self.received is not None:
+                    received = self.received.sums[layer, :, : held.shape[1]]
+                answer = ask(self.forgetter, layer, self.length, held, received)
+                self._answers.append(answer)
+        finally:
+            self.asking = False
+        answers, self._answers = self._answers, []
         for events, _ in answers:
             self.builder.forget(events)
         return [left for _, left in answers]
+
+    def check_not_asking(self, what: str) -> None:
+        """Refuse what cannot be done with it while its forgetter is asked.
+
+        Raises:
+            VesicleError: If it is being asked.
+        """
+        if self.asking:
+            raise VesicleError(f"a sequence is to be {what} whose forgetter is being asked")
+
+    def follow(self, other: Sequence) -> None:
+        """Forget as the sequence of which it is a fork, and stand there if that has yet to."""
+        self._interval, self.overhead = other._interval, other.overhead
+        self.received = None if other.received is None else other.received.fork()
+        self.await_eviction()
+        if self.length == other.length >= other.evicts_at:  # it could not when it came here
+            self.evicts_at, self._left = other.evicts_at, other._left
+            self._answers = list(other._answers)
 
     @property
     def kv_bytes_peak(self) -> int:

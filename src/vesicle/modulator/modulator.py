@@ -53,8 +53,8 @@ class Modulator(nn.Module):
         """Put the parts together.
 
         Raises:
-            ValueError: If a released transmitter has no effector, or serotonin has no stand-in to
-                land on.
+            ValueError: If a released transmitter has no effector.
+            VesicleError: If a stand-in is of another number of layers, or another width.
         """
         super().__init__()
         for name in predictor.config.transmitters:
@@ -63,6 +63,9 @@ class Modulator(nn.Module):
                     f"{name!r} is released but has no effector; known: {list(EFFECTORS)}"
                 )
         n_layers, width = predictor.config.n_layers, predictor.config.width
+        for module in (ffn_standin, attention_standin):
+            if module is not None:
+                module.check(n_layers, width)
         self.predictor = predictor
         self.effectors = dict(effectors)
         self._dopamine = _effector(effectors, DopaminePrecision)

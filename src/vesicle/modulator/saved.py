@@ -18,7 +18,7 @@ from vesicle.models.hub import fetch, local_path
 from vesicle.modulator.info import Dial, Measured, ModulatorInfo
 from vesicle.modulator.modulator import Modulator
 from vesicle.predictors import PREDICTORS, Predictor, PredictorConfig
-from vesicle.small_modules import LowRankMaps, SmallModule, of_size
+from vesicle.small_modules import KINDS, LowRankMaps, SmallModule, of_size
 
 FORMAT = "vesicle-modulator-1"
 _WEIGHTS, _CONFIG = "modulator.safetensors", "modulator.json"
@@ -31,10 +31,13 @@ def save(modulator: Modulator, folder: Path) -> None:
     """Write the modulator to a folder, each file atomically.
 
     Raises:
-        VesicleError: If the predictor is a control: those are built, not saved.
+        VesicleError: If the predictor is a control: those are built, not saved; or if a stand-in is
+            of no kind that can be read again, or does not fit.
     """
     if not isinstance(modulator.predictor, Predictor):
         raise VesicleError(f"a {modulator.predictor.kind!r} control cannot be saved as a modulator")
+    for name in _SMALL:
+        _check_small(name, getattr(modulator, name), modulator)
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +126,20 @@ def _sizes(modulator: Modulator) -> dict[str, Any]:
         else:
             sizes[name] = module.size
     return sizes
+
+
+def _check_small(name: str, module: SmallModule, modulator: Modulator) -> None:
+    """Refuse to write what could not be read again."""
+    if type(module) not in KINDS.values():
+        raise VesicleError(
+            f"{name} is a {type(module).__name__}, which cannot be saved; "
+            f"allowed: {', '.join(kind.__name__ for kind in KINDS.values())}"
+        )
+    config = modulator.predictor.config
+    module.check(config.n_layers, config.width)
+    for parameter, tensor in module.state_dict().items():
+        if not tensor.isfinite().all():
+            raise VesicleError(f"{parameter} of {name} has numbers that are not finite")
 
 
 def _small(name: str, values: dict[str, Any], config: PredictorConfig) -> SmallModule:

@@ -163,6 +163,16 @@ class StandIns:
     attention: SmallModule | None = None
     summary: str = "mean"
 
+    def check(self, shape: ModelShape) -> None:
+        """Refuse small modules that do not fit a model.
+
+        Raises:
+            VesicleError: With the parameter, its shape and what is allowed.
+        """
+        for module in (self.ffn, self.attention):
+            if module is not None:
+                module.check(shape.n_layers, shape.width)
+
 
 class Method(ABC):
     """Anything that can write Plans for a model.

@@ -110,6 +110,7 @@ def check_events(events: Events, n_tokens: int, n_layers: int, n_heads: int) -> 
         "first": (0, n_tokens - 1),
         "last": (0, n_tokens - 1),
         "kv_head": (ALL_HEADS, n_heads - 1),
+        "value": (0, 0),
     }
     for name, (low, high) in bounds.items():
         values = events[name]
@@ -119,6 +120,13 @@ def check_events(events: Events, n_tokens: int, n_layers: int, n_heads: int) -> 
                 f"plan event {name!r} is {values[bad][0]} at {int(bad.argmax())}; "
                 f"allowed: {low} to {high}"
             )
+    falls = events["last"] < events["first"]
+    if falls.any():
+        at = int(falls.argmax())
+        raise VesicleError(
+            f"plan event 'last' is {events['last'][at]} at {at}; "
+            f"allowed: {events['first'][at]} and above, its 'first'"
+        )
     check_evict_after(evict_after_of(events, n_tokens, n_layers, n_heads))
 
 

@@ -7,8 +7,10 @@ events, checked here, which becomes part of the Plan; so a Plan that was made th
 like any other.
 
 It is asked at lengths that depend on nothing but the text, so what is forgotten does not depend on
-how a text is cut into passes. Answers of one layer come in order of length. Executors differ in
-which layer is asked first, so a forgetter keeps what it remembers layer by layer.
+how a text is cut into passes. A layer is asked about in order of length. Executors differ in which
+layer comes first (the engine asks about all layers at each length, the reference about all lengths
+of a pass in each layer), so a forgetter keeps what it remembers layer by layer. Only where it
+raised an error, or was interrupted, is it asked once more about a layer at the same length.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ class Forgetter(ABC):
     """Decides which entries a sequence forgets as it goes on.
 
     Attributes:
-        interval: Tokens between the lengths at which it is asked, a multiple of 16.
-        reads_attention: Whether it needs to know what attention entries received. The engine
-            works out every score twice then; `Overhead.reads_attention` prices it.
+        interval: Tokens between the lengths at which it is asked, a multiple of 16; read once, when
+            a sequence starts.
+        reads_attention: Whether it needs to know what attention entries received; likewise. The
+            engine works out every score twice then; `Overhead.reads_attention` prices it.
     """
 
     interval: int
@@ -96,16 +99,39 @@ def forgetter_of(author: Author) -> Forgetter | None:
     found = author.forgetter
     if found is None:
         return None
+    if not isinstance(found, Forgetter):
+        raise VesicleError(f"forgetter is {found!r}; allowed: an instance of a Forgetter, or None")
     if author.evict_after is not None:
         raise VesicleError("an author has evict_after and a forgetter; allowed: one of the two")
-    interval = found.interval
-    whole = isinstance(interval, int | np.integer) and not isinstance(interval, bool)
-    if not whole or interval < BLOCK or interval % BLOCK:
-        raise VesicleError(
-            f"interval of {type(found).__name__} is {interval}; "
-            f"allowed: multiples of {BLOCK} from {BLOCK}"
-        )
+    check_interval(getattr(found, "interval", None), type(found).__name__)
     return found
+
+
+def check_interval(interval: object, whose: str) -> None:
+    """Refuse an interval that is no multiple of 16.
+
+    Raises:
+        VesicleError: Naming it.
+    """
+    whole = isinstance(interval, int | np.integer) and not isinstance(interval, bool)
+    if not whole or interval < BLOCK or interval % BLOCK:  # type: ignore[operator]
+        raise VesicleError(
+            f"interval of {whose} is {interval}; allowed: multiples of {BLOCK} from {BLOCK}"
+        )
+
+
+def fork_of(forgetter: Forgetter, n_tokens: int) -> Forgetter:
+    """A forgetter's fork, which is one.
+
+    Raises:
+        VesicleError: If it is none, or the forgetter cannot be forked.
+    """
+    fork = forgetter.fork(n_tokens)
+    if not isinstance(fork, Forgetter):
+        raise VesicleError(
+            f"fork of {type(forgetter).__name__} gives {fork!r}; allowed: a Forgetter"
+        )
+    return fork
 
 
 def with_evidence(overhead: Overhead, author: Author) -> Overhead:
@@ -133,10 +159,14 @@ def ask(
     Raises:
         VesicleError: If the events are of another layer or position, or do not fit pages.
     """
-    if received is None:
-        received = np.zeros(positions.shape, np.float32)
-    evidence = Evidence(positions=positions, received=received.astype(np.float32, copy=False))
-    events = forgetter.forget(layer, length, evidence)
+    told = np.zeros(positions.shape, np.float32)
+    if received is not None:
+        told[:] = received
+    shown = positions.copy()
+    told.flags.writeable = shown.flags.writeable = False
+    events = forgetter.forget(layer, length, Evidence(positions=shown, received=told))
+    if isinstance(events, np.ndarray):
+        events = events.copy()  # the forgetter's own may change
     return events, _left(events, layer, length, positions)
 
 
@@ -149,8 +179,14 @@ def all_but(layer: int, length: int, positions: IntArray, stays: NDArray[np.bool
         layer: Of the entries.
         length: Tokens read, the events' position.
         positions: (G, n) of the entries held, rising; n a multiple of 16.
-        stays: (G, n) which of them stay.
+        stays: (G, n) bool, which of them stay.
+
+    Raises:
+        VesicleError: If `stays` is of another shape or kind.
     """
+    if not isinstance(stays, np.ndarray) or stays.dtype != bool or stays.shape != positions.shape:
+        kind = f"{stays.dtype} of {stays.shape}" if isinstance(stays, np.ndarray) else repr(stays)
+        raise VesicleError(f"stays is {kind}; allowed: an array of bool of {positions.shape}")
     gone = ~rounded_up(stays)
     together = len(gone) == 1 or bool(
         (gone == gone[:1]).all() and (positions == positions[:1]).all()
@@ -193,6 +229,7 @@ def _left(events: Events, layer: int, length: int, positions: IntArray) -> IntAr
         "first": (0, length - 1),
         "last": (0, length - 1),
         "kv_head": (ALL_HEADS, len(positions) - 1),
+        "value": (0, 0),
     }
     for name, (low, high) in bounds.items():
         values = events[name]
@@ -202,6 +239,10 @@ def _left(events: Events, layer: int, length: int, positions: IntArray) -> IntAr
             raise VesicleError(
                 f"an event of forget has {name} {values[bad][0]}; allowed: {allowed}"
             )
+    falls = events[events["last"] < events["first"]]
+    if len(falls):
+        first, last = int(falls["first"][0]), int(falls["last"][0])
+        raise VesicleError(f"an event of forget has last {last}; allowed: {first} and above")
     gone = np.zeros((len(positions), positions.shape[1] + 1), np.int64)
     for head, row in enumerate(gone):
         mine = events[(events["kv_head"] == ALL_HEADS) | (events["kv_head"] == head)]

@@ -113,6 +113,7 @@ class Run:
             method.modulator.check_fits(self.shape)
         elif soft is not None:
             raise VesicleError("soft execution needs a modulator")
+        method.stand_ins.check(self.shape)
         self._handles: list[Any] = []
         self.prompt_slots = prompt_tokens - 1
         self._implementation: str | None = None

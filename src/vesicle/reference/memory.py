@@ -19,7 +19,11 @@ from vesicle.retention import eviction_lengths, held_entries
 
 
 class Memory:
-    """The entries of one layer of one sequence."""
+    """The entries of one layer of one sequence.
+
+    Attributes:
+        reads_attention: Whether `receive` is to be told what entries receive.
+    """
 
     def __init__(
         self,
@@ -38,23 +42,20 @@ class Memory:
         """
         self._evict_after, self._layer = evict_after, layer
         self._forgetter, self._note = forgetter, note
+        self._interval = 0 if forgetter is None else forgetter.interval
+        self.reads_attention = forgetter is not None and forgetter.reads_attention
         self._sums = np.zeros((evict_after.shape[1], 0))
-
-    @property
-    def reads_attention(self) -> bool:
-        """Whether `receive` is to be told what entries receive."""
-        return self._forgetter is not None and self._forgetter.reads_attention
 
     def periods(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut the tokens `start` to `stop` where something is forgotten; ask as they go by."""
         if self._forgetter is None:
             ends = [n for n in eviction_lengths(self._evict_after[:, None]) if start < n < stop]
         else:
-            interval = self._forgetter.interval
+            interval = self._interval
             ends = list(range((start // interval + 1) * interval, stop, interval))
         for first, last in zip([start, *ends], [*ends, stop], strict=True):
             yield first, last
-            if self._forgetter is not None and last % self._forgetter.interval == 0:
+            if self._forgetter is not None and last % self._interval == 0:
                 self._ask(self._forgetter, last)
 
     def held(self, length: int) -> IntArray:
@@ -71,7 +72,7 @@ class Memory:
 
     def _ask(self, forgetter: Forgetter, length: int) -> None:
         held, received = self.held(length), None
-        if forgetter.reads_attention:
+        if self.reads_attention:
             self.receive(held, np.zeros(held.shape))  # room for all
             received = np.take_along_axis(self._sums, held, axis=1)
             self._sums[:] = 0
