@@ -719,15 +719,15 @@ void run_by_stages(Random& r, void* pass, const VesicleModel& m, std::vector<Chu
         if (chunks[i].releases(t)) continue;
         const VesiclePlanRow& from = plans[i][t * L + l];
         VesiclePlanRow& to = chunks[i].plan[t * L + l];
-        const int64_t site = ffn ? 2 : 0;
-        std::copy(from.channels + site, from.channels + site + 2, to.channels + site);
-        std::copy(from.bits + site, from.bits + site + 2, to.bits + site);
-        if (ffn) {
-          to.ffn = from.ffn;
-          to.head = from.head;
+        if (!ffn) {  // all but what is decided after attention
+          VesiclePlanRow row = from;
+          std::copy(to.channels + 2, to.channels + 4, row.channels + 2);
+          std::copy(to.bits + 2, to.bits + 4, row.bits + 2);
+          row.ffn = to.ffn;
+          row.head = to.head;
+          to = row;
         } else {
-          to.attention = from.attention;
-          to.kv_blocks = from.kv_blocks;
+          to = from;
         }
       }
   };

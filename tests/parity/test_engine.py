@@ -25,6 +25,7 @@ from tests.tiny import (
 )
 from vesicle.cost import price, price_dense, price_tokens
 from vesicle.engine import Engine, Sequence, core, linear
+from vesicle.engine.chunk import OTHERS
 from vesicle.errors import VesicleError
 from vesicle.modulator import Modulator
 from vesicle.plan import Dense, Method, Plan, Replay, StandIns
@@ -250,7 +251,9 @@ def test_the_native_core_is_the_torch_pass(family: str, ids: Tensor, summary: st
     engine = Engine.from_model(model)
     stand_ins = tiny_modulator(engine.shape, summary=summary, dtype=torch.float32).stand_ins
     plan = random_plan(engine.shape, 70, np.random.default_rng(3))
-    method = Replay(plan.with_fields(bits=np.full_like(plan.bits, 16)), stand_ins)
+    rest = Plan.rest(engine.shape, 70)
+    plan = plan.with_fields(**{name: getattr(rest, name) for name in ("bits", *OTHERS)})
+    method = Replay(plan, stand_ins)
     if core.available():
         assert engine._native is not None
         assert engine._native.reach(engine.start(method)) == 70
