@@ -129,7 +129,9 @@ class SmallFfn(SmallModule):
             raise ValueError(f"a small FFN has {units!r} hidden units; allowed: 1 and above")
         if not isinstance(gated, bool):
             raise ValueError(f"gated is {gated!r}; allowed: true, false")
-        self.activation, self.gated = _known(activation), gated
+        if activation not in ACTIVATIONS:
+            raise ValueError(_unknown(activation))
+        self.activation, self.gated = activation, gated
         columns = 2 * units if gated else units
         self.ffn_in = nn.Parameter(torch.zeros(n_layers, width, columns), requires_grad=False)
         self.ffn_out = nn.Parameter(torch.zeros(n_layers, units, width), requires_grad=False)
@@ -152,12 +154,17 @@ class SmallFfn(SmallModule):
 
     def shapes(self, n_layers: int, width: int) -> dict[str, tuple[int, ...]]:
         """Of both projections."""
-        _known(self.activation)
         columns = 2 * self.units if self.gated else self.units
         return {
             "ffn_in": (n_layers, width, columns),
             "ffn_out": (n_layers, self.units, width),
         }
+
+    def check(self, n_layers: int, width: int) -> None:
+        """As `SmallModule.check`; and an activation that was set to something unknown."""
+        super().check(n_layers, width)
+        if self.activation not in ACTIVATIONS:
+            raise VesicleError(_unknown(self.activation))
 
     def apply_layer(self, layer: int, x: Tensor) -> Tensor:
         """The FFN of `layer` on x (..., D)."""
@@ -170,10 +177,8 @@ class SmallFfn(SmallModule):
         return inner @ self.ffn_out[layer].to(x.dtype)
 
 
-def _known(activation: str) -> str:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
-    return activation
+def _unknown(activation: str) -> str:
+    return f"activation is {activation!r}; allowed: {', '.join(ACTIVATIONS)}"
 
 
 KINDS: dict[str, type[SmallModule]] = {"low-rank": LowRankMaps, "ffn": SmallFfn}

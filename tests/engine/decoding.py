@@ -18,7 +18,7 @@ from transformers import (
 
 from tests.tiny import random_plan, randomise
 from vesicle.effectors import DopaminePrecision, GabaSparsity
-from vesicle.engine import Engine
+from vesicle.engine import Engine, Sequence
 from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.plan import Dense, Method, Replay
 from vesicle.shapes import ModelShape
@@ -100,3 +100,12 @@ def method_for(engine: Engine, kind: str, summary: str = "bounds", seed: int = 3
             plan = plan.with_fields(bits=np.full_like(plan.bits, 16))
         return Replay(plan, modulator.stand_ins)
     return ModulatorMethod(modulator, 0.5)
+
+
+def read(engine: Engine, method: Method, sizes: list[int]) -> tuple[Sequence, torch.Tensor]:
+    """A sequence that has read `IDS` in pieces of these sizes, and all logits (T, V)."""
+    sequence, at, rows = engine.start(method), 0, []
+    for size in sizes:
+        rows.append(engine.forward([(sequence, IDS[at : at + size])], "all")[0])
+        at += size
+    return sequence, torch.cat(rows)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.decoding import IDS, method_for, modulator_for, native
+from tests.engine.decoding import IDS, method_for, modulator_for, native, read
 from tests.parity.test_engine import FP64, close, counted, executed, reference
+from tests.parity.test_retention import check_a_padded_batch
 from tests.tiny import shape_of, tiny_modulator, tokens
 from vesicle.cost import kv_bytes_peak
 from vesicle.engine import Engine, core
 from vesicle.errors import VesicleError
 from vesicle.eviction import EvictionPolicy, HeavyHitters, SinksAndRecent
-from vesicle.families import cache_argument, find_cache
 from vesicle.plan import Dense, Events, Evidence, Forgetter, Method, Plan, Replay, all_but
 from vesicle.plan.events import table_of
 from vesicle.reference.attach import attach
@@ -151,27 +151,7 @@ def test_evidence_is_attention_summed(llama: Any, ids: Tensor):
 
 
 def test_a_batch_in_the_reference(llama: Any):
-    """Padded, in two passes: each row is its own sequence."""
-    method = HeavyHitters(16, interval=16)
-    rows = [tokens(70, seed=1), tokens(61, seed=2)]
-    padded = torch.zeros(2, 70, dtype=torch.long)
-    for row, text in enumerate(rows):
-        padded[row, 70 - text.shape[1] :] = text
-    mask = (padded != 0).long()
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    with attach(llama, method) as run:
-        first = llama(padded[:, :55], attention_mask=mask[:, :55], position_ids=places[:, :55])
-        second = llama(
-            padded[:, 55:],
-            attention_mask=mask,
-            position_ids=places[:, 55:],
-            **cache_argument(llama, find_cache(first)),
-        )
-    logits = torch.cat([first.logits, second.logits], dim=1)
-    for row, (text, plan) in enumerate(zip(rows, run.plans, strict=True)):
-        alone, expected = reference(llama, text, method)
-        assert plan.equals(expected)
-        close(logits[row, 70 - text.shape[1] :], alone, 1e-5)
+    check_a_padded_batch(llama, HeavyHitters(16, interval=16))
 
 
 @pytest.mark.parametrize("t", [31, 40, 49])
@@ -191,14 +171,6 @@ def test_causal(llama: Any, ids: Tensor, t: int):
 NATIVE = [("int4", "fp16"), ("int8", "int8"), ("fp32", "fp32"), ("bf16", "fp32")]
 INNER = ("dense", "stand-ins", "replay")
 PIECES = {"chunks": [1, 16, 80, 33, 30], "tokens": [1] * 160, "mixed": [100, *[1] * 60]}
-
-
-def read(engine: Engine, method: Method, sizes: list[int]) -> tuple[Any, Tensor]:
-    sequence, at, rows = engine.start(method), 0, []
-    for size in sizes:
-        rows.append(engine.forward([(sequence, IDS[at : at + size])], "all")[0])
-        at += size
-    return sequence, torch.cat(rows)
 
 
 @needs_core

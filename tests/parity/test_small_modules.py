@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.decoding import IDS, native
+from tests.engine.decoding import IDS, native, read
 from tests.parity.test_engine import FP64, close, counted, executed, reference
 from tests.tiny import random_plan, randomise, shape_of, tiny_modulator
 from vesicle.engine import Engine, core
@@ -75,14 +75,6 @@ def test_every_family(model: Any, ids: Tensor):
     counted(sequence, engine)
     without = replay(shape, None, other)
     assert (logits - reference(model, ids, without)[0]).abs().mean() > 0.01
-
-
-def read(engine: Engine, method: Method, sizes: list[int]) -> tuple[Any, Tensor]:
-    sequence, at, rows = engine.start(method), 0, []
-    for size in sizes:
-        rows.append(engine.forward([(sequence, IDS[at : at + size])], "all")[0])
-        at += size
-    return sequence, torch.cat(rows)
 
 
 NATIVE = [("int4", "fp16"), ("int8", "int8"), ("fp32", "fp32"), ("bf16", "fp32")]
@@ -203,6 +195,13 @@ def test_forms_are_checked():
         SmallFfn(2, 8, 1, activation="tanh")
     with pytest.raises(ValueError, match="gated is 'no'; allowed: true, false"):
         SmallFfn(2, 8, 1, gated="no")  # type: ignore[arg-type]
+
+
+def test_an_activation_that_is_set_later_is_checked(llama: Any):
+    small = small_ffn(shape_of(llama))
+    small.activation = "tanh"
+    with pytest.raises(VesicleError, match="activation is 'tanh'; allowed: silu"):
+        Engine.from_model(llama).start(replay(shape_of(llama), small, None))
 
 
 def misfits(shape: ModelShape) -> dict[str, SmallModule]:

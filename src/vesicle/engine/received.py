@@ -6,6 +6,8 @@ One number for each slot of each KV head and layer; no attention matrix is kept.
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,6 +52,6 @@ class Received:
 
     def fork(self) -> Received:
         """The same sums, to go on by themselves."""
-        fork = object.__new__(Received)
+        fork = copy.copy(self)
         fork.sums, fork._before = self.sums.copy(), None
         return fork

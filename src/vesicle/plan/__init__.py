@@ -15,7 +15,7 @@ kv_blocks    (T, L)      blocks of 16 cached positions that the query reads, per
 head         (T,)        LM head: 0 whole; m screens it by leading bits, then ranks the m best
 ===========  ==========  =====================================================================
 
-and events between tokens: which entries of the cache end, and where passes had to end.
+and events between tokens: which entries of the cache end.
 
 The four *sites* are the distinct inputs of a layer's projections: `attention_in` (queries, keys,
 values), `attention_out`, `ffn_in` (gate and up) and `ffn_out` (down).
