@@ -67,7 +67,9 @@ class ChunkBuffer:
         self.plan = np.zeros((_ROWS, layers), ROW)
         # What the structures point to is held here, for as long as they point to it.
         self._small: list[Tensor] = []
+        self._small_places: _Places | None = []
         self._predictor: list[Tensor] = []
+        self._predictor_places: _Places | None = None
         self.levels = np.ones((_ROWS, layers, len(NAMES)))
         self.rows = np.zeros((_ROWS, layers, sites), np.int64)
         self.outputs = np.zeros((_ROWS, layers, sites), np.int64)
@@ -77,6 +79,7 @@ class ChunkBuffer:
         self.small = np.zeros(_ROWS, np.int64)
         self.heads = np.zeros(_ROWS, np.int64)
         self.used = self._planned = 0
+        self._chooses = 0  # up to which of its rows blocks may be chosen, where they are known
         self.released = np.zeros(_ROWS, bool)
         self._ids = np.zeros(_ROWS, np.int32)
         self._acting = np.zeros(_ROWS, np.int64)
@@ -85,19 +88,8 @@ class ChunkBuffer:
         self._room: Tensor | None = None  # (L, G, groups of 16, V, K, 16) summaries, turned
         self._tables: object = None
         self.chunk = core.Chunk(ids=self._ids.ctypes.data, acting=self._acting.ctypes.data)
-        self._addresses = [
-            (name, array.ctypes.data, array.strides[0])
-            for name, array in (
-                ("plan", self.plan),
-                ("levels", self.levels),
-                ("rows", self.rows),
-                ("outputs", self.outputs),
-                ("visited", self.visited),
-                ("compared", self.compared),
-                ("summed", self.summed),
-                ("small", self.small),
-            )
-        ]
+        for name in ("plan", "levels", "rows", "outputs", "visited", "compared", "summed", "small"):
+            setattr(self.chunk, name, getattr(self, name).ctypes.data)
         self._small_ffn: core.Small | None = None
         self._small_attention: core.Small | None = None
         self._modulator: core.ModulatorParts | None = None
@@ -141,26 +133,60 @@ class ChunkBuffer:
         """Whether the author is asked layer by layer."""
         return self._decides is Decides.ASKED
 
-    def _follow(self, sequence: Sequence) -> None:
-        """Point to where parameters lie now: they may have been replaced, or moved and back."""
+    def follow_small(
+        self, sequence: Sequence, executes: Callable[[SmallModule | None, bool], bool]
+    ) -> bool:
+        """Point to where small modules lie now: they may have been replaced, or moved and back.
+
+        Args:
+            sequence: Whose buffer this is.
+            executes: Whether the core computes a module in place of an FFN, or else of attention.
+
+        Returns:
+            Whether the core executes them.
+        """
         stand_ins = sequence.stand_ins
         both = stand_ins.ffn, stand_ins.attention
         now = [p for module in both for p in parts_of(module)]
-        if not _same_places(now, self._small):
-            stand_ins.check(self._shape)  # the core reads as far as the model's sizes say
-            self._small = [p.detach() for p in now]
-            self._small_ffn, self._small_attention = map(small_module, both)
-            self.chunk.small_ffn = _where(self._small_ffn)
-            self.chunk.small_attention = _where(self._small_attention)
-        author = sequence.author
-        if self._decides is not Decides.CORE or not isinstance(author, ModulatorAuthor):
-            return
-        now = parts_of(author.modulator.predictor)
-        if not _same_places(now, self._predictor):
-            self._predictor = [p.detach() for p in now]
-            self._modulator = _modulator_parts(author)
-            self._least = author.modulator.gaba.least
-        self.chunk.modulator = _where(self._modulator)
+        places = _places(now)
+        if places == self._small_places:
+            return True
+        self._small_places = None
+        if not executes(both[0], True) or not executes(both[1], False):
+            return False
+        stand_ins.check(self._shape)  # the core reads as far as the model's sizes say
+        self._small = [p.detach() for p in now]
+        self._small_ffn, self._small_attention = map(small_module, both)
+        self.chunk.small_ffn = _where(self._small_ffn)
+        self.chunk.small_attention = _where(self._small_attention)
+        self._small_places = places
+        return True
+
+    def follow_predictor(self, author: ModulatorAuthor) -> bool:
+        """The same for the parameters of a predictor; whether the core evaluates it."""
+        predictor = author.modulator.predictor
+        if not isinstance(predictor, LinearPredictor):
+            return False
+        now = parts_of(predictor)
+        places = _places(now)
+        if places == self._predictor_places:
+            return True
+        self._predictor_places = None
+        if not all(map(readable, now)):
+            return False
+        self._predictor = [p.detach() for p in now]
+        self._modulator = _modulator_parts(author)
+        self._least = author.modulator.gaba.least
+        if self._decides is Decides.CORE:
+            self.chunk.modulator = _where(self._modulator)
+        self._predictor_places = places
+        return True
+
+    def acts(self, sequence: Sequence, author: ModulatorAuthor) -> bool:
+        """Whether any transmitter acts on the next token."""
+        if self._decides is Decides.CORE and self.used < self._planned:
+            return bool(self._acting[self.used])
+        return bool(author.acting(np.array([sequence.length], np.int32)).any())
 
     def prepare(
         self,
@@ -179,18 +205,13 @@ class ChunkBuffer:
         """
         if self.flying:
             raise VesicleError("a sequence is to be read that is being read already")
-        self._follow(sequence)
         self.flying = True
         position, cache, n = sequence.length, sequence.cache, len(ids)
         chunk, i = self.chunk, self.used
-        for name, start, stride in self._addresses:
-            setattr(chunk, name, start + i * stride)
         self._ids[:n] = ids
-        chunk.n, chunk.position = n, position
+        chunk.n, chunk.position, chunk.recorded = n, position, i
         if self._decides is Decides.CORE:
-            acting = sequence.author.acting(np.arange(position, position + n, dtype=np.int32))
-            self._acting[:n] = acting @ _BITS
-            self.released[i : i + n] = acting.any(1)
+            self.released[i : i + n] = self._acting[i : i + n] != 0
         chunk.cosine, chunk.sine = rotation
         tables = cache.tables
         if tables is not self._tables:
@@ -205,14 +226,15 @@ class ChunkBuffer:
 
     def _plan_ahead(self, sequence: Sequence) -> None:
         """Fill the rows of the next tokens with what is known of them, as far as the core goes."""
-        position = sequence.length
+        author, position = sequence.author, sequence.length
         positions = np.arange(position, position + _ROWS, dtype=np.int32)
-        self._planned = self.blocked = 0
+        self._planned = self.blocked = self._chooses = 0
         if self._decides is not Decides.BEFORE:
             self._planned = _ROWS
             self.plan[:] = resting_rows(self._shape, positions)
+            if isinstance(author, ModulatorAuthor):
+                self._acting[:] = author.acting(positions) @ _BITS
             return
-        author = sequence.author
         known = author.planned(positions)
         if known is None or not len(known):
             return
@@ -231,6 +253,8 @@ class ChunkBuffer:
             return
         n = int(beyond.argmax()) if beyond.any() else n
         self.plan[:n], self._planned = known[:n], n
+        chooses = (known["kv_blocks"][:n] < (positions[:n] // BLOCK + 1)[:, None]).any(1)
+        self._chooses = n - int(chooses[::-1].argmax()) if chooses.any() else 0
         if isinstance(author, ModulatorAuthor):
             self.levels[:n] = author.foreseen(positions[:n])
 
@@ -245,12 +269,8 @@ class ChunkBuffer:
         block = position // BLOCK
         if self._decides is not Decides.BEFORE:
             needed = (position + n - 1) // BLOCK + 1 > self._least
-        elif self.chunk.summaries:
-            needed = True
         else:
-            blocks = self.plan["kv_blocks"][self.used : self._planned]
-            visible = np.arange(position, position + len(blocks)) // BLOCK + 1
-            needed = bool((blocks < visible[:, None]).any())
+            needed = self.used < self._chooses or bool(self.chunk.summaries)
         if not needed:
             self.chunk.summaries = self._summarised = None
             return
@@ -295,7 +315,8 @@ class ChunkBuffer:
         """Count the tokens that the core has just run, and at how many it ran the head."""
         self.flying = False
         n, start = self.chunk.n, self.used
-        self.heads[start : start + n] = np.arange(n) >= n - heads
+        self.heads[start : start + n - heads] = 0
+        self.heads[start + n - heads : start + n] = 1
         self.used += n
         if self.asks:  # what an author has said itself is not to be told it again
             self.flush(sequence)
@@ -394,12 +415,12 @@ def readable(parameter: Tensor) -> bool:
     )
 
 
-def _same_places(now: list[Tensor], before: list[Tensor]) -> bool:
-    """Whether parameters lie where those lie that are held: no other storage can lie there."""
-    return len(now) == len(before) and all(
-        p.data_ptr() == q.data_ptr() and p.shape == q.shape
-        for p, q in zip(now, before, strict=True)
-    )
+_Places = list[tuple[int, torch.Size, tuple[int, ...], torch.dtype]]
+
+
+def _places(parameters: list[Tensor]) -> _Places:
+    """Where parameters lie; where one is held, nothing else can lie."""
+    return [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in parameters]
 
 
 def _where(structure: ctypes.Structure | None) -> int | None:

@@ -370,7 +370,6 @@ class Engine:
             found = refused | dict(zip(left, self._read(left, wants), strict=True))
             return [found[i] for i in range(len(batch))]
 
-    @torch.inference_mode()
     def _read(self, batch: dict[int, Part], wants: Wanted) -> list[Outcome]:
         """Read the parts of a batch, which have been checked, in as many passes as it takes.
 
@@ -447,6 +446,7 @@ class Engine:
             found |= zip(places, self._native.run(parts, wants), strict=True)
         return found
 
+    @torch.inference_mode()
     def _run_torch(self, batch: list[Part], wants: Wanted) -> list[Outcome]:
         """Run any batch in PyTorch."""
         if not batch:

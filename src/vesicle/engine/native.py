@@ -34,7 +34,6 @@ from vesicle.engine.weights import Weights
 from vesicle.families.base import Affine, DecoderConfig
 from vesicle.modulator import ModulatorAuthor
 from vesicle.plan import Author
-from vesicle.predictors.linear import LinearPredictor
 from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
 
 if TYPE_CHECKING:
@@ -162,14 +161,12 @@ class NativeCore:
 
     def reach(self, sequence: Sequence) -> int:
         """How many of a sequence's next tokens a pass may take; 0 if it cannot execute the next."""
-        author, stand_ins, buffer = sequence.author, sequence.stand_ins, sequence.buffer()
-        if not self._executes(stand_ins.ffn, ffn=True):
-            return 0
-        if not self._executes(stand_ins.attention, ffn=False):
+        author, buffer = sequence.author, sequence.buffer()
+        if not buffer.follow_small(sequence, self._executes):
             return 0
         decides = Decides.BEFORE
         if isinstance(author, ModulatorAuthor) and author.reads_hidden:
-            if author.acting(np.array([sequence.length], np.int32)).any():
+            if buffer.acts(sequence, author):
                 decides = self._who(author, buffer)
         buffer.turn(sequence, decides)
         room = buffer.room(sequence)
@@ -179,7 +176,7 @@ class NativeCore:
             room = buffer.room(sequence)
         return 0 if decides is Decides.ASKED and not self._may_ask(author, buffer) else room
 
-    def _executes(self, module: SmallModule | None, *, ffn: bool) -> bool:
+    def _executes(self, module: SmallModule | None, ffn: bool) -> bool:
         """Whether the core computes a small module, in place of an FFN or of attention."""
         match module:
             case None:
@@ -194,14 +191,8 @@ class NativeCore:
 
     def _who(self, author: ModulatorAuthor, buffer: ChunkBuffer) -> Decides:
         """Whether the core decides as a modulator does, or its author has to be asked."""
-        predictor = author.modulator.predictor
-        if (
-            isinstance(predictor, LinearPredictor)
-            and all(map(readable, parts_of(predictor)))
-            and buffer.follows(author, self._weights.packed)
-        ):
-            return Decides.CORE
-        return Decides.ASKED
+        core_can = buffer.follow_predictor(author) and buffer.follows(author, self._weights.packed)
+        return Decides.CORE if core_can else Decides.ASKED
 
     def _may_ask(self, author: Author, buffer: ChunkBuffer) -> bool:
         """Whether the core executes whatever an author may answer."""
@@ -218,11 +209,10 @@ class NativeCore:
                 token to follow.
 
         Returns:
-            For each sequence, logits (1, V) or (T, V), the likeliest token's id (), or (0, V); or
-            what went wrong.
+            For each sequence, logits (1, V), (T, V) or (0, V), or the likeliest token's id; or what
+            went wrong.
         """
-        sizes = [{"last": 1, "all": len(ids)}.get(wants, 0) for _, ids in batch]
-        logits = torch.empty(sum(sizes), self._shape.vocabulary).split(sizes)
+        logits = self._room_for_logits(batch, wants)
         # First, since growing would move the rows that other tokens point to.
         self._rotary.reach(max(sequence.length + len(ids) for sequence, ids in batch))
         asked = [i for i, (sequence, _) in enumerate(batch) if sequence.buffer().asks]
@@ -241,7 +231,7 @@ class NativeCore:
                 buffer.prepare(sequence, ids, place, self._summarise)
                 begun.append((sequence, ids))
                 buffer.chunk.wants = _WANTS[wants]
-                buffer.chunk.logits = rows.data_ptr() if len(rows) else None
+                buffer.chunk.logits = None if rows is None else rows.data_ptr()
                 frame.chunks[i] = buffer.chunk
             failed = dict[int, Exception]()
             if asked:
@@ -257,12 +247,23 @@ class NativeCore:
             self._depth -= 1
         found: list[Outcome] = []
         for i, part in enumerate(batch):
-            outcome = failed.get(i) or _finished(part, frame.chunks[i], wants)
-            found.append(logits[i] if outcome is None else outcome)
+            outcome = failed.get(i)
+            if outcome is None:
+                outcome = _finished(part, frame.chunks[i], wants)
+            if outcome is None:
+                outcome = torch.empty(0, self._shape.vocabulary) if logits[i] is None else logits[i]
+            found.append(outcome)
         for i in failed:
             with suppress(Exception):
                 _break_off(batch[i])
         return found
+
+    def _room_for_logits(self, batch: list[Part], wants: Wanted) -> list[Tensor | None] | tuple[Tensor, ...]:
+        """Of each sequence (1, V) or (T, V), None where none are asked for."""
+        if wants not in ("last", "all"):
+            return [None] * len(batch)
+        sizes = [1 if wants == "last" else len(ids) for _, ids in batch]
+        return torch.empty(sum(sizes), self._shape.vocabulary).split(sizes)
 
     @property
     def _end(self) -> int:
@@ -281,6 +282,7 @@ class NativeCore:
             core.threads(),
         )
 
+    @torch.inference_mode()
     def _ask(self, frame: _Frame, batch: list[Part], asked: list[int]) -> dict[int, Exception]:
         """Run a pass and ask some of its authors before each stage; what went wrong, by place."""
         sequences = [batch[i][0] for i in asked]
@@ -328,7 +330,7 @@ class _Frame:
 
 
 def _finished(part: Part, chunk: core.Chunk, wants: Wanted) -> Outcome | None:
-    """Take over what the core has done for a sequence: the likeliest id (), None for logits."""
+    """Take over what the core has done for a sequence: the likeliest id, None for logits."""
     sequence, ids = part
     start, buffer = sequence.length, sequence.buffer()
     buffer.chunk.lost = chunk.lost
@@ -339,7 +341,7 @@ def _finished(part: Part, chunk: core.Chunk, wants: Wanted) -> Outcome | None:
     buffer.done(sequence, {"none": 0, "all": len(ids)}.get(wants, 1))
     if lost >= 0:
         return not_finite(start + lost)
-    return torch.tensor(chunk.likeliest) if wants == "likeliest" else None
+    return int(chunk.likeliest) if wants == "likeliest" else None
 
 
 def _break_off(part: Part) -> None:

@@ -301,6 +301,6 @@ class Sequence:
 
 Part = tuple[Sequence, list[int]]
 """A sequence and its next tokens."""
-Outcome = Tensor | Exception
+Outcome = Tensor | int | Exception
 """What a pass computed for a sequence, or why it could not."""
 Wanted = Literal["last", "all", "none", "likeliest"]

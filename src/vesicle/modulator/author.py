@@ -46,7 +46,11 @@ class ModulatorAuthor(Author):
         self._shape = shape
         self._rules = self.modulator.rules(shape)
         self._columns = [index(name) for name in self.modulator.predictor.config.transmitters]
-        self._phases = EVERYWHERE if method.counts_prompt else method.phases
+        phases = EVERYWHERE if method.counts_prompt else method.phases
+        released = np.zeros(len(NAMES), bool)
+        if not self._rests:
+            released[self._columns] = True
+        self._by_phase = phases.acting(np.array([False, True])) & released  # off and on a prompt
         self._prompts = Spans()
         self.state: State = {}
         self._released: FloatArray | None = None  # (T, 5) by the layer before, if anything acts
@@ -100,11 +104,7 @@ class ModulatorAuthor(Author):
 
     def acting(self, positions: IntArray) -> NDArray[np.bool_]:
         """(T, 5) which transmitters are released, and act, at `positions` (T,)."""
-        acting = self._phases.acting(self._prompts.contains(positions))
-        released = np.zeros(len(NAMES), bool)
-        if not self._rests:
-            released[self._columns] = True
-        return np.where(released, acting, False).astype(bool)
+        return self._by_phase[self._prompts.contains(positions).astype(np.intp)]
 
     def releases(self, positions: IntArray) -> NDArray[np.bool_]:
         """Where any transmitter acts."""

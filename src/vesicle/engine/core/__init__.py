@@ -134,7 +134,7 @@ class Chunk(ctypes.Structure):
 
     _fields_ = [
         ("ids", _POINTER),
-        *_fields(_LONG, "n", "position", "room", "vectors", "room_summaries"),
+        *_fields(_LONG, "n", "position", "room", "vectors", "room_summaries", "recorded"),
         *_fields(_POINTER, "cosine", "sine", "tables", "starts", "held", "summaries"),
         *_fields(_POINTER, "modulator", "acting", "small_ffn", "small_attention"),
         *_fields(_POINTER, "plan", "levels"),

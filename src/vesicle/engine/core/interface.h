@@ -79,6 +79,7 @@ enum VesicleWanted : int64_t { kNothing = 0, kLogits = 1, kLikeliest = 2, kAllLo
 struct VesicleChunk {
   const int32_t* ids;  // (n)
   int64_t n, position, room, vectors, room_summaries;
+  int64_t recorded;  // tokens before these in `acting`, in the arrays from `plan` to `small`, and in `summed`
   const float *cosine, *sine;              // (n, rotated)
   const int32_t *tables, *starts, *held;   // (L, room), (L, room), (L): the block of the last token included
   void* const* summaries;  // (L) of complete blocks (G, room_summaries / 16, vectors, K, 16), kept up to date; or null

@@ -22,7 +22,7 @@ struct Quantized {
   float* scales_;   // (groups, step)
   float* sums_;     // (groups, step), scale times the sum of the codes
   int64_t step;
-  bool dense;  // every channel is chosen: rows are 0..31 in every group
+  bool dense;  // rows are 0..31 in every group: every channel is chosen, or the others' codes are zeros
 
   int8_t* codes(int64_t g) const { return codes_ + g * step * kGroup; }
   uint8_t* rows(int64_t g) const { return rows_ + g * step * kGroup; }

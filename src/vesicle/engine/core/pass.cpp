@@ -306,19 +306,19 @@ void Pass::prepare(const Kernels* kernels, ThreadPool* threads, const VesicleMod
     const int64_t L = m->n_layers, newest = (c->position + c->n - 1) / kBlock;
     for (int64_t i = 0; i < c->n; ++i) {
       const int64_t position = c->position + i, last = i + 1 == c->n, all = c->wants == kAllLogits;
-      const int64_t acting = c->modulator ? c->acting[i] : 0;
+      const int64_t r = c->recorded + i, acting = c->modulator ? c->acting[r] : 0;
       Token token{c, acting ? c->modulator : nullptr, acting, c->ids[i], position, newest - position / kBlock};
       token.place = std::log2(static_cast<double>(position + 1) / kBlock) / 8;
       token.cosine = c->cosine + i * m->rotated;
       token.sine = c->sine + i * m->rotated;
-      token.plan = c->plan + i * L;
-      token.levels = c->levels + i * L * kTransmitters;
-      token.rows = c->rows + i * L * 4;
-      token.outputs = c->outputs + i * L * 4;
-      token.visited = c->visited + i * L;
-      token.compared = c->compared + i * L;
-      token.small = c->small + i;
-      token.summed = c->summed ? c->summed + i * L : nullptr;
+      token.plan = c->plan + r * L;
+      token.levels = c->levels + r * L * kTransmitters;
+      token.rows = c->rows + r * L * 4;
+      token.outputs = c->outputs + r * L * 4;
+      token.visited = c->visited + r * L;
+      token.compared = c->compared + r * L;
+      token.small = c->small + r;
+      token.summed = c->summed ? c->summed + r * L : nullptr;
       token.hidden = c->hidden ? c->hidden + i * m->width : nullptr;
       token.wants = all ? kLogits : last ? c->wants : kNothing;
       token.logits = token.wants && c->logits ? c->logits + (all ? i * m->vocabulary : 0) : nullptr;
