@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vesicle.engine import core
+from vesicle.engine import core, screen
 from vesicle.engine.asked import Asked
 from vesicle.engine.chunk import OTHERS, ChunkBuffer, Decides, parts_of, readable
 from vesicle.engine.linear import ChannelMajor, Projection
@@ -30,6 +30,7 @@ from vesicle.engine.packed import PackedHead, PackedPair, PackedWeight
 from vesicle.engine.pool import BlockPool
 from vesicle.engine.rotary import Rotary
 from vesicle.engine.sampling import not_finite
+from vesicle.engine.screen import HeadScreen, States
 from vesicle.engine.weights import Weights
 from vesicle.families.base import Affine, DecoderConfig
 from vesicle.modulator import ModulatorAuthor
@@ -100,8 +101,32 @@ class NativeCore:
             # Keys, then values. Strides say nothing about an axis of one head.
             page_stride=2 * pool.keys[0, 0].numel(),
         )
+        head = weights.head
+        screens = isinstance(head, PackedHead) and head.bits == 8
+        self._states = States() if screens and head.n_out >= screen.LEAST_ROWS else None
+        self.screen: HeadScreen | None = None
+        self._read = [0, 0]  # rows of the head, and tokens, where the likeliest was asked for
         self._frames: list[_Frame] = []
         self._depth = 0  # of passes in passes: an author may read another sequence
+
+    @property
+    def head_share(self) -> float | None:
+        """Mean share of the head's rows that were read whole to find the likeliest token."""
+        rows, tokens = self._read
+        return rows / tokens / self._shape.vocabulary if tokens else None
+
+    def _learn(self, states: Tensor | None) -> None:
+        """Build the head's screen once enough of its inputs are known, and again from many more."""
+        if states is None or self._states is None:
+            return
+        self._states.add(states)
+        news = self._states.news()
+        if news is None or not isinstance(self._weights.head, PackedHead):
+            return
+        self.screen = HeadScreen(self._weights.head, news)
+        self._model.screen = ctypes.addressof(self.screen.structure)
+        if self._states.complete:
+            self._states = None
 
     def _summarise(self, chunk: core.Chunk) -> None:
         """Summarise all complete blocks of a sequence."""
@@ -224,14 +249,19 @@ class NativeCore:
         frame = self._frames[self._depth]
         self._depth += 1
         begun: list[Part] = []
+        states, place = None, 0
+        if wants == "likeliest" and self._states is not None:
+            states = torch.empty(sum(len(ids) for _, ids in batch), self._shape.width)
         try:
             for i, ((sequence, ids), rows) in enumerate(zip(batch, logits, strict=True)):
                 buffer = sequence.buffer()
-                place = self._rotary.addresses(sequence.length)
-                buffer.prepare(sequence, ids, place, self._summarise)
+                rotation = self._rotary.addresses(sequence.length)
+                buffer.prepare(sequence, ids, rotation, self._summarise)
                 begun.append((sequence, ids))
                 buffer.chunk.wants = _WANTS[wants]
                 buffer.chunk.logits = None if rows is None else rows.data_ptr()
+                buffer.chunk.states = None if states is None else states[place:].data_ptr()
+                place += len(ids)
                 frame.chunks[i] = buffer.chunk
             failed = dict[int, Exception]()
             if asked:
@@ -245,6 +275,10 @@ class NativeCore:
             raise
         finally:
             self._depth -= 1
+        if wants == "likeliest" and not failed:
+            self._learn(states)
+            self._read[0] += sum(frame.chunks[i].scored for i in range(len(batch)))
+            self._read[1] += len(batch)
         found: list[Outcome] = []
         for i, part in enumerate(batch):
             outcome = failed.get(i)

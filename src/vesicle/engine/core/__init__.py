@@ -97,6 +97,7 @@ class Model(ctypes.Structure):
         ("layers", _POINTER),
         ("final_norm", Norm),
         *_fields(Projection, "embedding", "head"),
+        ("screen", _POINTER),
         *_fields(_POINTER, "keys", "values", "key_scales", "value_scales"),
         *_fields(_LONG, "kv_format", "summary_format", "page_stride"),
     ]
@@ -129,6 +130,16 @@ class ModulatorParts(ctypes.Structure):
     ]
 
 
+class Screen(ctypes.Structure):
+    """Mirrors `VesicleScreen`."""
+
+    _fields_ = [
+        *_fields(_POINTER, "directions", "products", "norms"),
+        ("k", _LONG),
+        ("slack", ctypes.c_float),
+    ]
+
+
 class Chunk(ctypes.Structure):
     """Mirrors `VesicleChunk`."""
 
@@ -142,12 +153,12 @@ class Chunk(ctypes.Structure):
         ("received", _POINTER),
         ("room_received", _LONG),
         ("summed", _POINTER),
-        *_fields(_POINTER, "hidden", "logits"),
-        *_fields(_LONG, "wants", "likeliest", "lost"),
+        *_fields(_POINTER, "hidden", "logits", "states"),
+        *_fields(_LONG, "wants", "likeliest", "scored", "lost"),
     ]
 
 
-_MIRRORS = (Projection, Norm, Layer, Small, Model, Rule, ModulatorParts, Chunk)
+_MIRRORS = (Projection, Norm, Layer, Small, Model, Rule, ModulatorParts, Screen, Chunk)
 _SIGNATURES: library.Signatures = {
     "vesicle_sizes": (_LONG, [_LONG]),
     "vesicle_plan_layout": (ctypes.c_uint64, []),
@@ -157,6 +168,7 @@ _SIGNATURES: library.Signatures = {
     "vesicle_pass": (None, [_POINTER] * 3 + [_LONG] * 4),
     "vesicle_summarise": (None, [_POINTER, _POINTER, _LONG]),
     "vesicle_multiply": (None, [_POINTER] * 4 + [_LONG, _POINTER, _POINTER, _LONG]),
+    "vesicle_screen": (ctypes.c_float, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG]),
     "vesicle_head": (None, [_POINTER, _POINTER, _LONG, _INT, _POINTER, _LONG]),
 }
 

@@ -107,6 +107,29 @@ struct Summaries {
   }
 };
 
+// What bounds a screened head's scores.
+struct Screening {
+  const Kernels* k;
+  ThreadPool* pool;
+  const VesicleProjection* w;
+  const float* directions;
+  int64_t directions_n;
+  uint16_t* products;
+  float* norms;
+  std::vector<float> widest;  // of a thread
+
+  void run(int64_t thread) {
+    const int64_t tiles = (w->n_out + kHeadTile - 1) / kHeadTile;
+    float whole[kHeadTile];
+    for (int64_t tile = tiles * thread / pool->threads(); tile < tiles * (thread + 1) / pool->threads(); ++tile) {
+      k->head_rest(static_cast<const uint8_t*>(w->data), static_cast<const uint8_t*>(w->trailing), w->n_in, tile,
+                   directions, directions_n, products + tile * directions_n * kHeadTile, norms + tile * kHeadTile,
+                   whole);
+      widest[thread] = std::max(widest[thread], *std::max_element(whole, whole + kHeadTile));
+    }
+  }
+};
+
 struct Core {
   std::mutex mutex;  // one call at a time: the pool and the buffers are shared
   std::unique_ptr<ThreadPool> pool;
@@ -146,8 +169,8 @@ uint64_t vesicle_plan_layout() { return kPlanLayout; }  // lets Python check its
 int64_t vesicle_sizes(int64_t which) {  // lets Python check its mirrors
   const int64_t sizes[] = {sizeof(VesicleProjection), sizeof(VesicleNorm), sizeof(VesicleLayer),
                            sizeof(VesicleSmall),      sizeof(VesicleModel), sizeof(VesicleRule),
-                           sizeof(VesicleModulator),  sizeof(VesicleChunk)};
-  return which >= 0 && which < 8 ? sizes[which] : -1;
+                           sizeof(VesicleModulator),  sizeof(VesicleScreen), sizeof(VesicleChunk)};
+  return which >= 0 && which < 9 ? sizes[which] : -1;
 }
 
 // Limits the instruction set (generic, avx2, avx512; null for the best). Returns the name in use, or null.
@@ -204,6 +227,17 @@ void vesicle_summarise(const VesicleModel* model, const VesicleChunk* chunk, int
   core.ready(vesicle::clamp_threads(threads));
   vesicle::Summaries s{core.kernels, core.pool.get(), model, chunk};
   core.pool->run(&s);
+}
+
+float vesicle_screen(const VesicleProjection* head, const float* directions, int64_t k, uint16_t* products, float* norms,
+                     int64_t threads) {
+  vesicle::Core& core = vesicle::core();
+  std::lock_guard<std::mutex> lock(core.mutex);
+  core.ready(vesicle::clamp_threads(threads));
+  vesicle::Screening s{core.kernels, core.pool.get(), head,  directions,
+                       k,            products,        norms, std::vector<float>(core.pool->threads())};
+  core.pool->run(&s);
+  return *std::max_element(s.widest.begin(), s.widest.end());
 }
 
 // y (T, V) = x (T, D) times the rows of a packed head at `bits` bits, without bias.

@@ -39,6 +39,16 @@ struct VesicleSmall {
   int64_t inner;
 };
 
+// What bounds the error of scores that leave the trailing nibbles of an 8-bit head unread; see screen.py. By tile of 16
+// rows, the last one padded.
+struct VesicleScreen {
+  const float* directions;   // (k, D) along which the head's inputs are large
+  const uint16_t* products;  // (tiles, k, 16) fp16: what is left out of a row, times each direction
+  const float* norms;        // (tiles, 16) of what is left out
+  int64_t k;
+  float slack;               // of rounding, by norm of the input
+};
+
 struct VesicleModel {
   int64_t n_layers, width, heads, kv_heads, size, ffn_width, vocabulary;
   float eps, scale;
@@ -47,6 +57,7 @@ struct VesicleModel {
   const VesicleLayer* layers;
   VesicleNorm final_norm;
   VesicleProjection embedding, head;  // dense: (V, D) rows; packed: tiles of 16
+  const VesicleScreen* screen;        // null: the whole head is read
   const char *keys, *values;
   const uint16_t *key_scales, *value_scales;
   int64_t kv_format, summary_format, page_stride;
@@ -94,8 +105,10 @@ struct VesicleChunk {
   int64_t* summed;        // (n, L) positions of a KV head whose probabilities were added
   float* hidden;   // (n, D) the residual stream after a layer's attention; or null
   float* logits;   // (V) of the last token, (n, V) of all, or null
+  float* states;   // (n, D) what enters the head; or null
   int64_t wants;   // `VesicleWanted`
   int64_t likeliest;  // the token likeliest to follow, where asked for; -1 where a logit is not finite
+  int64_t scored;     // rows of the head that were read whole to find it
   int64_t lost;       // the first token whose residual stream is not finite; -1 for none
 };
 
@@ -111,6 +124,9 @@ void vesicle_pass(void* pass, const VesicleModel* model, VesicleChunk* chunks, i
 void vesicle_summarise(const VesicleModel* model, const VesicleChunk* chunk, int64_t threads);
 void vesicle_multiply(const VesicleProjection* w, const float* x, const int32_t* counts, const int32_t* bits,
                       int64_t tokens, float* y, int32_t* rows_read, int64_t threads);
+// Fills a screen's products and norms for some directions; returns the largest norm of a row.
+float vesicle_screen(const VesicleProjection* head, const float* directions, int64_t k, uint16_t* products, float* norms,
+                     int64_t threads);
 void vesicle_head(const VesicleProjection* w, const float* x, int64_t tokens, int32_t bits, float* y, int64_t threads);
 
 }  // extern "C"

@@ -8,6 +8,7 @@ namespace vesicle {
 constexpr int64_t kGroup = 32;    // input channels that share a scale
 constexpr int64_t kTile = 128;    // outputs side by side in a packed projection
 constexpr int64_t kHeadTile = 16; // the same for the LM head
+constexpr int64_t kMostDirections = 32;  // of a screen
 constexpr int64_t kBlock = 16;    // positions of a KV block
 constexpr int64_t kMaxTokens = 128;  // of a pass
 
@@ -57,6 +58,14 @@ struct Kernels {
   // y[t] of tiles [first, last) of the LM head.
   void (*head_tiles)(const uint8_t* high, const uint8_t* trailing, int64_t groups, int64_t first, int64_t last,
                      const Precision* precision, const Quantized* const* x, int64_t tokens, float* const* y);
+  // What the trailing nibbles of a tile of an 8-bit head are worth beside their middle: its products (k, 16) in fp16
+  // with directions (k, n_in), its norms (16), and the norms (16) of the whole rows.
+  void (*head_rest)(const uint8_t* high, const uint8_t* trailing, int64_t n_in, int64_t tile, const float* directions,
+                    int64_t k, uint16_t* products, float* norms, float* whole);
+  // Adds to the scores y of tiles [first, last) what is known of the rest, `along` (k) being the input's products with
+  // the directions. Of each tile: the largest score, and the largest with norms times `reach` added.
+  void (*head_bounds)(const uint16_t* products, const float* norms, int64_t k, const float* along, float reach,
+                      int64_t first, int64_t last, float* y, float* top, float* upper);
   // y[0:n] += sum over listed rows of x[row] * w[row][0:n]
   void (*rows_f32)(const float* x, const int32_t* rows, int64_t n_rows, const float* w, int64_t stride, float* y,
                    int64_t n);

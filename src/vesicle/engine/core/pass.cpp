@@ -320,6 +320,7 @@ void Pass::prepare(const Kernels* kernels, ThreadPool* threads, const VesicleMod
       token.small = c->small + r;
       token.summed = c->summed ? c->summed + r * L : nullptr;
       token.hidden = c->hidden ? c->hidden + i * m->width : nullptr;
+      token.states = c->states ? c->states + i * m->width : nullptr;
       token.wants = all ? kLogits : last ? c->wants : kNothing;
       token.logits = token.wants && c->logits ? c->logits + (all ? i * m->vocabulary : 0) : nullptr;
       tokens.push_back(token);

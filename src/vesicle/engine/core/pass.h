@@ -27,7 +27,7 @@ struct Token {
   VesiclePlanRow* plan;
   double* levels;
   int64_t *rows, *outputs, *visited, *compared, *small, *summed;
-  float *hidden, *logits;
+  float *hidden, *logits, *states;
   int64_t wants;
 
   // Blocks that it can see in a layer, the own one included.
@@ -45,6 +45,10 @@ struct Lane {
   // Decisions for the layer at hand: attention for this layer, FFN for this layer.
   VesiclePlanRow row;
   int32_t blocks, head;
+  // For a screened head: products of its input with the screen's directions, how far what is left of the input reaches,
+  // and what rounding may change.
+  Buffer<float> along_;
+  float *along, reach, slack;
 };
 
 struct Candidate {  // for the likeliest token
@@ -160,8 +164,16 @@ class Pass {
   std::vector<std::vector<Candidate>> candidates;  // of (thread, token that wants), the best first
   std::vector<uint8_t> lost_;                      // of each token: its residual stream is not finite
 
+  Buffer<float> tops_, uppers_;  // of tiles of the head, of tokens side by side
+  std::vector<float> least_;     // of (thread, token that wants): a score that the likeliest row reaches
+  std::vector<int64_t> counted_;  // of the same: rows that were read whole
   void prepare_head();
   bool staged(int64_t thread, int64_t t);
+  bool screened(int64_t thread, int64_t t);
+  void bound(Lane& lane);
+  Candidate score(const Activation& x, int64_t first, int64_t last, float* y);
+  float reached(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last);
+  Candidate survive(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last, float least, int64_t* count);
   void best(const float* y, int64_t first, int64_t last, int64_t count, std::vector<Candidate>& out);
   int64_t likeliest(std::vector<Candidate>& all, const Activation& x, int64_t survivors);
   void head(int64_t thread);

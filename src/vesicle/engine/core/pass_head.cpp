@@ -89,14 +89,102 @@ void Pass::prepare_head() {
     if (tokens[t].wants) wanting.push_back(t);
   const int64_t most = std::min<int64_t>(kTogether, wanting.size());
   logits_.get(padded(model->vocabulary, kHeadTile) * most);
-  candidates.resize(T * std::max<size_t>(1, wanting.size()));
+  const int64_t each = T * std::max<int64_t>(1, wanting.size());
+  candidates.resize(each);
+  counted_.assign(each, 0);
   lost_.assign(n, 0);
+  if (!model->screen) return;
+  const int64_t tiles = (model->vocabulary + kHeadTile - 1) / kHeadTile;
+  least_.assign(each, 0);
+  tops_.get(tiles * most);
+  uppers_.get(tiles * most);
 }
 
 // Whether a token's logits are screened first.
 bool Pass::staged(int64_t thread, int64_t t) {
   const int32_t m = lane(thread, t).head;
   return tokens[t].wants == kLikeliest && model->head.format == kPacked8 && m > 0 && m < model->vocabulary;
+}
+
+// Whether the rows that cannot be the likeliest are found out by their leading bits, and the others read whole.
+bool Pass::screened(int64_t thread, int64_t t) {
+  return tokens[t].wants == kLikeliest && !tokens[t].logits && model->screen && !staged(thread, t);
+}
+
+// How far a token's screened scores may be from the exact ones. What is left unread of a row, e, changes its score by
+// e x = sum (e direction) (direction x) + e rest, of which all but the last term is known, and that is |e| |rest| at most.
+void Pass::bound(Lane& lane) {
+  const VesicleScreen& screen = *model->screen;
+  const Quantized& q = lane.in.quantized;
+  const int64_t width = model->width;
+  float* x = lane.normed;
+  for (int64_t i = 0; i < width; ++i) x[i] = q.scale(i / kGroup) * q.codes(i / kGroup)[i % kGroup];
+  const float norm = std::sqrt(k->dot(x, x, width));
+  lane.along = lane.along_.get(screen.k);
+  for (int64_t d = 0; d < screen.k; ++d) {
+    const float* direction = screen.directions + d * width;
+    const float along = lane.along[d] = k->dot(direction, x, width);
+    for (int64_t i = 0; i < width; ++i) x[i] -= along * direction[i];
+  }
+  // The products are rounded to fp16, by 2^-11 of themselves at most.
+  lane.reach = 1.0001f * std::sqrt(k->dot(x, x, width)) + norm / 1024;
+  lane.slack = screen.slack * norm;
+}
+
+// Reads tiles [first, last) whole, into y. The best of their rows.
+Candidate Pass::score(const Activation& x, int64_t first, int64_t last, float* y) {
+  const VesicleProjection& w = model->head;
+  const Quantized* in = &x.quantized;
+  const Precision precision = precision_of(w.format, kFullBits);
+  k->head_tiles(static_cast<const uint8_t*>(w.data), static_cast<const uint8_t*>(w.trailing),
+                (w.n_in + kGroup - 1) / kGroup, first, last, &precision, &in, 1, &y);
+  const int64_t begin = first * kHeadTile, end = std::min(model->vocabulary, last * kHeadTile);
+  if (w.bias) k->add(y + begin, w.bias + begin, end - begin);
+  Candidate best{-INFINITY, -1};
+  for (int64_t row = begin; row < end; ++row)
+    if (best.row < 0 || y[row] > best.score || std::isnan(y[row])) best = {y[row], static_cast<int32_t>(row)};
+  return best;
+}
+
+// The exact score of the row of this thread's tiles whose screened score is the largest; NaN where one is not finite.
+float Pass::reached(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last) {
+  const int64_t vocabulary = model->vocabulary, tiles = (vocabulary + kHeadTile - 1) / kHeadTile;
+  const int64_t begin = first * kHeadTile, end = std::min(vocabulary, last * kHeadTile);
+  if (begin >= end) return -INFINITY;
+  const VesicleScreen& screen = *model->screen;
+  Lane& a = lane(thread, t);
+  float *y = logits_.get(0) + i * tiles * kHeadTile, *top = tops_.get(0) + i * tiles;
+  if (std::isnan(k->largest(y + begin, end - begin))) return NAN;
+  k->head_bounds(screen.products, screen.norms, screen.k, a.along, a.reach, first, last, y, top,
+                 uppers_.get(0) + i * tiles);
+  if (last * kHeadTile > vocabulary) {  // rows that are none
+    top[last - 1] = -INFINITY;
+    for (int64_t row = (last - 1) * kHeadTile; row < vocabulary; ++row) top[last - 1] = std::max(top[last - 1], y[row]);
+  }
+  const int64_t tile = std::max_element(top + first, top + last) - top;
+  return score(a.in, tile, tile + 1, y).score;
+}
+
+// Reads the tiles whole that may hold the likeliest row, since their bound comes up to a score that was reached. The best;
+// how many rows were read.
+Candidate Pass::survive(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last, float least,
+                        int64_t* count) {
+  const int64_t tiles = (model->vocabulary + kHeadTile - 1) / kHeadTile;
+  const Lane& a = lane(thread, t);
+  float* y = logits_.get(0) + i * tiles * kHeadTile;
+  const float* upper = uppers_.get(0) + i * tiles;
+  const auto survives = [&](int64_t tile) { return upper[tile] + a.slack >= least; };
+  Candidate best{-INFINITY, -1};
+  for (int64_t tile = first; tile < last; ++tile) {
+    if (!survives(tile)) continue;
+    int64_t end = tile + 1;
+    while (end < last && survives(end)) ++end;
+    const Candidate here = score(a.in, tile, end, y);
+    if (best.row < 0 || here < best || std::isnan(here.score)) best = here;
+    *count += (end - tile) * kHeadTile;
+    tile = end;
+  }
+  return best;
 }
 
 // The `count` best of y[first:last), best first; ties to the lower row. Row -1 where a number is not finite: such
@@ -151,12 +239,12 @@ void Pass::head_part(int64_t thread, const int64_t* which, int64_t count, int64_
   const int64_t begin = first * kHeadTile, end = std::min(vocabulary, last * kHeadTile);
   float* logits = logits_.get(0);
   if (packed(w)) {
-    for (int stage = 0; stage < 2; ++stage) {  // exact, then the low-bit screens
+    for (int stage = 0; stage < 2; ++stage) {  // all bits, then the leading ones alone
       const Quantized* x[kTogether];
       float* y[kTogether];
       int64_t chosen = 0;
       for (int64_t i = 0; i < count; ++i) {
-        if (staged(thread, which[i]) != (stage == 1)) continue;
+        if ((staged(thread, which[i]) || screened(thread, which[i])) != (stage == 1)) continue;
         x[chosen] = &lane(thread, which[i]).in.quantized;
         y[chosen++] = logits + i * room;
       }
@@ -192,9 +280,11 @@ void Pass::head(int64_t thread) {
       lost_[t] = std::isnan(k->largest(a.residual, width));
       tokens[t].plan[model->n_layers - 1].head = tokens[t].wants == kLikeliest && w.format == kPacked8 ? a.head : 0;
     }
+    if (tokens[t].states && reports(thread)) norm(model->final_norm, a.residual, tokens[t].states);
     if (!tokens[t].wants) return;
     norm(model->final_norm, a.residual, a.in.room(width));
     a.in.prepare(k, width, width, packed(w), &shelf, place(thread, t));
+    if (screened(thread, t)) bound(a);
   });
   const int64_t tiles = (model->vocabulary + kHeadTile - 1) / kHeadTile, count = wanting.size();
   const int64_t first = tiles * thread / threads, last = tiles * (thread + 1) / threads;
@@ -204,13 +294,36 @@ void Pass::head(int64_t thread) {
   for (int64_t start = 0; start < count; start += kTogether) {
     const int64_t here = std::min(kTogether, count - start);
     head_part(thread, wanting.data() + start, here, first, last);
+    bool screens = false;
     for (int64_t i = 0; i < here; ++i) {
-      const int64_t t = wanting[start + i];
+      const int64_t t = wanting[start + i], at = thread * count + start + i;
       if (tokens[t].wants != kLikeliest) continue;
       ranks = true;
-      best(logits_.get(0) + i * room, begin, end, staged(thread, t) ? lane(thread, t).head : 1,
-           candidates[thread * count + start + i]);
+      if (screened(thread, t)) {
+        screens = true;
+        least_[at] = reached(thread, t, i, first, last);
+        continue;
+      }
+      best(logits_.get(0) + i * room, begin, end, staged(thread, t) ? lane(thread, t).head : 1, candidates[at]);
     }
+    if (!screens) continue;
+    pool->barrier();
+    for (int64_t i = 0; i < here; ++i) {
+      const int64_t t = wanting[start + i], at = thread * count + start + i;
+      if (!screened(thread, t)) continue;
+      float least = -INFINITY;
+      bool known = true;
+      for (int64_t other = 0; other < threads; ++other) {
+        const float score = least_[other * count + start + i];
+        known = known && !std::isnan(score);
+        least = std::max(least, score);
+      }
+      candidates[at].clear();
+      if (!known) candidates[at].push_back({NAN, -1});
+      else if (begin < end) candidates[at].push_back(survive(thread, t, i, first, last, least, &counted_[at]));
+      if (known && !candidates[at].empty() && candidates[at].back().row < 0) candidates[at].clear();  // none survived
+    }
+    if (start + kTogether < count) pool->barrier();  // before the logits are written over
   }
   if (!ranks) return;
   pool->barrier();
@@ -218,12 +331,15 @@ void Pass::head(int64_t thread) {
     const int64_t t = wanting[i];
     if (tokens[t].wants != kLikeliest) continue;
     std::vector<Candidate> all;
+    int64_t scored = 0;
     for (int64_t other = 0; other < threads; ++other) {
       const auto& more = candidates[other * count + i];
       all.insert(all.end(), more.begin(), more.end());
+      scored += counted_[other * count + i];
     }
     const Lane& a = lane(thread, t);
     tokens[t].chunk->likeliest = likeliest(all, a.in, staged(thread, t) ? a.head : 0);
+    tokens[t].chunk->scored = screened(thread, t) ? scored : staged(thread, t) ? a.head : model->vocabulary;
   }
 }
 
