@@ -250,6 +250,26 @@ struct Extent {
   int64_t visible() const { return (position + n - 1) / kBlock + 1; }
 };
 
+// Coordinates as directions, which are as right as any.
+struct ScreenStorage {
+  VesicleScreen view{};
+  std::vector<float> directions, norms;
+  std::vector<uint16_t> products;
+
+  void fill(Random& r, const VesicleProjection& head) {
+    view.k = r.between(1, std::min<int64_t>(head.n_in, vesicle::kMostDirections));
+    directions.assign(view.k * head.n_in, 0.0f);
+    for (int64_t d = 0; d < view.k; ++d) directions[d * head.n_in + d] = 1;
+    const int64_t tiles = (head.n_out + 15) / 16;
+    norms.assign(tiles * 16, NAN);
+    products.assign(tiles * 16 * view.k, 0x7e00);
+    view.slack = vesicle_screen(&head, directions.data(), view.k, products.data(), norms.data(), r.between(1, 3)) / 8192;
+    view.directions = directions.data();
+    view.norms = norms.data();
+    view.products = products.data();
+  }
+};
+
 struct Model {
   VesicleModel view{};
   std::vector<LayerStorage> storage;
@@ -257,6 +277,7 @@ struct Model {
   std::vector<float> final_gain, final_bias;
   Weight embedding, head;
   SmallStorage small_ffns[2], small_attention;
+  ScreenStorage screen;
   std::vector<char> pages;  // (blocks, KV heads, keys then values)
   std::vector<uint16_t> key_scales, value_scales;
   int64_t blocks = 0;
@@ -317,6 +338,10 @@ struct Model {
     head.head(r, m.width, m.vocabulary, format < kPacked4 ? format : r.between(kPacked4, kPacked8), r.chance(0.3));
     m.embedding = embedding.view;
     m.head = head.view;
+    if (m.head.format == kPacked8 && r.chance(0.7)) {
+      screen.fill(r, m.head);
+      m.screen = &screen.view;
+    }
     for (SmallStorage& small : small_ffns) small.fill(r, m, r.chance(0.6));
     small_attention.fill(r, m, false);
     m.kv_format = r.between(0, 3);

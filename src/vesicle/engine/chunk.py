@@ -253,8 +253,9 @@ class ChunkBuffer:
             return
         n = int(beyond.argmax()) if beyond.any() else n
         self.plan[:n], self._planned = known[:n], n
-        chooses = (known["kv_blocks"][:n] < (positions[:n] // BLOCK + 1)[:, None]).any(1)
-        self._chooses = n - int(chooses[::-1].argmax()) if chooses.any() else 0
+        held = (positions[:n] // BLOCK + 1)[:, None]
+        choosing = np.flatnonzero((known["kv_blocks"][:n] < held).any(1))
+        self._chooses = int(choosing[-1]) + 1 if len(choosing) else 0
         if isinstance(author, ModulatorAuthor):
             self.levels[:n] = author.foreseen(positions[:n])
 

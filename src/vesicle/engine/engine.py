@@ -19,7 +19,7 @@ import threading
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -115,6 +115,16 @@ class Engine:
     def uncovered(self) -> str | None:
         """Why passes do not run in the native core, in a few words; None where they do."""
         return uncovered(self._weights, self.config, self.pool)
+
+    @property
+    def head_share(self) -> float | None:
+        """Mean share of the LM head's rows read whole for a likeliest token; None before the first.
+
+        An 8-bit head is screened with a proven bound once some tokens are written
+        (`engine.screen`): the token is the same, most rows are read by half. Costs are those of the
+        whole head.
+        """
+        return None if self._native is None else self._native.screening.share
 
     @property
     def weight_bytes(self) -> int:
@@ -324,7 +334,8 @@ class Engine:
         """
         with self.lock:
             self._check(batch)
-            return [_result(outcome) for outcome in self._read(dict(enumerate(batch)), logits)]
+            outcomes = self._read(dict(enumerate(batch)), logits)
+            return [cast("Tensor", _result(outcome)) for outcome in outcomes]
 
     def likeliest(self, batch: list[tuple[Sequence, list[int]]]) -> list[int]:
         """One pass over the next tokens of each sequence; the likeliest token to follow each.
@@ -338,7 +349,7 @@ class Engine:
         with self.lock:
             self._check(batch)
             outcomes = self._read(dict(enumerate(batch)), "likeliest")
-            return [int(_result(outcome)) for outcome in outcomes]
+            return [cast("int", _result(outcome)) for outcome in outcomes]
 
     def attempt(self, batch: list[Part], wants: Wanted = "last") -> list[Outcome]:
         """One pass like `forward` and `likeliest`, in which no sequence can fail another.
@@ -351,7 +362,7 @@ class Engine:
             wants: As `logits` of `forward`, or "likeliest".
 
         Returns:
-            For each sequence what `forward` returns, or the likeliest id (); or the error.
+            For each sequence what `forward` returns, or the likeliest id; or the error.
 
         Raises:
             CacheFullError: If the pool has no room for all of them; nothing has changed then.
@@ -611,7 +622,7 @@ def _together(tokens: dict[int, int]) -> Iterator[list[int]]:
         yield part
 
 
-def _result(outcome: Outcome) -> Tensor:
+def _result(outcome: Outcome) -> Tensor | int:
     """What was computed, if nothing went wrong."""
     if isinstance(outcome, Exception):
         raise outcome

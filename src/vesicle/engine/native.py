@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vesicle.engine import core, screen
+from vesicle.engine import core
 from vesicle.engine.asked import Asked
 from vesicle.engine.chunk import OTHERS, ChunkBuffer, Decides, parts_of, readable
 from vesicle.engine.linear import ChannelMajor, Projection
@@ -30,7 +30,7 @@ from vesicle.engine.packed import PackedHead, PackedPair, PackedWeight
 from vesicle.engine.pool import BlockPool
 from vesicle.engine.rotary import Rotary
 from vesicle.engine.sampling import not_finite
-from vesicle.engine.screen import HeadScreen, States
+from vesicle.engine.screen import Screening
 from vesicle.engine.weights import Weights
 from vesicle.families.base import Affine, DecoderConfig
 from vesicle.modulator import ModulatorAuthor
@@ -101,32 +101,9 @@ class NativeCore:
             # Keys, then values. Strides say nothing about an axis of one head.
             page_stride=2 * pool.keys[0, 0].numel(),
         )
-        head = weights.head
-        screens = isinstance(head, PackedHead) and head.bits == 8
-        self._states = States() if screens and head.n_out >= screen.LEAST_ROWS else None
-        self.screen: HeadScreen | None = None
-        self._read = [0, 0]  # rows of the head, and tokens, where the likeliest was asked for
+        self.screening = Screening(weights.head)
         self._frames: list[_Frame] = []
         self._depth = 0  # of passes in passes: an author may read another sequence
-
-    @property
-    def head_share(self) -> float | None:
-        """Mean share of the head's rows that were read whole to find the likeliest token."""
-        rows, tokens = self._read
-        return rows / tokens / self._shape.vocabulary if tokens else None
-
-    def _learn(self, states: Tensor | None) -> None:
-        """Build the head's screen once enough of its inputs are known, and again from many more."""
-        if states is None or self._states is None:
-            return
-        self._states.add(states)
-        news = self._states.news()
-        if news is None or not isinstance(self._weights.head, PackedHead):
-            return
-        self.screen = HeadScreen(self._weights.head, news)
-        self._model.screen = ctypes.addressof(self.screen.structure)
-        if self._states.complete:
-            self._states = None
 
     def _summarise(self, chunk: core.Chunk) -> None:
         """Summarise all complete blocks of a sequence."""
@@ -250,7 +227,7 @@ class NativeCore:
         self._depth += 1
         begun: list[Part] = []
         states, place = None, 0
-        if wants == "likeliest" and self._states is not None:
+        if wants == "likeliest" and self.screening.learns:
             states = torch.empty(sum(len(ids) for _, ids in batch), self._shape.width)
         try:
             for i, ((sequence, ids), rows) in enumerate(zip(batch, logits, strict=True)):
@@ -276,23 +253,24 @@ class NativeCore:
         finally:
             self._depth -= 1
         if wants == "likeliest" and not failed:
-            self._learn(states)
-            self._read[0] += sum(frame.chunks[i].scored for i in range(len(batch)))
-            self._read[1] += len(batch)
+            self.screening.count(frame.chunks[i].scored for i in range(len(batch)))
+            if states is not None:
+                self._model.screen = self.screening.learn(states)
+        none = torch.empty(0, self._shape.vocabulary) if wants == "none" else None
         found: list[Outcome] = []
-        for i, part in enumerate(batch):
-            outcome = failed.get(i)
+        for i, (part, rows) in enumerate(zip(batch, logits, strict=True)):
+            outcome: Outcome | None = failed.get(i)
             if outcome is None:
                 outcome = _finished(part, frame.chunks[i], wants)
-            if outcome is None:
-                outcome = torch.empty(0, self._shape.vocabulary) if logits[i] is None else logits[i]
-            found.append(outcome)
+            found.append(next(x for x in (outcome, rows, none) if x is not None))
         for i in failed:
             with suppress(Exception):
                 _break_off(batch[i])
         return found
 
-    def _room_for_logits(self, batch: list[Part], wants: Wanted) -> list[Tensor | None] | tuple[Tensor, ...]:
+    def _room_for_logits(
+        self, batch: list[Part], wants: Wanted
+    ) -> list[Tensor | None] | tuple[Tensor, ...]:
         """Of each sequence (1, V) or (T, V), None where none are asked for."""
         if wants not in ("last", "all"):
             return [None] * len(batch)

@@ -89,6 +89,6 @@ def not_finite(position: int) -> VesicleError:
     )
 
 
-def likeliest_of(logits: Tensor, position: int) -> Tensor | VesicleError:
-    """The place () of the largest of logits (V,), or an error if one of them is not finite."""
-    return logits.argmax() if bool(logits.isfinite().all()) else not_finite(position)
+def likeliest_of(logits: Tensor, position: int) -> int | VesicleError:
+    """The place of the largest of logits (V,), or an error if one of them is not finite."""
+    return int(logits.argmax()) if bool(logits.isfinite().all()) else not_finite(position)

@@ -342,15 +342,17 @@ class Scheduler:
         greedy = bool(batch) and batch[0][0].request.sampling.greedy
         for job, result in self._run(batch, "likeliest" if greedy else "last"):
             try:
-                token = int(result) if greedy else job.draw(result[-1])
+                token = result if isinstance(result, int) else job.draw(result[-1])
             except Exception as error:  # of logits that are no numbers, say
                 self._fail(job, error)
             else:
                 self._take(job, token)
 
-    def _run(self, batch: list[tuple[_Job, list[int]]], wants: Wanted) -> list[tuple[_Job, Tensor]]:
+    def _run(
+        self, batch: list[tuple[_Job, list[int]]], wants: Wanted
+    ) -> list[tuple[_Job, Tensor | int]]:
         """One pass and what it computed for each request; those that cannot run are given up."""
-        done = list[tuple[_Job, Tensor]]()
+        done = list[tuple[_Job, Tensor | int]]()
         while batch:
             try:
                 out = self.engine.attempt([(job.sequence, ids) for job, ids in batch], wants)

@@ -19,6 +19,7 @@ Van Loan, Matrix Computations, 8.6), without any data of their own.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ class HeadScreen:
     """What bounds a head's scores.
 
     Attributes:
+        directions: (k, D) fp32, orthonormal.
         structure: What the core is handed; it lives as long as this.
-        bytes_held: Of products and norms.
     """
 
     def __init__(self, head: PackedHead, states: Tensor) -> None:
@@ -54,7 +55,7 @@ class HeadScreen:
         if head.trailing is None:
             raise ValueError("the head has 4 bits; allowed: 8")
         k = min(DIRECTIONS, *states.shape)
-        self._directions = _principal(states, k)
+        self.directions = _principal(states, k)
         tiles = -(-head.n_out // HEAD_TILE)
         self._products = torch.empty(tiles, k, HEAD_TILE, dtype=torch.float16)
         self._norms = torch.empty(tiles, HEAD_TILE)
@@ -62,47 +63,86 @@ class HeadScreen:
         assert library is not None
         widest = library.vesicle_screen(
             ctypes.byref(core.describe(head)),
-            self._directions.data_ptr(),
+            self.directions.data_ptr(),
             k,
             self._products.data_ptr(),
             self._norms.data_ptr(),
             core.threads(),
         )
         self.structure = core.Screen(
-            directions=self._directions.data_ptr(),
+            directions=self.directions.data_ptr(),
             products=self._products.data_ptr(),
             norms=self._norms.data_ptr(),
             k=k,
             slack=widest * _ROUNDING,
         )
-        self.bytes_held = self._products.nbytes + self._norms.nbytes
-
-
-class States:
-    """Collects what enters the head, for a first screen and then for a better one."""
-
-    def __init__(self) -> None:
-        """None yet."""
-        self._found: list[Tensor] = []
-        self._passes = self._used = 0
-
-    def add(self, states: Tensor) -> None:
-        """Take states (n, D) of one pass; those with numbers that are not finite are left out."""
-        self._found.append(states[states.isfinite().all(-1)])
-        self._passes += 1
-
-    def news(self) -> Tensor | None:
-        """All of them (n, D), where a screen is to be built from them now; else None."""
-        n = sum(map(len, self._found))
-        if self._passes < _AFTER or n < (_MOST_STATES if self._used else _LEAST_STATES):
-            return None
-        self._used = n
-        return torch.cat(self._found)
+        self._rows = head.n_out
 
     @property
-    def complete(self) -> bool:
-        """Whether more would change little."""
-        return self._used >= _MOST_STATES
+    def products(self) -> Tensor:
+        """(V, k) fp16: what the trailing nibbles of a row are worth, times each direction."""
+        return self._products.transpose(1, 2).flatten(0, 1)[: self._rows]
+
+    @property
+    def norms(self) -> Tensor:
+        """(V,) fp32, of what the trailing nibbles of a row are worth."""
+        return self._norms.flatten()[: self._rows]
+
+    @property
+    def bytes_held(self) -> int:
+        """Of products and norms."""
+        return self._products.nbytes + self._norms.nbytes
+
+
+class Screening:
+    """A head's screen: built from the first states that enter the head, and again from many more.
+
+    Attributes:
+        learns: Whether states are still of use.
+        screen: The latest; None before the first.
+    """
+
+    def __init__(self, head: Tensor | PackedHead) -> None:
+        """Of a model's head; one that is dense, has 4 bits or few rows never gets a screen."""
+        rows = head.n_out if isinstance(head, PackedHead) else head.shape[0]
+        packed = isinstance(head, PackedHead) and head.bits == 8 and rows >= LEAST_ROWS
+        self._head = head if packed else None
+        self.learns = packed
+        self.screen: HeadScreen | None = None
+        self._found: list[Tensor] = []
+        self._of = rows
+        self._passes = self._rows = self._tokens = 0
+
+    @property
+    def share(self) -> float | None:
+        """Mean share of a head's rows read whole, per likeliest token; None before the first.
+
+        Without a screen it is 1.
+        """
+        return self._rows / self._tokens / self._of if self._tokens else None
+
+    def count(self, rows: Iterable[int]) -> None:
+        """Note how many rows were read whole for each token."""
+        for n in rows:
+            self._rows += n
+            self._tokens += 1
+
+    def learn(self, states: Tensor) -> int | None:
+        """Take the states (n, D) of one pass; numbers that are not finite are left out.
+
+        Returns:
+            Address of the latest screen's structure.
+        """
+        self._found.append(states[states.isfinite().all(-1)])
+        self._passes += 1
+        n = sum(map(len, self._found))
+        least = _LEAST_STATES if self.screen is None else _MOST_STATES
+        if self._passes >= _AFTER and n >= least and isinstance(self._head, PackedHead):
+            self.screen = HeadScreen(self._head, torch.cat(self._found))
+            self.learns = n < _MOST_STATES
+            if not self.learns:
+                self._found.clear()
+        return None if self.screen is None else ctypes.addressof(self.screen.structure)
 
 
 def _principal(states: Tensor, k: int) -> Tensor:

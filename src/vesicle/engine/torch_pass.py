@@ -54,7 +54,7 @@ class TorchPass:
         self.masks = Masks()
 
     def outcomes(self, wants: Wanted) -> list[Outcome]:
-        """Run; for each sequence the logits (T, V) wanted, or the likeliest id (), or an error."""
+        """Run; for each sequence the logits (T, V) wanted, or the likeliest id, or an error."""
         ids = [i for _, part in self.batch for i in part]
         hidden = self.engine._weights.embed(torch.tensor(ids))
         for number in range(self.engine.shape.n_layers):
@@ -95,7 +95,7 @@ class TorchPass:
         return self.engine._weights.logits(self.engine._final_norm(hidden[chosen]))
 
     def likeliest(self, i: int, hidden: Tensor) -> Outcome:
-        """Id () of the word most likely to follow sequence i's last token, from hidden (N, D).
+        """Id of the word most likely to follow sequence i's last token, from hidden (N, D).
 
         Or the error, if a logit is not finite.
         """
@@ -109,7 +109,7 @@ class TorchPass:
         self.counters.head(last, m)
         ids, logits = survivors(engine._final_norm(hidden[last]), head, m)
         place = likeliest_of(logits[0], position)
-        return ids[0, place] if isinstance(place, Tensor) else place
+        return int(ids[0, place]) if isinstance(place, int) else place
 
     def normed_ffn(self, number: int, hidden: Tensor, decided: Rows) -> Tensor:
         """The FFN's contribution to the residual stream, (N, D), from its input before the norm."""

@@ -165,15 +165,16 @@ class Pass {
   std::vector<uint8_t> lost_;                      // of each token: its residual stream is not finite
 
   Buffer<float> tops_, uppers_;  // of tiles of the head, of tokens side by side
-  std::vector<float> least_;     // of (thread, token that wants): a score that the likeliest row reaches
+  std::vector<Candidate> reached_;  // of (thread, token that wants): the likeliest row scores as much at least
   std::vector<int64_t> counted_;  // of the same: rows that were read whole
   void prepare_head();
   bool staged(int64_t thread, int64_t t);
   bool screened(int64_t thread, int64_t t);
   void bound(Lane& lane);
   Candidate score(const Activation& x, int64_t first, int64_t last, float* y);
-  float reached(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last);
-  Candidate survive(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last, float least, int64_t* count);
+  Candidate reached(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last);
+  Candidate survive(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last, float least,
+                    Candidate best, int64_t* count);
   void best(const float* y, int64_t first, int64_t last, int64_t count, std::vector<Candidate>& out);
   int64_t likeliest(std::vector<Candidate>& all, const Activation& x, int64_t survivors);
   void head(int64_t thread);

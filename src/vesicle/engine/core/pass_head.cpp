@@ -95,7 +95,7 @@ void Pass::prepare_head() {
   lost_.assign(n, 0);
   if (!model->screen) return;
   const int64_t tiles = (model->vocabulary + kHeadTile - 1) / kHeadTile;
-  least_.assign(each, 0);
+  reached_.assign(each, {-INFINITY, -1});
   tops_.get(tiles * most);
   uppers_.get(tiles * most);
 }
@@ -146,15 +146,16 @@ Candidate Pass::score(const Activation& x, int64_t first, int64_t last, float* y
   return best;
 }
 
-// The exact score of the row of this thread's tiles whose screened score is the largest; NaN where one is not finite.
-float Pass::reached(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last) {
+// Reads the tile whole that holds the row of this thread's with the largest screened score. The best of its rows, NaN where
+// a score is not finite; row -1 where the thread has no tiles.
+Candidate Pass::reached(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last) {
   const int64_t vocabulary = model->vocabulary, tiles = (vocabulary + kHeadTile - 1) / kHeadTile;
   const int64_t begin = first * kHeadTile, end = std::min(vocabulary, last * kHeadTile);
-  if (begin >= end) return -INFINITY;
+  if (begin >= end) return {-INFINITY, -1};
   const VesicleScreen& screen = *model->screen;
   Lane& a = lane(thread, t);
   float *y = logits_.get(0) + i * tiles * kHeadTile, *top = tops_.get(0) + i * tiles;
-  if (std::isnan(k->largest(y + begin, end - begin))) return NAN;
+  if (std::isnan(k->largest(y + begin, end - begin))) return {NAN, -1};
   k->head_bounds(screen.products, screen.norms, screen.k, a.along, a.reach, first, last, y, top,
                  uppers_.get(0) + i * tiles);
   if (last * kHeadTile > vocabulary) {  // rows that are none
@@ -162,25 +163,24 @@ float Pass::reached(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t
     for (int64_t row = (last - 1) * kHeadTile; row < vocabulary; ++row) top[last - 1] = std::max(top[last - 1], y[row]);
   }
   const int64_t tile = std::max_element(top + first, top + last) - top;
-  return score(a.in, tile, tile + 1, y).score;
+  return score(a.in, tile, tile + 1, y);
 }
 
-// Reads the tiles whole that may hold the likeliest row, since their bound comes up to a score that was reached. The best;
-// how many rows were read.
-Candidate Pass::survive(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last, float least,
+// Reads the tiles whole that may hold the likeliest row, since their bound comes up to a score that was reached. The best of
+// them and of what this thread reached itself; how many rows were read.
+Candidate Pass::survive(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last, float least, Candidate best,
                         int64_t* count) {
   const int64_t tiles = (model->vocabulary + kHeadTile - 1) / kHeadTile;
   const Lane& a = lane(thread, t);
   float* y = logits_.get(0) + i * tiles * kHeadTile;
   const float* upper = uppers_.get(0) + i * tiles;
-  const auto survives = [&](int64_t tile) { return upper[tile] + a.slack >= least; };
-  Candidate best{-INFINITY, -1};
+  const auto survives = [&](int64_t tile) { return !(upper[tile] + a.slack < least); };
   for (int64_t tile = first; tile < last; ++tile) {
     if (!survives(tile)) continue;
     int64_t end = tile + 1;
     while (end < last && survives(end)) ++end;
     const Candidate here = score(a.in, tile, end, y);
-    if (best.row < 0 || here < best || std::isnan(here.score)) best = here;
+    if (here < best || std::isnan(here.score)) best = here;
     *count += (end - tile) * kHeadTile;
     tile = end;
   }
@@ -301,7 +301,7 @@ void Pass::head(int64_t thread) {
       ranks = true;
       if (screened(thread, t)) {
         screens = true;
-        least_[at] = reached(thread, t, i, first, last);
+        reached_[at] = reached(thread, t, i, first, last);
         continue;
       }
       best(logits_.get(0) + i * room, begin, end, staged(thread, t) ? lane(thread, t).head : 1, candidates[at]);
@@ -314,14 +314,14 @@ void Pass::head(int64_t thread) {
       float least = -INFINITY;
       bool known = true;
       for (int64_t other = 0; other < threads; ++other) {
-        const float score = least_[other * count + start + i];
+        const float score = reached_[other * count + start + i].score;
         known = known && !std::isnan(score);
         least = std::max(least, score);
       }
       candidates[at].clear();
       if (!known) candidates[at].push_back({NAN, -1});
-      else if (begin < end) candidates[at].push_back(survive(thread, t, i, first, last, least, &counted_[at]));
-      if (known && !candidates[at].empty() && candidates[at].back().row < 0) candidates[at].clear();  // none survived
+      else if (begin < end)
+        candidates[at].push_back(survive(thread, t, i, first, last, least, reached_[at], &counted_[at]));
     }
     if (start + kTogether < count) pool->barrier();  // before the logits are written over
   }
