@@ -27,7 +27,7 @@ def soon(monkeypatch: pytest.MonkeyPatch):
 
 
 def engine_for(weights: str = "int8") -> Engine:
-    """Of a model with a head of some tiles, the last not whole, and inputs that lie in few directions."""
+    """Of a model with a head of some tiles, the last not whole; inputs lie in few directions."""
     config = LlamaConfig(
         hidden_size=WIDTH,
         intermediate_size=96,
