@@ -19,6 +19,7 @@ from vesicle.transmitters import NAMES
         (("gaba=all",), Phases(gaba="all")),
         (("all", "dopamine=prompt"), Phases(**{**EVERYWHERE.to_dict(), "dopamine": "prompt"})),
         (("dopamine=prompt", "all"), EVERYWHERE),
+        (("gaba=never",), Phases(gaba="never")),
     ],
 )
 def test_words(words: tuple[str, ...], expected: Phases):
@@ -28,13 +29,15 @@ def test_words(words: tuple[str, ...], expected: Phases):
 
 @pytest.mark.parametrize("word", ["", "decode", "gaba", "gaba=", "gaba=sometimes", "glutamate=all"])
 def test_words_that_mean_nothing(word: str):
-    with pytest.raises(VesicleError, match=f"phase is {word!r}; allowed: generated, all, prompt"):
+    with pytest.raises(
+        VesicleError, match=f"phase is {word!r}; allowed: generated, all, prompt, never"
+    ):
         Phases.parse([word])
 
 
 def test_values_that_mean_nothing():
-    with pytest.raises(VesicleError, match="phase of gaba is 'never'; allowed: generated"):
-        Phases(gaba="never")
+    with pytest.raises(VesicleError, match="phase of gaba is 'rarely'; allowed: generated"):
+        Phases(gaba="rarely")
     with pytest.raises(VesicleError, match="unknown transmitter 'glutamate'"):
         Phases.from_dict({"glutamate": "all"})
 
@@ -47,6 +50,16 @@ def test_who_acts(places: dict[str, str]):
         assert acting[0, i] == (places[name] in ("prompt", "all"))
         assert acting[1, i] == (places[name] in ("generated", "all"))
         assert phases.ignores_phase([name]) == (places[name] == "all")
+
+
+def test_what_saves_no_time_rests_unless_a_word_says_otherwise():
+    """Where nothing was measured all of them act."""
+    avx2 = Phases.saving_time("avx2")
+    assert avx2 == Phases.saving_time(None) == Phases(dopamine="never", serotonin="never")
+    assert Phases.saving_time("avx512") == Phases.saving_time("neon") == Phases()
+    assert Phases.parse(("serotonin=all",), avx2) == Phases(dopamine="never", serotonin="all")
+    assert Phases.parse(("all",), avx2) == EVERYWHERE
+    assert Phases.parse((), avx2) == avx2
 
 
 SPANS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=6)

@@ -12,6 +12,8 @@ By default prompts rest. Many tokens share one read of the weights there, so lea
 channels for each of them saves no time, and a prompt read in full leaves better keys and values
 behind for the tokens that do save.
 
+Nor does every transmitter save time everywhere in what is generated: see `Phases.saving_time`.
+
 The phase of a token depends on its position and on what was asked for, never on how a text was cut
 into passes.
 """
@@ -28,9 +30,17 @@ from numpy.typing import NDArray
 from vesicle.errors import VesicleError
 from vesicle.transmitters import NAMES
 
-PROMPT, GENERATED, ALL = "prompt", "generated", "all"
-PLACES = (GENERATED, ALL, PROMPT)
+PROMPT, GENERATED, ALL, NEVER = "prompt", "generated", "all", "never"
+PLACES = (GENERATED, ALL, PROMPT, NEVER)
 """Where a transmitter may act."""
+
+_SAVE_NO_TIME = {"avx2": ("dopamine", "serotonin"), "generic": ("dopamine", "serotonin")}
+"""By instruction set, transmitters of the shipped modulator that are not worth their loss in time.
+
+Measured on AVX2 (docs/log.md): rows of codes that are left out lie one cache line each among those
+that are read, so reading three quarters of them takes as long as all; and a small FFN in 2 % of
+places costs 0.05 nats for 1 % of the time. Where nothing was measured all of them act.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +69,25 @@ class Phases:
         return cls(**dict.fromkeys(NAMES, ALL))
 
     @classmethod
-    def parse(cls, words: Iterable[str]) -> Self:
+    def saving_time(cls, instructions: str | None) -> Self:
+        """Where transmitters act if a lower budget is to save time, not only FLOPs.
+
+        Args:
+            instructions: Of the engine's kernels, as `engine.core.instructions` says; None where it
+                has none.
+        """
+        return cls(**dict.fromkeys(_SAVE_NO_TIME.get(instructions or "generic", ()), NEVER))
+
+    @classmethod
+    def parse(cls, words: Iterable[str], default: Self | None = None) -> Self:
         """Read `PLACE` for all transmitters or `TRANSMITTER=PLACE` for one; later words win.
+
+        Transmitters that no word is about act where `default` says, on generated tokens by default.
 
         Raises:
             VesicleError: Naming the word and what is allowed.
         """
-        chosen: dict[str, str] = {}
+        chosen = {} if default is None else default.to_dict()
         for word in words:
             name, separator, place = word.partition("=")
             names = NAMES if not separator else (name,)

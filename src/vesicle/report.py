@@ -23,7 +23,7 @@ from vesicle.cost import Cost, price_dense
 from vesicle.engine import Sequence, core
 from vesicle.engine.packed import PackedHead
 from vesicle.modulator import ModulatorMethod
-from vesicle.phases import ALL, GENERATED, PROMPT
+from vesicle.phases import ALL, GENERATED, NEVER, PROMPT
 from vesicle.plan import Dense
 from vesicle.terminal import visible
 from vesicle.transmitters import NAMES, REST
@@ -391,8 +391,9 @@ def _comparison_table(answer: Answer, dense: Answer) -> Table:
 def _levels_line(answer: Answer) -> str:
     if answer.levels is None:
         return "not recorded in a saved plan"
-    shown = [f"{name} {answer.levels[name]:.2f}" for name in NAMES if name in answer.released]
-    resting = [name for name in NAMES if name not in answer.released]
+    acting = [n for n in NAMES if n in answer.released and answer.phases.get(n) != NEVER]
+    shown = [f"{name} {answer.levels[name]:.2f}" for name in acting]
+    resting = [name for name in NAMES if name not in acting]
     if resting:
         shown.append(f"resting: {', '.join(resting)}")
     return "  ".join(shown)

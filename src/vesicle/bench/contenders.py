@@ -43,6 +43,7 @@ class Contender:
             `gaba` (every query reads a share of the KV blocks).
         modulator: Its folder or hub id, for the modes that have one.
         budget: Of mode `budget`; the modulator's own by default.
+        goal: Of mode `budget`: `time` (transmitters that save none here rest) or `flops`.
         share: Of mode `gaba`, the share of blocks.
         weights: Weight format of the engine, or number format of Hugging Face.
         kv: Cache format of the engine.
@@ -56,6 +57,7 @@ class Contender:
     mode: str = REST
     modulator: str | None = None
     budget: float | None = None
+    goal: str | None = None
     share: float | None = None
     weights: str | None = None
     kv: str | None = None
@@ -101,6 +103,7 @@ def line_up(
     gaba: tuple[float, ...],
     against: tuple[str, ...],
     threads: int,
+    goal: str = "time",
     device: str = "cpu",
     weights: str | None = None,
     kv: str | None = None,
@@ -116,6 +119,7 @@ def line_up(
         gaba: Shares of KV blocks, one contender each.
         against: Names from `RIVALS`.
         threads: Of each.
+        goal: What the budget is to save, `time` or `flops`.
         device: One of `DEVICES`.
         weights: Weight format of the engine; its own by default.
         kv: Cache format of the engine; its own by default.
@@ -151,7 +155,7 @@ def line_up(
     if overhead:
         entries.append(engine(OVERHEAD, OVERHEAD, modulator=modulator))
     if modulator is not None:
-        entries.append(engine(BUDGET, BUDGET, modulator=modulator, budget=budget))
+        entries.append(engine(BUDGET, BUDGET, modulator=modulator, budget=budget, goal=goal))
     entries += [engine(f"gaba-{share:g}", "gaba", share=share) for share in gaba]
     for name in against:
         entries.append(_rival(name, folder, gguf, threads, device))

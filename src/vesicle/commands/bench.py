@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vesicle.commands.inputs import (
+    GOAL,
     REVISION,
+    Goal,
     check_budget,
     check_folder,
     check_writable,
@@ -54,6 +56,7 @@ def bench(
             rich_help_panel=_WHO,
         ),
     ] = None,
+    goal: Annotated[Goal, typer.Option(help=GOAL, rich_help_panel=_WHO)] = Goal.time,
     overhead: Annotated[
         bool,
         typer.Option(
@@ -224,6 +227,7 @@ def bench(
         gaba=shares,
         against=rivals,
         threads=config.threads,
+        goal=goal.value,
         device=device,
         weights=weights,
         kv=kv,

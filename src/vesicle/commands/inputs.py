@@ -6,6 +6,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,21 +24,39 @@ REVISION = "Branch, tag or commit, if --model is a hub id."
 """Of the option that every command with `--model` has."""
 
 PHASE = (
-    "On which tokens transmitters act: generated (and scored), all or prompt; for one alone "
+    "On which tokens transmitters act: generated (and scored), all, prompt or never; for one alone "
     "gaba=all. Repeatable. \\[default: generated]"
 )
 """Of the option that every command with `--budget` has."""
 
+GOAL = (
+    "What a lower budget is to save: time (transmitters that save none on this processor rest), or "
+    "flops (all act)."
+)
 
-def read_phases(words: Sequence[str] | None) -> Phases:
-    """What `--phase` says.
+
+class Goal(StrEnum):
+    """What a lower budget is to save."""
+
+    time = "time"
+    flops = "flops"
+
+
+def read_phases(words: Sequence[str] | None, goal: Goal = Goal.flops) -> Phases:
+    """What `--phase` and `--goal` say.
 
     Raises:
         VesicleError: Naming the word and what is allowed.
     """
     from vesicle.phases import Phases
 
-    return Phases.parse(words or ())
+    Phases.parse(words or ())  # before the core is loaded
+    default = None
+    if goal is Goal.time:
+        from vesicle.engine import core
+
+        default = Phases.saving_time(core.instructions())
+    return Phases.parse(words or (), default)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vesicle.commands.inputs import (
+    GOAL,
     PHASE,
     REVISION,
+    Goal,
     argument_text,
     check_budget,
     check_writable,
@@ -115,6 +117,7 @@ def run(
         list[str] | None,
         typer.Option(help=PHASE, metavar="WHERE", show_default=False, rich_help_panel=_WHAT),
     ] = None,
+    goal: Annotated[Goal, typer.Option(help=GOAL, rich_help_panel=_WHAT)] = Goal.time,
     replay: Annotated[
         Path | None,
         typer.Option(help="Execute a plan that --plan saved.", rich_help_panel=_WHAT),
@@ -225,6 +228,8 @@ def run(
 
       vesicle run "Why is the sky blue?" --budget 0.7 --compare
 
+      vesicle run "Why is the sky blue?" --budget 0.7 --goal flops
+
       vesicle run "Why is the sky blue?" --budget 0.7 --phase all
 
       vesicle run --file question.txt --json > answer.json
@@ -234,7 +239,7 @@ def run(
     wanted = read_prompt(prompt, file)
     system = None if system is None else argument_text(system, "--system")
     _check(budget, system, raw, replay, save_plan)
-    phases = read_phases(phase)
+    read_phases(phase)  # refuses what means nothing
     if phase and replay is not None:
         raise DataError("--replay and --phase are both given; a saved plan has its own phases")
     show_progress = sys.stderr.isatty()
@@ -244,6 +249,7 @@ def run(
         from vesicle.models import Text, resolve_model
         from vesicle.plan import Dense, Plan
 
+        phases = read_phases(phase, goal)
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         saved = Plan.load(replay) if replay else None
     folder = resolve_model(model, revision=revision)
@@ -452,10 +458,10 @@ def _method(
 def _tell_reach(modulator: Modulator, budget: float, phases: Phases) -> None:
     """Say so where a budget cannot be met."""
     transmitters = modulator.predictor.config.transmitters
-    if budget < 1 and all(getattr(phases, name) == "prompt" for name in transmitters):
+    if budget < 1 and all(getattr(phases, name) in ("prompt", "never") for name in transmitters):
         notice(
-            "--budget counts generated tokens, and under this --phase no transmitter acts on them: "
-            "they are executed whole"
+            "--budget counts generated tokens, and under this --phase or --goal no transmitter "
+            "acts on them: they are executed whole"
         )
     elif budget < modulator.least_budget(phases):
         notice(

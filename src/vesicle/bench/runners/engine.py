@@ -10,10 +10,11 @@ import torch
 from vesicle.bench.contenders import BUDGET, OVERHEAD, REST, Contender
 from vesicle.bench.runners.base import Runner
 from vesicle.cost import price_dense
-from vesicle.engine import Engine, Sequence
+from vesicle.engine import Engine, Sequence, core
 from vesicle.engine.engine import CHUNK
 from vesicle.errors import VesicleError
 from vesicle.modulator import Modulator, ModulatorMethod
+from vesicle.phases import Phases
 from vesicle.plan import Dense, Method, Plan
 from vesicle.predictors import Predictor
 from vesicle.shapes import ModelShape
@@ -121,8 +122,10 @@ def _method(contender: Contender, shape: ModelShape) -> tuple[Method, dict[str, 
         raise VesicleError(f"contender {contender.name} has no modulator")
     modulator = Modulator.from_pretrained(contender.modulator)
     if contender.mode == BUDGET:
-        budget = modulator.default_budget() if contender.budget is None else contender.budget
-        return modulator.at(budget), {"budget": budget}
+        saving = contender.goal == "time"
+        phases = Phases.saving_time(core.instructions()) if saving else Phases()
+        budget = modulator.default_budget(phases) if contender.budget is None else contender.budget
+        return modulator.at(budget, phases), {"budget": budget, "phases": phases.to_dict()}
     return _levels_of_one(modulator), {}
 
 
