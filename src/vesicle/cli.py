@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vesicle import __version__
+from vesicle import __version__, processors
 from vesicle.commands import SUMMARIES
 from vesicle.commands.signals import ended_by_signals
 from vesicle.errors import VesicleError
@@ -100,6 +100,8 @@ def _run(arguments: list[str], streams: StandardStreams) -> int:
         # own. The former must not go on spinning beside the latter, or beside other programs.
         # Training is twice as fast with threads that spin, and keeps them.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if processors.usable() < len(processors.allowed()):
+        os.environ.setdefault(processors.THREADS, str(processors.usable()))
     command = typer.main.get_command(app)
     try:
         with command.make_context("vesicle", arguments or ["--help"]) as context:

@@ -18,7 +18,7 @@ def lined_up(**settings: Any) -> list[Contender]:
     return line_up(
         **{
             "folder": Path("/somewhere/model"),
-            "gguf": None,
+            "gguf": {},
             "modulator": None,
             "budget": None,
             "overhead": False,
@@ -63,7 +63,7 @@ def test_llama_cpp_needs_a_gguf(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(contenders, "find_spec", lambda module: object())
     with pytest.raises(VesicleError, match="--gguf"):
         lined_up(against=("llamacpp",))
-    assert lined_up(against=("llamacpp",), gguf=Path("a.gguf"))[1].model == "a.gguf"
+    assert lined_up(against=("llamacpp",), gguf={"llamacpp": Path("a.gguf")})[1].model == "a.gguf"
 
 
 def test_reports_keep_no_folders():

@@ -50,6 +50,26 @@ def test_missing_counters_are_told(monkeypatch: pytest.MonkeyPatch, gone: str):
     assert machine.memory_bytes("MemTotal") is None
 
 
+def test_energy_of_all_packages(tmp_path: Path):
+    def domain(folder: str, name: str, shown: int) -> None:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for file, text in (("name", name), ("energy_uj", shown), ("max_energy_range_uj", 10**9)):
+            (tmp_path / folder / file).write_text(f"{text}\n")
+
+    assert machine.energy_j(tmp_path) is None
+    domain("intel-rapl:0", "package-0", 5_000_000)
+    domain("intel-rapl:1", "package-1", 999_000_000)
+    domain("intel-rapl:0:0", "core", 1_000_000)  # part of its package
+    before = machine.energy_j(tmp_path)
+    assert before == {"intel-rapl:0": (5.0, 1000.0), "intel-rapl:1": (999.0, 1000.0)}
+    domain("intel-rapl:0", "package-0", 8_000_000)
+    domain("intel-rapl:1", "package-1", 2_000_000)  # the counter went round
+    assert machine.energy_between(before, machine.energy_j(tmp_path)) == pytest.approx(6)
+    assert machine.energy_between(None, before) is None
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()  # not to this user
+    assert machine.energy_j(tmp_path) is None
+
+
 def test_bandwidth(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bandwidth, "buffer_bytes", lambda: 8 << 20)
     import torch

@@ -52,6 +52,9 @@ def test_units():
     assert row.new_tokens == 2
     assert row.peak_memory_bytes == 700
     assert row.own_memory_bytes == 400
+    assert row.request_s is not None
+    assert row.request_s.median == pytest.approx(4.02)
+    assert row.energy_j is row.phases is None
 
 
 def test_ratios_are_taken_within_rounds():
@@ -64,6 +67,22 @@ def test_ratios_are_taken_within_rounds():
     assert made["rest"].speed_over["llamacpp"]["prefill"].median == pytest.approx(2.0)
     assert made["llamacpp"].speed_over["rest"]["decode"].median == pytest.approx(1 / 3)
     assert "rest" not in made["rest"].speed_over
+
+
+def test_a_request_is_all_of_it():
+    rounds = [{"rest": turn(500.0), "llamacpp": turn(1000.0, prefill_s=3.0)}] * 3
+    assert rows(rounds)["rest"].speed_over["llamacpp"]["request"].median == pytest.approx(2.5)
+
+
+def test_phases_of_a_step_and_what_lies_outside_of_them():
+    told = {"ffn in": {"s": 0.004, "bytes": 8e6}, "head": {"s": 0.002, "bytes": 2e6}}
+    rest = replace(turn(10.0), phases=told)
+    made = rows([{"rest": rest, "llamacpp": turn(10.0)}])
+    assert made["llamacpp"].phases is None
+    phases = made["rest"].phases
+    assert phases is not None
+    assert phases["ffn in"] == pytest.approx({"ms": 4, "bytes": 8e6, "gb_per_s": 2})
+    assert phases["other"]["ms"] == pytest.approx(4)
 
 
 def test_agreement_and_text_hits():

@@ -7,10 +7,12 @@ import torch
 
 from tests.models.tiny_gguf import write_gguf
 from tests.tiny import perturb
+from vesicle.bench import weights_file
 from vesicle.bench.contenders import ENGINE, HUGGING_FACE, LLAMA_CPP, Contender
 from vesicle.bench.measure import measure
 from vesicle.bench.runners import Runner, load
 from vesicle.engine import Engine
+from vesicle.errors import ModelError
 from vesicle.modulator import Modulator
 
 PROMPT, STEPS = 40, 6
@@ -126,3 +128,27 @@ def test_llama_cpp_says_what_hugging_face_says(tmp_path: Path):
     assert sum(agree) / len(agree) > 0.9
     kv = 2 * 32 * 2 * (PROMPT + 1 + (STEPS - 1) / 2)
     assert llama["step_bytes"] > 3 * kv
+
+
+def test_llama_cpp_requantises_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra that CI does not build")
+    monkeypatch.setattr(weights_file, "cache_root", lambda: tmp_path / "cache")
+    path = write_gguf(tmp_path / "tiny.gguf")
+    files = weights_file.files_for(("llamacpp", "llamacpp-q4_0"), path)
+    assert files["llamacpp"] == path
+    made = files["llamacpp-q4_0"]
+    assert made.parent == tmp_path / "cache" / "bench"
+    assert made.stat().st_size > 0
+    begun = made.stat().st_mtime_ns
+    assert weights_file.files_for(("llamacpp-q4_0",), path) == {"llamacpp-q4_0": made}
+    assert made.stat().st_mtime_ns == begun
+
+
+def test_what_cannot_be_requantised_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra that CI does not build")
+    monkeypatch.setattr(weights_file, "cache_root", lambda: tmp_path / "cache")
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelError, match="cannot requantise"):
+        weights_file.files_for(("llamacpp-q4_k_s",), path)
+    assert list((tmp_path / "cache" / "bench").iterdir()) == []

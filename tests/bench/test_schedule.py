@@ -19,12 +19,14 @@ class Silent:
 
     def __init__(self) -> None:
         self.shares: list[float] = []
+        self.turns: list[str] = []
 
     def stage(self, text: str) -> None:
         pass
 
     def turn(self, text: str, done: float) -> None:
         self.shares.append(done)
+        self.turns.append(text)
 
     def row(self, row: Row) -> None:
         pass
@@ -43,7 +45,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch):
 def contenders() -> list[Contender]:
     return line_up(
         folder=Path("model"),
-        gguf=None,
+        gguf={},
         modulator="modulator",
         budget=0.7,
         overhead=False,
@@ -55,6 +57,7 @@ def contenders() -> list[Contender]:
 
 def run(workshop: Workshop, contenders: list[Contender], stream: Stream, **settings: Any) -> Report:
     saved: list[Report] = []
+    progress = settings.pop("progress", Silent())
     config = BenchConfig(**{"prompts": (64,), "new_tokens": 8, "rounds": 3, **settings})
     return run_bench(
         config,
@@ -62,7 +65,7 @@ def run(workshop: Workshop, contenders: list[Contender], stream: Stream, **setti
         stream,
         command="vesicle bench",
         date="2026-01-01",
-        progress=Silent(),
+        progress=progress,
         save=saved.append,
         start=workshop.start,
     )
@@ -82,6 +85,33 @@ def test_contenders_alternate_and_the_first_changes(
     assert report.finished
     assert [row.contender for row in report.rows] == ["rest", "budget", "hf"]
     assert report.rows[0].speed_over["hf"]["decode"].median == pytest.approx(4.0)
+
+
+def test_every_turn_is_told_before_it_begins(
+    workshop: Workshop, contenders: list[Contender], stream: Stream
+):
+    told = Silent()
+    run(workshop, contenders, stream, progress=told)
+    assert told.turns[:4] == [
+        "64 tokens x 1, round 1 of 3: rest",
+        "64 tokens x 1, round 1 of 3: budget",
+        "64 tokens x 1, round 1 of 3: hf",
+        "64 tokens x 1, round 2 of 3: budget",
+    ]
+    assert told.shares == pytest.approx([i / 9 for i in range(9)])
+
+
+def test_energy_is_of_the_turn(
+    workshop: Workshop,
+    contenders: list[Contender],
+    stream: Stream,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    shown = iter(range(100, 10_000, 7))
+    monkeypatch.setattr(machine, "energy_j", lambda: {"package-0": (float(next(shown)), 1e6)})
+    report = run(workshop, contenders, stream)
+    assert {row.energy_j.median for row in report.rows if row.energy_j} == {7.0}
+    assert all(row.energy_j for row in report.rows)
 
 
 def test_all_read_the_same_text_and_rounds_another(

@@ -143,9 +143,9 @@ def test_it_is_built_from_a_few_states_and_again_from_many():
     first = screening(engine).screen
     assert first is not None
     assert screening(engine).learns
-    for place in range(5):
+    for place in range(9):
         other = engine.start()
-        engine.likeliest([(other, IDS[50 * place :][:128])])
+        engine.likeliest([(other, IDS[30 * place :][:128])])
     assert screening(engine).screen is not first
     assert not screening(engine).learns
 

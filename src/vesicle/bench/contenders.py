@@ -7,6 +7,7 @@ that the parent imports none of the libraries that it measures.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,15 @@ from vesicle.errors import VesicleError
 REST, OVERHEAD, BUDGET = "rest", "overhead", "budget"
 ENGINE, HUGGING_FACE, LLAMA_CPP = "engine", "huggingface", "llamacpp"
 
-RIVALS = {"hf": HUGGING_FACE, "hf-bf16": HUGGING_FACE, "llamacpp": LLAMA_CPP}
+REQUANTISED = {"llamacpp-q4_0": "Q4_0", "llamacpp-q4_k_s": "Q4_K_S"}
+"""Rivals that read the GGUF file's weights in another format, with its name."""
+
+RIVALS = {
+    "hf": HUGGING_FACE,
+    "hf-bf16": HUGGING_FACE,
+    "llamacpp": LLAMA_CPP,
+    **dict.fromkeys(REQUANTISED, LLAMA_CPP),
+}
 """Names that `--against` takes, with the runner of each."""
 
 DEVICES = ("cpu",)
@@ -96,7 +105,7 @@ class Contender:
 def line_up(
     *,
     folder: Path,
-    gguf: Path | None,
+    gguf: Mapping[str, Path],
     modulator: str | None,
     budget: float | None,
     overhead: bool,
@@ -112,7 +121,7 @@ def line_up(
 
     Args:
         folder: The model, as `resolve_model` returns.
-        gguf: The same model for llama.cpp.
+        gguf: The same model for llama.cpp, by rival.
         modulator: Its folder or hub id; without one there is no `budget`.
         budget: Share of the dense FLOPs; the modulator's own by default.
         overhead: Whether the modulator at rest takes part.
@@ -180,17 +189,19 @@ def check_installed(against: tuple[str, ...]) -> None:
             raise VesicleError(f"--against {name} needs {module}, not installed here: {remedy}")
 
 
-def _rival(name: str, folder: Path, gguf: Path | None, threads: int, device: str) -> Contender:
+def _rival(
+    name: str, folder: Path, gguf: Mapping[str, Path], threads: int, device: str
+) -> Contender:
     check_installed((name,))
     runner = RIVALS[name]
-    if runner == LLAMA_CPP and gguf is None:
+    if runner == LLAMA_CPP and name not in gguf:
         raise VesicleError(
             "--against llamacpp needs this model as a GGUF file: name it with --gguf"
         )
     return Contender(
         name=name,
         runner=runner,
-        model=str(gguf if runner == LLAMA_CPP else folder),
+        model=str(gguf[name] if runner == LLAMA_CPP else folder),
         threads=threads,
         device=device,
         weights="bfloat16" if name == "hf-bf16" else None,

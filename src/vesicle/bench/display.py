@@ -15,6 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from vesicle.bench.results import Row
 from vesicle.terminal import SafeConsole, one_line
 
+_SILENT_S = 20.0
+"""Without a bar, how long nothing is said while turns go on."""
+
 
 class Display:
     """A bar on a terminal, lines elsewhere."""
@@ -24,6 +27,7 @@ class Display:
         self._bar = bar
         self._task = bar.add_task("starting", total=1.0, left="")
         self._begun: float | None = None
+        self._said = time.monotonic()
 
     def stage(self, text: str) -> None:
         """Show what begins or went wrong, as the bar's description and as a line."""
@@ -31,12 +35,14 @@ class Display:
         self._say(text)
 
     def turn(self, text: str, done: float) -> None:
-        """A round begins, with `done` of the work behind it."""
+        """A turn begins, with `done` of the work behind it; a line now and then without a bar."""
         now = time.monotonic()
         self._begun = now if self._begun is None else self._begun
         left = ""
         if done > 0:
             left = f"about {_minutes((now - self._begun) * (1 - done) / done)} left"
+        if self._bar.disable and now - self._said >= _SILENT_S:
+            self._say(f"{text}{left and ', ' + left}")
         self._bar.update(self._task, description=text, completed=done, left=left)
         self._bar.refresh()
 
@@ -51,6 +57,7 @@ class Display:
         self._say(text)
 
     def _say(self, text: str) -> None:
+        self._said = time.monotonic()
         if self._bar.disable:
             print(f"vesicle: {one_line(text)}", file=sys.stderr)
         else:

@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vesicle.processors import allowed
+
 FLAGS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16"),
     *("amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "bf16"),
@@ -29,8 +31,7 @@ _KB = 1024
 
 def usable_cores() -> list[int]:
     """The cores that this process may use, by number."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
+    return allowed()
 
 
 def busy_core_seconds() -> float | None:
@@ -51,6 +52,38 @@ def busy_core_seconds() -> float | None:
         return ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return None
+
+
+def energy_j(root: Path = Path("/sys/class/powercap")) -> dict[str, tuple[float, float]] | None:
+    """Of each processor package, the Joules that its counter (RAPL) shows, and where it wraps.
+
+    None where the kernel does not tell, or not to this user.
+    """
+    found = {}
+    for domain in sorted(root.glob("*-rapl:[0-9]*")):
+        try:
+            if not (domain / "name").read_text(encoding="ascii").startswith("package"):
+                continue
+            shown, most = (
+                int((domain / name).read_text(encoding="ascii")) / 1e6
+                for name in ("energy_uj", "max_energy_range_uj")
+            )
+        except (OSError, ValueError):
+            return None
+        found[domain.name] = shown, most
+    return found or None
+
+
+def energy_between(
+    before: dict[str, tuple[float, float]] | None, after: dict[str, tuple[float, float]] | None
+) -> float | None:
+    """Joules that all packages used between two readings, of counters that wrap once at most."""
+    if before is None or after is None or before.keys() != after.keys():
+        return None
+    used = 0.0
+    for name, (shown, most) in after.items():
+        used += shown - before[name][0] + (most if shown < before[name][0] else 0.0)
+    return used
 
 
 def idle_share(sample_s: float) -> float | None:

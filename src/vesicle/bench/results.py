@@ -60,6 +60,8 @@ class Turn:
     """What a worker measured in one turn; see `measure.measure`, and `disturbed` by the parent.
 
     Attributes:
+        phases: Of this engine, by phase of a step: its `s`econds, and the `bytes` it reads at rest.
+        energy_j: What the processor's packages used during the turn, in J; None where not told.
         disturbed: What else ran on the machine, in words; None if nothing did.
     """
 
@@ -70,12 +72,19 @@ class Turn:
     executed_share: float | None = None
     peak_bytes: int | None = None
     cpu_s: float | None = None
+    phases: dict[str, dict[str, float]] | None = None
+    energy_j: float | None = None
     disturbed: str | None = None
 
     @property
     def step_s(self) -> float:
         """Mean seconds of a step."""
         return statistics.fmean(self.steps_s)
+
+    @property
+    def request_s(self) -> float:
+        """Seconds of the whole: the prompt and all steps."""
+        return self.prefill_s + sum(self.steps_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +117,15 @@ class Row:
         agreement: Share of greedy tokens equal to those of `rest` on the same text.
         text_hits: Share of greedy tokens that are the text's own next token.
         speed_over: For `rest` and each rival, how many times as fast as it this row is, by
-            `prefill` and `decode`.
+            `prefill`, `decode` and `request`.
         bytes_over_rest: Bytes read a token over those of `rest`.
         tokens_per_s_over_batch: By smaller batch size (as text), decode tokens/s over that batch's.
         valid: Whether the numbers can be relied on.
         reasons: Why not, if not.
         raw: Each round's `prefill_s` and `steps_s`.
+        request_s: The whole of it: prompts and all steps.
+        energy_j: Of the same, where the processor tells; what the machine uses idle is part of it.
+        phases: Of this engine, by phase of a step: `ms`, `bytes` and `gb_per_s`; of rest alone.
     """
 
     contender: str
@@ -138,6 +150,10 @@ class Row:
     valid: bool = True
     reasons: list[str] = field(default_factory=list)
     raw: list[dict[str, Any]] = field(default_factory=list)
+    # Records of before there were these have none.
+    request_s: Spread | None = None
+    energy_j: Spread | None = None
+    phases: dict[str, dict[str, float]] | None = None
 
     @property
     def cell(self) -> Cell:
@@ -309,6 +325,9 @@ def make_rows(
                 valid=not reasons,
                 reasons=reasons,
                 raw=[{"prefill_s": turn.prefill_s, "steps_s": turn.steps_s} for turn in turns],
+                request_s=Spread.of([turn.request_s for turn in turns]),
+                energy_j=_energy(turns),
+                phases=_phases(turns) if name == REST else None,
             )
         )
     return rows
@@ -319,7 +338,32 @@ def _speed_over(turns: list[Turn], others: list[Turn]) -> dict[str, Spread]:
     return {
         "prefill": Spread.of([other.prefill_s / own.prefill_s for own, other in pairs]),
         "decode": Spread.of([other.step_s / own.step_s for own, other in pairs]),
+        "request": Spread.of([other.request_s / own.request_s for own, other in pairs]),
     }
+
+
+def _energy(turns: list[Turn]) -> Spread | None:
+    told = [turn.energy_j for turn in turns if turn.energy_j is not None]
+    return Spread.of(told) if told else None
+
+
+def _phases(turns: list[Turn]) -> dict[str, dict[str, float]] | None:
+    """Medians of the turns; `other` is what lies outside of the core."""
+    told = [turn.phases for turn in turns if turn.phases is not None]
+    if not told:
+        return None
+    found = {}
+    for name, first in told[0].items():
+        seconds = statistics.median(phases[name]["s"] for phases in told)
+        found[name] = {
+            "ms": seconds * 1e3,
+            "bytes": first["bytes"],
+            "gb_per_s": first["bytes"] / max(seconds, 1e-12) / 1e9,
+        }
+    inside = sum(phase["ms"] for phase in found.values())
+    step = statistics.median(turn.step_s for turn in turns) * 1e3
+    found["other"] = {"ms": max(0.0, step - inside), "bytes": 0.0, "gb_per_s": 0.0}
+    return found
 
 
 def _agreement(turns: list[Turn], others: list[Turn]) -> float:
@@ -343,7 +387,11 @@ def _hits(turns: list[Turn], texts: list[list[list[int]]]) -> float:
 def _row(values: dict[str, Any]) -> Row:
     """Read a row that `asdict` wrote."""
     values = checked(Row, values, "a benchmark")
-    spreads = {f.name: Spread(**values[f.name]) for f in fields(Row) if f.type == "Spread"}
+    spreads = {
+        f.name: Spread(**values[f.name])
+        for f in fields(Row)
+        if f.type in ("Spread", "Spread | None") and values.get(f.name) is not None
+    }
     speeds = {
         other: {phase: Spread(**spread) for phase, spread in by_phase.items()}
         for other, by_phase in values["speed_over"].items()

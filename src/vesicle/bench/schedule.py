@@ -233,8 +233,7 @@ class _Bench:
         number = 0
         while names and len(good) < config.rounds and number < config.most_rounds:
             rows = self._text(cell, number)
-            self._report_progress(cell, number, len(good))
-            turns = self._round(cell, names, rows, number)
+            turns = self._round(cell, names, rows, number, len(good))
             names = [name for name in names if name in turns]
             played = _Round(turns=turns, text=[row[cell.prompt_tokens :] for row in rows])
             (bad if played.disturbed else good).append(played)
@@ -267,12 +266,13 @@ class _Bench:
         return self.stream.rows(number * cell.batch, cell.batch, length)
 
     def _round(
-        self, cell: Cell, names: list[str], rows: list[list[int]], number: int
+        self, cell: Cell, names: list[str], rows: list[list[int]], number: int, good: int
     ) -> dict[str, Turn]:
         """One turn of each; those that fail are missing from the result."""
         first = number % len(names)
         turns: dict[str, Turn] = {}
-        for name in names[first:] + names[:first]:
+        for place, name in enumerate(names[first:] + names[:first]):
+            self._report_progress(cell, name, number, good, place / len(names))
             turn = self._turn(name, cell, rows)
             if turn is not None:
                 turns[name] = turn
@@ -281,12 +281,14 @@ class _Bench:
     def _turn(self, name: str, cell: Cell, rows: list[list[int]]) -> Turn | None:
         time.sleep(PAUSE_S)
         idle = self._wait_until_idle()
+        energy = machine.energy_j()
         busy, begun = machine.busy_core_seconds(), time.monotonic()
         measured = self._measure(name, cell, rows, cell.prompt_tokens)
         if measured is None:
             return None
         passed, busy_after = time.monotonic() - begun, machine.busy_core_seconds()
-        turn = Turn(**measured)
+        used = machine.energy_between(energy, machine.energy_j())
+        turn = Turn(**measured, energy_j=used)
         if idle is not None and idle < IDLE_LIMIT:
             return replace(turn, disturbed=f"cores were {idle:.0%} idle before a turn")
         if busy is None or busy_after is None or passed < _SHORTEST_JUDGED_S:
@@ -340,13 +342,14 @@ class _Bench:
         }
         return replace(row, tokens_per_s_over_batch=ratios)
 
-    def _report_progress(self, cell: Cell, number: int, good: int) -> None:
+    def _report_progress(self, cell: Cell, name: str, number: int, good: int, part: float) -> None:
+        """Before a turn: `good` rounds are done, and `part` of this one."""
         config = self.config
         total = sum(_weight(c, config) for c in config.cells)
-        share = (self.done + _weight(cell, config) * good / config.rounds) / total
+        share = (self.done + _weight(cell, config) * (good + part) / config.rounds) / total
         again = f" (run {number + 1})" if number > good else ""
-        text = f"{cell.prompt_tokens} tokens x {cell.batch}, round {good + 1}{again}"
-        self.progress.turn(text, share)
+        where = f"{cell.prompt_tokens} tokens x {cell.batch}"
+        self.progress.turn(f"{where}, round {good + 1} of {config.rounds}{again}: {name}", share)
 
 
 def _weight(cell: Cell, config: BenchConfig) -> float:

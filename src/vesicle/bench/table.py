@@ -14,6 +14,8 @@ SPEED, RATIOS, READING = "Speed", "Times as fast", "What it reads, holds and say
 TITLES = (SPEED, RATIOS, READING)
 """One table each, so that they fit a terminal."""
 
+_PHASES = ("decode", "prefill", "request")
+
 
 def head(report: Report) -> list[str]:
     """What was measured on what, one line each."""
@@ -52,11 +54,12 @@ def columns(report: Report, title: str) -> list[str]:
             "quartiles",
             "decode tokens/s",
             "/ batch 1",
+            "request s",
         ]
     if title == RATIOS:
         return [
             "contender",
-            *(f"{p} / {name}" for p in ("decode", "prefill") for name in _references(report)),
+            *(f"{p} / {name}" for p in _PHASES for name in _references(report)),
         ]
     return [
         "contender",
@@ -66,6 +69,7 @@ def columns(report: Report, title: str) -> list[str]:
         "FLOPs / dense",
         "peak MB",
         "own MB",
+        "J/request",
         "tokens as rest",
         "text's own",
         "valid",
@@ -84,11 +88,12 @@ def cells(report: Report, row: Row, title: str) -> list[str]:
             f"{step.low:.2f} to {step.high:.2f}",
             f"{row.decode_tokens_per_s.median:.1f}",
             _optional(row.tokens_per_s_over_batch.get("1"), ".2f"),
+            "" if row.request_s is None else f"{row.request_s.median:.2f}",
         ]
     if title == RATIOS:
         ratios = [
-            _times(row.speed_over[name][phase]) if name in row.speed_over else ""
-            for phase in ("decode", "prefill")
+            _times(row.speed_over[name][phase]) if phase in row.speed_over.get(name, {}) else ""
+            for phase in _PHASES
             for name in _references(report)
         ]
         return [row.contender, *ratios]
@@ -100,6 +105,7 @@ def cells(report: Report, row: Row, title: str) -> list[str]:
         _optional(row.executed_share, ".2f"),
         _megabytes(row.peak_memory_bytes),
         _megabytes(row.own_memory_bytes),
+        "" if row.energy_j is None else f"{row.energy_j.median:.1f}",
         _optional(row.agreement, ".0%"),
         f"{row.text_hits:.0%}",
         "yes" if row.valid else "NO",
@@ -139,6 +145,22 @@ def notes(report: Report) -> list[str]:
     return lines
 
 
+def step_lines(report: Report, cell: Cell) -> list[str]:
+    """Where a decode step at rest spends its time, one line a phase; none where it is not known."""
+    row = report.find(REST, cell)
+    if row is None or not row.phases:
+        return []
+    limit = max(seen["read_gb_per_s"] for seen in report.bandwidth.values())
+    lines = [f"A step of {REST}, the wait for the other threads and small work included:"]
+    for name, phase in row.phases.items():
+        line = f"{name}: {phase['ms']:.2f} ms"
+        if phase["bytes"]:
+            share = phase["gb_per_s"] / limit
+            line += f", {phase['bytes'] / 1e6:.1f} MB, {phase['gb_per_s']:.1f} GB/s, {share:.0%}"
+        lines.append(line)
+    return lines
+
+
 def markdown(report: Report) -> str:
     """A page with everything but the single rounds."""
     lines = ["# Speed side by side", ""]
@@ -151,6 +173,8 @@ def markdown(report: Report) -> str:
             lines += [_line(names), "|" + " --- |" * len(names)]
             lines += [_line(cells(report, row, title)) for row in _rows(report, cell)]
             lines.append("")
+        if step := step_lines(report, cell):
+            lines += [step[0], "", *(f"- {line}" for line in step[1:]), ""]
     lines += [f"- {note}" for note in notes(report)]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+from vesicle.bench.contenders import REQUANTISED
 from vesicle.errors import ModelError
+from vesicle.files import atomic_path, cache_root
 from vesicle.models import DEFAULT_MODEL, ensure_default_gguf
+from vesicle.models.gguf import sha256_file
 from vesicle.models.gguf_header import check_magic
 
 
@@ -33,3 +38,51 @@ def find_gguf(model: str | None, folder: Path, given: Path | None) -> Path:
             f"--against llamacpp needs {model} as a GGUF file as well: name it with --gguf"
         )
     return ensure_default_gguf()
+
+
+def files_for(against: tuple[str, ...], gguf: Path) -> dict[str, Path]:
+    """The file of each rival that reads one: as it is, or requantised by llama.cpp and cached.
+
+    Raises:
+        ModelError: llama.cpp refuses to requantise it.
+    """
+    found = {"llamacpp": gguf} if "llamacpp" in against else {}
+    for name in against:
+        if name in REQUANTISED:
+            found[name] = _requantised(gguf, REQUANTISED[name])
+    return found
+
+
+def _requantised(gguf: Path, name: str) -> Path:
+    """From a file that is quantised already: llama.cpp goes through fp32, nothing is added."""
+    target = cache_root() / "bench" / f"{gguf.stem}-{sha256_file(gguf)[:12]}-{name}.gguf"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target) as part:
+        # Its library may abort, and prints: in a process of its own.
+        done = subprocess.run(
+            [sys.executable, "-c", _REQUANTISE, str(gguf), str(part), name],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        if done.returncode != 0:
+            last = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"])[
+                -1
+            ]
+            raise ModelError(f"llama.cpp cannot requantise {gguf} to {name}: {last}")
+    return target
+
+
+_REQUANTISE = """
+import sys
+import llama_cpp.llama_cpp as native
+source, target, name = sys.argv[1:]
+native.llama_backend_init()
+settings = native.llama_model_quantize_default_params()
+settings.ftype = getattr(native, f"LLAMA_FTYPE_MOSTLY_{name}")
+settings.allow_requantize = True
+sys.exit(native.llama_model_quantize(source.encode(), target.encode(), settings))
+"""

@@ -22,6 +22,7 @@ from vesicle.commands.inputs import (
 )
 from vesicle.errors import VesicleError
 from vesicle.folders import locked, set_aside
+from vesicle.processors import usable
 from vesicle.shipped import is_default_model, shipped_modulator
 from vesicle.terminal import SafeConsole
 
@@ -76,7 +77,7 @@ def bench(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Rivals, commas between: hf, hf-bf16, llamacpp.",
+            help="Rivals, commas between: hf, hf-bf16, llamacpp, llamacpp-q4_0, llamacpp-q4_k_s.",
             metavar="NAMES",
             rich_help_panel=_WHO,
         ),
@@ -183,6 +184,8 @@ def bench(
 
       vesicle bench --prompt 128,512 --budget 0.7 --against hf,llamacpp --out runs/bench
 
+      vesicle bench --prompt 1024,4096 --new 128 --against llamacpp,llamacpp-q4_0
+
       vesicle bench --prompt 8192 --gaba 0.25 --against llamacpp --rounds 3
 
       vesicle bench --prompt 128 --batch 1,4,8 --overhead --threads 2
@@ -198,11 +201,10 @@ def bench(
     json_path, table_path, plot_path = _outputs(json_path, out)
 
     from vesicle.bench import BenchConfig, line_up, run_bench
-    from vesicle.bench.contenders import check_installed
+    from vesicle.bench.contenders import LLAMA_CPP, RIVALS, check_installed
     from vesicle.bench.display import showing
-    from vesicle.bench.machine import usable_cores
     from vesicle.bench.prompts import read_stream
-    from vesicle.bench.weights_file import find_gguf
+    from vesicle.bench.weights_file import files_for, find_gguf
     from vesicle.models import Text, resolve_model
 
     check_installed(rivals)
@@ -213,14 +215,17 @@ def bench(
         batches=batches,
         new_tokens=steps,
         rounds=rounds or (_QUICK_ROUNDS if quick else _ROUNDS),
-        threads=threads or len(usable_cores()),
+        threads=threads or usable(),
         limit_s=limit,
         allow_busy=allow_busy,
         bandwidth_repeats=2 if quick else 5,
     )
+    files = {}
+    if any(RIVALS[name] == LLAMA_CPP for name in rivals):
+        files = files_for(rivals, find_gguf(model, folder, gguf))
     contenders = line_up(
         folder=folder,
-        gguf=find_gguf(model, folder, gguf) if "llamacpp" in rivals else None,
+        gguf=files,
         modulator=_modulator(modulator, folder, budget),
         budget=budget,
         overhead=overhead,
@@ -267,7 +272,7 @@ def bench(
 
 def _show(report: Report) -> None:
     """Tables on standard output."""
-    from vesicle.bench.table import TITLES, head, notes, rich_table
+    from vesicle.bench.table import TITLES, head, notes, rich_table, step_lines
 
     console = SafeConsole(highlight=False)
     if not console.is_terminal:
@@ -278,6 +283,8 @@ def _show(report: Report) -> None:
     for cell in report.cells:
         for title in TITLES:
             console.print(rich_table(report, cell, title))
+        for line in step_lines(report, cell):
+            console.print(line, markup=False)
     for line in notes(report):
         console.print(line, markup=False)
 

@@ -146,7 +146,7 @@ def run(
         typer.Option(
             min=1,
             max=_MOST_THREADS,
-            help="CPU threads; the default is torch's.",
+            help="CPU threads; the default is torch's, within a container's quota.",
             rich_help_panel=_WHAT,
         ),
     ] = None,

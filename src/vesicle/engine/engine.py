@@ -15,6 +15,7 @@ nothing of the Plan's prices; `cost.price` of the recorded Plan must come to the
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vesicle import processors
 from vesicle.activations import ACTIVATIONS
 from vesicle.engine.generation import Generation
 from vesicle.engine.linear import normalise
@@ -158,7 +160,8 @@ class Engine:
             kv_capacity: Most bytes that keys and values of all sequences together may take. By
                 default what 16 sequences of full context take, at most half of the memory that is
                 available. Memory is taken as it is needed.
-            threads: CPU threads of this process; torch's own choice by default.
+            threads: CPU threads of this process; by default torch's own choice, within the quota
+                of a container.
 
         Raises:
             ModelError: If the model cannot be found, read or supported.
@@ -173,6 +176,8 @@ class Engine:
         folder = resolve_model(model, revision=revision, token=token)
         if threads is not None:
             torch.set_num_threads(threads)
+        elif processors.THREADS not in os.environ and torch.get_num_threads() > processors.usable():
+            torch.set_num_threads(processors.usable())  # torch knows nothing of quotas
         loaded = from_folder(folder, dtype, weights)
         return cls(loaded, kv=kv, kv_capacity=kv_capacity, folder=folder)
 

@@ -34,7 +34,7 @@ from vesicle.engine.screen import Screening
 from vesicle.engine.weights import Weights
 from vesicle.families.base import Affine, DecoderConfig
 from vesicle.modulator import ModulatorAuthor
-from vesicle.plan import Author
+from vesicle.plan import Author, FloatArray
 from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
 
 if TYPE_CHECKING:
@@ -104,6 +104,16 @@ class NativeCore:
         self.screening = Screening(weights.head)
         self._frames: list[_Frame] = []
         self._depth = 0  # of passes in passes: an author may read another sequence
+
+    def clock(self) -> FloatArray:
+        """Have passes measure their phases from now on.
+
+        Returns:
+            (6,) seconds of each of `core.PHASES`, added to by every pass, waiting included.
+        """
+        self._seconds = np.zeros(len(core.PHASES))
+        self._model.seconds = self._seconds.ctypes.data
+        return self._seconds
 
     def _summarise(self, chunk: core.Chunk) -> None:
         """Summarise all complete blocks of a sequence."""

@@ -12,6 +12,7 @@ from vesicle.bench.runners.base import Runner
 from vesicle.cost import price_dense
 from vesicle.engine import Engine, Sequence, core
 from vesicle.engine.engine import CHUNK
+from vesicle.engine.packed import PackedHead
 from vesicle.errors import VesicleError
 from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.phases import Phases
@@ -33,6 +34,7 @@ class EngineRunner(Runner):
         """Set the number of torch's threads; `load` reads the weights."""
         self._contender = contender
         self._sequences: list[Sequence] = []
+        self._stepping = False  # whether the last pass was a step
         torch.set_num_threads(contender.threads)
 
     def load(self) -> dict[str, Any]:
@@ -47,6 +49,8 @@ class EngineRunner(Runner):
         )
         self._method, facts = _method(c, self._engine.shape)
         self._engine.start(self._method)  # refuses what does not fit
+        native = self._engine._native
+        self._clock = None if native is None else native.clock()
         dense = price_dense(self._engine.shape, 1)
         return {**facts, "weight_bytes": dense.weight_bytes}
 
@@ -61,6 +65,7 @@ class EngineRunner(Runner):
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:
         """In passes of the engine's own size, of as many sequences as fit."""
+        self._stepping = False
         length = len(prompts[0])
         side_by_side = max(1, CHUNK // length)
         found: list[int] = []
@@ -78,6 +83,9 @@ class EngineRunner(Runner):
 
     def step(self, tokens: list[int]) -> list[int]:
         """One pass over all sequences."""
+        if self._clock is not None and not self._stepping:
+            self._clock[:] = 0
+        self._stepping = True
         batch = [
             (sequence, [token]) for sequence, token in zip(self._sequences, tokens, strict=True)
         ]
@@ -109,7 +117,34 @@ class EngineRunner(Runner):
         return {
             "step_bytes": float((weights.max(0) + kv.sum(0)).mean()),
             "executed_share": flops / dense,
+            "phases": self._phases(steps, float(kv.sum(0).mean())),
         }
+
+    def _phases(self, steps: int, kv_bytes: float) -> dict[str, dict[str, float]] | None:
+        """Of a mean step, by phase: seconds, and the bytes that a dense one reads there."""
+        if self._clock is None:
+            return None
+        weights = self._engine._weights
+        parts = [
+            sum(getattr(layer, name).bytes_held for layer in weights.layers)
+            for name in ("attention_in", "attention_out", "ffn_in", "ffn_out")
+        ]
+        n_bytes = [parts[0], kv_bytes, *parts[1:], self._head_bytes()]
+        return {
+            name: {"s": float(spent) / steps, "bytes": float(size)}
+            for name, spent, size in zip(core.PHASES, self._clock, n_bytes, strict=True)
+        }
+
+    def _head_bytes(self) -> float:
+        """Of a screened head: the leading plane, what bounds it, and the rows read whole."""
+        native, head = self._engine._native, self._engine._weights.head
+        if not isinstance(head, PackedHead):
+            return head.nbytes
+        screen = None if native is None else native.screening.screen
+        if native is None or screen is None:
+            return head.bytes_held
+        whole = native.screening.share or 0.0
+        return head.high.nbytes + whole * head.bytes_held + screen.bytes_held
 
 
 def _method(contender: Contender, shape: ModelShape) -> tuple[Method, dict[str, Any]]:

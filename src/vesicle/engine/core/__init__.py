@@ -86,6 +86,10 @@ class Small(ctypes.Structure):
     ]
 
 
+PHASES = ("joint in", "attention", "attention out", "ffn in", "ffn out", "head")
+"""What a pass spends its time on, as `VesiclePhase`."""
+
+
 class Model(ctypes.Structure):
     """Mirrors `VesicleModel`."""
 
@@ -100,6 +104,7 @@ class Model(ctypes.Structure):
         ("screen", _POINTER),
         *_fields(_POINTER, "keys", "values", "key_scales", "value_scales"),
         *_fields(_LONG, "kv_format", "summary_format", "page_stride"),
+        ("seconds", _POINTER),
     ]
 
 

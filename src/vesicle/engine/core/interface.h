@@ -61,7 +61,11 @@ struct VesicleModel {
   const char *keys, *values;
   const uint16_t *key_scales, *value_scales;
   int64_t kv_format, summary_format, page_stride;
+  double* seconds;  // (`kPhases`) added to by the first thread, waiting included; or null
 };
+
+// What a pass spends its time on; the decisions before each are part of it.
+enum VesiclePhase : int64_t { kJointIn = 0, kAttention, kAttentionOut, kFfnIn, kFfnOut, kHeadPhase, kPhases };
 
 // What becomes of one number of a row; see effectors/rules.py.
 struct VesicleRule {

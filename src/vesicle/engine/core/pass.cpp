@@ -148,6 +148,14 @@ void Pass::norm(const VesicleNorm& norm, const float* x, float* y) {
   else k->standardise(x, norm.gain, norm.bias, model->eps, model->width, y);
 }
 
+// A phase ends here: the time since the last one is its own.
+void Pass::mark(int64_t thread, VesiclePhase phase) {
+  if (thread || !model->seconds) return;
+  const auto now = std::chrono::steady_clock::now();
+  model->seconds[phase] += std::chrono::duration<double>(now - marked_).count();
+  marked_ = now;
+}
+
 void Pass::attention_half(int64_t thread, int64_t l) {
   const VesicleLayer& w = model->layers[l];
   const int64_t width = model->width, kv = model->kv_heads * model->size, q_width = model->heads * model->size;
@@ -176,10 +184,12 @@ void Pass::attention_half(int64_t thread, int64_t l) {
   for (int64_t t = 0; t < n; ++t)
     if (lands(t)) map_down(thread, lands(t), l, t);
   pool->barrier();
+  mark(thread, kJointIn);
 
   // 2. Attention, shared out by blocks.
   attention(thread, l);
   pool->barrier();
+  mark(thread, kAttention);
 
   // 3. Its output projection.
   each(thread, [&](int64_t t) {
@@ -195,6 +205,7 @@ void Pass::attention_half(int64_t thread, int64_t l) {
   for (int64_t t = 0; t < n; ++t)
     if (lands(t)) map_up(thread, lands(t), l, t, &attention_out);
   pool->barrier();
+  mark(thread, kAttentionOut);
   each(thread, [&](int64_t t) {
     Lane& a = lane(thread, t);
     residual(&attention_out, t, a.row.attention, lands(t) != nullptr, a.residual, a.after);
@@ -240,6 +251,7 @@ void Pass::ffn_half(int64_t thread, int64_t l) {
   for (int64_t t = 0; t < n; ++t)
     if (maps(t)) map_down(thread, maps(t), l, t);
   pool->barrier();
+  mark(thread, kFfnIn);
 
   // 5. Its down projection.
   each(thread, [&](int64_t t) {
@@ -264,12 +276,14 @@ void Pass::ffn_half(int64_t thread, int64_t l) {
   for (int64_t t = 0; t < n; ++t)
     if (maps(t)) map_up(thread, maps(t), l, t, &ffn_out);
   pool->barrier();
+  mark(thread, kFfnOut);
 }
 
 void Pass::run(int64_t thread) {
   const int64_t end = 2 * model->n_layers;
+  if (thread == 0) marked_ = std::chrono::steady_clock::now();
   for (int64_t stage = first_; stage < last_; ++stage) {
-    if (stage == end) head(thread);
+    if (stage == end) head(thread), mark(thread, kHeadPhase);
     else if (stage % 2) ffn_half(thread, stage / 2);
     else attention_half(thread, stage / 2);
   }

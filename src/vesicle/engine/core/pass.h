@@ -8,6 +8,7 @@
 // beside it, the same bits come out. So no kernel's order of sums may depend on the number of tokens.
 #pragma once
 
+#include <chrono>
 #include <vector>
 
 #include "products.h"
@@ -98,6 +99,8 @@ class Pass {
   }
 
   // pass.cpp
+  std::chrono::steady_clock::time_point marked_;
+  void mark(int64_t thread, VesiclePhase phase);
   void attention_decision(Lane& lane, const Token& token, int64_t l);
   void release(Lane& lane, Token& token, int64_t l, bool reports);
   template <typename F>

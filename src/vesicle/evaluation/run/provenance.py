@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from vesicle.processors import allowed
 
 _CODE = {".py", ".cpp", ".inc", ".h", ".so", ".pyd", ".dylib"}
 
@@ -66,10 +67,9 @@ def base_of(hash_: str) -> str:
 
 def hardware() -> dict[str, Any]:
     """CPU model, cores that this process may use, and torch's threads."""
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": _cpu_model(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cores": len(allowed()),
         "threads": torch.get_num_threads(),
     }
 

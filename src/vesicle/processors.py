@@ -1,0 +1,73 @@
+"""How many processors this process may use: those it may run on, within its container's quota.
+
+A container's quota (`docker run --cpus 2`) leaves all of the machine's processors in sight, and
+stops whoever has used up its time until the next period. With a thread on each of them all work for
+a moment and then stand still, those that the others wait for too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+THREADS = "OMP_NUM_THREADS"
+"""Environment variable with which a user sets the number of threads; it goes before a quota."""
+
+
+def allowed() -> list[int]:
+    """The processors that this process may run on, by number."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
+
+
+def quota(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float | None:
+    """Processors' worth of time that the process gets; None where nothing limits it.
+
+    Args:
+        root: Where control groups are mounted, version 2 or 1.
+        own: The list of the groups that the process is in.
+    """
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    limits = []
+    for line in lines:
+        _, names, path = (*line.split(":", 2), "", "")[:3]
+        if names and "cpu" not in names.split(","):
+            continue
+        base = root / names if names else root
+        for place in (base, root / "cpu") if names else (base,):
+            # A group's parents limit it as well; inside a container its own path may not be there.
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            limits += [
+                _limit(place.joinpath(*parts[:n])) for n in range(len(parts) + 1) if place.is_dir()
+            ]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def usable() -> int:
+    """How many threads can work at a time: the allowed processors, within the quota rounded up."""
+    limit = quota()
+    here = len(allowed())
+    return here if limit is None else max(1, min(here, math.ceil(limit)))
+
+
+def _limit(group: Path) -> float | None:
+    """The limit of one control group, in processors."""
+    try:
+        spent, period = (group / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        try:
+            spent = (group / "cpu.cfs_quota_us").read_text(encoding="ascii").strip()
+            period = (group / "cpu.cfs_period_us").read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return None
+    try:
+        share = float(spent) / float(period)
+    except (ValueError, ZeroDivisionError):  # "max"
+        return None
+    return share if share > 0 else None
