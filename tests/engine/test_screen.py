@@ -65,14 +65,18 @@ def test_it_is_the_whole_heads_token_and_reads_less():
     assert set(sequence.plan.head) == {0}  # the Plan has nothing of it, and so has the price
 
 
-def test_several_sequences_at_once():
+@pytest.mark.parametrize("n", [2, 4, 20])
+def test_several_sequences_at_once(n: int):
+    """Few are screened, of many the whole head is read."""
     engine = engine_for()
-    sequences = [engine.start() for _ in range(20)]  # more than go through the head together
-    parts = [IDS[20 * i : 20 * i + 20] for i in range(20)]
+    sequences = [engine.start() for _ in range(n)]
+    steps = max(20, 200 // n)
+    parts = [IDS[10 * i : 10 * i + steps] for i in range(n)]
     found = [
         engine.likeliest([(s, [p[i]]) for s, p in zip(sequences, parts, strict=True)])
-        for i in range(20)
+        for i in range(steps)
     ]
+    assert (engine.head_share == 1) == (n == 20)
     assert screening(engine).screen is not None
     assert [list(tokens) for tokens in zip(*found, strict=True)] == [
         whole(engine, p) for p in parts

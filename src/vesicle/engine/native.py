@@ -101,7 +101,7 @@ class NativeCore:
             # Keys, then values. Strides say nothing about an axis of one head.
             page_stride=2 * pool.keys[0, 0].numel(),
         )
-        self.screening = Screening(weights.head)
+        self.screening = Screening(weights.head, shape.width)
         self._frames: list[_Frame] = []
         self._depth = 0  # of passes in passes: an author may read another sequence
 
@@ -264,7 +264,7 @@ class NativeCore:
             self._depth -= 1
         if wants == "likeliest" and not failed:
             self.screening.count(frame.chunks[i].scored for i in range(len(batch)))
-            if states is not None:
+            if states is not None and self._depth == 0:  # no pass is under way with another screen
                 self._model.screen = self.screening.learn(states)
         none = torch.empty(0, self._shape.vocabulary) if wants == "none" else None
         found: list[Outcome] = []

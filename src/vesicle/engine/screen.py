@@ -102,16 +102,17 @@ class Screening:
         screen: The latest; None before the first.
     """
 
-    def __init__(self, head: Tensor | PackedHead) -> None:
-        """Of a model's head; one that is dense, has 4 bits or few rows never gets a screen."""
+    def __init__(self, head: Tensor | PackedHead, width: int) -> None:
+        """Of a head (V, width); one that is dense, has 4 bits or few rows never gets a screen."""
         rows = head.n_out if isinstance(head, PackedHead) else head.shape[0]
         packed = isinstance(head, PackedHead) and head.bits == 8 and rows >= LEAST_ROWS
         self._head = head if packed else None
         self.learns = packed
         self.screen: HeadScreen | None = None
-        self._found: list[Tensor] = []
+        # (n, D) states so far; not tensor by tensor, which would take longer than the screen saves.
+        self._states = torch.empty(_MOST_STATES if packed else 0, width)
+        self._passes = self._held = self._rows = self._tokens = 0
         self._of = rows
-        self._passes = self._rows = self._tokens = 0
 
     @property
     def share(self) -> float | None:
@@ -133,15 +134,16 @@ class Screening:
         Returns:
             Address of the latest screen's structure.
         """
-        self._found.append(states[states.isfinite().all(-1)])
+        new = states[states.isfinite().all(-1)][: _MOST_STATES - self._held]
+        self._states[self._held : self._held + len(new)] = new
+        self._held += len(new)
         self._passes += 1
-        n = sum(map(len, self._found))
         least = _LEAST_STATES if self.screen is None else _MOST_STATES
-        if self._passes >= _AFTER and n >= least and isinstance(self._head, PackedHead):
-            self.screen = HeadScreen(self._head, torch.cat(self._found))
-            self.learns = n < _MOST_STATES
+        if self._passes >= _AFTER and self._held >= least and isinstance(self._head, PackedHead):
+            self.screen = HeadScreen(self._head, self._states[: self._held])
+            self.learns = self._held < _MOST_STATES
             if not self.learns:
-                self._found.clear()
+                self._states = torch.empty(0, 0)
         return None if self.screen is None else ctypes.addressof(self.screen.structure)
 
 

@@ -11,6 +11,9 @@ namespace {
 // Tokens that go through the head together: their logits stay in the cache.
 constexpr int64_t kTogether = 16;
 
+// Most of them that are screened by a bound: more read nearly every line anyhow, and bounding takes longer.
+constexpr int64_t kScreened = 4;
+
 float from_half(const uint8_t* at) {
   uint16_t bits;
   std::memcpy(&bits, at, sizeof bits);
@@ -108,7 +111,8 @@ bool Pass::staged(int64_t thread, int64_t t) {
 
 // Whether the rows that cannot be the likeliest are found out by their leading bits, and the others read whole.
 bool Pass::screened(int64_t thread, int64_t t) {
-  return tokens[t].wants == kLikeliest && !tokens[t].logits && model->screen && !staged(thread, t);
+  return tokens[t].wants == kLikeliest && !tokens[t].logits && model->screen && static_cast<int64_t>(wanting.size()) <= kScreened &&
+         !staged(thread, t);
 }
 
 // How far a token's screened scores may be from the exact ones. What is left unread of a row, e, changes its score by
