@@ -49,8 +49,18 @@ def test_inside_a_container_the_root_is_its_own_group(tmp_path: Path):
 def test_a_group_of_version_1(tmp_path: Path, spent: str, expected: float | None):
     files = {"cpu.cfs_quota_us": spent, "cpu.cfs_period_us": "100000"}
     group(tmp_path / "cgroup" / "cpu,cpuacct" / "box", files)
-    listed = own(tmp_path, "5:memory:/box\n4:cpu,cpuacct:/box\n")
+    listed = own(tmp_path, "5:memory:/box\n4:cpuacct,cpu:/box\n")
     assert processors.quota(tmp_path / "cgroup", listed) == expected
+
+
+def test_a_path_from_outside_is_nobodys(tmp_path: Path):
+    group(tmp_path / "cgroup" / "b", {"cpu.max": "100000 100000"})
+    assert processors.quota(tmp_path / "cgroup", own(tmp_path, "0::/../b\n")) is None
+
+
+def test_without_a_list_the_root_counts(tmp_path: Path):
+    group(tmp_path, {"cpu.max": "100000 100000"})
+    assert processors.quota(tmp_path, tmp_path / "missing") == 1
 
 
 def test_nothing_known(tmp_path: Path):
@@ -58,7 +68,7 @@ def test_nothing_known(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("limit", "expected"), [(None, 8), (2.0, 2), (1.5, 2), (0.2, 1), (64.0, 8)]
+    ("limit", "expected"), [(None, 8), (2.0, 2), (1.5, 1), (0.2, 1), (64.0, 8)]
 )
 def test_usable(monkeypatch: pytest.MonkeyPatch, limit: float | None, expected: int):
     monkeypatch.setattr(processors, "allowed", lambda: list(range(8)))

@@ -31,29 +31,37 @@ def quota(
         own: The list of the groups that the process is in.
     """
     try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = own.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
         lines = []
-    limits = []
+    # Inside a container the root is its own group, whatever path is told.
+    limits = [_limit(root), _limit(root / "cpu")]
     for line in lines:
         _, names, path = (*line.split(":", 2), "", "")[:3]
         if names and "cpu" not in names.split(","):
             continue
-        base = root / names if names else root
-        for place in (base, root / "cpu") if names else (base,):
-            # A group's parents limit it as well; inside a container its own path may not be there.
-            parts = [part for part in path.split("/") if part not in ("", "..")]
-            limits += [
-                _limit(place.joinpath(*parts[:n])) for n in range(len(parts) + 1) if place.is_dir()
-            ]
+        parts = [part for part in path.split("/") if part]
+        if ".." in parts:  # of somebody outside
+            continue
+        # A group's parents limit it as well.
+        for place in _mounts(root, names):
+            limits += [_limit(place.joinpath(*parts[:n])) for n in range(len(parts) + 1)]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def usable() -> int:
-    """How many threads can work at a time: the allowed processors, within the quota rounded up."""
+    """How many threads can work all the time: the allowed processors, within the quota."""
     limit = quota()
     here = len(allowed())
-    return here if limit is None else max(1, min(here, math.ceil(limit)))
+    return here if limit is None else max(1, min(here, math.floor(limit)))
+
+
+def _mounts(root: Path, names: str) -> list[Path]:
+    """Where the controllers `names` are mounted, in whatever order; the root for version 2."""
+    if not names:
+        return [root]
+    wanted = set(names.split(","))
+    return [place for place in root.glob("*") if set(place.name.split(",")) in (wanted, {"cpu"})]
 
 
 def _limit(group: Path) -> float | None:

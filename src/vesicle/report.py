@@ -411,6 +411,9 @@ def _budget_line(answer: Answer, budget: float | None) -> str:
         for name, part in answer.by_phase.items()
         if part.tokens
     ]
+    never = [name for name, place in answer.phases.items() if place == NEVER]
+    if never and budget is not None:
+        asked += f" ({', '.join(never)} never act: --goal or --phase)"
     together = answer.executed.ratio(answer.dense)["flops"]
     return f"{asked}; executed of the dense FLOPs: {', '.join(parts)}, together {together:.3f}"
 

@@ -160,3 +160,10 @@ def test_a_report_is_valid_only_as_a_whole():
 def test_other_records_are_refused(change: dict[str, object]):
     with pytest.raises(DataError):
         Report.from_dict({**report([]).to_dict(), **change})
+
+
+@pytest.mark.parametrize("name", ["short", "long", "batch"])
+def test_records_of_before_there_were_requests_are_read(name: str):
+    report = Report.load(Path(__file__).parents[2] / "results" / "bench" / f"{name}.json")
+    assert report.rows
+    assert all(row.request_s is row.energy_j is row.phases is None for row in report.rows)

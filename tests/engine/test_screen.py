@@ -175,6 +175,38 @@ def test_the_bound_holds_for_any_states(k: int, monkeypatch: pytest.MonkeyPatch)
         assert (error <= norms * (rest + x.norm() / 1024)).all()
 
 
+def test_an_engine_made_in_inference_mode_works_outside_of_it():
+    with torch.inference_mode():
+        engine = engine_for()
+    sequence = engine.start()
+    assert [engine.likeliest([(sequence, [i])])[0] for i in IDS[:80]] == whole(engine, IDS[:80])
+    assert screening(engine).screen is not None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no room"), KeyboardInterrupt()])
+def test_a_screen_that_cannot_be_built_harms_nobody(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    engine = engine_for()
+    monkeypatch.setattr(screen, "HeadScreen", fail)
+    sequence, found, interrupted = engine.start(), [], 0
+    for i in IDS[:100]:
+        n = sequence.length
+        try:
+            found += engine.likeliest([(sequence, [i])])
+        except KeyboardInterrupt:
+            interrupted += 1
+            found.append(-1)
+        assert sequence.length == n + 1
+    expected = whole(engine, IDS[:100])
+    assert sum(a != b for a, b in zip(found, expected, strict=True)) == interrupted
+    # An error is not tried again; who interrupts wants the pass to end, not the screen.
+    assert screening(engine).learns == (interrupted > 0)
+
+
 @pytest.mark.slow
 @pytest.mark.model
 def test_10000_states_of_the_default_model():

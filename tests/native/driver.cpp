@@ -264,6 +264,9 @@ struct ScreenStorage {
     norms.assign(tiles * 16, NAN);
     products.assign(tiles * 16 * view.k, 0x7e00);
     view.slack = vesicle_screen(&head, directions.data(), view.k, products.data(), norms.data(), r.between(1, 3)) / 8192;
+    float biggest = 0;
+    for (int64_t row = 0; head.bias && row < head.n_out; ++row) biggest = std::max(biggest, std::fabs(head.bias[row]));
+    view.offset = biggest * static_cast<float>(view.k + 8) / (1 << 23);
     view.directions = directions.data();
     view.norms = norms.data();
     view.products = products.data();

@@ -152,6 +152,21 @@ def test_what_the_core_does_not_know_runs_in_pytorch(kind: str):
 
 
 @needs_core
+def test_a_kind_that_changes_is_followed():
+    """What the core computes is asked of what is there now, not of what was."""
+    engine = native("int4")
+    assert engine._native is not None
+    small = small_ffn(engine.shape)
+    sequence = engine.start(replay(engine.shape, small, None))
+    engine.forward([(sequence, IDS[:10])])
+    assert engine._native.reach(sequence) > 0
+    small.activation = "relu"
+    assert engine._native.reach(sequence) == 0
+    small.activation = "silu"
+    assert engine._native.reach(sequence) > 0
+
+
+@needs_core
 def test_weights_that_are_replaced_are_followed():
     engine = native("int4")
     small = small_ffn(engine.shape)

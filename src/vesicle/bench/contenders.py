@@ -79,7 +79,9 @@ class Contender:
     @property
     def same_model(self) -> bool:
         """Whether it leaves nothing out, so that its greedy tokens should be those of `rest`."""
-        return self.is_rival or self.mode in (REST, OVERHEAD)
+        if self.is_rival:
+            return self.name not in REQUANTISED
+        return self.mode in (REST, OVERHEAD)
 
     def record(self) -> dict[str, Any]:
         """The settings as a report keeps them: without the folders of one machine."""

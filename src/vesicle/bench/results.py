@@ -386,7 +386,8 @@ def _hits(turns: list[Turn], texts: list[list[list[int]]]) -> float:
 
 def _row(values: dict[str, Any]) -> Row:
     """Read a row that `asdict` wrote."""
-    values = checked(Row, values, "a benchmark")
+    newer = dict.fromkeys(("request_s", "energy_j", "phases"))
+    values = checked(Row, {**newer, **values}, "a benchmark")
     spreads = {
         f.name: Spread(**values[f.name])
         for f in fields(Row)

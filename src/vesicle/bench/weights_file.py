@@ -62,7 +62,7 @@ def _requantised(gguf: Path, name: str) -> Path:
     with atomic_path(target) as part:
         # Its library may abort, and prints: in a process of its own.
         done = subprocess.run(
-            [sys.executable, "-c", _REQUANTISE, str(gguf), str(part), name],
+            [sys.executable, "-P", "-c", _REQUANTISE, str(gguf), str(part), name],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from vesicle.commands.inputs import (
 )
 from vesicle.errors import VesicleError
 from vesicle.folders import locked, set_aside
-from vesicle.processors import usable
+from vesicle.processors import THREADS, usable
 from vesicle.shipped import is_default_model, shipped_modulator
 from vesicle.terminal import SafeConsole
 
@@ -215,12 +216,12 @@ def bench(
         batches=batches,
         new_tokens=steps,
         rounds=rounds or (_QUICK_ROUNDS if quick else _ROUNDS),
-        threads=threads or usable(),
+        threads=threads or _threads(),
         limit_s=limit,
         allow_busy=allow_busy,
         bandwidth_repeats=2 if quick else 5,
     )
-    files = {}
+    files: dict[str, Path] = {}
     if any(RIVALS[name] == LLAMA_CPP for name in rivals):
         files = files_for(rivals, find_gguf(model, folder, gguf))
     contenders = line_up(
@@ -277,7 +278,7 @@ def _show(report: Report) -> None:
     console = SafeConsole(highlight=False)
     if not console.is_terminal:
         # A file or pipe has no width of its own, and folded cells help nobody.
-        console = SafeConsole(highlight=False, width=160)
+        console = SafeConsole(highlight=False, width=240)
     for line in head(report):
         console.print(line, markup=False)
     for cell in report.cells:
@@ -342,6 +343,12 @@ def _within(prompts: tuple[int, ...], window: int, steps: int) -> tuple[int, ...
         if length > room:
             notice(f"prompts of {length} are cut to {room}, so that {steps} tokens can follow")
     return tuple(dict.fromkeys(min(length, room) for length in prompts))
+
+
+def _threads() -> int:
+    """As many as the environment says, or as can work."""
+    given = os.environ.get(THREADS, "")
+    return int(given) if given.isdecimal() and int(given) > 0 else usable()
 
 
 def _integers(given: str, option: str) -> tuple[int, ...]:

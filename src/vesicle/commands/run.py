@@ -117,7 +117,10 @@ def run(
         list[str] | None,
         typer.Option(help=PHASE, metavar="WHERE", show_default=False, rich_help_panel=_WHAT),
     ] = None,
-    goal: Annotated[Goal, typer.Option(help=GOAL, rich_help_panel=_WHAT)] = Goal.time,
+    goal: Annotated[
+        Goal | None,
+        typer.Option(help=f"{GOAL} \\[default: time]", show_default=False, rich_help_panel=_WHAT),
+    ] = None,
     replay: Annotated[
         Path | None,
         typer.Option(help="Execute a plan that --plan saved.", rich_help_panel=_WHAT),
@@ -242,6 +245,8 @@ def run(
     read_phases(phase)  # refuses what means nothing
     if phase and replay is not None:
         raise DataError("--replay and --phase are both given; a saved plan has its own phases")
+    if goal is not None and replay is not None:
+        raise DataError("--replay and --goal are both given; a saved plan is executed as it is")
     show_progress = sys.stderr.isatty()
 
     with _status("loading", show_progress):
@@ -249,7 +254,7 @@ def run(
         from vesicle.models import Text, resolve_model
         from vesicle.plan import Dense, Plan
 
-        phases = read_phases(phase, goal)
+        phases = read_phases(phase, goal or Goal.time)
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         saved = Plan.load(replay) if replay else None
     folder = resolve_model(model, revision=revision)
@@ -461,9 +466,9 @@ def _tell_reach(modulator: Modulator, budget: float, phases: Phases) -> None:
     if budget < 1 and all(getattr(phases, name) in ("prompt", "never") for name in transmitters):
         notice(
             "--budget counts generated tokens, and under this --phase or --goal no transmitter "
-            "acts on them: they are executed whole"
+            "acts on them: they are executed whole (--goal flops has all act)"
         )
-    elif budget < modulator.least_budget(phases):
+    elif budget < modulator.least_budget(phases) and "never" not in phases.to_dict().values():
         notice(
             f"--budget {budget:g} is below what this modulator reaches, about "
             f"{modulator.least_budget(phases):.2f}, which is served"

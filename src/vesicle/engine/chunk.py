@@ -67,7 +67,7 @@ class ChunkBuffer:
         self.plan = np.zeros((_ROWS, layers), ROW)
         # What the structures point to is held here, for as long as they point to it.
         self._small: list[Tensor] = []
-        self._small_places: _Places | None = []
+        self._small_places: list[object] | None = None
         self._predictor: list[Tensor] = []
         self._predictor_places: _Places | None = None
         self.levels = np.ones((_ROWS, layers, len(NAMES)))
@@ -148,7 +148,9 @@ class ChunkBuffer:
         stand_ins = sequence.stand_ins
         both = stand_ins.ffn, stand_ins.attention
         now = [p for module in both for p in parts_of(module)]
-        places = _places(now)
+        # What `executes` looks at, too: an FFN's activation may be set anew.
+        kinds = [(type(m), getattr(m, "activation", 0), getattr(m, "gated", 0)) for m in both]
+        places = [*kinds, len(parts_of(both[0])), *_places(now)]
         if places == self._small_places:
             return True
         self._small_places = None
@@ -224,6 +226,7 @@ class ChunkBuffer:
             chunk.received, chunk.room_received = sums.ctypes.data, sums.shape[2]
         self._summarise(sequence, n, summarise)
 
+    @torch.inference_mode()
     def _plan_ahead(self, sequence: Sequence) -> None:
         """Fill the rows of the next tokens with what is known of them, as far as the core goes."""
         author, position = sequence.author, sequence.length

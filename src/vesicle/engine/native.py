@@ -264,8 +264,6 @@ class NativeCore:
             self._depth -= 1
         if wants == "likeliest" and not failed:
             self.screening.count(frame.chunks[i].scored for i in range(len(batch)))
-            if states is not None and self._depth == 0:  # no pass is under way with another screen
-                self._model.screen = self.screening.learn(states)
         none = torch.empty(0, self._shape.vocabulary) if wants == "none" else None
         found: list[Outcome] = []
         for i, (part, rows) in enumerate(zip(batch, logits, strict=True)):
@@ -276,6 +274,8 @@ class NativeCore:
         for i in failed:
             with suppress(Exception):
                 _break_off(batch[i])
+        if states is not None and not failed and self._depth == 0:  # else a pass has another screen
+            self._model.screen = self.screening.learn(states)
         return found
 
     def _room_for_logits(

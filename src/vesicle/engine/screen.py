@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vesicle.engine import core
-from vesicle.engine.packed import HEAD_TILE, PackedHead
+from vesicle.engine.packed import HEAD_TILE, PackedHead, groups_of
 
 LEAST_ROWS = 8192
 """Of a head that is worth a screen."""
@@ -35,7 +35,10 @@ _ITERATIONS = 6
 _AFTER = 8
 """Tokens of which the likeliest was asked before it is built: a single one is not worth it."""
 _ROUNDING = 2.0**-13
-"""Bound of what fp32 sums of a row's products round by, as a share of both norms, several times."""
+"""Least bound of what fp32 sums of a row's products round by, as a share of both norms.
+
+Sums of 32 products are exact; each group of them adds 2^-23 at most, here eight times as much.
+"""
 
 
 class HeadScreen:
@@ -59,6 +62,7 @@ class HeadScreen:
         tiles = -(-head.n_out // HEAD_TILE)
         self._products = torch.empty(tiles, k, HEAD_TILE, dtype=torch.float16)
         self._norms = torch.empty(tiles, HEAD_TILE)
+        biggest = 0.0 if head.bias is None else float(head.bias.abs().max())
         library = core.load()
         assert library is not None
         widest = library.vesicle_screen(
@@ -74,7 +78,9 @@ class HeadScreen:
             products=self._products.data_ptr(),
             norms=self._norms.data_ptr(),
             k=k,
-            slack=widest * _ROUNDING,
+            # fp16 rounds what is next to nothing by 2^-25.
+            slack=widest * max(_ROUNDING, groups_of(head.n_in) * 2.0**-20) + 2.0**-22,
+            offset=(k + 8) * 2.0**-23 * biggest,
         )
         self._rows = head.n_out
 
@@ -110,7 +116,9 @@ class Screening:
         self.learns = packed
         self.screen: HeadScreen | None = None
         # (n, D) states so far; not tensor by tensor, which would take longer than the screen saves.
-        self._states = torch.empty(_MOST_STATES if packed else 0, width)
+        with torch.inference_mode(False):  # so that it may be written inside and outside of it
+            self._states = torch.empty(_MOST_STATES if packed else 0, width)
+        self._kept: list[HeadScreen] = []  # the core may still point to the one before
         self._passes = self._held = self._rows = self._tokens = 0
         self._of = rows
 
@@ -121,6 +129,11 @@ class Screening:
         Without a screen it is 1.
         """
         return self._rows / self._tokens / self._of if self._tokens else None
+
+    @property
+    def read(self) -> tuple[int, int]:
+        """Rows read whole, and tokens, so far."""
+        return self._rows, self._tokens
 
     def count(self, rows: Iterable[int]) -> None:
         """Note how many rows were read whole for each token."""
@@ -140,8 +153,12 @@ class Screening:
         self._passes += 1
         least = _LEAST_STATES if self.screen is None else _MOST_STATES
         if self._passes >= _AFTER and self._held >= least and isinstance(self._head, PackedHead):
-            self.screen = HeadScreen(self._head, self._states[: self._held])
             self.learns = self._held < _MOST_STATES
+            try:
+                self._kept.append(HeadScreen(self._head, self._states[: self._held]))
+                self.screen = self._kept[-1]
+            except (RuntimeError, MemoryError):  # it only saves time: nothing depends on it
+                self.learns = False
             if not self.learns:
                 self._states = torch.empty(0, 0)
         return None if self.screen is None else ctypes.addressof(self.screen.structure)

@@ -34,6 +34,7 @@ class EngineRunner(Runner):
         """Set the number of torch's threads; `load` reads the weights."""
         self._contender = contender
         self._sequences: list[Sequence] = []
+        self._read = 0, 0  # of the head's screening, when the steps began
         self._stepping = False  # whether the last pass was a step
         torch.set_num_threads(contender.threads)
 
@@ -83,8 +84,10 @@ class EngineRunner(Runner):
 
     def step(self, tokens: list[int]) -> list[int]:
         """One pass over all sequences."""
-        if self._clock is not None and not self._stepping:
+        native = self._engine._native
+        if native is not None and self._clock is not None and not self._stepping:
             self._clock[:] = 0
+            self._read = native.screening.read
         self._stepping = True
         batch = [
             (sequence, [token]) for sequence, token in zip(self._sequences, tokens, strict=True)
@@ -143,8 +146,10 @@ class EngineRunner(Runner):
         screen = None if native is None else native.screening.screen
         if native is None or screen is None:
             return head.bytes_held
-        whole = native.screening.share or 0.0
-        return head.high.nbytes + whole * head.bytes_held + screen.bytes_held
+        rows, tokens = (a - b for a, b in zip(native.screening.read, self._read, strict=True))
+        whole = rows / max(tokens, 1) / head.n_out
+        screened = head.high.nbytes + whole * head.bytes_held + screen.bytes_held
+        return head.bytes_held if whole >= 1 else min(screened, head.bytes_held)
 
 
 def _method(contender: Contender, shape: ModelShape) -> tuple[Method, dict[str, Any]]:

@@ -141,7 +141,7 @@ class Screen(ctypes.Structure):
     _fields_ = [
         *_fields(_POINTER, "directions", "products", "norms"),
         ("k", _LONG),
-        ("slack", ctypes.c_float),
+        *_fields(ctypes.c_float, "slack", "offset"),
     ]
 
 

@@ -46,7 +46,7 @@ struct VesicleScreen {
   const uint16_t* products;  // (tiles, k, 16) fp16: what is left out of a row, times each direction
   const float* norms;        // (tiles, 16) of what is left out
   int64_t k;
-  float slack;               // of rounding, by norm of the input
+  float slack, offset;       // of rounding, by norm of the input, and whatever the input
 };
 
 struct VesicleModel {

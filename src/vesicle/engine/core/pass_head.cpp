@@ -132,7 +132,7 @@ void Pass::bound(Lane& lane) {
   }
   // The products are rounded to fp16, by 2^-11 of themselves at most.
   lane.reach = 1.0001f * std::sqrt(k->dot(x, x, width)) + norm / 1024;
-  lane.slack = screen.slack * norm;
+  lane.slack = screen.slack * norm + screen.offset;
 }
 
 // Reads tiles [first, last) whole, into y. The best of their rows.
