@@ -226,7 +226,6 @@ class ChunkBuffer:
             chunk.received, chunk.room_received = sums.ctypes.data, sums.shape[2]
         self._summarise(sequence, n, summarise)
 
-    @torch.inference_mode()
     def _plan_ahead(self, sequence: Sequence) -> None:
         """Fill the rows of the next tokens with what is known of them, as far as the core goes."""
         author, position = sequence.author, sequence.length

@@ -432,8 +432,7 @@ class Engine:
         """
         sequence.cache.check_open()  # a forgetter may have closed it
         if sequence.length >= sequence.evicts_at:  # it could not forget when it came here
-            with torch.inference_mode():
-                sequence.evict()
+            sequence.evict()
         cut = sequence.evicts_at - sequence.length
         reach = self._native.reach(sequence) if self._native is not None else 0
         blocked = sequence.buffer().blocked if self._native is not None else 0
@@ -447,8 +446,7 @@ class Engine:
         for i, (sequence, _) in batch.items():
             if sequence.length == sequence.evicts_at:
                 try:
-                    with torch.inference_mode():
-                        sequence.evict()
+                    sequence.evict()
                 except Exception as error:  # a full pool, or whatever a forgetter may raise
                     found[i] = error
         return found

@@ -30,7 +30,7 @@ from vesicle.engine.packed import HEAD_TILE, PackedHead, groups_of
 LEAST_ROWS = 8192
 """Of a head that is worth a screen."""
 DIRECTIONS = 16
-_LEAST_STATES, _MOST_STATES = 64, 1024
+_LEAST_STATES, _MOST_STATES = 64, 256
 _ITERATIONS = 6
 _AFTER = 8
 """Tokens of which the likeliest was asked before it is built: a single one is not worth it."""
