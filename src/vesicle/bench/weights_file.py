@@ -58,7 +58,6 @@ def _requantised(gguf: Path, name: str) -> Path:
     target = cache_root() / "bench" / f"{gguf.stem}-{sha256_file(gguf)[:12]}-{name}.gguf"
     if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as part:
         # Its library may abort, and prints: in a process of its own.
         done = subprocess.run(
@@ -69,10 +68,10 @@ def _requantised(gguf: Path, name: str) -> Path:
             check=False,
         )
         if done.returncode != 0:
-            last = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"])[
-                -1
-            ]
-            raise ModelError(f"llama.cpp cannot requantise {gguf} to {name}: {last}")
+            said = done.stderr.decode("utf-8", "replace").strip() or "no message"
+            raise ModelError(
+                f"llama.cpp cannot requantise {gguf} to {name}: {said.splitlines()[-1]}"
+            )
     return target
 
 

@@ -33,6 +33,7 @@ GOAL = (
     "What a lower budget is to save: time (transmitters that save none on this processor rest), or "
     "flops (all act)."
 )
+"""Of the option of commands that answer and that measure speed."""
 
 
 class Goal(StrEnum):
@@ -50,7 +51,6 @@ def read_phases(words: Sequence[str] | None, goal: Goal = Goal.flops) -> Phases:
     """
     from vesicle.phases import Phases
 
-    Phases.parse(words or ())  # before the core is loaded
     default = None
     if goal is Goal.time:
         from vesicle.engine import core

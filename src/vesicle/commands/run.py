@@ -242,7 +242,7 @@ def run(
     wanted = read_prompt(prompt, file)
     system = None if system is None else argument_text(system, "--system")
     _check(budget, system, raw, replay, save_plan)
-    read_phases(phase)  # refuses what means nothing
+    read_phases(phase)  # refuses what means nothing, before the core is loaded
     if phase and replay is not None:
         raise DataError("--replay and --phase are both given; a saved plan has its own phases")
     if goal is not None and replay is not None:

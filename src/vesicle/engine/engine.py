@@ -339,8 +339,8 @@ class Engine:
         """
         with self.lock:
             self._check(batch)
-            outcomes = self._read(dict(enumerate(batch)), logits)
-            return [cast("Tensor", _result(outcome)) for outcome in outcomes]
+            found = map(_result, self._read(dict(enumerate(batch)), logits))
+            return cast("list[Tensor]", list(found))
 
     def likeliest(self, batch: list[tuple[Sequence, list[int]]]) -> list[int]:
         """One pass over the next tokens of each sequence; the likeliest token to follow each.
@@ -353,8 +353,8 @@ class Engine:
         """
         with self.lock:
             self._check(batch)
-            outcomes = self._read(dict(enumerate(batch)), "likeliest")
-            return [cast("int", _result(outcome)) for outcome in outcomes]
+            found = map(_result, self._read(dict(enumerate(batch)), "likeliest"))
+            return cast("list[int]", list(found))
 
     def attempt(self, batch: list[Part], wants: Wanted = "last") -> list[Outcome]:
         """One pass like `forward` and `likeliest`, in which no sequence can fail another.

@@ -120,7 +120,7 @@ class Screening:
             self._states = torch.empty(_MOST_STATES if packed else 0, width)
         self._kept: list[HeadScreen] = []  # the core may still point to the one before
         self._passes = self._held = self._rows = self._tokens = 0
-        self._of = rows
+        self._vocabulary = rows
 
     @property
     def share(self) -> float | None:
@@ -128,7 +128,7 @@ class Screening:
 
         Without a screen it is 1.
         """
-        return self._rows / self._tokens / self._of if self._tokens else None
+        return self._rows / self._tokens / self._vocabulary if self._tokens else None
 
     @property
     def read(self) -> tuple[int, int]:
