@@ -55,9 +55,12 @@ def test_who_acts(places: dict[str, str]):
 def test_what_saves_no_time_rests_unless_a_word_says_otherwise():
     """Where nothing was measured all of them act."""
     avx2 = Phases.saving_time("avx2")
-    assert avx2 == Phases.saving_time(None) == Phases(dopamine="never", serotonin="never")
-    assert Phases.saving_time("avx512") == Phases.saving_time("neon") == Phases()
-    assert Phases.parse(("serotonin=all",), avx2) == Phases(dopamine="never", serotonin="all")
+    rest = {"dopamine": "never", "serotonin": "never"}
+    assert avx2 == Phases.saving_time(None) == Phases(gaba="all", **rest)
+    assert Phases.saving_time("avx512") == Phases.saving_time("neon") == Phases(gaba="all")
+    assert Phases.parse(("serotonin=all",), avx2) == Phases(
+        dopamine="never", serotonin="all", gaba="all"
+    )
     assert Phases.parse(("all",), avx2) == EVERYWHERE
     assert Phases.parse((), avx2) == avx2
 

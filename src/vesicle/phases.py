@@ -10,9 +10,7 @@ Where none acts nothing is predicted either, so a prompt is read as the dense mo
 
 By default prompts rest. Many tokens share one read of the weights there, so leaving out other
 channels for each of them saves no time, and a prompt read in full leaves better keys and values
-behind for the tokens that do save.
-
-Nor does every transmitter save time everywhere in what is generated: see `Phases.saving_time`.
+behind for the tokens that do save. What does save time, and where, is in `Phases.saving_time`.
 
 The phase of a token depends on its position and on what was asked for, never on how a text was cut
 into passes.
@@ -72,11 +70,15 @@ class Phases:
     def saving_time(cls, instructions: str | None) -> Self:
         """Where transmitters act if a lower budget is to save time, not only FLOPs.
 
+        GABA acts on prompts too: tokens side by side choose much the same blocks, which are read
+        once for all of them, so a long prompt is read in less time (docs/log.md).
+
         Args:
             instructions: Of the engine's kernels, as `engine.core.instructions` says; None where it
                 has none.
         """
-        return cls(**dict.fromkeys(_SAVE_NO_TIME.get(instructions or "generic", ()), NEVER))
+        rest = _SAVE_NO_TIME.get(instructions or "generic", ())
+        return cls(gaba=ALL, **dict.fromkeys(rest, NEVER))
 
     @classmethod
     def parse(cls, words: Iterable[str], default: Self | None = None) -> Self:
@@ -131,8 +133,14 @@ class Phases:
         """
         return all(getattr(self, name) == ALL for name in transmitters)
 
+    def only(self, transmitter: str, transmitters: Iterable[str]) -> bool:
+        """Whether of several transmitters, among which others are, this one alone ever acts."""
+        acting = [name for name in transmitters if getattr(self, name) != NEVER]
+        return acting == [transmitter] and len(list(transmitters)) > 1
+
 
 EVERYWHERE = Phases.everywhere()
+GABA_ALONE = Phases(**{**dict.fromkeys(NAMES, NEVER), "gaba": ALL})
 
 
 class Spans:

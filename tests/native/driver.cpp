@@ -1047,6 +1047,70 @@ void heads(Random& r, const VesicleProjection& w, int64_t threads) {
   }
 }
 
+// Tokens that share the reading of blocks, some of which only some of them read, get what each gets alone.
+void readers(const char* set, int64_t tokens, int64_t ratio) {
+  const vesicle::Kernels* k = vesicle::kernels_for(set);
+  constexpr int64_t kSize = 23, kBlocks = 9, kKvHeads = 2;
+  Random r(seed);
+  for (int32_t format : {vesicle::kF32, vesicle::kF16, vesicle::kBf16, vesicle::kI8}) {
+    const int64_t bytes = format == vesicle::kF32 ? 4 : format == vesicle::kI8 ? 1 : 2, page = kBlock * kSize;
+    std::vector<char> pages(2 * kBlocks * kKvHeads * page * bytes);
+    std::vector<uint16_t> scales(2 * kBlocks * kKvHeads * kBlock);
+    const vesicle::KvView kv{pages.data(),  pages.data() + kBlocks * kKvHeads * page * bytes,  page,
+                             scales.data(), scales.data() + kBlocks * kKvHeads * kBlock,       kKvHeads,
+                             kSize};
+    for (int64_t i = 0; i < kBlocks * kBlock; ++i)
+      for (int64_t g = 0; g < kKvHeads; ++g)
+        k->store(&kv, format, g, i / kBlock, i % kBlock, floats(r, kSize, -1, 1).data(),
+                 floats(r, kSize, -1, 1).data());
+    const std::vector<float> query = floats(r, tokens * kKvHeads * ratio * kSize, -3, 3);
+    const int64_t rows = tokens * ratio;
+    std::vector<const float*> queries(tokens);
+    std::vector<int64_t> tails(tokens);
+    std::vector<std::vector<int32_t>> lists(tokens);
+    std::vector<int32_t> blocks;
+    std::vector<uint16_t> readers;
+    for (auto& tail : tails) tail = r.between(1, kBlock);
+    for (int32_t b = 0; b < kBlocks; ++b) {
+      uint16_t these = 0;
+      for (int64_t t = 0; t < tokens; ++t)
+        if (b + 1 == kBlocks || r.chance(0.4)) these |= 1 << t, lists[t].push_back(kBlocks - 1 - b);
+      if (!these) continue;
+      blocks.push_back(kBlocks - 1 - b);
+      readers.push_back(these);
+    }
+    for (int64_t g = 0; g < kKvHeads; ++g) {
+      // Results lie apart, with something else between that stays.
+      constexpr int64_t kStep = kSize + 5;
+      std::vector<float> parts(rows * kStep, 77), room(kBlock * rows);
+      std::vector<float*> part(tokens);
+      std::vector<vesicle::Row> row(rows);
+      for (int64_t t = 0; t < tokens; ++t) {
+        queries[t] = query.data() + (t * kKvHeads + g) * ratio * kSize;
+        part[t] = &parts[t * ratio * kStep];
+      }
+      const vesicle::Shared shared{queries.data(), part.data(), kStep, tokens, ratio, blocks.data(),
+                                   static_cast<int64_t>(blocks.size()), readers.data(), tails.data()};
+      k->attend_shared(&kv, format, g, &shared, 0.2f, room.data(), row.data());
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t heads = kKvHeads * ratio, n = static_cast<int64_t>(lists[t].size());
+        std::vector<float> alone(heads * kSize), top(heads), total(heads), its_room(kBlock * heads);
+        const int32_t* const both[] = {lists[t].data(), lists[t].data()};
+        k->attend(&kv, format, query.data() + t * heads * kSize, ratio, 0.2f, both, n, n, tails[t], alone.data(),
+                  top.data(), total.data(), its_room.data());
+        for (int64_t i = 0; i < ratio; ++i) {
+          const float* p = part[t] + i * kStep;
+          const int64_t h = g * ratio + i;
+          CHECK(!std::memcmp(&alone[h * kSize], p, kSize * sizeof(float)) && p[kSize] == top[h] &&
+                    p[kSize + 1] == total[h] && p[kSize + 2] == 77,
+                "%s, format %d, token %lld of %lld, head %lld", set, format, (long long)t, (long long)tokens,
+                (long long)h);
+        }
+      }
+    }
+  }
+}
+
 // What is not a number comes out of every kernel that it goes into.
 void damage(const char* set) {
   const vesicle::Kernels* k = vesicle::kernels_for(set);
@@ -1085,9 +1149,23 @@ void damage(const char* set) {
         // Tokens of one block do not see the positions after theirs.
         const int64_t tails[kTokens] = {7, 8, kBlock}, later[kTokens] = {1, kPositions - kBlock, 3};
         for (const int64_t blocks : {1, 2}) {
-          k->attend_together(&kv, format, query.data(), kTokens, kHeads, 0.2f, list, blocks,
-                             blocks == 1 ? tails : later, out.data(), top.data(), total.data(), room.data());
-          for (int64_t row = 0; row < kRows; ++row) check(row, blocks == 2 || row >= kHeads, "together");
+          const float* queries[kTokens];
+          float* parts[kTokens];
+          std::vector<float> results(kRows * (kSize + 2));
+          for (int64_t t = 0; t < kTokens; ++t) {
+            queries[t] = query.data() + t * kHeads * kSize;
+            parts[t] = &results[t * kHeads * (kSize + 2)];
+          }
+          const vesicle::Shared shared{queries, parts, kSize + 2, kTokens, kHeads, list, blocks, nullptr,
+                                       blocks == 1 ? tails : later};
+          std::vector<vesicle::Row> row(kRows);
+          k->attend_shared(&kv, format, 0, &shared, 0.2f, room.data(), row.data());
+          for (int64_t i = 0; i < kRows; ++i) {
+            const float* p = &results[i * (kSize + 2)];
+            std::copy(p, p + kSize, &out[i * kSize]);
+            total[i] = p[kSize + 1];
+            check(i, blocks == 2 || i >= kHeads, "together");
+          }
         }
         if (!in_key) continue;
         for (int64_t vectors : {1, 2}) {
@@ -1229,6 +1307,7 @@ int main(int argc, char** argv) {
           if (to.halves.empty()) to.halves = from.halves;
         }
       check_heads(model.view, sequences, whole);
+      readers(set, same.between(1, kBlock), same.between(1, 4));
       compare(read(same, model, sequences, in_pieces(same, sequences), threads), whole, "in pieces", set, threads);
       if (same.chance(0.3)) damaged_text(same, model, sequences, whole, set, threads);
       for (size_t who = 0; who < sequences.size(); ++who) {

@@ -2,7 +2,8 @@
 
 - `standins`: the small maps that skipped modules land on;
 - `sensitivity`: what lowering each level costs and saves, and a static allocation from it;
-- `dial`: which position of the dial executes which share of the dense FLOPs.
+- `dial`: which position of the dial executes which share of the dense FLOPs;
+- `long_texts`: the same where GABA alone acts, in long texts.
 
 Everything takes a Hugging Face model and windows of token ids (N, T).
 """
@@ -10,6 +11,7 @@ Everything takes a Hugging Face model and windows of token ids (N, T).
 from __future__ import annotations
 
 from vesicle.calibration.dial import measure_dial
+from vesicle.calibration.long_texts import measure_long
 from vesicle.calibration.sensitivity import Sensitivity, allocate, measure_sensitivity
 from vesicle.calibration.standins import StandInErrors, fit_standins
 
@@ -19,5 +21,6 @@ __all__ = [
     "allocate",
     "fit_standins",
     "measure_dial",
+    "measure_long",
     "measure_sensitivity",
 ]

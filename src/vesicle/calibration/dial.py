@@ -122,12 +122,12 @@ def measure_dial(
             break
         for dial in wide:
             shares[dial] = share(dial)
-    table = _rising(shares)
+    table = rising(shares)
     keep(path, key, table)
     return table
 
 
-def _rising(shares: dict[float, float]) -> list[tuple[float, float]]:
+def rising(shares: dict[float, float]) -> list[tuple[float, float]]:
     """Rows (share, dial) from dial 1 downwards, without those that do not lower the share."""
     table: list[tuple[float, float]] = []
     for dial in sorted(shares, reverse=True):

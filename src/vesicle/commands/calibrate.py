@@ -32,12 +32,26 @@ def calibrate(
     split: Annotated[str, typer.Option(help="Which part of the data.")] = "train",
     field: Annotated[str, typer.Option(help="The field of JSON lines with the text.")] = "text",
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    windows: Annotated[int, typer.Option(min=1, help="Windows used, from the beginning.")] = 32,
+    windows: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Windows used, from the beginning; with 0 only what --long-windows is for is "
+            "measured anew.",
+        ),
+    ] = 32,
     held_out: Annotated[
         int,
         typer.Option(
             min=0, help="Windows at the end, on which the default budget is measured; 0 for none."
         ),
+    ] = 0,
+    long_length: Annotated[
+        int,
+        typer.Option(min=64, help="Tokens in a window on which GABA alone is measured."),
+    ] = 4096,
+    long_windows: Annotated[
+        int, typer.Option(min=0, help="Such windows, from the end of the text; 0 for none.")
     ] = 0,
     gap: Annotated[
         float, typer.Option(help="Largest difference between neighbouring rows of the dial table.")
@@ -61,6 +75,9 @@ def calibrate(
 
       vesicle calibrate --data train.jsonl --modulator runs/mine --out runs/mine
 
+      vesicle calibrate --data train.jsonl --modulator runs/mine --out runs/mine --windows 0
+      --long-windows 4
+
       vesicle calibrate --data train.txt --model owner/name --out runs/untrained
     """
     from vesicle.errors import DataError, VesicleError
@@ -68,6 +85,8 @@ def calibrate(
 
     if not 0 < gap < 1:
         raise VesicleError(f"--gap is {gap}; allowed: between 0 and 1")
+    if not windows and not (modulator and long_windows):
+        raise VesicleError("--windows is 0; that needs a --modulator and --long-windows")
     loaded = None if modulator is None else Modulator.from_pretrained(modulator)
     subject = recipe.load_subject(model, revision)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)
@@ -76,6 +95,9 @@ def calibrate(
             f"the text has {len(ids)} windows of {sequence_length} tokens; --held-out {held_out} "
             "leaves none to measure the dial on"
         )
+    long = None
+    if long_windows:
+        long = recipe.read_windows(subject, data, split, field, long_length)[-long_windows:]
     ids, last = ids[: len(ids) - held_out][:windows], ids[len(ids) - held_out :]
     cache = out / recipe.CALIBRATION
     if loaded is None:
@@ -94,7 +116,7 @@ def calibrate(
         from vesicle.evaluation.execution.language_modelling import model_shape
 
         loaded.check_fits(model_shape(subject.model))
-    recipe.measure(subject, loaded, ids, last, gap=gap, cache=cache)
+    recipe.measure(subject, loaded, ids, last, gap=gap, cache=cache, long=long)
     if modulator is None or Path(modulator).resolve() != out.resolve():
         keep_modulator(out, notice)
     loaded.save_pretrained(out)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vesicle.commands.inputs import PHASE, REVISION, check_folder, notice, numbers
+from vesicle.commands.inputs import (
+    GOAL,
+    PHASE,
+    REVISION,
+    Goal,
+    check_folder,
+    notice,
+    numbers,
+    read_phases,
+)
 from vesicle.commands.outputs import print_json
 from vesicle.errors import VesicleError
 from vesicle.folders import check_free
@@ -51,6 +60,7 @@ def evaluate(
     phase: Annotated[
         list[str] | None, typer.Option(help=PHASE, metavar="WHERE", show_default=False)
     ] = None,
+    goal: Annotated[Goal, typer.Option(help=GOAL)] = Goal.flops,
     data: Annotated[
         str | None,
         typer.Option(
@@ -113,6 +123,14 @@ def evaluate(
         int | None,
         typer.Option(help="Tokens in a window of a text (wikitext).", show_default=False),
     ] = None,
+    context: Annotated[
+        int,
+        typer.Option(
+            help="How many of them are a prompt, read and not scored: the loss behind a long "
+            "prompt.",
+            min=0,
+        ),
+    ] = 0,
     lengths: Annotated[
         str, typer.Option(help="Prompt tokens of generated tasks, with commas between.")
     ] = "",
@@ -157,6 +175,10 @@ def evaluate(
     from vesicle.evaluation.run.task_config import TaskConfig
     from vesicle.evaluation.run.tasks import evaluate_tasks
 
+    # Written out, so that a record says what acted on whatever processor it is read.
+    phases = tuple(phase or ())
+    if goal is Goal.time:
+        phases = tuple(f"{t}={place}" for t, place in read_phases(phase, goal).to_dict().items())
     config = TaskConfig(
         tasks=tuple(tasks),
         methods=_names(method or ["learnt"]),
@@ -167,6 +189,7 @@ def evaluate(
         seed=seed,
         max_length=max_length,
         window=window,
+        context=context,
         lengths=tuple(int(n) for n in numbers(lengths, "--lengths")),
         depths=numbers(depths, "--depths"),
         per_cell=per_cell,
@@ -175,7 +198,7 @@ def evaluate(
         selection=selection,
         oracle_windows=oracle_windows,
         oracle_length=oracle_length,
-        phases=tuple(phase or ()),
+        phases=phases,
     )
     check_folder(out)
     check_free(out)

@@ -68,6 +68,8 @@ def info(
     measured = {"all": Measured(dial=about.dial, default_budget=about.default_budget)}
     if about.generated is not None:
         measured["generated"] = about.generated
+    if about.gaba_alone is not None:
+        measured["GABA alone"] = about.gaba_alone
     for phase, found in measured.items():
         rows = "  ".join(f"{budget:g} at {dial:.3f}" for budget, dial in found.dial)
         table.add_row(f"dial, {phase}", rows)

@@ -135,29 +135,44 @@ def measure(
     *,
     gap: float = 0.03,
     cache: Path | None = None,
+    long: Tensor | None = None,
 ) -> None:
-    """Measure dial and default budget, where all tokens are governed and where prompts rest.
+    """Measure dial and default budget.
+
+    That is where all tokens are governed and where prompts rest; and, if there are long windows,
+    where GABA alone acts.
 
     Args:
         subject: The model.
         modulator: Whose `info` is filled in.
-        windows: (N, T) token ids, for the dial.
+        windows: (N, T) token ids, for the dial; where there are none it is left as it is.
         held_out: (N, T) for the default budget; budgets are left as they are where there are none.
         gap: As `measure_dial` has it.
         cache: Likewise.
+        long: (N, T) token ids for GABA alone; nothing of that is measured where there are none.
     """
-    from vesicle.calibration import measure_dial
+    from vesicle.calibration import measure_dial, measure_long
     from vesicle.calibration.default_budget import measure_default_budget
     from vesicle.modulator import Measured
-    from vesicle.phases import EVERYWHERE, Phases
+    from vesicle.phases import EVERYWHERE, GABA_ALONE, Phases
 
     info, generated = modulator.info, Phases()
-    notice("measuring the dial, of all tokens and of generated ones")
-    info.dial = measure_dial(subject.model, modulator, windows, gap=gap, cache=cache)
-    dial = measure_dial(subject.model, modulator, windows, gap=gap, phases=generated, cache=cache)
-    known = info.default_budget if info.generated is None else info.generated.default_budget
-    info.generated = Measured(dial=dial, default_budget=known)
-    if held_out is None or not len(held_out):
+    if len(windows):
+        notice("measuring the dial, of all tokens and of generated ones")
+        info.dial = measure_dial(subject.model, modulator, windows, gap=gap, cache=cache)
+        dial = measure_dial(
+            subject.model, modulator, windows, gap=gap, phases=generated, cache=cache
+        )
+        known = info.default_budget if info.generated is None else info.generated.default_budget
+        info.generated = Measured(dial=dial, default_budget=known)
+    transmitters = modulator.predictor.config.transmitters
+    if long is not None and GABA_ALONE.only("gaba", transmitters):
+        notice(f"measuring GABA alone, in {len(long)} windows of {long.shape[1]} tokens")
+        info.gaba_alone, losses = measure_long(
+            subject.model, modulator, long, cache=cache, tell=notice
+        )
+        info.training["gaba_alone_loss_nats"] = losses
+    if held_out is None or not len(held_out) or info.generated is None:
         return
     notice("measuring the default budget, of all tokens and of generated ones")
     for phases, name in ((EVERYWHERE, "loss_by_budget_nats"), (generated, "generated_loss_nats")):

@@ -3,8 +3,8 @@
 `modulator.at(budget)` is the Method. One checkpoint serves every budget. A budget is a share of the
 dense FLOPs of the tokens that it governs: the generated ones by default (see `phases`), or all. The
 *dial* is the predictor's own scale, and a table measured on calibration text maps one to the other,
-so that the executed share is the budget on such text. There are two tables, since a generated token
-costs what it does after a prompt that was read at rest.
+so that the executed share is the budget on such text. There are up to three tables: where every
+token is governed, where prompts rest, and where GABA alone acts, which is measured in long texts.
 """
 
 from vesicle.modulator.author import DECIMALS, ModulatorAuthor, plan_rows

@@ -25,7 +25,7 @@ Dial = list[tuple[float, float]]
 
 @dataclass(kw_only=True)
 class Measured:
-    """What was measured of tokens that are generated after a prompt at rest.
+    """What was measured of generated tokens.
 
     Attributes:
         dial: As `ModulatorInfo.dial`, of the work on generated tokens.
@@ -47,6 +47,8 @@ class ModulatorInfo:
         default_budget: Lowest budget whose measured loss is within 1 % of dense, where every token
             is governed; 1 until measured.
         generated: The same two where prompts rest; None until measured, and then the others serve.
+        gaba_alone: The same two where GABA alone acts, in long texts; None until measured, and then
+            the others serve.
         training: Free-form record of how it was trained and measured.
     """
 
@@ -55,4 +57,5 @@ class ModulatorInfo:
     dial: Dial = field(default_factory=lambda: [(0.05, 0.05), (1.0, 1.0)])
     default_budget: float = 1.0
     generated: Measured | None = None
+    gaba_alone: Measured | None = None
     training: dict[str, Any] = field(default_factory=dict)

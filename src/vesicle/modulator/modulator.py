@@ -149,6 +149,8 @@ class Modulator(nn.Module):
     def _measured(self, phases: Phases) -> Measured:
         """What was measured of the tokens that a budget counts."""
         info = self.info
+        if info.gaba_alone and phases.only("gaba", self.predictor.config.transmitters):
+            return info.gaba_alone
         if info.generated is None or phases.ignores_phase(self.predictor.config.transmitters):
             return Measured(dial=info.dial, default_budget=info.default_budget)
         return info.generated

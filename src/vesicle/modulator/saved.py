@@ -99,17 +99,13 @@ def _from_dict(values: dict[str, Any]) -> Modulator:
         if name not in EFFECTORS:
             raise ValueError(f"no effector for {name!r}; known: {', '.join(EFFECTORS)}")
         effectors[name] = EFFECTORS[name].from_dict(settings)
-    generated = values.get("generated")
     info = ModulatorInfo(
         model_name=values["model_name"],
         model=values["model"],
         dial=_dial(values["dial"]),
         default_budget=float(values["default_budget"]),
-        generated=None
-        if generated is None
-        else Measured(
-            dial=_dial(generated["dial"]), default_budget=float(generated["default_budget"])
-        ),
+        generated=_measured(values.get("generated")),
+        gaba_alone=_measured(values.get("gaba_alone")),
         training=values["training"],
     )
     small = {name: _small(name, values, config) for name in _SMALL}
@@ -146,6 +142,12 @@ def _small(name: str, values: dict[str, Any], config: PredictorConfig) -> SmallM
     """A small module as the config describes it, all zero."""
     size = values.get(name) or {"kind": "low-rank", "rank": values[_SMALL[name]]}
     return of_size(size, config.n_layers, config.width)
+
+
+def _measured(values: dict[str, Any] | None) -> Measured | None:
+    if values is None:
+        return None
+    return Measured(dial=_dial(values["dial"]), default_budget=float(values["default_budget"]))
 
 
 def _dial(rows: list[Any]) -> Dial:

@@ -36,6 +36,8 @@ def test_losses_are_the_models_own(model: Any):
     found = score(model, ids, batch=3)
     np.testing.assert_allclose(found.nats, loss.view(4, -1).sum(1).numpy(), rtol=1e-12)
     assert found.cost_share == 1.0
+    behind = score(model, ids, batch=3, context=40)
+    np.testing.assert_allclose(behind.nats, loss.view(4, -1)[:, 39:].sum(1).numpy(), rtol=1e-12)
 
 
 def test_few_logits_at_once(llama: Any, monkeypatch: pytest.MonkeyPatch):

@@ -24,6 +24,7 @@ from vesicle.evaluation.run.store import ITEMS
 from vesicle.evaluation.run.subject import Subject
 from vesicle.evaluation.run.task_config import TaskConfig
 from vesicle.evaluation.run.tasks import evaluate_tasks
+from vesicle.phases import Phases
 
 Run = Callable[..., TaskResult]
 
@@ -273,6 +274,47 @@ def test_engine_reference_and_transformers_agree(run: Run, llama: Any):
                 assert score.value == pytest.approx(found, rel=1e-6)
 
 
+@pytest.mark.parametrize("phases", [(), ("gaba=all",)])
+def test_a_context_is_read_and_not_scored(subject: Subject, llama: Any, phases: tuple[str, ...]):
+    """Engine and reference alike; costs are those of a prompt and of what follows it."""
+    ids, context = [1 + i * i % 90 for i in range(300)], 250
+    modulator = subject.modulator
+    assert modulator is not None
+    acts = Phases.parse(phases)
+    for method in (None, modulator.at(0.7, acts)):
+        mine = tiny_subject(llama, "fp64").executor.loss(ids, method, context=context)
+        theirs = TransformersExecutor(llama, attached=True).loss(ids, method, context=context)
+        assert mine.output.n_tokens == theirs.output.n_tokens == 50
+        assert mine.output.nats == pytest.approx(theirs.output.nats, rel=1e-6)
+        assert mine.prefill.flops_total == theirs.prefill.flops_total
+        assert mine.generated.flops_total == theirs.generated.flops_total
+        assert (
+            (mine.spans, mine.prompt)
+            == (theirs.spans, theirs.prompt)
+            == (
+                (Span(0, 300, 249),),
+                249,
+            )
+        )
+    executor = subject.executor
+    dense = executor.dense(mine.spans).flops_total
+    behind = executor.dense([span.behind(249) for span in mine.spans]).flops_total
+    assert mine.generated.flops_total < behind
+    # A prompt at rest costs what the dense model's does; one that GABA governs costs less.
+    prompt = mine.prefill.flops_total - mine.generated.flops_total
+    assert (prompt < dense - behind) == bool(phases)
+
+
+def test_loss_behind_a_context(run: Run):
+    config = replace(CONFIG, tasks=("wikitext2",), methods=("learnt", "uniform"), context=64)
+    result = run(config)
+    assert {row.method for row in result.rows} == {"dense", "learnt", "uniform"}
+    for row in result.rows:
+        assert row.shares == pytest.approx({"prompt": 1.0, "generated": row.budget}, rel=0.03)
+    with pytest.raises(VesicleError, match="context is 96; allowed: fewer than the window's 96"):
+        run(replace(config, context=96))
+
+
 def test_a_fork_scores_as_a_fresh_sequence(subject: Subject):
     from vesicle.evaluation.execution.prompts import Prompt
 
@@ -318,6 +360,9 @@ def test_stop_strings_end_answers(subject: Subject):
         ({"lengths": (4,)}, "16 tokens"),
         ({"dial": "loud"}, "tuned, shipped"),
         ({"max_length": 3}, "max_length is 3"),
+        ({"context": -1}, "context is -1"),
+        ({"context": 9}, "task 'squad' has none; allowed with it: wikitext2, wikitext103"),
+        ({"context": 9, "tasks": ("wikitext2",), "methods": ("oracle",)}, "scored whole"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], part: str):

@@ -47,6 +47,25 @@ struct KvView {
   int64_t kv_heads, size;
 };
 
+// A query head of a token, and what it has attended to so far.
+struct Row {
+  const float* query;
+  float *out, *top, *lanes;  // values by weight, the largest score, and the total of the weights, by lane
+};
+
+// What several tokens, kBlock at most, read of the blocks of a KV head.
+struct Shared {
+  const float* const* query;  // of each token (ratio, size)
+  float* const* parts;        // of each token (ratio) results: (size) sums, the top score, the total of the weights; of
+                              // one that reads nothing the total is 0, and there are no sums
+  int64_t step;               // from one result of a token to the next
+  int64_t tokens, ratio;
+  const int32_t* blocks;    // (n) of the pool
+  int64_t n;
+  const uint16_t* readers;  // (n) bit t: token t reads the block; null where all read all
+  const int64_t* tails;     // positions of the last block that count for each token; null where all of it does
+};
+
 struct Kernels {
   const char* name;
   // Chooses the `count` largest |x| of n (ties to the lower channel) into bit masks, one word per 32 channels.
@@ -93,13 +112,10 @@ struct Kernels {
   int64_t (*attend)(const KvView* kv, int32_t format, const float* query, int64_t ratio, float scale,
                     const int32_t* const* blocks, int64_t n, int64_t listed, int64_t tail, float* out, float* top,
                     float* total, float* room);
-  // The same of several tokens that read the same n blocks, in each KV head: of the last one the first tails[t]
-  // positions, or all where `tails` is null.
-  //   query, out (KV heads, tokens, ratio, size); top, total (KV heads, tokens, ratio)
-  //   room (32 (size + tokens ratio))
-  void (*attend_together)(const KvView* kv, int32_t format, const float* query, int64_t tokens, int64_t ratio,
-                          float scale, const int32_t* blocks, int64_t n, const int64_t* tails, float* out, float* top,
-                          float* total, float* room);
+  // The same of several tokens in KV head g, which share the reading of blocks.
+  //   room (16 tokens ratio), row (tokens ratio)
+  void (*attend_shared)(const KvView* kv, int32_t format, int64_t g, const Shared* shared, float scale, float* room,
+                        Row* row);
   // received[0:16] += the attention probabilities of a block's positions, the first tails[t] for a token (all where
   // `tails` is null), of the query heads of one KV head, row after row. Of each row the largest score and the inverse
   // of its total are known.

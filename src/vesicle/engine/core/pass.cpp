@@ -195,7 +195,7 @@ void Pass::attention_half(int64_t thread, int64_t l) {
   each(thread, [&](int64_t t) {
     Lane& a = lane(thread, t);
     if (!a.row.attention) return;
-    merge(t, a.blocks, a.in.room(q_width));
+    merge(t, l, a.in.room(q_width));
     const int32_t rows = a.in.prepare(k, q_width, a.row.channels[1], packed(w.attention_out), &shelf, place(thread, t));
     if (reports(thread)) count_rows(tokens[t], l, 1, rows, width);
   });

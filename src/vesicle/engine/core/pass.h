@@ -120,20 +120,23 @@ class Pass {
   // pass_attention.cpp
   struct Scratch {  // of a thread
     Buffer<float> joint, mixed, choices, together;
-    Buffer<int32_t> lists;
     Buffer<uint32_t> chosen;
     Buffer<const int32_t*> heads_lists;
-    std::vector<int64_t> members;
+    Buffer<Row> row;
+    Buffer<uint16_t> readers;
+    Buffer<int32_t> blocks;
+    std::vector<int64_t> whole, choosing;  // tokens of a run
   };
   struct Run {  // tokens of one chunk that lie in one block
     int64_t first, last;
   };
   std::vector<Scratch> scratch;
   std::vector<Run> runs;
-  bool stores_first;  // some tokens read what others of the pass write
-  Buffer<float> partial_, scored_;
-  float *partial, *scored;
-  int64_t scored_row;
+  Buffer<float> partial_, scored_, rotated_;
+  Buffer<int32_t> lists_;
+  float *partial, *scored, *rotated;
+  int32_t* lists;
+  int64_t blocks_row, part_size;  // room for what is said of each block of a token, and for a segment's results
   std::vector<int64_t> visits_, sums_;  // positions that a thread read, and added to `received`, of the first KV head
 
   void prepare_attention();
@@ -142,22 +145,25 @@ class Pass {
   KvView view() const;
   char* summaries(const VesicleChunk& chunk, int64_t l, int64_t g);
   void store(int64_t thread, int64_t l, int64_t t);
-  float* queries(int64_t thread, int64_t l, int64_t t);
+  float* queries(int64_t thread, int64_t t);
+  void rotate_queries(int64_t thread, int64_t l, int64_t t);
   bool chooses(int64_t thread, int64_t t, int64_t l);
-  float* estimates(int64_t t) { return scored + t * model->heads * scored_row; }
-  void estimate(int64_t thread, int64_t l);
-  struct Listed {  // of each KV head of a token: pool blocks, and their places in the sequence, null for 0, 1, ...
-    const int32_t **blocks, **places;
-  };
-  Listed list_blocks(int64_t thread, int64_t t, int64_t l);
+  float* estimates(int64_t t) { return scored + t * model->heads * blocks_row; }
+  void estimate(int64_t thread, int64_t l, int64_t t, int64_t first, int64_t last);
+  void choose_blocks(int64_t thread, int64_t l, int64_t t);
+  int32_t* chosen(int64_t thread, int64_t t, int64_t g);
+  void list_chosen(int64_t thread, int64_t l);
   static int64_t segment(int64_t n);
+  int64_t segments(int64_t t, int64_t l);
   float* part(int64_t t, int64_t h, int64_t s);
   void attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int64_t first, int64_t last);
-  void attend_together(int64_t thread, int64_t l, const int64_t* members, int64_t count, int64_t unit, int64_t first,
-                       int64_t last);
+  void attend_whole(int64_t thread, int64_t l, const std::vector<int64_t>& members, int64_t unit, int64_t first,
+                    int64_t last);
+  void attend_chosen(int64_t thread, int64_t l, const std::vector<int64_t>& members, int64_t unit, int64_t first,
+                     int64_t last);
   void attention(int64_t thread, int64_t l);
-  void merge(int64_t t, int64_t blocks, float* out);
-  void softmax(int64_t thread, int64_t t, int64_t i, int64_t count, float* top, float* inverse);
+  void merge(int64_t t, int64_t l, float* out);
+  void softmax(int64_t l, int64_t t, int64_t i, int64_t count, float* top, float* inverse);
   void receive_from(int64_t thread, int64_t l, const int64_t* members, int64_t count);
   void receive(int64_t thread, int64_t l);
 

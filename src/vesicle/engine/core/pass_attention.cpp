@@ -8,24 +8,26 @@ namespace vesicle {
 
 void Pass::prepare_attention() {
   const int64_t T = pool->threads(), heads = model->heads, size = model->size, kv = model->kv_heads * size;
-  partial = partial_.get(n * heads * kSegments * (size + 2));
-  scored_row = kBlock;
+  part_size = padded(size + 2, 8);
+  partial = partial_.get(n * heads * kSegments * part_size);
+  blocks_row = kBlock;
   for (const Token& token : tokens)
-    for (int64_t l = 0; l < model->n_layers; ++l) scored_row = std::max(scored_row, padded(token.held(l), kBlock));
+    for (int64_t l = 0; l < model->n_layers; ++l) blocks_row = std::max(blocks_row, padded(token.held(l), kBlock));
   const bool may_choose = std::any_of(tokens.begin(), tokens.end(), [](const Token& t) { return t.chunk->summaries; });
-  scored = scored_.get(may_choose ? n * heads * scored_row : 0);
+  scored = scored_.get(may_choose ? n * heads * blocks_row : 0);
+  const int64_t places = alone() ? T : n;
+  rotated = rotated_.get(places * heads * size);
+  lists = lists_.get(may_choose ? places * model->kv_heads * blocks_row : 0);
   scratch.resize(T);
   for (Scratch& s : scratch) {
-    s.joint.get(2 * kv + heads * size);
+    s.joint.get(2 * kv);
     s.mixed.get(heads * (size + 2 + kBlock));
   }
   visits_.assign(T * n * model->n_layers, 0);
   sums_.assign(visits_.size(), 0);
   runs.clear();
-  stores_first = false;
   for (int64_t t = 0; t < n; ++t) {
     const bool same = t && tokens[t].chunk == tokens[t - 1].chunk;
-    stores_first = stores_first || same;
     if (same && tokens[t].behind == tokens[t - 1].behind) runs.back().last = t + 1;
     else runs.push_back({t, t + 1});
   }
@@ -64,110 +66,114 @@ void Pass::store(int64_t thread, int64_t l, int64_t t) {
     k->summarise(&pages, format, g, block, token.chunk->vectors, summaries(*token.chunk, l, g) + group, own % kBlock);
 }
 
-// The rotated queries of a token, in this thread's scratch.
-float* Pass::queries(int64_t thread, int64_t l, int64_t t) {
+// The rotated queries of a token: of one that is alone each thread has its own.
+float* Pass::queries(int64_t thread, int64_t t) { return rotated + place(thread, t) * model->heads * model->size; }
+
+void Pass::rotate_queries(int64_t thread, int64_t l, int64_t t) {
+  if (!lane(thread, t).row.attention) return;
   const VesicleLayer& w = model->layers[l];
   const int64_t size = model->size, heads = model->heads;
-  float* q = scratch[thread].joint.get(0) + 2 * model->kv_heads * size;
+  float* q = queries(thread, t);
   query.fetch(k, t, n, pool->threads(), heads * size, q);
   if (w.query_norm.gain)
     for (int64_t h = 0; h < heads; ++h) k->normalise(q + h * size, w.query_norm.gain, model->eps, size, q + h * size);
   if (w.rotates) k->rotate(q, heads, size, model->rotated, tokens[t].cosine, tokens[t].sine);
-  return q;
 }
 
 bool Pass::chooses(int64_t thread, int64_t t, int64_t l) {
   return lane(thread, t).row.attention && lane(thread, t).blocks < tokens[t].held(l);
 }
 
-// This thread's share of the estimated scores (heads, row) of the blocks before the newest, of tokens that choose.
-void Pass::estimate(int64_t thread, int64_t l) {
+// Estimated scores (heads, row) of blocks before the newest, in groups [first, last) of 16.
+void Pass::estimate(int64_t thread, int64_t l, int64_t t, int64_t first, int64_t last) {
   const int64_t size = model->size, kv_heads = model->kv_heads, ratio = model->heads / kv_heads;
-  const int64_t threads = pool->threads();
-  const int32_t format = static_cast<int32_t>(model->summary_format);
-  for (int64_t t = 0; t < n; ++t) {
-    if (!chooses(thread, t, l)) continue;
-    const Token& token = tokens[t];
-    const int64_t groups = padded(token.held(l) - 1, kBlock) / kBlock;
-    // Alone, a token's groups are shared out; otherwise the tokens are.
-    if (!alone() && t % threads != thread) continue;
-    const int64_t first = alone() ? groups * thread / threads : 0;
-    const int64_t last = alone() ? groups * (thread + 1) / threads : groups;
-    if (first == last) continue;
-    const float* q = queries(thread, l, t);
-    for (int64_t g = 0; g < kv_heads; ++g)
-      k->estimate(summaries(*token.chunk, l, g), format, first, last, token.chunk->vectors, q + g * ratio * size,
-                  ratio, size, estimates(t) + g * ratio * scored_row, scored_row);
-  }
+  const VesicleChunk& chunk = *tokens[t].chunk;
+  for (int64_t g = 0; first < last && g < kv_heads; ++g)
+    k->estimate(summaries(chunk, l, g), static_cast<int32_t>(model->summary_format), first, last, chunk.vectors,
+                queries(thread, t) + g * ratio * size, ratio, size, estimates(t) + g * ratio * blocks_row, blocks_row);
 }
 
-// Which blocks each KV head of a token reads, in order of positions: a list a head.
-Pass::Listed Pass::list_blocks(int64_t thread, int64_t t, int64_t l) {
-  const Token& token = tokens[t];
-  const int64_t held = token.held(l), own = held - 1, kv_heads = model->kv_heads, ratio = model->heads / kv_heads;
-  const int32_t* table = token.table(l);
+// Which blocks a KV head of a token reads that chooses, in order: their places in the sequence.
+int32_t* Pass::chosen(int64_t thread, int64_t t, int64_t g) {
+  return lists + (place(thread, t) * model->kv_heads + g) * blocks_row;
+}
+
+void Pass::choose_blocks(int64_t thread, int64_t l, int64_t t) {
+  const int64_t own = tokens[t].held(l) - 1, kv_heads = model->kv_heads, ratio = model->heads / kv_heads;
   Scratch& s = scratch[thread];
-  const int32_t **listed = s.heads_lists.get(3 * kv_heads), **places = listed + kv_heads;
-  std::fill(listed, places, table);
-  std::fill(places, places + kv_heads, nullptr);
-  if (!chooses(thread, t, l)) return {listed, places};
-  const int64_t row = padded(own, kBlock);
-  float *mass = s.choices.get(2 * row), *other = mass + row;
-  int32_t *blocks = s.lists.get(2 * kv_heads * held), *numbers = blocks + kv_heads * held;
-  uint32_t *masks = s.chosen.get(2 * row), *keys = masks + row;
-  for (int64_t g = 0; g < kv_heads; ++g, blocks += held, numbers += held) {
-    listed[g] = blocks;
-    places[g] = numbers;
+  float *mass = s.choices.get(2 * blocks_row), *other = mass + blocks_row;
+  uint32_t *masks = s.chosen.get(2 * blocks_row), *keys = masks + blocks_row;
+  for (int64_t g = 0; g < kv_heads; ++g) {
     std::fill(mass, mass + own, 0.0f);
     for (int64_t r = 0; r < ratio; ++r)
-      k->add_softmax(estimates(t) + (g * ratio + r) * scored_row, own, model->scale, mass, other);
+      k->add_softmax(estimates(t) + (g * ratio + r) * blocks_row, own, model->scale, mass, other);
     // The first block, the own one, and the n - 2 others of the largest estimated mass; see blocks.py. No mass is
     // chosen before this one, not even NaN.
     std::memset(mass, 0xff, sizeof *mass);
     k->choose(mass, own, lane(thread, t).blocks - 1, masks, keys);
-    int64_t count = 0;
+    int32_t* list = chosen(thread, t, g);
     for (int64_t word = 0; word * 32 < own; ++word)
-      for (uint32_t left = masks[word]; left; left &= left - 1) numbers[count++] = 32 * word + __builtin_ctz(left);
-    numbers[count++] = static_cast<int32_t>(own);
-    for (int64_t i = 0; i < count; ++i) blocks[i] = table[numbers[i]];
+      for (uint32_t left = masks[word]; left; left &= left - 1)
+        *list++ = static_cast<int32_t>(32 * word + __builtin_ctz(left));
+    *list++ = static_cast<int32_t>(own);
+    *list = INT32_MAX;  // the end; there is room, since not all are chosen
   }
-  return {listed, places};
 }
 
-// How many blocks of a list of n one piece of work takes: an even number of pieces of about four. It depends on
-// nothing but n, so that results do not depend on the number of threads or on who else is in the batch.
+// Has every token that chooses know its blocks. Alone, a token's estimates are shared out, and each thread makes the
+// list; otherwise the tokens are shared out.
+void Pass::list_chosen(int64_t thread, int64_t l) {
+  const int64_t threads = pool->threads();
+  bool any = false;
+  for (int64_t t = 0; t < n; ++t) {
+    if (!chooses(thread, t, l)) continue;
+    any = true;
+    const int64_t groups = padded(tokens[t].held(l) - 1, kBlock) / kBlock;
+    if (alone()) {
+      estimate(thread, l, t, groups * thread / threads, groups * (thread + 1) / threads);
+    } else if (t % threads == thread) {
+      estimate(thread, l, t, 0, groups);
+      choose_blocks(thread, l, t);
+    }
+  }
+  if (any) pool->barrier();
+  if (any && alone()) choose_blocks(thread, l, 0);
+}
+
+// How many of the n blocks that a token sees one piece of work takes: an even number of pieces of about four, or
+// kSegments of them. It depends on nothing but n, so that results do not depend on the number of threads or on who else
+// is in the batch; and pieces are the same for tokens side by side, whatever they choose, so that they read together.
 int64_t Pass::segment(int64_t n) {
   const int64_t pieces = std::min(kSegments, std::max<int64_t>(2, (n / 4 + 1) / 2 * 2));
   return std::max<int64_t>(1, (n + pieces - 1) / pieces);
 }
 
-// A segment's results for one query head: (size) sums, then the top score and the total.
-float* Pass::part(int64_t t, int64_t h, int64_t s) {
-  return partial + ((t * model->heads + h) * kSegments + s) * (model->size + 2);
+// Pieces of what a token sees.
+int64_t Pass::segments(int64_t t, int64_t l) {
+  const int64_t held = tokens[t].held(l), step = segment(held);
+  return (held + step - 1) / step;
 }
 
-// The segments that begin in [first, last) of a token whose blocks are counted from `unit`.
+// A segment's results for one query head: (size) sums, then the top score and the total.
+float* Pass::part(int64_t t, int64_t h, int64_t s) {
+  return partial + ((t * model->heads + h) * kSegments + s) * part_size;
+}
+
+// The segments that begin in [first, last) of a token that reads all that it sees, counted from `unit`.
 void Pass::attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int64_t first, int64_t last) {
-  const Lane& a = lane(thread, t);
   const Token& token = tokens[t];
-  const int64_t size = model->size, heads = model->heads, kv_heads = model->kv_heads;
-  const int64_t blocks = a.row.attention ? a.blocks : 1, step = segment(blocks), valid = token.offset(l) + 1;
+  const int64_t size = model->size, heads = model->heads, kv_heads = model->kv_heads, ratio = heads / kv_heads;
+  const int64_t blocks = token.held(l), step = segment(blocks), valid = token.offset(l) + 1;
   const KvView pages = view();
   Scratch& s = scratch[thread];
-  float *sums = s.mixed.get(0), *top = sums + heads * size, *q = nullptr;
-  const int32_t** listed = nullptr;
+  float *sums = s.mixed.get(0), *top = sums + heads * size;
+  const int32_t** here = s.heads_lists.get(kv_heads);
   for (int64_t from = 0; from < blocks; from += step) {
-    if (unit + from < first || unit + from >= last) continue;
+    if (unit + from * kv_heads < first || unit + from * kv_heads >= last) continue;
     const int64_t to = std::min(blocks, from + step);
-    if (to == blocks && !stores_first) store(thread, l, t);  // whoever reads the newest block writes it first
-    if (!a.row.attention) continue;
-    if (!listed) {
-      q = queries(thread, l, t);
-      listed = list_blocks(thread, t, l).blocks;
-    }
-    const int32_t** here = listed + 2 * kv_heads;
-    for (int64_t g = 0; g < kv_heads; ++g) here[g] = listed[g] + from;
-    visits(thread, t, l) += k->attend(&pages, static_cast<int32_t>(model->kv_format), q, heads / kv_heads,
+    if (to == blocks && alone()) store(thread, l, t);  // whoever reads the newest block writes it first
+    std::fill(here, here + kv_heads, token.table(l) + from);
+    visits(thread, t, l) += k->attend(&pages, static_cast<int32_t>(model->kv_format), queries(thread, t), ratio,
                                       model->scale, here, to - from, blocks - from, to == blocks ? valid : kBlock,
                                       sums, top, top + heads, top + 2 * heads);
     for (int64_t h = 0; h < heads; ++h) {
@@ -179,95 +185,142 @@ void Pass::attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int6
   }
 }
 
-// The same for tokens of one block that read all that they see, whose segments are counted side by side.
-void Pass::attend_together(int64_t thread, int64_t l, const int64_t* members, int64_t count, int64_t unit,
-                           int64_t first, int64_t last) {
-  const int64_t size = model->size, heads = model->heads, kv_heads = model->kv_heads, ratio = heads / kv_heads;
-  const int64_t blocks = tokens[members[0]].held(l), step = segment(blocks), rows = heads * count;
+// The same for tokens of one block, whose segments are counted side by side.
+void Pass::attend_whole(int64_t thread, int64_t l, const std::vector<int64_t>& members, int64_t unit, int64_t first,
+                        int64_t last) {
+  const int64_t size = model->size, kv_heads = model->kv_heads, ratio = model->heads / kv_heads;
+  const int64_t count = static_cast<int64_t>(members.size()), rows = count * ratio;
+  const int64_t blocks = tokens[members[0]].held(l), step = segment(blocks);
   const KvView pages = view();
-  float* q = scratch[thread].together.get(2 * rows * size + 2 * rows + 2 * kBlock * (size + ratio * count));
-  float *sums = q + rows * size, *top = sums + rows * size, *total = top + rows, *room = total + rows;
+  Scratch& s = scratch[thread];
+  float* room = s.together.get(kBlock * rows);
+  Row* row = s.row.get(rows);
+  const float* query[kBlock];
+  float* parts[kBlock];
   int64_t tails[kBlock];
-  bool ready = false;
+  for (int64_t i = 0; i < count; ++i) tails[i] = tokens[members[i]].offset(l) + 1;
   for (int64_t from = 0; from < blocks; from += step) {
-    if (unit + from * count < first || unit + from * count >= last) continue;
-    if (!ready) {
-      for (int64_t i = 0; i < count; ++i) {
-        const float* own = queries(thread, l, members[i]);
-        for (int64_t g = 0; g < kv_heads; ++g)
-          std::memcpy(q + (g * count + i) * ratio * size, own + g * ratio * size, ratio * size * sizeof(float));
-        tails[i] = tokens[members[i]].offset(l) + 1;
-      }
-      ready = true;
-    }
+    const int64_t begin = unit + from * count * kv_heads;
+    if (begin < first || begin >= last) continue;
     const int64_t to = std::min(blocks, from + step);
     const bool newest = to == blocks;
-    k->attend_together(&pages, static_cast<int32_t>(model->kv_format), q, count, ratio, model->scale,
-                       tokens[members[0]].table(l) + from, to - from, newest ? tails : nullptr, sums, top, total, room);
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t h = 0; h < heads; ++h) {
-        const int64_t row = (h / ratio * count + i) * ratio + h % ratio;
-        float* p = part(members[i], h, from / step);
-        std::memcpy(p, sums + row * size, size * sizeof(float));
-        p[size] = top[row];
-        p[size + 1] = total[row];
+    for (int64_t g = 0; g < kv_heads; ++g) {
+      for (int64_t i = 0; i < count; ++i) {
+        query[i] = queries(thread, members[i]) + g * ratio * size;
+        parts[i] = part(members[i], g * ratio, from / step);
       }
+      const Shared shared = {query, parts,   kSegments * part_size, count, ratio, tokens[members[0]].table(l) + from,
+                             to - from, nullptr, newest ? tails : nullptr};
+      k->attend_shared(&pages, static_cast<int32_t>(model->kv_format), g, &shared, model->scale, room, row);
+    }
+    for (int64_t i = 0; i < count; ++i)
       visits(thread, members[i], l) += (to - from - 1) * kBlock + (newest ? tails[i] : kBlock);
+  }
+}
+
+// The same for tokens of one block that choose, or for one. Neighbours choose much alike, so a block is read once for
+// all that want it.
+void Pass::attend_chosen(int64_t thread, int64_t l, const std::vector<int64_t>& members, int64_t unit, int64_t first,
+                         int64_t last) {
+  const int64_t size = model->size, kv_heads = model->kv_heads, ratio = model->heads / kv_heads;
+  const int64_t count = static_cast<int64_t>(members.size()), rows = count * ratio;
+  const int64_t own = tokens[members[0]].held(l) - 1, step = segment(own + 1);
+  const int32_t* table = tokens[members[0]].table(l);
+  const KvView pages = view();
+  Scratch& s = scratch[thread];
+  float* room = s.together.get(kBlock * rows);
+  Row* row = s.row.get(rows);
+  uint16_t* readers = s.readers.get(step);
+  int32_t* blocks = s.blocks.get(step);
+  const float* query[kBlock];
+  float* parts[kBlock];
+  int64_t tails[kBlock];
+  for (int64_t i = 0; i < count; ++i) tails[i] = tokens[members[i]].offset(l) + 1;
+  const int64_t lists = count * kv_heads;
+  const int32_t **here = s.heads_lists.get(2 * lists), **end = here + lists;  // of each list, what lies in a segment
+  for (int64_t i = 0; i < lists; ++i) end[i] = chosen(thread, members[i / kv_heads], i % kv_heads);
+  for (int64_t from = 0; from <= own; from += step) {
+    const int64_t to = std::min(own + 1, from + step), begin = unit;
+    for (int64_t i = 0; i < lists; ++i) {
+      here[i] = end[i];
+      while (*end[i] < to) ++end[i];
+      unit += end[i] - here[i];
+    }
+    if (begin < first || begin >= last) continue;
+    const bool newest = to > own;
+    if (newest && alone()) store(thread, l, members[0]);
+    for (int64_t g = 0; g < kv_heads; ++g) {
+      std::memset(readers, 0, step * sizeof *readers);
+      for (int64_t i = 0; i < count; ++i) {
+        query[i] = queries(thread, members[i]) + g * ratio * size;
+        parts[i] = part(members[i], g * ratio, from / step);
+        for (const int32_t* b = here[i * kv_heads + g]; b < end[i * kv_heads + g]; ++b)
+          readers[*b - from] |= static_cast<uint16_t>(1 << i);
+      }
+      int64_t n_blocks = 0;
+      for (int64_t b = from; b < to; ++b) {
+        if (!readers[b - from]) continue;
+        readers[n_blocks] = readers[b - from];
+        blocks[n_blocks++] = table[b];
+      }
+      const Shared shared = {query,  parts,    kSegments * part_size, count, ratio,
+                             blocks, n_blocks, readers,               newest ? tails : nullptr};
+      k->attend_shared(&pages, static_cast<int32_t>(model->kv_format), g, &shared, model->scale, room, row);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t read = end[i * kv_heads] - here[i * kv_heads];
+      visits(thread, members[i], l) += newest ? (read - 1) * kBlock + tails[i] : read * kBlock;
     }
   }
 }
 
 void Pass::attention(int64_t thread, int64_t l) {
   const int64_t threads = pool->threads();
-  if (stores_first) {  // a block is one thread's
+  if (alone()) {
+    rotate_queries(thread, l, 0);
+  } else {  // some may read what others of the pass write; a block is one thread's
     for (int64_t r = thread; r < static_cast<int64_t>(runs.size()); r += threads)
       for (int64_t t = runs[r].first; t < runs[r].last; ++t) store(thread, l, t);
+    for (int64_t t = thread; t < n; t += threads) rotate_queries(thread, l, t);
     pool->barrier();
   }
-  int64_t total = 0;
-  bool choosing = false;
-  for (int64_t t = 0; t < n; ++t) {
-    total += lane(thread, t).row.attention ? lane(thread, t).blocks : 1;
-    choosing = choosing || chooses(thread, t, l);
-  }
-  if (choosing) {
-    estimate(thread, l);
-    pool->barrier();
-  }
-  // This thread takes the segments that begin in its share of all blocks.
+  list_chosen(thread, l);
+  const int64_t kv_heads = model->kv_heads;
+  int64_t total = 0;  // blocks of a KV head
+  for (int64_t t = 0; t < n; ++t) total += lane(thread, t).row.attention ? lane(thread, t).blocks * kv_heads : 0;
+  // This thread takes the segments that begin in its share.
   const int64_t first = total * thread / threads, last = total * (thread + 1) / threads;
-  std::vector<int64_t>& members = scratch[thread].members;
+  std::vector<int64_t>&whole = scratch[thread].whole, &choosing = scratch[thread].choosing;
   int64_t unit = 0;
   for (const Run& run : runs) {
-    members.clear();
-    for (int64_t t = run.first; run.last - run.first > 1 && t < run.last; ++t)
-      if (lane(thread, t).row.attention && !chooses(thread, t, l)) members.push_back(t);
-    const int64_t count = static_cast<int64_t>(members.size());
-    if (count > 1) {
-      attend_together(thread, l, members.data(), count, unit, first, last);
-      unit += count * tokens[members[0]].held(l);
-    }
+    whole.clear();
+    choosing.clear();
     for (int64_t t = run.first; t < run.last; ++t) {
-      const Lane& a = lane(thread, t);
-      if (count > 1 && a.row.attention && !chooses(thread, t, l)) continue;
-      attend_alone(thread, l, t, unit, first, last);
-      unit += a.row.attention ? a.blocks : 1;
+      if (lane(thread, t).row.attention) (chooses(thread, t, l) ? choosing : whole).push_back(t);
+      else if (alone() && thread == 0) store(thread, l, t);
     }
+    if (whole.size() == 1) attend_alone(thread, l, whole[0], unit, first, last);
+    if (whole.size() > 1) attend_whole(thread, l, whole, unit, first, last);
+    for (const int64_t t : whole) unit += tokens[t].held(l) * kv_heads;
+    if (!choosing.empty()) attend_chosen(thread, l, choosing, unit, first, last);
+    for (const int64_t t : choosing) unit += lane(thread, t).blocks * kv_heads;
   }
   for (int64_t t = thread; t < n; t += threads)
     tokens[t].compared[l] = chooses(thread, t, l) ? (tokens[t].held(l) - 1) * tokens[t].chunk->vectors : 0;
 }
 
-// The attention output of a token that reads `blocks` blocks, from its segments.
-void Pass::merge(int64_t t, int64_t blocks, float* out) {
-  const int64_t size = model->size, segments = (blocks + segment(blocks) - 1) / segment(blocks);
+// The attention output of a token, from its segments. Of some it may read nothing.
+void Pass::merge(int64_t t, int64_t l, float* out) {
+  const int64_t size = model->size, pieces = segments(t, l);
   for (int64_t h = 0; h < model->heads; ++h) {
     float top = -INFINITY;
-    for (int64_t s = 0; s < segments; ++s) top = std::max(top, part(t, h, s)[size]);
+    for (int64_t s = 0; s < pieces; ++s) top = std::max(top, part(t, h, s)[size]);
     float total = 0, *y = out + h * size;
     std::memset(y, 0, size * sizeof(float));
-    for (int64_t s = 0; s < segments; ++s) {
-      const float *p = part(t, h, s), share = std::exp(p[size] - top);
+    for (int64_t s = 0; s < pieces; ++s) {
+      const float* p = part(t, h, s);
+      if (p[size + 1] == 0) continue;
+      const float share = std::exp(p[size] - top);
       total += share * p[size + 1];
       for (int64_t d = 0; d < size; ++d) y[d] += share * p[d];
     }
@@ -277,15 +330,15 @@ void Pass::merge(int64_t t, int64_t blocks, float* out) {
 }
 
 // Largest scores and inverse totals of a token's query heads, by KV head (KV heads, `count` tokens, ratio) as the i-th.
-void Pass::softmax(int64_t thread, int64_t t, int64_t i, int64_t count, float* top, float* inverse) {
+void Pass::softmax(int64_t l, int64_t t, int64_t i, int64_t count, float* top, float* inverse) {
   const int64_t size = model->size, heads = model->heads, ratio = heads / model->kv_heads;
-  const int64_t blocks = lane(thread, t).blocks, segments = (blocks + segment(blocks) - 1) / segment(blocks);
+  const int64_t pieces = segments(t, l);
   for (int64_t h = 0; h < heads; ++h) {
     const int64_t row = (h / ratio * count + i) * ratio + h % ratio;
     top[row] = -INFINITY;
-    for (int64_t s = 0; s < segments; ++s) top[row] = std::max(top[row], part(t, h, s)[size]);
+    for (int64_t s = 0; s < pieces; ++s) top[row] = std::max(top[row], part(t, h, s)[size]);
     float total = 0;
-    for (int64_t s = 0; s < segments; ++s) total += std::exp(part(t, h, s)[size] - top[row]) * part(t, h, s)[size + 1];
+    for (int64_t s = 0; s < pieces; ++s) total += std::exp(part(t, h, s)[size] - top[row]) * part(t, h, s)[size + 1];
     inverse[row] = 1.0f / total;
   }
 }
@@ -302,21 +355,22 @@ void Pass::receive_from(int64_t thread, int64_t l, const int64_t* members, int64
   float *top = q + rows * size, *inverse = top + rows, *room = inverse + rows;
   int64_t tails[kBlock];
   for (int64_t i = 0; i < count; ++i) {
-    const float* own = queries(thread, l, members[i]);
+    const float* own = queries(thread, members[i]);
     for (int64_t g = 0; g < kv_heads; ++g)
       std::memcpy(q + (g * count + i) * ratio * size, own + g * ratio * size, ratio * size * sizeof(float));
-    softmax(thread, members[i], i, count, top, inverse);
+    softmax(l, members[i], i, count, top, inverse);
     tails[i] = tokens[members[i]].offset(l) + 1;
   }
-  const Listed listed = list_blocks(thread, members[0], l);
+  const bool choosing = chooses(thread, members[0], l);
+  const int32_t* table = tokens[members[0]].table(l);
   for (int64_t g = 0; g < kv_heads; ++g) {
     const int64_t first = g * count * ratio;
     float* row = chunk.received + (l * kv_heads + g) * chunk.room_received;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t place = listed.places[g] ? listed.places[g][b] : b;
+      const int64_t place = choosing ? chosen(thread, members[0], g)[b] : b;
       if (place % threads != thread) continue;
       const bool newest = b + 1 == blocks;
-      k->receive(&pages, static_cast<int32_t>(model->kv_format), g, listed.blocks[g][b], q + first * size, count, ratio,
+      k->receive(&pages, static_cast<int32_t>(model->kv_format), g, table[place], q + first * size, count, ratio,
                  model->scale, newest ? tails : nullptr, top + first, inverse + first, row + place * kBlock, room);
       for (int64_t i = 0; g == 0 && i < count; ++i)
         sums_[counter(thread, members[i], l)] += newest ? tails[i] : kBlock;
@@ -326,7 +380,7 @@ void Pass::receive_from(int64_t thread, int64_t l, const int64_t* members, int64
 
 // The same for all tokens whose chunks ask.
 void Pass::receive(int64_t thread, int64_t l) {
-  std::vector<int64_t>& members = scratch[thread].members;
+  std::vector<int64_t>& members = scratch[thread].whole;
   for (const Run& run : runs) {
     if (!tokens[run.first].chunk->received) continue;
     members.clear();

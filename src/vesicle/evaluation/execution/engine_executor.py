@@ -13,6 +13,7 @@ from vesicle.engine import Engine
 from vesicle.engine.engine import CHUNK
 from vesicle.engine.sequence import Sequence as EngineSequence
 from vesicle.evaluation.execution.executor import Clock, Execution, Executor, Span, answer, nats_of
+from vesicle.evaluation.execution.language_modelling import first_scored
 from vesicle.evaluation.execution.prompts import Codec, Prompt
 from vesicle.plan import Method
 from vesicle.tasks.items import Output
@@ -111,27 +112,32 @@ class EngineExecutor(Executor):
         )
 
     def loss(
-        self, ids: list[int], method: Method | None, *, keep_levels: bool = False
+        self, ids: list[int], method: Method | None, *, context: int = 0, keep_levels: bool = False
     ) -> Execution:
         """As `Executor.loss`, in passes of up to `CHUNK` tokens."""
-        engine = self.engine
+        engine, first = self.engine, first_scored(context) - 1
         sequence = engine.start(method)
+        if context:
+            sequence.begin_prompt(context)
         clock = Clock()
         total = 0.0
-        for start in range(0, len(ids), CHUNK):
+        for start in range(0, first, CHUNK):
+            engine.forward([(sequence, ids[start : min(first, start + CHUNK)])], "none")
+        for start in range(first, len(ids), CHUNK):
             rows = engine.forward([(sequence, ids[start : start + CHUNK])], "all")[0]
             labels = ids[start + 1 : start + 1 + CHUNK]
             total += nats_of(rows[: len(labels)], labels)
         clock.prefill()
         held, cost = sequence.cache.bytes_held, sequence.cost
+        generated = sequence.cost_of(slice(first, None))
         levels = sequence.levels if keep_levels else None
         sequence.close()
         return Execution(
-            output=Output(nats=total, n_tokens=len(ids) - 1),
-            spans=(Span(0, len(ids), 0),),
+            output=Output(nats=total, n_tokens=len(ids) - 1 - first),
+            spans=(Span(0, len(ids), first),),
             prefill=_holding(cost, held),
-            prompt=0,
-            generated=cost,
+            prompt=first,
+            generated=generated,
             seconds=clock.seconds,
             levels=levels,
         )

@@ -123,20 +123,24 @@ class Executor(ABC):
 
     @abstractmethod
     def loss(
-        self, ids: list[int], method: Method | None, *, keep_levels: bool = False
+        self, ids: list[int], method: Method | None, *, context: int = 0, keep_levels: bool = False
     ) -> Execution:
-        """The summed loss of a window; its first token is not scored."""
+        """The summed loss of a window; its first `context` tokens are a prompt, and not scored.
+
+        Without context its very first token is not scored either.
+        """
 
     def losses(
         self,
         windows: Sequence[list[int]],
         methods: Sequence[Method | None],
         *,
+        context: int = 0,
         keep_levels: bool = False,
     ) -> list[Execution]:
         """The same of several windows of one length, each under its method, in one pass if able."""
         return [
-            self.loss(ids, method, keep_levels=keep_levels)
+            self.loss(ids, method, context=context, keep_levels=keep_levels)
             for ids, method in zip(windows, methods, strict=True)
         ]
 

@@ -26,12 +26,14 @@ class Prepared:
         prompt: To be read; of kind `loss` the whole window.
         choices: Token ids of each choice.
         n_bytes: UTF-8 bytes of the text that is scored, of kind `loss`.
+        context: Tokens of the window that are a prompt and not scored, of kind `loss`.
     """
 
     item: Item
     prompt: Prompt
     choices: tuple[list[int], ...] = ()
     n_bytes: int = 0
+    context: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -51,6 +53,7 @@ def prepare(
     most: int,
     *,
     length: int | None = None,
+    context: int = 0,
     limit: int | None = None,
 ) -> tuple[list[Prepared], list[Missing]]:
     """Encode the items of a task.
@@ -61,6 +64,7 @@ def prepare(
         codec: The model's text side.
         most: Tokens of prompt and answer together.
         length: Tokens in a window of a text; None for the task's own.
+        context: How many of them are a prompt and not scored.
         limit: Windows of a text, evenly spread; None for all.
 
     Returns:
@@ -69,10 +73,10 @@ def prepare(
 
     Raises:
         DataError: None can be run, or there is too little text for a window.
-        VesicleError: A window is longer than the model's context.
+        VesicleError: A window is longer than the model's context, or all of it is prompt.
     """
     if task.kind == "loss":
-        return _windows(items, codec, length or task.window, most, limit), []
+        return _windows(items, codec, length or task.window, context, most, limit), []
     prepared: list[Prepared] = []
     missing: list[Missing] = []
     for item in items:
@@ -116,25 +120,33 @@ def _choices(item: Item, codec: Codec, most: int) -> Prepared:
 
 
 def _windows(
-    documents: Sequence[Item], codec: Codec, length: int, most: int, limit: int | None
+    documents: Sequence[Item],
+    codec: Codec,
+    length: int,
+    context: int,
+    most: int,
+    limit: int | None,
 ) -> list[Prepared]:
     if length > most:
         raise VesicleError(f"window is {length}; allowed: at most {most} tokens")
+    if context >= length:
+        raise VesicleError(f"context is {context}; allowed: fewer than the window's {length}")
     windows = token_windows(
         [item.context for item in documents],
         lambda text: codec.encode(text, control_tokens=False),
         length,
     )
     return [
-        window(f"window {number}", windows[number].tolist(), codec)
+        window(f"window {number}", windows[number].tolist(), codec, context)
         for number in evenly(len(windows), limit)
     ]
 
 
-def window(name: str, ids: list[int], codec: Codec) -> Prepared:
-    """A window of a text, of which all tokens but the first are scored."""
+def window(name: str, ids: list[int], codec: Codec, context: int = 0) -> Prepared:
+    """A window of a text: all tokens behind its context are scored, but for its very first."""
     return Prepared(
         item=Item(id=name, context=""),
         prompt=Prompt(ids=ids, n_context=len(ids)),
-        n_bytes=scored_bytes(ids, codec),
+        n_bytes=scored_bytes(ids, codec, context),
+        context=context,
     )

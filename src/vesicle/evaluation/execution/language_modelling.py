@@ -1,7 +1,8 @@
 """Scoring text: the loss of each window under a method, and what the method executed.
 
-Every window is a fresh sequence. Its first token has nothing before it and is not scored; logits
-are paid for at all positions, as a prefill that returns log-likelihoods pays for them. With L the
+Every window is a fresh sequence. Its first token has nothing before it and is not scored, nor is
+what is given as its context, a prompt; logits are paid for at all positions from the last one
+before what is scored, as a prefill that returns log-likelihoods pays for them. With L the
 summed loss in nats and n the UTF-8 bytes of the scored text,
 
     bits per byte = L / (n ln 2)
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vesicle.cost import Cost, price, price_dense
+from vesicle.cost import Cost, price, price_dense_span
 from vesicle.errors import ModelError, VesicleError
 from vesicle.evaluation.execution.prompts import Codec
 from vesicle.families import find_family
@@ -56,9 +57,14 @@ class Windows:
         return hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest()
 
 
-def scored_bytes(ids: Sequence[int], codec: Codec) -> int:
+def scored_bytes(ids: Sequence[int], codec: Codec, context: int = 0) -> int:
     """UTF-8 bytes of a window's scored text."""
-    return len(codec.decode(ids[1:]).encode("utf-8"))
+    return len(codec.decode(ids[first_scored(context) :]).encode("utf-8"))
+
+
+def first_scored(context: int) -> int:
+    """Position of the first token that is scored; the one before it is the first with logits."""
+    return max(context, 1)
 
 
 def load_windows(
@@ -108,12 +114,14 @@ class Scores:
     Attributes:
         nats: (N,) summed loss of each window's scored tokens.
         costs: Executed for each window.
+        generated: The same for its tokens behind the prompt.
         dense: What the dense model costs for one.
         levels: Released levels, one (T, L, 5) a window, if they were asked for.
     """
 
     nats: FloatArray
     costs: list[Cost]
+    generated: list[Cost]
     dense: Cost
     levels: list[FloatArray] = field(default_factory=list)
 
@@ -170,6 +178,7 @@ def score(
     ids: Tensor,
     method: Method | Sequence[Method] | None = None,
     *,
+    context: int = 0,
     batch: int = 1,
     keep_levels: bool = False,
 ) -> Scores:
@@ -179,6 +188,7 @@ def score(
         model: A causal LM of a supported family.
         ids: (N, T) token ids; each row is a fresh sequence.
         method: For all windows, or one for each; None for the bare model.
+        context: Tokens at the head of each window that are a prompt, and not scored.
         batch: Windows in a forward pass. Compare losses of one batch size only: sums of floats
         round by it.
         keep_levels: Whether to keep the released levels.
@@ -189,22 +199,31 @@ def score(
     """
     nats: list[float] = []
     costs: list[Cost] = []
+    generated: list[Cost] = []
     levels: list[FloatArray] = []
-    dense = price_dense(model_shape(model), ids.shape[1])
-    for rows, hidden, run in _passes(model, ids, method, batch):
-        nats += _losses(model, hidden, rows)
-        costs += [dense] * len(rows) if run is None else _executed(run)
+    first, n = first_scored(context) - 1, ids.shape[1]
+    shape = model_shape(model)
+    dense = price_dense_span(shape, 0, n, first)
+    behind = price_dense_span(shape, first, n, first)
+    for rows, hidden, run in _passes(model, ids, method, context, batch):
+        nats += _losses(model, hidden, rows, first)
+        costs += [dense] * len(rows) if run is None else _executed(run, 0, first)
+        generated += [behind] * len(rows) if run is None else _executed(run, first, first)
         if keep_levels and run is not None:
             levels += run.levels
     if not np.isfinite(nats).all():
         window = int(np.argmin(np.isfinite(nats)))
         raise VesicleError(f"the loss of window {window} is {nats[window]}; it must be finite")
-    return Scores(nats=np.array(nats), costs=costs, dense=dense, levels=levels)
+    return Scores(nats=np.array(nats), costs=costs, generated=generated, dense=dense, levels=levels)
 
 
 @torch.no_grad()
 def _passes(
-    model: nn.Module, ids: Tensor, method: Method | Sequence[Method] | None, batch: int
+    model: nn.Module,
+    ids: Tensor,
+    method: Method | Sequence[Method] | None,
+    context: int,
+    batch: int,
 ) -> Iterator[tuple[Tensor, Tensor, Run | None]]:
     """For each batch: token ids (B, T), the hidden states before the LM head (B, T, D), the run."""
     backbone: Any = getattr(model, "base_model", None)
@@ -217,27 +236,39 @@ def _passes(
             part = (
                 Together(method[start : start + batch]) if isinstance(method, Sequence) else method
             )
-            with nullcontext() if part is None else attach(model, part) as run:
+            attached = nullcontext() if part is None else attach(model, part, prompt_tokens=context)
+            with attached as run:
                 hidden = backbone(input_ids=rows, use_cache=False).last_hidden_state
             yield rows, hidden, run
 
 
-def _executed(run: Run) -> list[Cost]:
+def _executed(run: Run, start: int, first: int) -> list[Cost]:
+    """What each sequence executed from `start` on, with logits from position `first` on."""
     overhead = run.method.overhead(run.shape)
     return [
-        price(plan, run.shape, overhead, released=released)
+        price(
+            plan.tokens(start, plan.n_tokens),
+            run.shape,
+            overhead,
+            first_position=start,
+            with_logits=np.arange(start, plan.n_tokens) >= first,
+            released=released[start:],
+        )
         for plan, released in zip(run.plans, run.released, strict=True)
     ]
 
 
 @torch.no_grad()
-def _losses(model: nn.Module, hidden: Tensor, rows: Tensor) -> list[float]:
-    """Summed loss of each window; the head runs on a few positions at a time: logits are large."""
+def _losses(model: nn.Module, hidden: Tensor, rows: Tensor, first: int) -> list[float]:
+    """Summed loss of each window, predicted from position `first` on.
+
+    The head runs on a few positions at a time: logits are large.
+    """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]  # a method of PreTrainedModel
     b, t = rows.shape
     total = torch.zeros(b, dtype=torch.float64)
     step = max(1, HEAD_POSITIONS // b)
-    for start in range(0, t - 1, step):
+    for start in range(first, t - 1, step):
         stop = min(start + step, t - 1)
         logits = head(hidden[:, start:stop])
         # A float64 model keeps its precision; anything coarser is worked out in float32.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vesicle.cost import Cost, price, price_dense_span
 from vesicle.evaluation.execution.executor import Clock, Execution, Executor, Span, answer, nats_of
-from vesicle.evaluation.execution.language_modelling import model_shape, score
+from vesicle.evaluation.execution.language_modelling import first_scored, model_shape, score
 from vesicle.evaluation.execution.prompts import Codec, Prompt
 from vesicle.families import cache_argument, find_cache, find_family
 from vesicle.plan import Dense, Method
@@ -113,16 +113,17 @@ class TransformersExecutor(Executor):
         )
 
     def loss(
-        self, ids: list[int], method: Method | None, *, keep_levels: bool = False
+        self, ids: list[int], method: Method | None, *, context: int = 0, keep_levels: bool = False
     ) -> Execution:
         """As `Executor.loss`."""
-        return self.losses([ids], [method], keep_levels=keep_levels)[0]
+        return self.losses([ids], [method], context=context, keep_levels=keep_levels)[0]
 
     def losses(
         self,
         windows: Sequence[list[int]],
         methods: Sequence[Method | None],
         *,
+        context: int = 0,
         keep_levels: bool = False,
     ) -> list[Execution]:
         """As `Executor.losses`, in one pass; the LM head runs on a few positions at a time."""
@@ -133,19 +134,21 @@ class TransformersExecutor(Executor):
             self.model,
             torch.tensor(windows),
             given,
+            context=context,
             batch=len(windows),
             keep_levels=keep_levels,
         )
         clock.prefill()
         seconds = {phase: value / len(windows) for phase, value in clock.seconds.items()}
         levels: list[Any] = found.levels or [None] * len(windows)
+        first = first_scored(context) - 1
         return [
             Execution(
-                output=Output(nats=float(found.nats[i]), n_tokens=len(ids) - 1),
-                spans=(Span(0, len(ids), 0),),
+                output=Output(nats=float(found.nats[i]), n_tokens=len(ids) - 1 - first),
+                spans=(Span(0, len(ids), first),),
                 prefill=found.costs[i],
-                prompt=0,
-                generated=found.costs[i],
+                prompt=first,
+                generated=found.generated[i],
                 seconds=seconds,
                 levels=levels[i],
             )

@@ -90,6 +90,8 @@ def command(result: TaskResult) -> str:
     for name in ("split", "max_length", "window", "per_cell"):
         if c[name] is not None:
             words += [f"--{name.replace('_', '-')}", str(c[name])]
+    if c.get("context"):  # old records have none
+        words += ["--context", str(c["context"])]
     for name in ("lengths", "depths"):
         if c[name]:
             words += [f"--{name}", ",".join(f"{v:g}" for v in c[name])]

@@ -65,7 +65,8 @@ class ItemRunner:
     ) -> list[Execution]:
         """Windows of a text, each under its method, in one pass."""
         ids = [p.prompt.ids for p in windows]
-        ran = self._subject.executor.losses(ids, methods, keep_levels=keeps)
+        executor, context = self._subject.executor, windows[0].context
+        ran = executor.losses(ids, methods, context=context, keep_levels=keeps)
         return [
             replace(found, output=replace(found.output, n_bytes=p.n_bytes))
             for p, found in zip(windows, ran, strict=True)

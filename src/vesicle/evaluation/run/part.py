@@ -128,6 +128,7 @@ def part_of(name: str, subject: Subject, config: TaskConfig) -> Part:
         codec,
         min(config.max_length or most, most),
         length=config.window,
+        context=config.context,
         limit=config.limit,
     )
     return Part(
@@ -138,6 +139,7 @@ def part_of(name: str, subject: Subject, config: TaskConfig) -> Part:
         items=items,
         unfit=unfit,
         keys=config.keys(name),
+        settings={"context": config.context},
     )
 
 

@@ -30,6 +30,7 @@ class TaskConfig:
         seed: Of draws, generated items, random controls and bootstraps.
         max_length: Most tokens of prompt and answer together; None for the context window.
         window: Tokens in a window of a text; None for the task's own.
+        context: Tokens at the head of each window that are a prompt: read, and not scored.
         lengths: Prompt lengths of generated tasks; () for their own.
         depths: Depths of generated tasks; () for their own.
         per_cell: Items of each length and depth of generated tasks; None for their own.
@@ -50,6 +51,7 @@ class TaskConfig:
     seed: int = 0
     max_length: int | None = None
     window: int | None = None
+    context: int = 0
     lengths: tuple[int, ...] = ()
     depths: tuple[float, ...] = ()
     per_cell: int | None = None
@@ -76,6 +78,7 @@ class TaskConfig:
             "seed": 0,
             "max_length": 16,
             "window": 2,
+            "context": 0,
             "per_cell": 1,
             "best_of": 1,
             "selection": 1,
@@ -93,18 +96,29 @@ class TaskConfig:
             raise VesicleError("no task is named")
         Phases.parse(self.phases)
         for name in self.tasks:
-            self._check_oracle(find_task(name))
+            self._check_text(find_task(name))
         set_ = object.__setattr__
         set_(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         set_(self, "methods", check_methods(self.methods))
         set_(self, "budgets", sorted_budgets(self.budgets))
 
-    def _check_oracle(self, task: Task) -> None:
+    def _check_text(self, task: Task) -> None:
+        """Refuse what is about a text's windows where a task has none."""
+        texts = ", ".join(name for name in task_names() if find_task(name).kind == "loss")
         if ORACLE in self.methods and task.kind != "loss":
-            texts = [name for name in task_names() if find_task(name).kind == "loss"]
             raise VesicleError(
                 f"method {ORACLE!r} searches the windows of a text, and task {task.name!r} has "
-                f"none; allowed with it: {', '.join(texts)}"
+                f"none; allowed with it: {texts}"
+            )
+        if self.context and task.kind != "loss":
+            raise VesicleError(
+                f"context is {self.context}, tokens of a text's windows, and task {task.name!r} "
+                f"has none; allowed with it: {texts}"
+            )
+        if self.context and ORACLE in self.methods:
+            raise VesicleError(
+                f"context is {self.context}; allowed with method {ORACLE!r}: 0, since it searches "
+                "windows that are scored whole"
             )
 
     def to_dict(self) -> dict[str, Any]:
