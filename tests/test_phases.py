@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vesicle.errors import VesicleError
-from vesicle.phases import EVERYWHERE, PLACES, Phases, Spans
+from vesicle.phases import EVERYWHERE, GABA_ALONE, PLACES, Phases, Spans
 from vesicle.transmitters import NAMES
 
 
@@ -63,6 +63,15 @@ def test_what_saves_no_time_rests_unless_a_word_says_otherwise():
     )
     assert Phases.parse(("all",), avx2) == EVERYWHERE
     assert Phases.parse((), avx2) == avx2
+
+
+def test_one_alone():
+    three = ("dopamine", "serotonin", "gaba")
+    assert GABA_ALONE.only("gaba", three)
+    assert Phases.saving_time("avx2").only("gaba", three)
+    assert not Phases.saving_time("avx512").only("gaba", three)
+    assert not GABA_ALONE.only("dopamine", three)
+    assert not GABA_ALONE.only("gaba", ("gaba",))  # it has no others to be told from
 
 
 SPANS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=6)

@@ -16,7 +16,9 @@ from typing import Any
 from vesicle.errors import VesicleError
 
 REST, OVERHEAD, BUDGET = "rest", "overhead", "budget"
-ENGINE, HUGGING_FACE, LLAMA_CPP = "engine", "huggingface", "llamacpp"
+ENGINE, HUGGING_FACE, LLAMA_CPP, OPENVINO = "engine", "huggingface", "llamacpp", "openvino"
+READ_GGUF = (LLAMA_CPP, OPENVINO)
+"""Runners that take the model as a GGUF file."""
 
 REQUANTISED = {"llamacpp-q4_0": "Q4_0", "llamacpp-q4_k_s": "Q4_K_S"}
 """Rivals that read the GGUF file's weights in another format, with its name."""
@@ -26,6 +28,7 @@ RIVALS = {
     "hf-bf16": HUGGING_FACE,
     "llamacpp": LLAMA_CPP,
     **dict.fromkeys(REQUANTISED, LLAMA_CPP),
+    "openvino": OPENVINO,
 }
 """Names that `--against` takes, with the runner of each."""
 
@@ -34,6 +37,7 @@ DEVICES = ("cpu",)
 _NEEDS = {
     HUGGING_FACE: ("transformers", "pip install transformers"),
     LLAMA_CPP: ("llama_cpp", "pip install 'vesicle[bench]'"),
+    OPENVINO: ("openvino_genai", "pip install 'vesicle[openvino]'"),
 }
 """What a rival's runner imports, and what installs it."""
 
@@ -44,8 +48,8 @@ class Contender:
 
     Attributes:
         name: Of its rows; unique within a run.
-        runner: `engine`, `huggingface` or `llamacpp`.
-        model: The model's folder, or its GGUF file for llama.cpp.
+        runner: `engine`, `huggingface`, `llamacpp` or `openvino`.
+        model: The model's folder, or its GGUF file for those of `READ_GGUF`.
         threads: Of its computations.
         device: One of `DEVICES`.
         mode: Of the engine: `rest`, `overhead` (levels computed, nothing skipped), `budget`, or
@@ -79,8 +83,8 @@ class Contender:
     @property
     def same_model(self) -> bool:
         """Whether it leaves nothing out, so that its greedy tokens should be those of `rest`."""
-        if self.is_rival:
-            return self.name not in REQUANTISED
+        if self.is_rival:  # OpenVINO goes its own way after the first token that differs
+            return self.name not in REQUANTISED and self.runner != OPENVINO
         return self.mode in (REST, OVERHEAD)
 
     def record(self) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def line_up(
 
     Args:
         folder: The model, as `resolve_model` returns.
-        gguf: The same model for llama.cpp, by rival.
+        gguf: The same model for those of `READ_GGUF`, by rival.
         modulator: Its folder or hub id; without one there is no `budget`.
         budget: Share of the dense FLOPs; the modulator's own by default.
         overhead: Whether the modulator at rest takes part.
@@ -196,14 +200,13 @@ def _rival(
 ) -> Contender:
     check_installed((name,))
     runner = RIVALS[name]
-    if runner == LLAMA_CPP and name not in gguf:
-        raise VesicleError(
-            "--against llamacpp needs this model as a GGUF file: name it with --gguf"
-        )
+    reads_gguf = runner in READ_GGUF
+    if reads_gguf and name not in gguf:
+        raise VesicleError(f"--against {name} needs this model as a GGUF file: name it with --gguf")
     return Contender(
         name=name,
         runner=runner,
-        model=str(gguf[name] if runner == LLAMA_CPP else folder),
+        model=str(gguf[name] if reads_gguf else folder),
         threads=threads,
         device=device,
         weights="bfloat16" if name == "hf-bf16" else None,

@@ -1,12 +1,13 @@
-"""The same weights as a GGUF file, for llama.cpp."""
+"""The same weights as a GGUF file, for rivals that read one."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from vesicle.bench.contenders import REQUANTISED
+from vesicle.bench.contenders import READ_GGUF, REQUANTISED, RIVALS
 from vesicle.errors import ModelError
 from vesicle.files import atomic_path, cache_root
 from vesicle.models import DEFAULT_MODEL, ensure_default_gguf
@@ -35,29 +36,39 @@ def find_gguf(model: str | None, folder: Path, given: Path | None) -> Path:
         return inside[0]
     if model not in (None, DEFAULT_MODEL):
         raise ModelError(
-            f"--against llamacpp needs {model} as a GGUF file as well: name it with --gguf"
+            f"{model} is needed as a GGUF file as well, for --against: name it with --gguf"
         )
     return ensure_default_gguf()
 
 
-def files_for(against: tuple[str, ...], gguf: Path) -> dict[str, Path]:
+def files_for(
+    against: tuple[str, ...], gguf: Path, tell: Callable[[str], None] = lambda line: None
+) -> dict[str, Path]:
     """The file of each rival that reads one: as it is, or requantised by llama.cpp and cached.
+
+    Args:
+        against: Names from `RIVALS`.
+        gguf: The model's own file.
+        tell: Takes a line where a file is made, which takes a while.
 
     Raises:
         ModelError: llama.cpp refuses to requantise it.
     """
-    found = {"llamacpp": gguf} if "llamacpp" in against else {}
+    found = dict[str, Path]()
     for name in against:
         if name in REQUANTISED:
-            found[name] = _requantised(gguf, REQUANTISED[name])
+            found[name] = _requantised(gguf, REQUANTISED[name], tell)
+        elif RIVALS[name] in READ_GGUF:
+            found[name] = gguf
     return found
 
 
-def _requantised(gguf: Path, name: str) -> Path:
+def _requantised(gguf: Path, name: str, tell: Callable[[str], None]) -> Path:
     """From a file that is quantised already: llama.cpp goes through fp32, nothing is added."""
     target = cache_root() / "bench" / f"{gguf.stem}-{sha256_file(gguf)[:12]}-{name}.gguf"
     if target.is_file():
         return target
+    tell(f"requantising {gguf.name} to {name}, once")
     with atomic_path(target) as part:
         # Its library may abort, and prints: in a process of its own.
         done = subprocess.run(

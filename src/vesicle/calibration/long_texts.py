@@ -99,7 +99,7 @@ def _executed(engine: Engine, method: Method, windows: Tensor) -> tuple[float, f
         engine.forward([(sequence, ids[:first])], "none")
         for start in range(first, length, _SCORED):
             rows = engine.forward([(sequence, ids[start : start + _SCORED])], "all")[0].float()
-            labels = torch.tensor(ids[start + 1 : start + 1 + _SCORED])
+            labels = torch.tensor(ids[start + 1 : start + 1 + _SCORED], dtype=torch.int64)
             nats += float(nn.functional.cross_entropy(rows[: len(labels)], labels, reduction="sum"))
         flops += sequence.cost_of(slice(first, None)).flops_total
         sequence.close()

@@ -202,7 +202,7 @@ def bench(
     json_path, table_path, plot_path = _outputs(json_path, out)
 
     from vesicle.bench import BenchConfig, line_up, run_bench
-    from vesicle.bench.contenders import LLAMA_CPP, RIVALS, check_installed
+    from vesicle.bench.contenders import READ_GGUF, RIVALS, check_installed
     from vesicle.bench.display import showing
     from vesicle.bench.prompts import read_stream
     from vesicle.bench.weights_file import files_for, find_gguf
@@ -222,8 +222,12 @@ def bench(
         bandwidth_repeats=2 if quick else 5,
     )
     files: dict[str, Path] = {}
-    if any(RIVALS[name] == LLAMA_CPP for name in rivals):
-        files = files_for(rivals, find_gguf(model, folder, gguf))
+    if any(RIVALS[name] in READ_GGUF for name in rivals):
+        files = files_for(rivals, find_gguf(model, folder, gguf), tell=notice)
+    elif gguf is not None:
+        raise VesicleError(
+            f"--gguf is {gguf}, and nobody in --against reads it: {', '.join(rivals)}"
+        )
     contenders = line_up(
         folder=folder,
         gguf=files,

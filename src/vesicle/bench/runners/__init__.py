@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vesicle.bench.contenders import HUGGING_FACE, LLAMA_CPP, Contender
+from vesicle.bench.contenders import HUGGING_FACE, LLAMA_CPP, OPENVINO, Contender
 from vesicle.bench.runners.base import Runner
 
 __all__ = ["Runner", "load"]
@@ -18,6 +18,10 @@ def load(contender: Contender) -> Runner:
         from vesicle.bench.runners.llamacpp import load_where_it_runs
 
         return load_where_it_runs(contender)
+    if contender.runner == OPENVINO:
+        from vesicle.bench.runners.openvino import OpenVinoRunner
+
+        return OpenVinoRunner(contender)
     from vesicle.bench.runners.engine import EngineRunner
 
     return EngineRunner(contender)
