@@ -10,6 +10,7 @@ so that whoever comes next can tell what was left behind, and remove it.
 import codecs
 import errno
 import gzip
+import hashlib
 import json
 import os
 import secrets
@@ -411,6 +412,19 @@ def folder_bytes(path: str | os.PathLike[str]) -> int:
         with suppress(OSError):
             total += file.lstat().st_size if file.is_file() else 0
     return total
+
+
+def folder_fingerprint(folder: Path, samples: int = 64, size: int = 4096) -> str:
+    """SHA-256 over the files of a model folder: names, sizes, and evenly spread parts of each."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+        length = path.stat().st_size
+        whole.update(f"{path.name} {length}".encode())
+        with path.open("rb") as file:
+            for i in range(samples):
+                file.seek(max(0, length - size) * i // max(1, samples - 1))
+                whole.update(file.read(size))
+    return whole.hexdigest()
 
 
 def disk_is_full(error: Exception) -> bool:

@@ -18,7 +18,7 @@ def lined_up(**settings: Any) -> list[Contender]:
     return line_up(
         **{
             "folder": Path("/somewhere/model"),
-            "gguf": {},
+            "files": {},
             "modulator": None,
             "budget": None,
             "overhead": False,
@@ -41,7 +41,7 @@ def test_who_takes_part():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"against": ("vllm",)}, r"--against is 'vllm'; allowed: hf, hf-bf16, llamacpp"),
+        ({"against": ("vllm",)}, "against is .vllm.; allowed: hf, .*, openvino, onnx$"),
         ({"gaba": (1.5,)}, r"--gaba is 1\.5"),
         ({"gaba": (0.5, 0.5)}, "gaba-0.5 is asked for twice"),
         ({"device": "cuda"}, r"--device is 'cuda'; allowed: cpu"),
@@ -63,7 +63,7 @@ def test_llama_cpp_needs_a_gguf(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(contenders, "find_spec", lambda module: object())
     with pytest.raises(VesicleError, match="--gguf"):
         lined_up(against=("llamacpp",))
-    assert lined_up(against=("llamacpp",), gguf={"llamacpp": Path("a.gguf")})[1].model == "a.gguf"
+    assert lined_up(against=("llamacpp",), files={"llamacpp": Path("a.gguf")})[1].model == "a.gguf"
 
 
 def test_reports_keep_no_folders():

@@ -45,7 +45,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch):
 def contenders() -> list[Contender]:
     return line_up(
         folder=Path("model"),
-        gguf={},
+        files={},
         modulator="modulator",
         budget=0.7,
         overhead=False,

@@ -16,7 +16,8 @@ from typing import Any
 from vesicle.errors import VesicleError
 
 REST, OVERHEAD, BUDGET = "rest", "overhead", "budget"
-ENGINE, HUGGING_FACE, LLAMA_CPP, OPENVINO = "engine", "huggingface", "llamacpp", "openvino"
+ENGINE, HUGGING_FACE, LLAMA_CPP = "engine", "huggingface", "llamacpp"
+OPENVINO, ONNX = "openvino", "onnx"
 READ_GGUF = (LLAMA_CPP, OPENVINO)
 """Runners that take the model as a GGUF file."""
 
@@ -29,6 +30,7 @@ RIVALS = {
     "llamacpp": LLAMA_CPP,
     **dict.fromkeys(REQUANTISED, LLAMA_CPP),
     "openvino": OPENVINO,
+    "onnx": ONNX,
 }
 """Names that `--against` takes, with the runner of each."""
 
@@ -38,6 +40,7 @@ _NEEDS = {
     HUGGING_FACE: ("transformers", "pip install transformers"),
     LLAMA_CPP: ("llama_cpp", "pip install 'vesicle[bench]'"),
     OPENVINO: ("openvino_genai", "pip install 'vesicle[openvino]'"),
+    ONNX: ("onnxruntime_genai", "pip install 'vesicle[onnx]'"),
 }
 """What a rival's runner imports, and what installs it."""
 
@@ -48,8 +51,8 @@ class Contender:
 
     Attributes:
         name: Of its rows; unique within a run.
-        runner: `engine`, `huggingface`, `llamacpp` or `openvino`.
-        model: The model's folder, or its GGUF file for those of `READ_GGUF`.
+        runner: `engine`, `huggingface`, `llamacpp`, `openvino` or `onnx`.
+        model: The model's folder, as converted for ONNX; its GGUF file for those of `READ_GGUF`.
         threads: Of its computations.
         device: One of `DEVICES`.
         mode: Of the engine: `rest`, `overhead` (levels computed, nothing skipped), `budget`, or
@@ -84,7 +87,7 @@ class Contender:
     def same_model(self) -> bool:
         """Whether it leaves nothing out, so that its greedy tokens should be those of `rest`."""
         if self.is_rival:  # OpenVINO goes its own way after the first token that differs
-            return self.name not in REQUANTISED and self.runner != OPENVINO
+            return self.name not in REQUANTISED and self.runner not in (OPENVINO, ONNX)
         return self.mode in (REST, OVERHEAD)
 
     def record(self) -> dict[str, Any]:
@@ -111,7 +114,7 @@ class Contender:
 def line_up(
     *,
     folder: Path,
-    gguf: Mapping[str, Path],
+    files: Mapping[str, Path],
     modulator: str | None,
     budget: float | None,
     overhead: bool,
@@ -127,7 +130,7 @@ def line_up(
 
     Args:
         folder: The model, as `resolve_model` returns.
-        gguf: The same model for those of `READ_GGUF`, by rival.
+        files: The same model for rivals that do not read the folder, by rival.
         modulator: Its folder or hub id; without one there is no `budget`.
         budget: Share of the dense FLOPs; the modulator's own by default.
         overhead: Whether the modulator at rest takes part.
@@ -173,7 +176,7 @@ def line_up(
         entries.append(engine(BUDGET, BUDGET, modulator=modulator, budget=budget, goal=goal))
     entries += [engine(f"gaba-{share:g}", "gaba", share=share) for share in gaba]
     for name in against:
-        entries.append(_rival(name, folder, gguf, threads, device))
+        entries.append(_rival(name, folder, files, threads, device))
     names = [entry.name for entry in entries]
     for name in names:
         if names.count(name) > 1:
@@ -196,17 +199,16 @@ def check_installed(against: tuple[str, ...]) -> None:
 
 
 def _rival(
-    name: str, folder: Path, gguf: Mapping[str, Path], threads: int, device: str
+    name: str, folder: Path, files: Mapping[str, Path], threads: int, device: str
 ) -> Contender:
     check_installed((name,))
     runner = RIVALS[name]
-    reads_gguf = runner in READ_GGUF
-    if reads_gguf and name not in gguf:
+    if runner in READ_GGUF and name not in files:
         raise VesicleError(f"--against {name} needs this model as a GGUF file: name it with --gguf")
     return Contender(
         name=name,
         runner=runner,
-        model=str(gguf[name] if reads_gguf else folder),
+        model=str(files.get(name, folder)),
         threads=threads,
         device=device,
         weights="bfloat16" if name == "hf-bf16" else None,

@@ -1,7 +1,8 @@
-"""The same weights as a GGUF file, for rivals that read one."""
+"""The same weights as rivals read them: a GGUF file, or converted for ONNX."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from vesicle.bench.contenders import READ_GGUF, REQUANTISED, RIVALS
 from vesicle.errors import ModelError
-from vesicle.files import atomic_path, cache_root
+from vesicle.files import atomic_folder, atomic_path, cache_root, folder_fingerprint
 from vesicle.models import DEFAULT_MODEL, ensure_default_gguf
 from vesicle.models.gguf import sha256_file
 from vesicle.models.gguf_header import check_magic
@@ -61,6 +62,33 @@ def files_for(
         elif RIVALS[name] in READ_GGUF:
             found[name] = gguf
     return found
+
+
+def converted_to_onnx(folder: Path, tell: Callable[[str], None] = lambda line: None) -> Path:
+    """The model as ONNX Runtime GenAI's own builder converts it, weights in 4 bits; cached.
+
+    Raises:
+        ModelError: The builder cannot convert it.
+    """
+    target = cache_root() / "bench" / f"onnx-{folder_fingerprint(folder)[:16]}"
+    if target.is_dir():
+        return target
+    tell(f"converting {folder.name} for ONNX Runtime, once")
+    with atomic_folder(target) as part:
+        words = ("-m", folder.name, "-i", folder, "-o", part, "-p", "int4", "-e", "cpu")
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder", *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            check=False,
+        )
+        if done.returncode != 0 or not (part / "genai_config.json").is_file():
+            said = done.stderr.decode("utf-8", "replace").strip() or "no message"
+            line = said.splitlines()[-1]
+            raise ModelError(f"ONNX Runtime GenAI cannot convert {folder.name}: {line}")
+    return target
 
 
 def _requantised(gguf: Path, name: str, tell: Callable[[str], None]) -> Path:

@@ -202,10 +202,10 @@ def bench(
     json_path, table_path, plot_path = _outputs(json_path, out)
 
     from vesicle.bench import BenchConfig, line_up, run_bench
-    from vesicle.bench.contenders import READ_GGUF, RIVALS, check_installed
+    from vesicle.bench.contenders import ONNX, READ_GGUF, RIVALS, check_installed
     from vesicle.bench.display import showing
     from vesicle.bench.prompts import read_stream
-    from vesicle.bench.weights_file import files_for, find_gguf
+    from vesicle.bench.weights_file import converted_to_onnx, files_for, find_gguf
     from vesicle.models import Text, resolve_model
 
     check_installed(rivals)
@@ -228,9 +228,11 @@ def bench(
         raise VesicleError(
             f"--gguf is {gguf}, and nobody in --against reads it: {', '.join(rivals)}"
         )
+    if ONNX in rivals:
+        files[ONNX] = converted_to_onnx(folder, tell=notice)
     contenders = line_up(
         folder=folder,
-        gguf=files,
+        files=files,
         modulator=_modulator(modulator, folder, budget),
         budget=budget,
         overhead=overhead,

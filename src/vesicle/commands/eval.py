@@ -256,8 +256,8 @@ def _subject(
     from vesicle.evaluation.execution.engine_executor import EngineExecutor
     from vesicle.evaluation.execution.executor import Executor
     from vesicle.evaluation.execution.transformers_executor import TransformersExecutor
-    from vesicle.evaluation.run.provenance import folder_fingerprint
     from vesicle.evaluation.run.subject import Subject
+    from vesicle.files import folder_fingerprint
     from vesicle.models import Text, resolve_model
     from vesicle.models.default import DEFAULT_MODEL
     from vesicle.modulator import Modulator

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vesicle.bench.contenders import HUGGING_FACE, LLAMA_CPP, OPENVINO, Contender
+from vesicle.bench.contenders import HUGGING_FACE, LLAMA_CPP, ONNX, OPENVINO, Contender
 from vesicle.bench.runners.base import Runner
 
 __all__ = ["Runner", "load"]
@@ -22,6 +22,10 @@ def load(contender: Contender) -> Runner:
         from vesicle.bench.runners.openvino import OpenVinoRunner
 
         return OpenVinoRunner(contender)
+    if contender.runner == ONNX:
+        from vesicle.bench.runners.onnx import OnnxRunner
+
+        return OnnxRunner(contender)
     from vesicle.bench.runners.engine import EngineRunner
 
     return EngineRunner(contender)

@@ -95,16 +95,3 @@ def fingerprint(module: nn.Module, samples: int = 4096) -> str:
         whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         whole.update(values.tobytes())
     return whole.hexdigest()
-
-
-def folder_fingerprint(folder: Path, samples: int = 64, size: int = 4096) -> str:
-    """SHA-256 over the files of a model folder: names, sizes, and evenly spread parts of each."""
-    whole = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
-        length = path.stat().st_size
-        whole.update(f"{path.name} {length}".encode())
-        with path.open("rb") as file:
-            for i in range(samples):
-                file.seek(max(0, length - size) * i // max(1, samples - 1))
-                whole.update(file.read(size))
-    return whole.hexdigest()
