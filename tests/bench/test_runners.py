@@ -8,11 +8,11 @@ import torch
 from tests.models.tiny_gguf import write_gguf
 from tests.tiny import perturb
 from vesicle.bench import weights_file
-from vesicle.bench.contenders import ENGINE, HUGGING_FACE, LLAMA_CPP, Contender
+from vesicle.bench.contenders import ENGINE, HUGGING_FACE, LLAMA_CPP, ONNX, OPENVINO, Contender
 from vesicle.bench.measure import measure
 from vesicle.bench.runners import Runner, load
 from vesicle.engine import Engine
-from vesicle.errors import ModelError
+from vesicle.errors import ModelError, VesicleError
 from vesicle.modulator import Modulator
 
 PROMPT, STEPS = 40, 6
@@ -25,6 +25,13 @@ def same_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def default_model() -> Path:
+    from vesicle.models import ensure_default_model
+
+    return ensure_default_model(progress=False)
 
 
 @pytest.fixture
@@ -151,4 +158,48 @@ def test_what_cannot_be_requantised_leaves_nothing(tmp_path: Path, monkeypatch: 
     path.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelError, match="cannot requantise"):
         weights_file.files_for(("llamacpp-q4_k_s",), path)
+    assert list((tmp_path / "cache" / "bench").iterdir()) == []
+
+
+@pytest.mark.model
+def test_openvino_begins_as_this_engine_does(default_model: Path):
+    """It goes on by itself, so that first tokens alone can be held against each other."""
+    pytest.importorskip("openvino_genai", reason="openvino-genai is an extra")
+    from vesicle.models import ensure_default_gguf
+
+    rows = [[(7 * i + 31 * row) % 40000 + 100 for i in range(47)] for row in range(4)]
+    theirs = measure(loaded(OPENVINO, ensure_default_gguf()), rows, PROMPT)
+    mine = measure(loaded(ENGINE, default_model), rows, PROMPT)
+    firsts = [(a[0], b[0]) for a, b in zip(theirs["greedy"], mine["greedy"], strict=True)]
+    assert sum(a == b for a, b in firsts) >= 3, firsts
+    assert [len(row) for row in theirs["greedy"]] == [STEPS + 1] * 4
+
+
+@pytest.mark.model
+def test_onnx_is_converted_once_and_says_much_the_same(
+    default_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is an extra")
+    monkeypatch.setattr(weights_file, "cache_root", lambda: tmp_path / "cache")
+    told: list[str] = []
+    made = weights_file.converted_to_onnx(default_model, told.append)
+    assert weights_file.converted_to_onnx(default_model, told.append) == made
+    assert len(told) == 1
+    text = "The capital of France is Paris, and the capital of Italy is Rome. " * 9
+    ids = Engine.from_pretrained(default_model).encode(text)[: PROMPT + STEPS + 1]
+    theirs = measure(loaded(ONNX, made), [ids], PROMPT)
+    mine = measure(loaded(ENGINE, default_model), [ids], PROMPT)
+    pairs = list(zip(theirs["greedy"][0], mine["greedy"][0], strict=True))
+    assert sum(a == b for a, b in pairs) > STEPS / 2  # other weights, of a text that repeats
+    with pytest.raises(VesicleError, match="one sequence at a time"):
+        loaded(ONNX, made).begin(2, 50)
+
+
+def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without the builder, as well as with it."""
+    monkeypatch.setattr(weights_file, "cache_root", lambda: tmp_path / "cache")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot convert model: "):
+        weights_file.converted_to_onnx(tmp_path / "model")
     assert list((tmp_path / "cache" / "bench").iterdir()) == []

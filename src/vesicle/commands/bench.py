@@ -78,7 +78,8 @@ def bench(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Rivals, commas between: hf, hf-bf16, llamacpp, llamacpp-q4_0, llamacpp-q4_k_s.",
+            help="Rivals, commas between: hf, hf-bf16, llamacpp, llamacpp-q4_0, llamacpp-q4_k_s, "
+            "openvino, onnx.",
             metavar="NAMES",
             rich_help_panel=_WHO,
         ),
@@ -86,7 +87,7 @@ def bench(
     gguf: Annotated[
         Path | None,
         typer.Option(
-            help="The model for llama.cpp; the default model's is fetched once.",
+            help="The model for llama.cpp and OpenVINO; the default model's is fetched once.",
             rich_help_panel=_WHO,
         ),
     ] = None,
@@ -185,7 +186,7 @@ def bench(
 
       vesicle bench --prompt 128,512 --budget 0.7 --against hf,llamacpp --out runs/bench
 
-      vesicle bench --prompt 1024,4096 --new 128 --against llamacpp,llamacpp-q4_0
+      vesicle bench --prompt 1024,4096 --new 128 --against llamacpp,llamacpp-q4_0,openvino,onnx
 
       vesicle bench --prompt 8192 --gaba 0.25 --against llamacpp --rounds 3
 
