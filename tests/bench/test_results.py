@@ -94,6 +94,13 @@ def test_agreement_and_text_hits():
     assert made["llamacpp"].valid  # six tokens are too few to judge by
 
 
+def test_who_is_not_fed_the_text_is_not_compared():
+    rounds = [{"rest": turn(10.0), "openvino": turn(10.0, greedy=[[5, 0, 0], [8, 9, 0]])}]
+    made = rows(rounds, astray={"openvino"})
+    assert (made["openvino"].agreement, made["openvino"].text_hits) == (None, None)
+    assert made["rest"].agreement == 1.0
+
+
 def test_junk_is_not_valid():
     junk = [[0] * 3, [0] * 3]
     made = rows([{"rest": turn(10.0), "llamacpp": turn(10.0, greedy=junk)}] * 6)

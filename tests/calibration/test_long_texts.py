@@ -74,3 +74,7 @@ def test_its_table_serves_where_gaba_alone_acts_and_survives_saving(subject, tmp
     assert loaded.default_budget(GABA_ALONE) == modulator.info.gaba_alone.default_budget
     for phases in (Phases(), Phases.everywhere(), Phases(gaba="all")):
         assert loaded.dial(0.8, phases) == before
+    assert loaded.below_reach(least, GABA_ALONE) == ""
+    assert f"{least:.2f}" in loaded.below_reach(least / 2, GABA_ALONE)
+    # Of other transmitters that rest nothing was measured.
+    assert loaded.below_reach(0.01, Phases(dopamine="never")) == ""

@@ -86,9 +86,14 @@ class Contender:
     @property
     def same_model(self) -> bool:
         """Whether it leaves nothing out, so that its greedy tokens should be those of `rest`."""
-        if self.is_rival:  # OpenVINO goes its own way after the first token that differs
-            return self.name not in REQUANTISED and self.runner not in (OPENVINO, ONNX)
+        if self.is_rival:
+            return self.name not in REQUANTISED and self.runner != ONNX
         return self.mode in (REST, OVERHEAD)
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether a step feeds it the text's own next token; OpenVINO goes on by itself."""
+        return self.runner != OPENVINO
 
     def record(self) -> dict[str, Any]:
         """The settings as a report keeps them: without the folders of one machine."""

@@ -22,7 +22,10 @@ FLAGS = (
 )
 """Instruction sets that matter to these kernels; those the CPU has are reported."""
 
-PACKAGES = ("torch", "transformers", "llama-cpp-python", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "numpy"),
+    *("llama-cpp-python", "openvino-genai", "onnxruntime-genai"),
+)
 
 _IDLE, _IOWAIT = 3, 4
 _COLUMNS = 8  # user to steal; guest time is part of user time already

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -114,7 +115,8 @@ class Row:
         executed_share: Executed FLOPs over the dense model's, in decoding; this engine's only.
         peak_memory_bytes: Most memory in RAM during a turn, libraries and mapped files included.
         own_memory_bytes: The same less what the process held before it read the weights.
-        agreement: Share of greedy tokens equal to those of `rest` on the same text.
+        agreement: Share of greedy tokens equal to those of `rest` on the same text; None of a
+            contender that is not fed the text, here and in the next one.
         text_hits: Share of greedy tokens that are the text's own next token.
         speed_over: For `rest` and each rival, how many times as fast as it this row is, by
             `prefill`, `decode` and `request`.
@@ -143,7 +145,7 @@ class Row:
     peak_memory_bytes: int | None
     own_memory_bytes: int | None
     agreement: float | None
-    text_hits: float
+    text_hits: float | None
     speed_over: dict[str, dict[str, Spread]] = field(default_factory=dict)
     bytes_over_rest: float | None = None
     tokens_per_s_over_batch: dict[str, float] = field(default_factory=dict)
@@ -251,6 +253,7 @@ def make_rows(
     *,
     rivals: list[str],
     same_model: set[str],
+    astray: AbstractSet[str] = frozenset(),
     start_bytes: dict[str, int | None],
     gb_per_s: float | None,
     disturbed: list[str],
@@ -263,6 +266,7 @@ def make_rows(
         texts: (rounds, B, new + 1) the text's own tokens from position T on.
         rivals: Contenders to compare with, beside `rest`.
         same_model: Contenders whose greedy tokens should be those of `rest`.
+        astray: Contenders that are fed what they say themselves, not the text.
         start_bytes: Memory of each contender's process before it read the weights.
         gb_per_s: The machine's read bandwidth; None if unknown.
         disturbed: Why rounds could not be had undisturbed; empty if they could.
@@ -274,7 +278,7 @@ def make_rows(
         turns = [turns[name] for turns in rounds]
         steps = Spread.of([turn.step_s for turn in turns])
         rest = [turns[REST] for turns in rounds] if REST in rounds[0] else None
-        agreement = None if rest is None else _agreement(turns, rest)
+        agreement = None if rest is None or name in astray else _agreement(turns, rest)
         peaks = [turn.peak_bytes for turn in turns if turn.peak_bytes is not None]
         begun = start_bytes.get(name)
         step_bytes = statistics.fmean(turn.step_bytes for turn in turns)
@@ -311,7 +315,7 @@ def make_rows(
                 peak_memory_bytes=max(peaks, default=None),
                 own_memory_bytes=max(peaks) - begun if peaks and begun is not None else None,
                 agreement=agreement,
-                text_hits=_hits(turns, texts),
+                text_hits=None if name in astray else _hits(turns, texts),
                 speed_over={
                     other: _speed_over(turns, [turns[other] for turns in rounds])
                     for other in (REST, *rivals)

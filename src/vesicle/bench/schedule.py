@@ -251,6 +251,7 @@ class _Bench:
             [played.text for played in used],
             rivals=[c.name for c in self.contenders if c.is_rival],
             same_model={c.name for c in self.contenders if c.same_model},
+            astray={c.name for c in self.contenders if not c.is_fed},
             start_bytes=self.start_bytes,
             gb_per_s=self._gb_per_s(),
             disturbed=reasons,

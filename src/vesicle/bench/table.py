@@ -107,7 +107,7 @@ def cells(report: Report, row: Row, title: str) -> list[str]:
         _megabytes(row.own_memory_bytes),
         "" if row.energy_j is None else f"{row.energy_j.median:.1f}",
         _optional(row.agreement, ".0%"),
-        f"{row.text_hits:.0%}",
+        _optional(row.text_hits, ".0%"),
         "yes" if row.valid else "NO",
     ]
 

@@ -227,8 +227,11 @@ def bench(
         files = files_for(rivals, find_gguf(model, folder, gguf), tell=notice)
     elif gguf is not None:
         raise VesicleError(
-            f"--gguf is {gguf}, and nobody in --against reads it: {', '.join(rivals)}"
+            f"--gguf is {gguf}, and nobody in --against reads it; those who do: "
+            + ", ".join(name for name, runner in RIVALS.items() if runner in READ_GGUF)
         )
+    if ONNX in rivals and max(batches) > 1:
+        raise VesicleError(f"--batch is {batch}; allowed with --against onnx: 1")
     if ONNX in rivals:
         files[ONNX] = converted_to_onnx(folder, tell=notice)
     contenders = line_up(

@@ -87,6 +87,8 @@ def calibrate(
         raise VesicleError(f"--gap is {gap}; allowed: between 0 and 1")
     if not windows and not (modulator and long_windows):
         raise VesicleError("--windows is 0; that needs a --modulator and --long-windows")
+    if not windows and held_out:
+        raise VesicleError(f"--held-out is {held_out}; allowed: 0 where --windows is 0")
     loaded = None if modulator is None else Modulator.from_pretrained(modulator)
     subject = recipe.load_subject(model, revision)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)
@@ -120,5 +122,6 @@ def calibrate(
     if modulator is None or Path(modulator).resolve() != out.resolve():
         keep_modulator(out, notice)
     loaded.save_pretrained(out)
-    least = loaded.info.dial[0][0]
+    found = loaded.info.gaba_alone if not windows else None
+    least = (found.dial if found else loaded.info.dial)[0][0]
     notice(f"wrote {out}: budgets from {least:.3f} to 1; try vesicle run --modulator {out} PROMPT")

@@ -172,6 +172,7 @@ def measure(
             subject.model, modulator, long, cache=cache, tell=notice
         )
         info.training["gaba_alone_loss_nats"] = losses
+        info.training["gaba_alone_tokens"] = long.shape[1]
     if held_out is None or not len(held_out) or info.generated is None:
         return
     notice("measuring the default budget, of all tokens and of generated ones")

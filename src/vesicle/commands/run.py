@@ -466,16 +466,10 @@ def _tell_reach(modulator: Modulator, budget: float, phases: Phases) -> None:
     if budget < 1 and all(getattr(phases, name) in ("prompt", "never") for name in transmitters):
         notice(
             "--budget counts generated tokens, and under this --phase or --goal no transmitter "
-            "acts on them: they are executed whole (--goal flops has all act)"
+            "acts on them: they are executed whole"
         )
-    elif budget < modulator.least_budget(phases) and (
-        "never" not in phases.to_dict().values()
-        or (modulator.info.gaba_alone and phases.only("gaba", transmitters))
-    ):
-        notice(
-            f"--budget {budget:g} is below what this modulator reaches, about "
-            f"{modulator.least_budget(phases):.2f}, which is served"
-        )
+    elif line := modulator.below_reach(budget, phases):
+        notice(line)
 
 
 def _warm_up(settings: _Settings, methods: list[Method]) -> None:

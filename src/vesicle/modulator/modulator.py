@@ -13,7 +13,7 @@ from vesicle.effectors import EFFECTORS, DopaminePrecision, Effector, GabaSparsi
 from vesicle.effectors.rules import Rules
 from vesicle.errors import ModelError, VesicleError
 from vesicle.modulator.info import Measured, ModulatorInfo, check_budget
-from vesicle.phases import Phases
+from vesicle.phases import NEVER, Phases
 from vesicle.plan import StandIns
 from vesicle.predictors import PREDICTORS, Levels, PredictorConfig, State
 from vesicle.shapes import ModelShape
@@ -162,6 +162,20 @@ class Modulator(nn.Module):
     def least_budget(self, phases: Phases | None = None) -> float:
         """The lowest budget that was measured: at a lower one as much is executed as there."""
         return self._measured(phases or Phases()).dial[0][0]
+
+    def below_reach(self, budget: float, phases: Phases | None = None) -> str:
+        """A line that says so where less is asked for than what was measured; "" elsewhere.
+
+        Nothing is known of the reach where some transmitters rest, but for GABA alone.
+        """
+        phases, transmitters = phases or Phases(), self.predictor.config.transmitters
+        rests = any(getattr(phases, name) == NEVER for name in transmitters)
+        known = not rests or (self.info.gaba_alone and phases.only("gaba", transmitters))
+        if not known or budget >= (least := self.least_budget(phases)):
+            return ""
+        return (
+            f"budget {budget:g} is below what this modulator reaches, {least:.2f}: that is served"
+        )
 
     def dial(self, budget: float, phases: Phases | None = None) -> float:
         """The predictor's dial for a budget, from the measured table.

@@ -165,7 +165,9 @@ def _method(contender: Contender, shape: ModelShape) -> tuple[Method, dict[str, 
         saving = contender.goal == "time"
         phases = Phases.saving_time(core.instructions()) if saving else Phases()
         budget = modulator.default_budget(phases) if contender.budget is None else contender.budget
-        return modulator.at(budget, phases), {"budget": budget, "phases": phases.to_dict()}
+        facts = {"budget": budget, "phases": phases.to_dict()}
+        line = modulator.below_reach(budget, phases)
+        return modulator.at(budget, phases), {**facts, **({"note": line} if line else {})}
     return _levels_of_one(modulator), {}
 
 
