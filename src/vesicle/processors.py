@@ -56,6 +56,12 @@ def usable() -> int:
     return here if limit is None else max(1, min(here, math.floor(limit)))
 
 
+def threads() -> int:
+    """As many threads as the user's environment says, or as can work."""
+    given = os.environ.get(THREADS, "")
+    return int(given) if given.isdecimal() and int(given) > 0 else usable()
+
+
 def _mounts(root: Path, names: str) -> list[Path]:
     """Where the controllers `names` are mounted, in whatever order; the root for version 2."""
     if not names:

@@ -204,7 +204,7 @@ def test_others_during_a_turn_are_seen(
 ):
     clock = iter(range(10**6))
     monkeypatch.setattr(machine, "busy_core_seconds", lambda: float(next(clock)))
-    monkeypatch.setattr(machine, "usable_cores", lambda: [0, 1])
+    monkeypatch.setattr(schedule, "allowed", lambda: [0, 1])
     monkeypatch.setattr(schedule, "_SHORTEST_JUDGED_S", -1.0)
     monkeypatch.setattr(schedule.time, "monotonic", lambda: 2.0 * next(clock))
     report = run(workshop, contenders, stream)

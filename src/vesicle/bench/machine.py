@@ -32,18 +32,13 @@ _COLUMNS = 8  # user to steal; guest time is part of user time already
 _KB = 1024
 
 
-def usable_cores() -> list[int]:
-    """The cores that this process may use, by number."""
-    return allowed()
-
-
 def busy_core_seconds() -> float | None:
     """Seconds that the usable cores have worked since the machine started, summed over cores.
 
     Time stolen by other guests of a virtual machine's host counts as work. None where the kernel
     does not tell.
     """
-    wanted = {f"cpu{core}" for core in usable_cores()}
+    wanted = {f"cpu{core}" for core in allowed()}
     try:
         lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
         ticks = 0
@@ -99,7 +94,7 @@ def idle_share(sample_s: float) -> float | None:
     after, passed = busy_core_seconds(), time.perf_counter() - begun
     if before is None or after is None:
         return None
-    return min(1.0, max(0.0, 1 - (after - before) / (passed * len(usable_cores()))))
+    return min(1.0, max(0.0, 1 - (after - before) / (passed * len(allowed()))))
 
 
 def idle_by_load_average() -> float | None:
@@ -139,7 +134,7 @@ def hardware() -> dict[str, Any]:
     return {
         "cpu": name,
         "flags": [flag for flag in FLAGS if flag in flags],
-        "usable_cores": len(usable_cores()),
+        "usable_cores": len(allowed()),
         "cores": os.cpu_count(),
         "last_cache_bytes": last_cache_bytes(),
         "memory_bytes": memory_bytes("MemTotal"),

@@ -20,6 +20,7 @@ from vesicle.bench.process import Worker, WorkerError, WorkerTimeout
 from vesicle.bench.prompts import Stream
 from vesicle.bench.results import Cell, Report, Row, Turn, make_rows
 from vesicle.errors import VesicleError
+from vesicle.processors import allowed
 
 IDLE_LIMIT = 0.9
 """Least share of the usable cores' time that must be idle before a turn."""
@@ -294,7 +295,7 @@ class _Bench:
             return replace(turn, disturbed=f"cores were {idle:.0%} idle before a turn")
         if busy is None or busy_after is None or passed < _SHORTEST_JUDGED_S:
             return turn
-        others = (busy_after - busy - (turn.cpu_s or 0)) / (passed * len(machine.usable_cores()))
+        others = (busy_after - busy - (turn.cpu_s or 0)) / (passed * len(allowed()))
         if others > OTHERS_LIMIT:
             return replace(turn, disturbed=f"others took {others:.0%} of the cores during a turn")
         return turn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vesicle import processors
 from vesicle.commands.inputs import (
     GOAL,
     REVISION,
@@ -23,7 +23,6 @@ from vesicle.commands.inputs import (
 )
 from vesicle.errors import VesicleError
 from vesicle.folders import locked, set_aside
-from vesicle.processors import THREADS, usable
 from vesicle.shipped import is_default_model, shipped_modulator
 from vesicle.terminal import SafeConsole
 
@@ -217,7 +216,7 @@ def bench(
         batches=batches,
         new_tokens=steps,
         rounds=rounds or (_QUICK_ROUNDS if quick else _ROUNDS),
-        threads=threads or _threads(),
+        threads=threads or processors.threads(),
         limit_s=limit,
         allow_busy=allow_busy,
         bandwidth_repeats=2 if quick else 5,
@@ -353,12 +352,6 @@ def _within(prompts: tuple[int, ...], window: int, steps: int) -> tuple[int, ...
         if length > room:
             notice(f"prompts of {length} are cut to {room}, so that {steps} tokens can follow")
     return tuple(dict.fromkeys(min(length, room) for length in prompts))
-
-
-def _threads() -> int:
-    """As many as the environment says, or as can work."""
-    given = os.environ.get(THREADS, "")
-    return int(given) if given.isdecimal() and int(given) > 0 else usable()
 
 
 def _integers(given: str, option: str) -> tuple[int, ...]:

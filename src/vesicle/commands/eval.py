@@ -203,10 +203,6 @@ def evaluate(
     check_folder(out)
     check_free(out)
     subject = _subject(model, revision, modulator, through, weights, kv, threads)
-    if dial == "shipped" and subject.modulator is not None:
-        for share in config.budgets:
-            if line := subject.modulator.below_reach(share, config.acts):
-                notice(line)
     result = evaluate_tasks(subject, config, out, restart=restart, say=notice)
     from vesicle.evaluation.report.table import markdown, rich_tables
 

@@ -29,8 +29,9 @@ def machine_rows() -> list[tuple[str, str]]:
     """Names and values, to show."""
     import torch
 
-    from vesicle.bench.machine import hardware, usable_cores
+    from vesicle.bench.machine import hardware
     from vesicle.engine import core
+    from vesicle.processors import allowed
     from vesicle.report import scaled
 
     _load_core()  # a row says what it found
@@ -42,7 +43,7 @@ def machine_rows() -> list[tuple[str, str]]:
     engine = missing if name is None else f"native core, {name} instructions"
     return [
         ("engine", engine),
-        ("threads", f"{torch.get_num_threads()}; usable cores: {len(usable_cores())}"),
+        ("threads", f"{torch.get_num_threads()}; usable cores: {len(allowed())}"),
         ("processor", f"{found['cpu']}{size}"),
         ("flags", " ".join(found["flags"]) or "none that the kernels use"),
         ("GPU", _gpu()),

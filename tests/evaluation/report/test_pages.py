@@ -542,6 +542,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "per_cell": 3,
         "dial": "shipped",
     },
+    "text": {"tasks": ("wikitext2",), "window": 512, "context": 128, "phases": ("gaba=all",)},
     "few": {"limit": 7, "methods": ("uniform",), "budgets": (0.5,)},
 }
 

@@ -388,6 +388,13 @@ def test_a_window_longer_than_the_model(run: Run):
         run(replace(CONFIG, tasks=("wikitext2",), window=9000))
 
 
+def test_the_shipped_dial_tells_what_it_does_not_reach(run: Run):
+    told: list[str] = []
+    config = replace(CONFIG, tasks=("race",), methods=("learnt",), budgets=(0.01,), dial="shipped")
+    run(config, say=told.append)
+    assert [line for line in told if "budget 0.01 is below what this modulator reaches" in line]
+
+
 def test_what_cannot_be_reached_is_missing(run: Run):
     config = replace(CONFIG, tasks=("race",), methods=("learnt", "uniform"), budgets=(0.01,))
     result = run(config)

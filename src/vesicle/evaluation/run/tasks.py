@@ -68,6 +68,10 @@ def evaluate_tasks(
     """
     with locked(out):
         _check_subject(subject, config)
+        if config.dial == "shipped" and subject.modulator is not None:
+            for budget in config.budgets:
+                if line := subject.modulator.below_reach(budget, config.acts):
+                    say(line)
         runs = _runs(subject, config)
         for run in runs:
             run.part.tell_missing(say)
