@@ -544,6 +544,9 @@ def test_option_defaults_are_those_of_the_library():
     assert {*KvFormat} == {"auto", *pool.FORMATS}
 
 
+_LONG_GABA = ("--transmitters", "gaba", "--long-windows", "1")
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -596,6 +599,7 @@ def test_option_defaults_are_those_of_the_library():
         (["train", "--data", "x", "--out", "y", "--modulator", "pyproject.toml"], "pyproject.toml"),
         (["calibrate", "--data", "x", "--out", "y", "--gap", "1"], "--gap"),
         (["calibrate", "--data", "x", "--out", "y", "--windows", "0"], "--long-windows"),
+        (["calibrate", "--data", "x", "--out", "y", *_LONG_GABA], "releases gaba"),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_the_model_loads(

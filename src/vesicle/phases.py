@@ -18,7 +18,7 @@ into passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Self
 
@@ -133,10 +133,10 @@ class Phases:
         """
         return all(getattr(self, name) == ALL for name in transmitters)
 
-    def only(self, transmitter: str, transmitters: Iterable[str]) -> bool:
+    def only(self, transmitter: str, transmitters: Sequence[str]) -> bool:
         """Whether of several transmitters, among which others are, this one alone ever acts."""
         acting = [name for name in transmitters if getattr(self, name) != NEVER]
-        return acting == [transmitter] and len(list(transmitters)) > 1
+        return acting == [transmitter] and len(transmitters) > 1
 
 
 EVERYWHERE = Phases.everywhere()

@@ -229,9 +229,9 @@ def bench(
             f"--gguf is {gguf}, and nobody in --against reads it; those who do: "
             + ", ".join(name for name, runner in RIVALS.items() if runner in READ_GGUF)
         )
-    if ONNX in rivals and max(batches) > 1:
-        raise VesicleError(f"--batch is {batch}; allowed with --against onnx: 1")
     if ONNX in rivals:
+        if max(batches) > 1:
+            raise VesicleError(f"--batch is {batch}; allowed with --against onnx: 1")
         files[ONNX] = converted_to_onnx(folder, tell=notice)
     contenders = line_up(
         folder=folder,

@@ -82,6 +82,7 @@ def calibrate(
     """
     from vesicle.errors import DataError, VesicleError
     from vesicle.modulator import Modulator, keep_modulator
+    from vesicle.phases import GABA_ALONE
 
     if not 0 < gap < 1:
         raise VesicleError(f"--gap is {gap}; allowed: between 0 and 1")
@@ -90,6 +91,12 @@ def calibrate(
     if not windows and held_out:
         raise VesicleError(f"--held-out is {held_out}; allowed: 0 where --windows is 0")
     loaded = None if modulator is None else Modulator.from_pretrained(modulator)
+    released = transmitters.split(",") if loaded is None else loaded.predictor.config.transmitters
+    if long_windows and not GABA_ALONE.only("gaba", released):
+        raise VesicleError(
+            f"--long-windows is {long_windows}; allowed: 0 for a modulator that releases "
+            f"{', '.join(released)}: the table is for GABA, where others rest"
+        )
     subject = recipe.load_subject(model, revision)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)
     if len(ids) <= held_out:

@@ -25,7 +25,7 @@ REVISION = "Branch, tag or commit, if --model is a hub id."
 
 PHASE = (
     "On which tokens transmitters act: generated (and scored), all, prompt or never; for one alone "
-    "gaba=all. Repeatable. \\[default: generated]"
+    "gaba=all. Repeatable. \\[default: generated, but for what --goal time says]"
 )
 """Of the option that every command with `--budget` has."""
 

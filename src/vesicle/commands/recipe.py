@@ -154,7 +154,7 @@ def measure(
     from vesicle.calibration import measure_dial, measure_long
     from vesicle.calibration.default_budget import measure_default_budget
     from vesicle.modulator import Measured
-    from vesicle.phases import EVERYWHERE, GABA_ALONE, Phases
+    from vesicle.phases import EVERYWHERE, Phases
 
     info, generated = modulator.info, Phases()
     if len(windows):
@@ -165,8 +165,7 @@ def measure(
         )
         known = info.default_budget if info.generated is None else info.generated.default_budget
         info.generated = Measured(dial=dial, default_budget=known)
-    transmitters = modulator.predictor.config.transmitters
-    if long is not None and GABA_ALONE.only("gaba", transmitters):
+    if long is not None:
         notice(f"measuring GABA alone, in {len(long)} windows of {long.shape[1]} tokens")
         info.gaba_alone, losses = measure_long(
             subject.model, modulator, long, cache=cache, tell=notice

@@ -236,12 +236,12 @@ void Pass::attend_chosen(int64_t thread, int64_t l, const std::vector<int64_t>& 
   float* parts[kBlock];
   int64_t tails[kBlock];
   for (int64_t i = 0; i < count; ++i) tails[i] = tokens[members[i]].offset(l) + 1;
-  const int64_t lists = count * kv_heads;
-  const int32_t **here = s.heads_lists.get(2 * lists), **end = here + lists;  // of each list, what lies in a segment
-  for (int64_t i = 0; i < lists; ++i) end[i] = chosen(thread, members[i / kv_heads], i % kv_heads);
+  const int64_t n_lists = count * kv_heads;
+  const int32_t **here = s.heads_lists.get(2 * n_lists), **end = here + n_lists;  // of each list, what lies in a segment
+  for (int64_t i = 0; i < n_lists; ++i) end[i] = chosen(thread, members[i / kv_heads], i % kv_heads);
   for (int64_t from = 0; from <= own; from += step) {
     const int64_t to = std::min(own + 1, from + step), begin = unit;
-    for (int64_t i = 0; i < lists; ++i) {
+    for (int64_t i = 0; i < n_lists; ++i) {
       here[i] = end[i];
       while (*end[i] < to) ++end[i];
       unit += end[i] - here[i];
