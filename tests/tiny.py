@@ -79,6 +79,19 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: _llama_like("Qwen2Config"),
     "qwen3": lambda: _llama_like("Qwen3Config", head_dim=16),
     "smollm3": lambda: _llama_like("SmolLM3Config", no_rope_layers=[1, 0, 1]),
+    "mistral_windowed": lambda: _llama_like("MistralConfig", sliding_window=40, head_dim=16),
+    "qwen2_windowed": lambda: _llama_like(
+        "Qwen2Config", use_sliding_window=True, sliding_window=32, max_window_layers=1
+    ),
+    "gemma3": lambda: _llama_like(
+        "Gemma3TextConfig",
+        head_dim=16,
+        query_pre_attn_scalar=20,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        final_logit_softcapping=20.0,
+        tie_word_embeddings=True,
+    ),
     "gpt_neox_parallel": lambda: _gpt_neox(parallel=True),
     "gpt_neox_sequential": lambda: _gpt_neox(parallel=False),
 }

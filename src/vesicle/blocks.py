@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vesicle.plan import BLOCK
 
-_FIRST, _OWN, _DAMAGED, _HIDDEN = 4.0, 3.0, 2.0, -1.0
+_FIRST, _OWN, _DAMAGED, _IN_PART, _HIDDEN = 4.0, 3.0, 2.0, -1.0, -2.0
 """Priorities outside the range of an attention mass, [0, 1].
 
 A block that cannot be estimated, since its keys hold NaN, is read: damage must show.
@@ -54,7 +54,15 @@ def estimate(query: Tensor, summaries: Tensor, scale: float) -> Tensor:
     return (query.clamp(min=0) @ last + query.clamp(max=0) @ first) * scale
 
 
-def rank_blocks(query: Tensor, summaries: Tensor, positions: Tensor, scale: float) -> Tensor:
+def rank_blocks(
+    query: Tensor,
+    summaries: Tensor,
+    positions: Tensor,
+    scale: float,
+    *,
+    window: int = 0,
+    begins: bool = True,
+) -> Tensor:
     """Rank visible blocks for each query and KV head.
 
     Args:
@@ -62,10 +70,13 @@ def rank_blocks(query: Tensor, summaries: Tensor, positions: Tensor, scale: floa
         summaries: (B, G, N', V, K) of complete blocks, at least those before the queries' own.
         positions: (B, T) of the queries.
         scale: Of the attention logits.
+        window: Newest positions that a query sees; 0 for all.
+        begins: Whether the first block is the text's own first one.
 
     Returns:
-        (B, T, G, N) 1-based ranks, N = last query's block + 1; first block 1, own block 2 (1 where
-        they are the same); blocks after the query's own rank last.
+        (B, T, G, N) 1-based ranks, N = last query's block + 1; the text's first block 1 where it is
+        seen whole, own block next; a block of which its window shows but a part comes after those
+        that are seen whole, and those of which nothing is seen last.
     """
     b, h, t, k = query.shape
     g = summaries.shape[1]
@@ -77,6 +88,8 @@ def rank_blocks(query: Tensor, summaries: Tensor, positions: Tensor, scale: floa
     if known > 0:
         logits = estimate(query.reshape(b, g, h // g, t, k), summaries[:, :, :known], scale)
         before = index[:known] < own[:, None, None, :, None]  # (B, 1, 1, T, N)
+        if window:
+            before &= index[:known] >= _begins(positions, window)[:, None, None, :, None]
         damaged = logits.isnan() | (logits == torch.inf)
         logits = logits.float().masked_fill(~before | damaged, -torch.inf)
         shares = logits.softmax(-1).nan_to_num(0.0).mean(2)  # NaN: nothing comes before
@@ -84,11 +97,21 @@ def rank_blocks(query: Tensor, summaries: Tensor, positions: Tensor, scale: floa
     place = own[:, None, :, None]
     mass = mass.masked_fill(index > place, _HIDDEN)
     mass = mass.masked_fill(index == place, _OWN)
-    mass = mass.masked_fill((index == 0).expand_as(mass), _FIRST)
+    if begins:
+        mass = mass.masked_fill((index == 0).expand_as(mass), _FIRST)
+    if window:
+        left = (index < _begins(positions, window)[:, None, :, None]) & (index != place)
+        part = (positions - window + 1).clamp(min=0)[:, None, :, None] // BLOCK
+        mass = mass.masked_fill(left, _HIDDEN).masked_fill(left & (index == part), _IN_PART)
     order = mass.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order)
     rank.scatter_(-1, order, torch.arange(1, n + 1, device=query.device).expand_as(order))
     return rank.transpose(1, 2)
+
+
+def _begins(positions: Tensor, window: int) -> Tensor:
+    """The first block that queries (B, T) see whole."""
+    return ((positions - window + 1).clamp(min=0) + BLOCK - 1) // BLOCK
 
 
 def selected_blocks(rank: Tensor, kv_blocks: Tensor) -> Tensor:

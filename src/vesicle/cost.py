@@ -14,8 +14,9 @@ for the dense model:
   for both. Of a dense weight, fewer than 16 bits are charged as b + 1.
 - KV bytes read are the keys and values of visited blocks, with their scales, and the summaries read
   to choose them; KV bytes held are those of the whole cache after the last token. Entries that the
-  Plan has forgotten are neither read nor held: a query visits and chooses among what is left. Where
-  a forgetter reads attention, scores are worked out and keys read a second time.
+  Plan has forgotten, or a layer's window has left behind, are neither read nor held: a query visits
+  and chooses among what is left. Where a forgetter reads attention, scores are worked out and keys
+  read a second time.
 - The LM head is paid for each position whose logits are asked for. With m survivors it reads the
   leading plane of all rows and the trailing plane of m, and multiplies those m again.
 - Small modules are stored like dense weights, and in fp32 beside packed ones.
@@ -35,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesicle.plan import BLOCK, FFN_BIG, FFN_SMALL, Plan
+from vesicle.plan.windows import seen, visible_blocks, whole_blocks
 from vesicle.shapes import ModelShape, Overhead
 
 
@@ -100,10 +102,11 @@ class Cost:
 def visited_positions(
     kv_blocks: NDArray[np.integer], positions: NDArray[np.integer]
 ) -> NDArray[np.int64]:
-    """Cached positions that a query at `positions` reads when it visits `kv_blocks` blocks.
+    """Cached positions that a query at `positions` reads when it chooses `kv_blocks` blocks.
 
     All blocks but the query's own are complete, and its own is always among those visited. Where
-    entries were forgotten, `positions` are slots: how many entries lie before the query's own.
+    entries were forgotten, `positions` are slots: how many entries lie before the query's own. (In
+    a windowed layer, who reads all that it sees reads `windows.seen`.)
     """
     return ((kv_blocks.astype(np.int64) - 1) * BLOCK + positions % BLOCK + 1).astype(np.int64)
 
@@ -174,12 +177,14 @@ def price_tokens(
     bits_read += shape.width * np.where(survivors > 0, screened, whole * heads)
 
     held = held_before(plan, first_position)  # (T, L)
-    visible = held // BLOCK + 1
-    complete = np.where(plan.kv_blocks < visible, visible - 1, 0) * runs
-    visited = visited_positions(np.minimum(plan.kv_blocks, visible), held) * runs
+    windows = shape.layer_windows
+    chooses = plan.kv_blocks < visible_blocks(held, windows)
+    complete = np.where(chooses, whole_blocks(held, windows), 0) * runs
+    visited = np.where(chooses, visited_positions(plan.kv_blocks, held), seen(held, windows)) * runs
     instead = small.sum(1) * overhead.small_ffn_weights
     instead += (1 - runs).sum(1) * overhead.small_attention_weights
-    vectors, summed = overhead.selection_vectors, visited.sum(1) * overhead.reads_attention
+    vectors, told = overhead.selection_vectors, overhead.reads_attention * (windows == 0)
+    summed = (visited * told).sum(1)
     releases = plan.n_layers * (np.ones(t, np.int64) if released is None else released)
     weight_bytes = (
         bits_read // 8 + instead * shape.weight_bytes + overhead.modulator_bytes * releases
@@ -237,7 +242,7 @@ def price(
         with_logits=with_logits,
         released=released,
     )
-    held = (first_position + plan.n_tokens) * shape.n_layers
+    held = shape.entries_held(first_position + plan.n_tokens)
     if plan.forgets:
         held -= int(_forgotten(plan, first_position)[-1].sum())
     return Cost(
@@ -248,7 +253,7 @@ def price(
 
 def kv_bytes_peak(plan: Plan, shape: ModelShape) -> int:
     """The most bytes of keys and values that a Plan ever holds, from position 0 on."""
-    held = held_before(plan).sum(1) + plan.n_layers  # with the token's own
+    held = seen(held_before(plan), shape.layer_windows).sum(1)  # with the token's own
     return int(held.max(initial=0)) * shape.position_bytes
 
 

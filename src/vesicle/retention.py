@@ -13,7 +13,8 @@ whole. So what is kept is rounded up to what pages can hold:
 - in the complete blocks all KV heads of a layer keep as many entries, the most that any of them
   was to keep, rounded up to a multiple of 16; the most recent entries not chosen fill a head up.
 
-Which entries they are may differ from head to head, and how many from layer to layer.
+Which entries they are may differ from head to head, and how many from layer to layer. A layer that
+attends through a window holds what its window shows, whatever is chosen.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class Retention(Method):
                 chosen = np.zeros((n_heads, complete), bool)
                 for row, positions in zip(chosen, heads, strict=True):
                     row[positions[positions < complete]] = True
-                stays[:complete, layer] = rounded_up(chosen).T
+                if not shape.layer_windows[layer]:
+                    stays[:complete, layer] = rounded_up(chosen).T
             self._evict_after = np.where(stays, FOREVER, self.at - 1).astype(np.int32)
         return self._evict_after
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,11 +70,14 @@ class ModelShape:
         ffn_width: F.
         gated: Whether the FFN has a gate projection beside the up projection.
         vocabulary: Rows of the LM head.
+        windows: For each layer the newest entries that a query sees, its own included; 0 for all of
+            them. Empty where all layers see all.
         weight_bytes: Bytes of one number outside packed stores: dense weights, stand-ins.
         kv_bytes: Bytes of one cached number.
         kv_scale_bytes: Bytes of the scale of one cached key or value of one KV head; 0 without.
         summary_bytes: Bytes of one number of a KV block's summary; None for `kv_bytes`.
-        stored_bits: Bits of a code of packed projections, 4 or 8; None where they are dense.
+        stored_bits: Bits of a code of packed projections, 4 or 8, or those of each layer at its
+            four sites; None where they are dense.
         head_bits: The same for the LM head.
     """
 
@@ -85,11 +89,12 @@ class ModelShape:
     ffn_width: int
     gated: bool
     vocabulary: int
+    windows: tuple[int, ...] = ()
     weight_bytes: int = 4
     kv_bytes: int = 4
     kv_scale_bytes: int = 0
     summary_bytes: int | None = None
-    stored_bits: int | None = None
+    stored_bits: int | tuple[tuple[int, ...], ...] | None = None
     head_bits: int | None = None
 
     @property
@@ -117,6 +122,16 @@ class ModelShape:
             self.width,
         )
 
+    @cached_property
+    def layer_windows(self) -> NDArray[np.int64]:
+        """(L,) what `windows` says, 0 where a layer sees all."""
+        return np.array(self.windows or (0,) * self.n_layers, np.int64)
+
+    def entries_held(self, n_tokens: int) -> int:
+        """Entries of a KV head that all layers together hold after `n_tokens`, none forgotten."""
+        windows = self.layer_windows
+        return int(np.where(windows > 0, np.minimum(windows, n_tokens), n_tokens).sum())
+
     @property
     def position_bytes(self) -> int:
         """Bytes of one cached position in one layer: keys, values and their scales."""
@@ -135,11 +150,12 @@ class ModelShape:
         store; either way the fp16 scale and offset of a group of 32 are one more bit.
 
         Args:
-            bits: As a Plan's, 16 for the stored weights; any shape.
+            bits: (..., L, 4) as a Plan's, 16 for the stored weights.
         """
         if self.stored_bits is None:
             return np.where(bits == FULL_BITS, 8 * self.weight_bytes, bits + 1).astype(np.int64)
-        return np.where((bits > 4) & (self.stored_bits > 4), 9, 5).astype(np.int64)
+        stored = np.array(self.stored_bits)
+        return np.where((bits > 4) & (stored > 4), 9, 5).astype(np.int64)
 
     @property
     def charged_head_bits(self) -> int:
@@ -151,9 +167,14 @@ class ModelShape:
         """Whether the LM head can be screened by its leading four bits."""
         return self.head_bits == 8
 
-    def fingerprint(self) -> dict[str, int | bool]:
-        """What a modulator must match to fit a model: everything but the number formats."""
-        return {name: v for name, v in asdict(self).items() if name not in _NUMBER_FORMATS}
+    def fingerprint(self) -> dict[str, int | bool | list[int]]:
+        """What a modulator must match to fit a model: everything but the number formats.
+
+        Windows are named only where there are any, so that it is what it was before there were.
+        """
+        found = {name: v for name, v in asdict(self).items() if name not in _NUMBER_FORMATS}
+        windows = list(found.pop("windows"))
+        return found | ({"windows": windows} if windows else {})
 
 
 @dataclass(frozen=True, kw_only=True)

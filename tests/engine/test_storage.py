@@ -162,7 +162,7 @@ def test_rows_of_a_batch_that_reaches_further(lengths: tuple[int, ...]):
     sequences = [engine.start() for _ in lengths]
     for sequence, n in zip(sequences, lengths, strict=True):
         engine.forward([(sequence, (IDS * 4)[:n])], "none")
-    rotary = engine._native._rotary
+    rotary = engine._native._rotaries[0]
     addresses, seen = rotary.addresses, []
     rotary.addresses = lambda position: seen.append(addresses(position)) or seen[-1]
     logits = engine.forward([(s, [IDS[n % 50]]) for s, n in zip(sequences, lengths, strict=True)])

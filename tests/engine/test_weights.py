@@ -176,7 +176,7 @@ def test_an_untied_embedding(dtype: torch.dtype):
 
 def test_what_is_not_allowed_is_one_line(tmp_path: Path):
     model = tiny_model("llama", dtype=torch.float32)
-    allowed = "int4, int8, bf16, fp32, fp64"
+    allowed = "int4, int8, mixed, bf16, fp32, fp64"
     with pytest.raises(ModelError, match=f"weights is 'int3'; allowed: {allowed}"):
         from_model(model, weights="int3")
     with pytest.raises(ModelError, match=r"weights 'int4' and dtype torch.float32 do not agree"):

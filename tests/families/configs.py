@@ -15,6 +15,7 @@ TYPES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "smollm3": "smollm3",
+    "gemma3_text": "gemma3",
     "gpt_neox": "gpt_neox_parallel",
 }
 """Model types, and the tiny config of each."""
@@ -25,7 +26,8 @@ DROP = object()
 def values_of(model_type: str, changes: dict[str, Any]) -> dict[str, Any]:
     """The `config.json` of a tiny model, changed; what follows from other settings is left out."""
     values = json.loads(CONFIGS[TYPES[model_type]]().to_json_string())
-    values.pop("layer_types", None)
+    if model_type != "gemma3_text":  # whose pattern would have no full layer among three
+        values.pop("layer_types", None)
     if model_type == "gpt_neox":
         values["hidden_size"] = 64  # so that a quarter of a head is even
         # As in every checkpoint there is; the class of transformers 5.0 forgets the other spelling.

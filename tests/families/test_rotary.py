@@ -95,13 +95,43 @@ QWEN: dict[str, dict[str, Any]] = {
         "sliding_window": 512,
         "max_window_layers": 0,
     },
+    "window of some layers": {
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "max_window_layers": 1,
+    },
+    "a short window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+}
+BOTH = {"full_attention": {**DEFAULT, "rope_theta": 1e6}, "sliding_attention": DEFAULT}
+GEMMA: dict[str, dict[str, Any]] = {
+    "default": {"rope_parameters": BOTH},
+    "nothing": {"rope_parameters": DROP},
+    "scaled": {"rope_parameters": {**BOTH, "full_attention": {**LINEAR, "rope_theta": 1e6}}},
+    "bases outside": {
+        "rope_parameters": DROP,
+        "rope_theta": 5000.0,
+        "rope_local_base_freq": 700.0,
+    },
+    "scaling outside": {"rope_parameters": DROP, "rope_theta": 5000.0, "rope_scaling": LINEAR},
+    "whole": {"partial_rotary_factor": 1.0},
+    "original outside": {"original_max_position_embeddings": 64},
+    "a pattern": {"layer_types": DROP, "sliding_window_pattern": 2},
+    "all full": {"layer_types": ["full_attention"] * 3},
+    "no cap": {"final_logit_softcapping": None},
+    "a short window": {"sliding_window": 5},
+    "a window of a block": {"sliding_window": 16},
+    "window of the whole context": {"sliding_window": 512},
 }
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         **LLAMA_LIKE,
         "no window": {"use_sliding_window": False, "sliding_window": 8},
     },
-    "mistral": {**LLAMA_LIKE, "window of the whole context": {"sliding_window": 512}},
+    "mistral": {
+        **LLAMA_LIKE,
+        "window of the whole context": {"sliding_window": 512},
+        "a window": {"sliding_window": 17},
+    },
     "qwen2": QWEN,
     "qwen3": QWEN,
     "smollm3": {
@@ -109,7 +139,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "no window": {"use_sliding_window": False, "sliding_window": 8},
         "layers without phases": {"no_rope_layers": DROP, "no_rope_layer_interval": 2},
         "a longer list": {"no_rope_layers": [0, 1, 1, 0, 0]},
+        "window of a layer": {
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
     },
+    "gemma3_text": GEMMA,
     "gpt_neox": {
         **SPELLINGS,
         "part beside parameters": {"rope_parameters": DEFAULT, "rotary_pct": 0.75},
@@ -145,10 +180,13 @@ def test_spellings(model_type: str, name: str, saved: dict[str, Path], tmp_path:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     engine = Engine(weights.from_folder(folder, torch.float64))
     theirs = model.base_model.rotary_emb
-    torch.testing.assert_close(
-        engine.config.rotary_frequencies.double(), theirs.inv_freq.double(), rtol=1e-6, atol=0
-    )
-    assert engine.config.rotary_scale == pytest.approx(theirs.attention_scaling)
+    kinds = [""]
+    if model_type == "gemma3_text":
+        kinds = [f"{kind}_" for kind in dict.fromkeys(model.config.layer_types)]
+    for kind, ours in zip(kinds, engine.config.rotaries, strict=True):
+        frequencies = getattr(theirs, f"{kind}inv_freq").double()
+        torch.testing.assert_close(ours.frequencies.double(), frequencies, rtol=1e-6, atol=0)
+        assert ours.scale == pytest.approx(getattr(theirs, f"{kind}attention_scaling"))
     assert engine.config.context_window == context_window(values)
     ids = tokens(70)
     close(executed(engine, ids, Dense())[0], model(ids).logits[0], FP64)
@@ -209,12 +247,20 @@ REFUSED = [
     ("su", {"rope_scaling": {"type": "su", "factor": 2.0}}, "scaling 'su' is not supported"),
     ("mrope", {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "'mrope' is not supp"),
     ("text", {"rope_scaling": "linear"}, "rope_scaling 'linear'; allowed: an object"),
-    ("nested", {"rope_parameters": {"full_attention": DEFAULT, **DEFAULT}}, "by kind of layer"),
+    (
+        "nested",
+        {"rope_parameters": {"full_attention": DEFAULT, **DEFAULT}},
+        "rotates all layers alike",
+    ),
     ("no factor", {"rope_scaling": {"type": "linear"}}, "factor"),
 ]
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+ALIKE = [t for t in TYPES if t != "gemma3_text"]
+"""Types whose layers all rotate alike."""
+
+
+@pytest.mark.parametrize("model_type", ALIKE)
 @pytest.mark.parametrize(
     ("changes", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
 )
@@ -225,7 +271,27 @@ def test_scalings_that_are_refused(
         read_config(write_config(tmp_path, values_of(model_type, changes)))
 
 
-@pytest.mark.parametrize("model_type", [t for t in TYPES if t != "gpt_neox"])
+GEMMA_REFUSED = [
+    (
+        {"rope_parameters": {**BOTH, "full_attention": {**DEFAULT, "rope_type": "su"}}},
+        "'su' is not",
+    ),
+    ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar 0; allowed: numbers above 0"),
+    ({"final_logit_softcapping": -1.0}, "final_logit_softcapping -1.0; allowed: numbers above 0"),
+    ({"sliding_window": None}, "no sliding_window for it"),
+    ({"sliding_window": 0}, "sliding_window 0; allowed: whole numbers"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0, which is not supported"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention True, which is not"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), GEMMA_REFUSED)
+def test_what_is_refused_of_gemma(changes: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(ModelError, match=message):
+        read_config(write_config(tmp_path, values_of("gemma3_text", changes)))
+
+
+@pytest.mark.parametrize("model_type", [t for t in ALIKE if t != "gpt_neox"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -241,43 +307,45 @@ def test_a_part_of_a_head(model_type: str, changes: dict[str, Any], tmp_path: Pa
 
 
 SLIDING = [
-    ("mistral", {"sliding_window": 8}, "window of 8 of its 512 positions"),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "of 8 of"),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "of 8 of"),
+    ("mistral", {"sliding_window": 8}, (8, 8, 8)),
+    ("mistral", {"sliding_window": 512}, ()),
+    # A window of all positions that the model was trained on, and yarn makes more.
+    ("mistral", {"sliding_window": 512, "rope_scaling": YARN}, (512, 512, 512)),
+    # As transformers' auto classes read it; its own class reads none of them.
     (
-        "smollm3",
-        {
-            "sliding_window": 8,
-            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-        },
-        "window of 8 of",
+        "mistral",
+        {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2},
+        "has 4 layer_types",
     ),
+    ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 3}, ()),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        (0, 8, 8),
+    ),
+    (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        (0, 0, 8),
+    ),
+    ("gemma3_text", {"sliding_window": 8}, (8, 0, 8)),
     ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "no sliding_window for it"),
     ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "x"]}, "'chunked_attention'"),
     ("llama", {"sliding_window": 8}, "window of 8"),
-    (
-        "mistral",  # a window of all positions that the model was trained on, and yarn makes more
-        {"sliding_window": 512, "rope_scaling": YARN},
-        "window of 512 of its 2048 positions",
-    ),
 ]
 
 
-@pytest.mark.parametrize(("model_type", "changes", "message"), SLIDING)
-def test_sliding_windows_are_refused(
-    model_type: str, changes: dict[str, Any], message: str, tmp_path: Path
+@pytest.mark.parametrize(("model_type", "changes", "found"), SLIDING)
+def test_sliding_windows(
+    model_type: str, changes: dict[str, Any], found: tuple[int, ...] | str, tmp_path: Path
 ):
-    with pytest.raises(ModelError, match=message):
-        read_config(write_config(tmp_path, values_of(model_type, changes)))
-
-
-def test_a_mistral_with_kinds_of_layers_slides_where_they_say(tmp_path: Path):
-    """As transformers' auto classes read it; its own class reads none of them."""
-    values = values_of("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 3})
-    assert read_config(write_config(tmp_path, values))
-    values["layer_types"][1] = "sliding_attention"
-    with pytest.raises(ModelError, match="window of 8"):
-        read_config(write_config(tmp_path, values))
+    folder = write_config(tmp_path, values_of(model_type, changes))
+    if isinstance(found, str):
+        with pytest.raises(ModelError, match=found):
+            read_config(folder)
+        return
+    family = find_family(SimpleNamespace(model_type=model_type))
+    assert family.decoder_config(read_config(folder)).shape.windows == found
 
 
 @pytest.mark.parametrize(

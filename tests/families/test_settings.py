@@ -23,6 +23,7 @@ from vesicle.plan import Dense
 DOCS = Path(__file__).parents[2] / "docs"
 TEMPORARY = ("name_or_path", "attn_implementation", "experts_implementation", "num_labels")
 """Arguments of a class that it does not write into `config.json`, or only derives."""
+SCALED = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
 CHANGED: dict[str, list[Any]] = {
     "num_hidden_layers": [2],
     "hidden_size": [80],
@@ -32,6 +33,7 @@ CHANGED: dict[str, list[Any]] = {
     "intermediate_size": [64],
     "vocab_size": [99],
     "hidden_act": [*ACTIVATIONS],
+    "hidden_activation": [*ACTIVATIONS],
     "rms_norm_eps": [0.5],
     "layer_norm_eps": [0.5],
     "tie_word_embeddings": [True, False],
@@ -39,9 +41,11 @@ CHANGED: dict[str, list[Any]] = {
     "mlp_bias": [True, False],
     "use_parallel_residual": [True, False],
     "max_position_embeddings": [256],
-    "rope_parameters": [{"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}],
+    "rope_parameters": [SCALED],
     "no_rope_layers": [[0, 1, 1]],
-    "sliding_window": [None, 4096],
+    "sliding_window": [24, 4096],
+    "query_pre_attn_scalar": [7],
+    "final_logit_softcapping": [None, 3.0],
     "use_sliding_window": [False],
     "layer_types": [["full_attention"] * 3],
 }
@@ -73,6 +77,7 @@ IDLE: dict[str, Any] = {
     "dtype": "float32",
     "torch_dtype": "float32",
     "_name_or_path": "x",
+    "_sliding_window_pattern": 3,
 }
 REFUSED: dict[str, list[Any]] = {
     "quantization_config": [{"quant_method": "gptq"}],
@@ -121,15 +126,22 @@ def test_classes_have_no_other_settings(model_type: str):
 def test_what_is_carried_over(model_type: str, name: str, tmp_path: Path):
     base = read(write_config(tmp_path / "base", values_of(model_type, {})))
     outcomes = {base}
-    for number, value in enumerate(CHANGED[name]):
+    values = [None, 4096] if (model_type, name) == ("llama", "sliding_window") else CHANGED[name]
+    for number, value in enumerate(values):
+        changes = {name: value}
+        if name == "rope_parameters" and model_type == "gemma3_text":
+            changes[name] = dict.fromkeys(("full_attention", "sliding_attention"), value)
+        if name == "num_hidden_layers" and model_type == "gemma3_text":
+            changes["layer_types"] = ["sliding_attention", "full_attention"]
         folder = tmp_path / str(number)
-        model = tiny_weights(write_config(folder, {}), values_of(model_type, {name: value}))
+        model = tiny_weights(write_config(folder, {}), values_of(model_type, changes))
         engine = Engine(weights.from_folder(folder, torch.float64))
         ids = tokens(40)
         close(executed(engine, ids, Dense())[0], model(ids).logits[0], FP64)
         outcomes.add(read(folder))
-    unchanged = {"sliding_window", "use_sliding_window", "layer_types"}  # unless refused
-    assert (len(outcomes) > 1) == (name not in unchanged)
+    slides = model_type in ("mistral", "gemma3_text")  # others have no windowed layer here
+    idle = not slides and name in ("sliding_window", "use_sliding_window", "layer_types")
+    assert (len(outcomes) > 1) == (not idle)
 
 
 def test_every_carried_setting_is_tried():
@@ -144,7 +156,8 @@ def test_what_has_no_effect(model_type: str, tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
     saved = tmp_path / "base"
-    model = tiny_weights(saved, values_of(model_type, {}))
+    tiny_weights(saved, values_of(model_type, {}))
+    model: Any = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float64).eval()
     base, ids = read(saved), tokens(40)
     expected = model(ids).logits
     for name in (n for t, n in cases("no effect") if t == model_type):

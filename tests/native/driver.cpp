@@ -672,8 +672,8 @@ struct Chunk {
     view.room = s.room;
     view.vectors = s.vectors;
     view.room_summaries = s.room_summaries;
-    view.cosine = cosine.data();
-    view.sine = sine.data();
+    view.cosine[0] = cosine.data();
+    view.sine[0] = sine.data();
     view.tables = tables.data();
     view.starts = starts.data();
     view.held = held.data();
@@ -1090,13 +1090,14 @@ void readers(const char* set, int64_t tokens, int64_t ratio) {
         part[t] = &parts[t * ratio * kStep];
       }
       const vesicle::Shared shared{queries.data(), part.data(), kStep, tokens, ratio, blocks.data(),
-                                   static_cast<int64_t>(blocks.size()), readers.data(), tails.data()};
+                                   static_cast<int64_t>(blocks.size()), readers.data(), tails.data(),
+                                   nullptr, 0};
       k->attend_shared(&kv, format, g, &shared, 0.2f, room.data(), row.data());
       for (int64_t t = 0; t < tokens; ++t) {
         const int64_t heads = kKvHeads * ratio, n = static_cast<int64_t>(lists[t].size());
         std::vector<float> alone(heads * kSize), top(heads), total(heads), its_room(kBlock * heads);
         const int32_t* const both[] = {lists[t].data(), lists[t].data()};
-        k->attend(&kv, format, query.data() + t * heads * kSize, ratio, 0.2f, both, n, n, tails[t], alone.data(),
+        k->attend(&kv, format, query.data() + t * heads * kSize, ratio, 0.2f, both, n, n, 0, tails[t], alone.data(),
                   top.data(), total.data(), its_room.data());
         for (int64_t i = 0; i < ratio; ++i) {
           const float* p = part[t] + i * kStep;
@@ -1143,7 +1144,7 @@ void damage(const char* set) {
           CHECK((sees && nothing) || std::isfinite(last) != sees, "%s, format %d, %g in a %s, %s, row %lld", set,
                 format, bad, in_key ? "key" : "value", how, (long long)row);
         };
-        k->attend(&kv, format, query.data(), kHeads, 0.2f, lists, 2, 2, kPositions - kBlock, out.data(), top.data(),
+        k->attend(&kv, format, query.data(), kHeads, 0.2f, lists, 2, 2, 0, kPositions - kBlock, out.data(), top.data(),
                   total.data(), room.data());
         for (int64_t h = 0; h < kHeads; ++h) check(h, true, "alone");
         // Tokens of one block do not see the positions after theirs.
@@ -1157,7 +1158,7 @@ void damage(const char* set) {
             parts[t] = &results[t * kHeads * (kSize + 2)];
           }
           const vesicle::Shared shared{queries, parts, kSize + 2, kTokens, kHeads, list, blocks, nullptr,
-                                       blocks == 1 ? tails : later};
+                                       blocks == 1 ? tails : later, nullptr, 0};
           std::vector<vesicle::Row> row(kRows);
           k->attend_shared(&kv, format, 0, &shared, 0.2f, room.data(), row.data());
           for (int64_t i = 0; i < kRows; ++i) {

@@ -110,7 +110,13 @@ def first_and_own(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     mask = torch.ones(70, 70, dtype=torch.bool).tril()
-    mask[TOKEN, 16 : TOKEN // 16 * 16] = False
+    config = module.config
+    every = config.sliding_window if config.model_type == "mistral" else None
+    if window := getattr(module, "sliding_window", every):  # shows no first block, half a second
+        mask = mask.triu(1 - window)
+        mask[TOKEN, :32] = False
+    else:
+        mask[TOKEN, 16 : TOKEN // 16 * 16] = False
     if module.config._attn_implementation == "eager":
         mask = torch.zeros(70, 70, dtype=torch.float64).masked_fill(~mask, -torch.inf)
     return args, {**kwargs, "attention_mask": mask[None, None]}
@@ -122,27 +128,32 @@ def replace_modules(
     stand_ins: StandIns,
     hook: Callable[..., None],
 ) -> None:
-    """Send the token to stand-ins; their input is the module's own, with every channel."""
+    """Send the token to stand-ins; their input is the module's own, with every channel.
+
+    They give what is added to the residual stream.
+    """
     inputs: dict[nn.Module, Tensor] = {}
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[module] = args[0] if args else kwargs["hidden_states"]
 
     def small(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        row = stand_ins.ffn.apply_layer(LAYER, inputs[module][:, TOKEN])
+        row = stand_ins.ffn.apply_layer(LAYER, inputs[modules.ffn][:, TOKEN])
         return with_row(output, row if given["ffn", None] == 1 else torch.zeros_like(row))
 
-    def skip(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
-        row = stand_ins.attention.apply_layer(LAYER, inputs[module][:, TOKEN])
+    def skip(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        row = stand_ins.attention.apply_layer(LAYER, inputs[modules.attention][:, TOKEN])
+        if isinstance(output, Tensor):
+            return with_row(output, row)
         return (with_row(output[0], row), *output[1:])
 
-    for module, function, field in (
-        (modules.ffn, small, "ffn"),
-        (modules.attention, skip, "attention"),
+    for module, end, function, field in (
+        (modules.ffn, modules.ffn_end, small, "ffn"),
+        (modules.attention, modules.attention_end, skip, "attention"),
     ):
         hook(module.register_forward_pre_hook, keep_input, with_kwargs=True)
         if (field, None) in given:
-            hook(module.register_forward_hook, function)
+            hook(end.register_forward_hook, function)
 
 
 def test_every_field_is_edited():

@@ -171,7 +171,7 @@ def test_unsupported_models_are_refused(modulator: Modulator):
     model = transformers.AutoModelForCausalLM.from_config(gpt2)
     with pytest.raises(ModelError, match="model type 'gpt2' is not supported; supported: llama"):
         attach(model, modulator)
-    config = CONFIGS["mistral"]()
+    config = CONFIGS["llama"]()
     config.sliding_window = 64
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ModelError, match="sliding window of 64 of its 512 positions"):

@@ -95,6 +95,7 @@ def decide(
     *,
     next_layer: bool,
     last_layer: bool,
+    window: int = 0,
 ) -> None:
     """Write what levels decide.
 
@@ -105,8 +106,9 @@ def decide(
         rows: (N,) of that layer, or of the next.
         next_layer: Which of the two.
         last_layer: Whether `rows` are of the last layer.
+        window: Of the layer that `rows` are of; 0 for all entries.
     """
-    visible = visible_blocks(positions)
+    visible = visible_blocks(positions, window)
     for rule in rules:
         field = BY_NAME[rule.field]
         if rule.next_layer != next_layer or (field.last_layer and not last_layer):

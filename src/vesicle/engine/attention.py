@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks
 from vesicle.engine.cache import SequenceCache
-from vesicle.plan import BLOCK, FloatArray, IntArray, visible_blocks
+from vesicle.plan import BLOCK, FloatArray, IntArray
+from vesicle.plan.windows import first_seen, seen, visible_blocks, whole_blocks
 
 
 class Masks:
@@ -26,11 +27,11 @@ class Masks:
         """Start without a mask; `at` makes the one asked for, and keeps the newest."""
         self._made: dict[bytes, Tensor] = {}
 
-    def at(self, slots: IntArray, length: int, dtype: torch.dtype) -> Tensor:
-        """(T, length): 0 where slots (T,) may look, else minus infinity."""
-        key = slots.tobytes()
+    def at(self, slots: IntArray, firsts: IntArray, length: int, dtype: torch.dtype) -> Tensor:
+        """(T, length): 0 where queries look, from `firsts` to `slots` (T,), else minus infinity."""
+        key = slots.tobytes() + firsts.tobytes()
         if key not in self._made:
-            hidden = torch.arange(length) > torch.from_numpy(slots)[:, None]
+            hidden = _hidden(slots, firsts, length)
             mask = torch.zeros(len(slots), length, dtype=dtype)
             self._made = {key: mask.masked_fill_(hidden, -torch.inf)}  # one at a time
         return self._made[key]
@@ -46,6 +47,7 @@ def attend(
     summary: str,
     masks: Masks | None = None,
     received: FloatArray | None = None,
+    window: int = 0,
 ) -> tuple[Tensor, IntArray, IntArray]:
     """Attention over the cache, which already holds the queries' own keys.
 
@@ -59,68 +61,76 @@ def attend(
         summary: How blocks are summarised, see `blocks.summarise`.
         masks: Of the pass, so that layers share them.
         received: (G, slots) to which the probability that each slot receives is added.
+        window: Newest entries that a query sees; 0 for all.
 
     Returns:
         (T, H K) output; (T,) positions read; (T,) block summaries read to choose, 0 where nothing
         was chosen.
     """
     slots = cache.slots(layer, positions)
-    visible = visible_blocks(slots)
-    if (kv_blocks >= visible).all():
-        out = _dense(query, cache, layer, slots, scale, masks)
+    visible = visible_blocks(slots, window)
+    chooses = kv_blocks < visible
+    # Of those who choose, every chosen block but the own one is seen whole.
+    firsts = np.where(chooses, 0, first_seen(slots, window)).astype(np.int32)
+    if not chooses.any():
+        out = _dense(query, cache, layer, slots, firsts, scale, masks)
         if received is not None:
             _receive(query, cache, layer, slots, scale, received)
-        return out, slots + 1, np.zeros_like(slots)
+        return out, seen(slots, window).astype(np.int32), np.zeros_like(slots)
     # Blocks are chosen and read in fp32, whatever they are stored in: that is what the kernels do.
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, n_blocks = query.to(exact), np.minimum(kv_blocks, visible)
-    listed, compared = _choose(
-        q, cache.summaries(layer, summary).to(exact), slots, n_blocks, visible, scale
-    )
-    blocks, listed, slots = _used(listed, slots, n_blocks)
+    rank = rank_blocks(
+        q.transpose(0, 1)[None],
+        cache.summaries(layer, summary).to(exact)[None],
+        torch.from_numpy(slots)[None],
+        scale,
+        window=window,
+        begins=cache.begins(layer),
+    )[0]  # (T, G, N)
+    listed = _listed(rank, n_blocks)
+    compared = np.where(chooses, whole_blocks(slots, window), 0).astype(np.int32)
+    blocks, listed, slots, firsts = _used(listed, slots, firsts, n_blocks)
     keys, values = cache.read(layer, blocks, exact)
     own = np.zeros((len(keys), len(blocks) * BLOCK), np.float64)
-    out, visited = _blockwise(q, keys, values, listed, n_blocks, slots, scale, own)
+    out, visited = _blockwise(q, keys, values, listed, n_blocks, slots, firsts, scale, own)
     if received is not None:
         places = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
         received[:, places] += own
     return out.to(query.dtype), visited, compared
 
 
-def _choose(
-    query: Tensor,
-    summaries: Tensor,
-    slots: IntArray,
-    n_blocks: IntArray,
-    visible: IntArray,
-    scale: float,
-) -> tuple[Tensor, IntArray]:
-    """Blocks (T, G, most) int32 in rising order, the first n_blocks[t] valid.
-
-    (T,) summaries (G, N, V, K) compared.
-    """
-    most = int(n_blocks.max())
-    rank = rank_blocks(
-        query.transpose(0, 1)[None], summaries[None], torch.from_numpy(slots)[None], scale
-    )[0]  # (T, G, N)
+def _listed(rank: Tensor, n_blocks: IntArray) -> Tensor:
+    """Blocks (T, G, most) int32 in rising order, the first n_blocks[t] valid."""
     chosen = rank <= torch.from_numpy(n_blocks)[:, None, None]
     number = torch.arange(rank.shape[-1]).expand_as(rank)
-    listed = torch.where(chosen, number, 1 << 30).sort(-1).values[..., :most]
-    compared = np.where(n_blocks < visible, slots // BLOCK, 0)
-    return listed.to(torch.int32).contiguous(), compared.astype(np.int32)
+    listed = torch.where(chosen, number, 1 << 30).sort(-1).values[..., : int(n_blocks.max())]
+    return listed.to(torch.int32).contiguous()
 
 
-def _used(listed: Tensor, slots: IntArray, n_blocks: IntArray) -> tuple[IntArray, Tensor, IntArray]:
-    """The blocks that any query reads, and the lists and slots of queries in terms of these."""
+def _used(
+    listed: Tensor, slots: IntArray, firsts: IntArray, n_blocks: IntArray
+) -> tuple[IntArray, Tensor, IntArray, IntArray]:
+    """The blocks that any query reads, and the lists, slots and firsts in terms of these."""
     held = int(slots[-1]) // BLOCK + 1
     if listed.numel() >= 4 * held:  # a chunk's queries together read about every block
-        return np.arange(held, dtype=np.int32), listed, slots
+        return np.arange(held, dtype=np.int32), listed, slots, firsts
     valid = torch.arange(listed.shape[2]) < torch.from_numpy(n_blocks)[:, None, None]
-    lists = torch.where(valid, listed, 0)
-    blocks = np.unique(lists.numpy())  # the first block is in every list
+    lists = torch.where(valid, listed, int(slots[-1]) // BLOCK)
+    blocks = np.unique(lists.numpy())
     listed = torch.from_numpy(np.searchsorted(blocks, lists.numpy()).astype(np.int32))
-    own = np.searchsorted(blocks, slots // BLOCK) * BLOCK
-    return blocks, listed, (own + slots % BLOCK).astype(np.int32)
+
+    def placed(x: IntArray) -> IntArray:
+        return (np.searchsorted(blocks, x // BLOCK) * BLOCK + x % BLOCK).astype(np.int32)
+
+    return blocks, listed, placed(slots), placed(firsts)
+
+
+def _hidden(slots: IntArray, firsts: IntArray, length: int) -> Tensor:
+    """(T, length) which slots queries do not see that see those from `firsts` to `slots` (T,)."""
+    first, last = torch.from_numpy(firsts)[:, None], torch.from_numpy(slots)[:, None]
+    place = torch.arange(length)
+    return (place > last) | (place < first)
 
 
 def _dense(
@@ -128,23 +138,28 @@ def _dense(
     cache: SequenceCache,
     layer: int,
     slots: IntArray,
+    firsts: IntArray,
     scale: float,
     masks: Masks | None,
 ) -> Tensor:
     t, h, k = query.shape
     # Queries of a chunk whose other tokens skip attention must not see those tokens' keys.
-    length = int(slots[-1]) + 1
-    blocks = np.arange(-(-length // BLOCK))
+    start, stop = int(firsts.min()), int(slots[-1]) + 1
+    blocks = np.arange(start // BLOCK, -(-stop // BLOCK))
+    start -= start % BLOCK
+    length, slots, firsts = stop - start, slots - start, firsts - start
     keys, values = (x[:, :length] for x in cache.read(layer, blocks, query.dtype))
     q = query.transpose(0, 1)  # (H, T, K)
     if t == 1:
         # Query heads that share a KV head become its rows: no repeated keys, no mask.
-        rows = q.reshape(keys.shape[0], -1, k)[None]
+        rows, first = q.reshape(keys.shape[0], -1, k)[None], int(firsts[0])
         out = nn.functional.scaled_dot_product_attention(
-            rows, keys[None], values[None], scale=scale
+            rows, keys[None, :, first:], values[None, :, first:], scale=scale
         )
         return out.reshape(1, h * k)
-    mask = None if t == length else (masks or Masks()).at(slots, length, query.dtype)
+    mask = None
+    if t != length or firsts.any():
+        mask = (masks or Masks()).at(slots, firsts, length, query.dtype)
     out = nn.functional.scaled_dot_product_attention(
         q[None],
         keys[None],
@@ -187,6 +202,7 @@ def _blockwise(
     listed: Tensor,
     n_blocks: IntArray,
     slots: IntArray,
+    firsts: IntArray,
     scale: float,
     received: FloatArray,
 ) -> tuple[Tensor, IntArray]:
@@ -203,7 +219,7 @@ def _blockwise(
         for head in range(g):
             blocks = listed[i, head, : int(n_blocks[i])].long()
             read = (blocks[:, None] * BLOCK + within).flatten()
-            read = read[read <= int(slots[i])]
+            read = read[(read >= int(firsts[i])) & (read <= int(slots[i]))]
             q = query[i].view(g, h // g, k)[head]
             scores = (q @ keys[head, read].t()).to(_exact(q.dtype)) * scale
             chances = scores.softmax(-1)

@@ -5,6 +5,9 @@ forgotten in one layer may be kept in another. Compacting keeps chosen positions
 each KV head: they are copied, as they are stored, into as few blocks. Keys keep the rotary phases
 of their own positions.
 
+A windowed layer holds what its window shows, and lets go of a block when no later query sees it.
+Its list then begins at a later position.
+
 A block's place in the list is its *index*; index * 16 + offset is a *slot*. Where nothing was
 forgotten a slot is a position; elsewhere it means another position in each head. Slots keep the
 order of positions, so causality can be judged by either, and what reads a cache may think in slots
@@ -57,13 +60,24 @@ class SequenceCache:
     Attributes:
         pool: Where the blocks lie.
         length: Positions that the sequence has passed; the next token's position.
+        windows: (L,) newest positions that queries of each layer see; 0 for all.
         evictions: Times that something was evicted, for those who keep what they looked up.
     """
 
-    def __init__(self, pool: BlockPool, n_layers: int) -> None:
-        """Start at length 0 in all layers, without any block of `pool`."""
+    def __init__(
+        self, pool: BlockPool, n_layers: int, windows: NDArray[np.int64] | None = None
+    ) -> None:
+        """Start at length 0 in all layers, without any block of `pool`.
+
+        Args:
+            pool: Of the engine.
+            n_layers: L.
+            windows: (L,) newest positions that queries of each layer see; 0 for all, as by default.
+        """
         self.pool = pool
         self.length = 0
+        self.windows = np.zeros(n_layers, np.int64) if windows is None else windows
+        self._windowed = np.nonzero(self.windows)[0]
         self._lists = _Lists(
             tables=np.zeros((n_layers, _ROOM), np.int32),
             starts=np.zeros((n_layers, _ROOM), np.int32),
@@ -74,6 +88,7 @@ class SequenceCache:
         self._evicted = np.zeros(n_layers, np.int64)  # blocks
         self._chosen: list[IntArray | None] = [None] * n_layers  # (G, 16 n) of the first n blocks
         self._compacted = 0  # length at which positions were last chosen
+        self._left = np.zeros(n_layers, np.int64)  # blocks that a window has left behind
         self._summaries: list[_Summaries | None] = [None] * n_layers
         self.evictions = 0
         self._open = True
@@ -192,9 +207,47 @@ class SequenceCache:
             raise ValueError(f"room ends at position {self._room_end}; {end} are to be counted")
         self.length = end
         self._ends[:] = end
+        if len(self._windowed):
+            self._leave_behind()
+
+    def _leave_behind(self) -> None:
+        """Let go of blocks that no query from the newest whole block on sees.
+
+        Those of the last block that is not whole see no more, and whoever forks there has all.
+        """
+        lists, whole = self._lists, self.length // BLOCK * BLOCK
+        for layer in self._windowed.tolist():
+            first = max(0, whole - int(self.windows[layer]) + 1) // BLOCK
+            gone, n = first - int(self._left[layer]), int(lists.n_blocks[layer])
+            if gone <= 0:
+                continue
+            self.pool.release(lists.tables[layer, :gone])
+            for column in (lists.tables, lists.starts):
+                column[layer, : n - gone] = column[layer, gone:n].copy()
+            lists.n_blocks[layer] -= gone
+            self._evicted[layer] += gone
+            self._left[layer] = first
+            self._forget_summaries(layer, gone)
+
+    def _forget_summaries(self, layer: int, gone: int) -> None:
+        """Drop the first `gone` of a layer's summaries."""
+        made = self._summaries[layer]
+        if made is not None:
+            kept = max(0, made.count - gone)
+            made.room[:, :kept] = made.room[:, gone : gone + kept].clone()
+            made.count = kept
+
+    def begins(self, layer: int) -> bool:
+        """Whether a layer's list begins where the text does."""
+        return not self._left[layer]
+
+    @property
+    def left(self) -> NDArray[np.int64]:
+        """(L,) blocks at the beginning that windows have left behind."""
+        return self._left
 
     def held(self, layer: int) -> IntArray:
-        """(G, n) the positions that each KV head of a layer holds, rising."""
+        """(G, n) the positions that each KV head of a layer holds in its blocks, rising."""
         n, chosen = self._held(layer), self._chosen[layer]
         first = 0 if chosen is None else chosen.shape[1] // BLOCK
         starts = self.starts[layer, first : _blocks(n), None]
@@ -257,8 +310,11 @@ class SequenceCache:
         Raises:
             CacheFullError: If the pool has no room for the copies of shared blocks, of which at
                 most `n_shared` are needed; nothing has changed then.
-            ValueError: If n is no multiple of 16, or a position is not held in a complete block.
+            ValueError: If n is no multiple of 16, a position is not held in a complete block, or
+                the layer is windowed: its window alone says what it holds.
         """
+        if self.windows[layer]:
+            raise ValueError(f"layer {layer} is windowed, and positions of it are to be kept")
         lists, complete = self._lists, self._evictable(layer)
         held, n = self.held(layer)[:, : complete * BLOCK], kept.shape[1] // BLOCK
         if kept.shape != (len(held), n * BLOCK):
@@ -330,10 +386,15 @@ class SequenceCache:
                 f"{n_tokens} tokens are to be shared, but entries were forgotten after "
                 f"{self._compacted}"
             )
+        if not self.reaches(n_tokens):
+            raise ValueError(
+                f"{n_tokens} tokens are to be shared, and a window has left behind what the "
+                f"next sees; allowed: {self.length // BLOCK * BLOCK} to {self.length}"
+            )
         lists, edge, rows = self._lists, n_tokens // BLOCK * BLOCK, np.arange(self.n_layers)
         held = np.arange(lists.starts.shape[1]) < lists.n_blocks[:, None]
         shared = (held & (lists.starts < edge)).sum(1)  # (L,) leading entries
-        fork, n = SequenceCache(self.pool, self.n_layers), int(shared.max())
+        fork, n = SequenceCache(self.pool, self.n_layers, self.windows), int(shared.max())
         fork._grow(n + 1)
         mine = fork._lists
         mine.tables[:, :n], mine.starts[:, :n] = lists.tables[:, :n], lists.starts[:, :n]
@@ -354,7 +415,13 @@ class SequenceCache:
         fork._ends[:] = n_tokens
         fork._evicted[:] = edge // BLOCK - shared
         fork._chosen, fork._compacted = list(self._chosen), self._compacted
+        fork._left = np.minimum(self._left, edge // BLOCK)
         return fork
+
+    def reaches(self, n_tokens: int) -> bool:
+        """Whether windowed layers hold all that the query at position `n_tokens` sees."""
+        first = np.maximum(0, n_tokens - self.windows + 1) // BLOCK
+        return n_tokens == 0 or bool((first >= self._left)[self._windowed].all())
 
     def free(self) -> None:
         """Let go of every block; doing it again does nothing.
@@ -370,8 +437,9 @@ class SequenceCache:
         """Bytes of the positions held, as `cost.Cost` prices them."""
         if not self._open:
             return 0
-        positions = self.n_layers * self.length - BLOCK * int(self._evicted.sum())
-        return positions * self.pool.bytes_per_block // BLOCK
+        forgotten = BLOCK * (self._evicted - self._left)
+        seen = np.where(self.windows > 0, np.minimum(self.windows, self.length), self.length)
+        return int((seen - forgotten).sum()) * self.pool.bytes_per_block // BLOCK
 
     @property
     def bytes_allocated(self) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vesicle.effectors.rules import Ladder, Share
@@ -24,6 +25,7 @@ from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorAuthor
 from vesicle.plan import BLOCK, FULL_BITS, ROW, check_rows, resting_rows
 from vesicle.plan.rows import BY_NAME, PLACES
+from vesicle.plan.windows import visible_blocks
 from vesicle.predictors.linear import LinearPredictor
 from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
 from vesicle.transmitters import NAMES, index
@@ -85,6 +87,7 @@ class ChunkBuffer:
         self._acting = np.zeros(_ROWS, np.int64)
         self._summaries = np.zeros(layers, np.uint64)
         self._summarised: tuple[int, int] | None = None
+        self._left = np.zeros(layers, np.int64)  # as the cache's, when summaries were made
         self._room: Tensor | None = None  # (L, G, groups of 16, V, K, 16) summaries, turned
         self._tables: object = None
         self.chunk = core.Chunk(ids=self._ids.ctypes.data, acting=self._acting.ctypes.data)
@@ -194,7 +197,7 @@ class ChunkBuffer:
         self,
         sequence: Sequence,
         ids: list[int],
-        rotation: tuple[int, int],
+        rotations: list[tuple[int, int]],
         summarise: Callable[[core.Chunk], None],
     ) -> None:
         """Set the structure for the next tokens, for which there is `room`.
@@ -202,7 +205,8 @@ class ChunkBuffer:
         Args:
             sequence: Whose buffer this is.
             ids: Of the tokens.
-            rotation: Addresses of the cosines and sines of their positions.
+            rotations: Addresses of the cosines and sines of their positions, of each of the rotary
+                phases.
             summarise: Fills the structure's summaries.
         """
         if self.flying:
@@ -214,7 +218,8 @@ class ChunkBuffer:
         chunk.n, chunk.position, chunk.recorded = n, position, i
         if self._decides is Decides.CORE:
             self.released[i : i + n] = self._acting[i : i + n] != 0
-        chunk.cosine, chunk.sine = rotation
+        for i, (cosine, sine) in enumerate(rotations):
+            chunk.cosine[i], chunk.sine[i] = cosine, sine
         tables = cache.tables
         if tables is not self._tables:
             self._tables = tables
@@ -255,8 +260,8 @@ class ChunkBuffer:
             return
         n = int(beyond.argmax()) if beyond.any() else n
         self.plan[:n], self._planned = known[:n], n
-        held = (positions[:n] // BLOCK + 1)[:, None]
-        choosing = np.flatnonzero((known["kv_blocks"][:n] < held).any(1))
+        seen = visible_blocks(positions[:n, None], self._shape.layer_windows)
+        choosing = np.flatnonzero((known["kv_blocks"][:n] < seen).any(1))
         self._chooses = int(choosing[-1]) + 1 if len(choosing) else 0
         if isinstance(author, ModulatorAuthor):
             self.levels[:n] = author.foreseen(positions[:n])
@@ -282,6 +287,9 @@ class ChunkBuffer:
             self._summarised = None
         if self._summarised != (block, cache.evictions):
             self._make_summaries(sequence, summarise)
+        elif len(moved := np.nonzero(self._left != cache.left)[0]):
+            self._summarise_again(moved, summarise)
+        self._left = cache.left.copy()
         # Blocks are complete when tokens are written into their last places.
         self._summarised = ((position + n) // BLOCK, cache.evictions)
 
@@ -304,6 +312,16 @@ class ChunkBuffer:
         chunk.room_summaries = groups * BLOCK
         chunk.summaries = self._summaries.ctypes.data
         summarise(chunk)
+
+    def _summarise_again(
+        self, layers: NDArray[np.int_], summarise: Callable[[core.Chunk], None]
+    ) -> None:
+        """Summarise anew what is left in layers whose windows have left blocks behind."""
+        only = np.zeros_like(self._summaries)
+        only[layers] = self._summaries[layers]
+        self.chunk.summaries = only.ctypes.data
+        summarise(self.chunk)
+        self.chunk.summaries = self._summaries.ctypes.data
 
     def next(self, n: int) -> slice:
         """The places of the next n tokens in `plan` and `released`."""

@@ -102,7 +102,8 @@ class Counters:
         """Fields of `cost.Cost` (but the bytes held) for a slice of tokens."""
         shape = self._shape
         numbers = self._rows[..., rows] * self._outputs[..., rows]
-        bits_read = (numbers * shape.charged_bits(self._bits[..., rows])).sum((0, 1))
+        charged = np.moveaxis(shape.charged_bits(np.moveaxis(self._bits[..., rows], -1, 0)), 0, -1)
+        bits_read = (numbers * charged).sum((0, 1))
         bits_read += shape.width * self._head_bits[rows]
         visited, compared, summed = (
             counted[:, rows].sum(0) for counted in (self._visited, self._compared, self._summed)

@@ -14,7 +14,6 @@ nothing of the Plan's prices; `cost.price` of the recorded Plan must come to the
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Collection, Iterator
@@ -101,9 +100,8 @@ class Engine:
         if kv_capacity is None:
             kv_capacity = default_capacity(shape, kv, self.config.context_window)
         self.pool = BlockPool(shape, kv, kv_capacity, self.device)
-        self._rotary = Rotary(loaded.config, self.dtype)
-        self._scale = 1 / math.sqrt(shape.head_size)
-        self._native = NativeCore.build(loaded, self.config, self.pool, self._scale)
+        self._rotaries = [Rotary(rotation, self.dtype) for rotation in loaded.config.rotaries]
+        self._native = NativeCore.build(loaded, self.config, self.pool)
         self._activation = ACTIVATIONS[loaded.config.activation]
         self._text, self._folder, self._ends = text, folder, frozenset(ends)
         self.lock = threading.RLock()

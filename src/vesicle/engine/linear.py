@@ -212,7 +212,10 @@ def survivors(x: Tensor, head: PackedHead, count: int) -> tuple[Tensor, Tensor]:
 
 
 def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
-    """RMSNorm or LayerNorm of x (..., D)."""
+    """RMSNorm or LayerNorm of x (..., D), in its dtype."""
+    if rms and weight.dtype != x.dtype:  # Gemma's gains are fp32, and so are its sums
+        wide = nn.functional.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps)
+        return wide.to(x.dtype)
     if rms:
         return nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
     return nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)

@@ -31,7 +31,7 @@ from vesicle.engine.pool import BlockPool
 from vesicle.engine.rotary import Rotary
 from vesicle.engine.sampling import not_finite
 from vesicle.engine.screen import Screening
-from vesicle.engine.weights import Weights
+from vesicle.engine.weights import Weights, capped
 from vesicle.families.base import Affine, DecoderConfig
 from vesicle.modulator import ModulatorAuthor
 from vesicle.plan import Author, FloatArray
@@ -48,9 +48,7 @@ _WANTS: dict[Wanted, int] = {"none": 0, "last": 1, "likeliest": 2, "all": 3}
 class NativeCore:
     """Runs passes of up to 128 tokens, of one or several sequences, natively."""
 
-    def __init__(
-        self, weights: Weights, config: DecoderConfig, pool: BlockPool, scale: float
-    ) -> None:
+    def __init__(self, weights: Weights, config: DecoderConfig, pool: BlockPool) -> None:
         """Describe weights and pages to the library; `build` first asks whether it covers them."""
         library = core.load()
         assert library is not None
@@ -58,7 +56,8 @@ class NativeCore:
         shape = config.shape
         self._shape = shape
         self._kept: list[Tensor] = []  # fp32 copies, which the structures point to
-        self._rotary = Rotary(config, torch.float32)
+        self._rotaries = [Rotary(rotation, torch.float32) for rotation in config.rotaries]
+        self._cap = config.logit_cap
         self._layers = (core.Layer * shape.n_layers)()
         for number, (layer, w) in enumerate(zip(self._layers, weights.layers, strict=True)):
             if isinstance(w.attention_in, PackedPair):
@@ -72,7 +71,11 @@ class NativeCore:
             layer.attention_norm = self._norm(w.attention_norm)
             layer.ffn_norm = self._norm(w.ffn_norm)
             layer.query_norm, layer.key_norm = self._norm(w.query_norm), self._norm(w.key_norm)
-            layer.rotates = config.rotary_layers[number]
+            layer.attention_post_norm = self._norm(w.attention_post_norm)
+            layer.ffn_post_norm = self._norm(w.ffn_post_norm)
+            which = config.rotary_layers[number]
+            layer.rotates = 0 if which is None else which + 1
+            layer.window = int(shape.layer_windows[number])
         self._model = core.Model(
             n_layers=shape.n_layers,
             width=shape.width,
@@ -82,13 +85,14 @@ class NativeCore:
             ffn_width=shape.ffn_width,
             vocabulary=shape.vocabulary,
             eps=config.norm_eps,
-            scale=scale,
+            scale=config.attention_scale,
+            embedding_scale=config.embedding_scale,
             layers=ctypes.addressof(self._layers),
             rms=config.rms_norm,
             parallel=config.parallel_residual,
             gated=shape.gated,
             activation=core.ACTIVATIONS[config.activation],
-            rotated=2 * len(config.rotary_frequencies),
+            rotated=2 * len(config.rotaries[0].frequencies),
             final_norm=self._norm(weights.final_norm),
             embedding=self._head(weights.embedding, None),
             head=self._head(weights.head, weights.head_bias),
@@ -164,12 +168,10 @@ class NativeCore:
         )
 
     @classmethod
-    def build(
-        cls, weights: Weights, config: DecoderConfig, pool: BlockPool, scale: float
-    ) -> NativeCore | None:
+    def build(cls, weights: Weights, config: DecoderConfig, pool: BlockPool) -> NativeCore | None:
         """The core for these weights and pages, or None where it does not cover them."""
         covered = uncovered(weights, config, pool) is None
-        return cls(weights, config, pool, scale) if covered else None
+        return cls(weights, config, pool) if covered else None
 
     def reach(self, sequence: Sequence) -> int:
         """How many of a sequence's next tokens a pass may take; 0 if it cannot execute the next."""
@@ -226,7 +228,9 @@ class NativeCore:
         """
         logits = self._room_for_logits(batch, wants)
         # First, since growing would move the rows that other tokens point to.
-        self._rotary.reach(max(sequence.length + len(ids) for sequence, ids in batch))
+        end = max(sequence.length + len(ids) for sequence, ids in batch)
+        for rotary in self._rotaries:
+            rotary.reach(end)
         asked = [i for i, (sequence, _) in enumerate(batch) if sequence.buffer().asks]
         for sequence, _ in batch if asked else ():  # so that authors see all that was before
             sequence.flush()
@@ -242,8 +246,8 @@ class NativeCore:
         try:
             for i, ((sequence, ids), rows) in enumerate(zip(batch, logits, strict=True)):
                 buffer = sequence.buffer()
-                rotation = self._rotary.addresses(sequence.length)
-                buffer.prepare(sequence, ids, rotation, self._summarise)
+                rotations = [rotary.addresses(sequence.length) for rotary in self._rotaries]
+                buffer.prepare(sequence, ids, rotations, self._summarise)
                 begun.append((sequence, ids))
                 buffer.chunk.wants = _WANTS[wants]
                 buffer.chunk.logits = None if rows is None else rows.data_ptr()
@@ -270,7 +274,9 @@ class NativeCore:
             outcome: Outcome | None = failed.get(i)
             if outcome is None:
                 outcome = _finished(part, frame.chunks[i], wants)
-            found.append(next(x for x in (outcome, rows, none) if x is not None))
+            if outcome is None and rows is not None:
+                outcome = capped(rows, self._cap)
+            found.append(next(x for x in (outcome, none) if x is not None))
         for i in failed:
             with suppress(Exception):
                 _break_off(batch[i])

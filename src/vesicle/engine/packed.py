@@ -1,8 +1,8 @@
 """Packed weights: codes of 4 or 8 bits with fp16 scales, in the byte order that the kernels read.
 
 Input channels go in groups of 32. Within its group g and output n a weight is
-w = scale[g, n] code + low[g, n]; both numbers are rounded to fp16 before the codes are chosen. The
-codes lie in two planes. `high` holds the leading four bits of every code and the scales and lows;
+w = scale[g, n] code + low[g, n], both in fp16 (`encoding` chooses them). The codes lie in two
+planes. `high` holds the leading four bits of every code and the scales and lows;
 `trailing` holds the trailing four bits of 8-bit codes. Reading b < S bits of an S-bit code reads
 `high` alone and takes the middle of the codes that share those bits,
 code_b = (code >> (S - b) << (S - b)) + 2^(S - b) / 2.
@@ -28,20 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vesicle.errors import ModelError
+from vesicle.engine.encoding import GROUP, SLICE, Grid, Numbers, best, encode, groups_of
 from vesicle.plan import IntArray
 
-GROUP = 32
 TILE, HALF_TILE = 128, 64
 HEAD_TILE = 16
-STORED_BITS = (4, 8)
-_SLICE = 1024
-"""Outputs that are encoded or decoded at a time: 2 MB at width 576, which caches hold."""
-
-
-def groups_of(n_in: int) -> int:
-    """Groups of 32 that hold `n_in` channels."""
-    return -(-n_in // GROUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +46,7 @@ class PackedWeight:
         n_in: Input channels, without padding.
         n_out: Outputs, without padding.
         bias: (n_out,) fp32 or None.
-        exact: Whether every weight that was packed is given back bit for bit.
+        error: The largest difference between a weight that was packed and what is given back.
     """
 
     high: Tensor
@@ -64,11 +55,19 @@ class PackedWeight:
     n_in: int
     n_out: int
     bias: Tensor | None
-    exact: bool
+    error: float
 
     @classmethod
-    def pack(cls, weight: Tensor, bits: int, bias: Tensor | None = None) -> PackedWeight:
+    def pack(
+        cls, weight: Tensor, bits: int, bias: Tensor | None = None, grid: Grid | None = None
+    ) -> PackedWeight:
         """Encode a row-major weight (out, in).
+
+        Args:
+            weight: (out, in).
+            bits: Of a code.
+            bias: (out,).
+            grid: On which the weights lie, where it is known.
 
         Raises:
             ModelError: If a weight is not finite or too large for an fp16 scale.
@@ -80,25 +79,13 @@ class PackedWeight:
         trailing = (
             torch.empty(padded // 2 * groups * GROUP, dtype=torch.uint8) if bits == 8 else None
         )
-        exact = True
-        for start in range(0, padded, _SLICE):
-            stop = min(start + _SLICE, padded)
-            grouped = _grouped(weight[start:stop], stop - start)
-            codes, scale, low, same = _encode(grouped, bits, n_in)
-            exact &= same
-            for first, tiles, tile in _cuts(stop - start):
-                columns = slice(first, first + tiles * tile)
-                part = _tiled(codes[..., columns], tile)
-                blob = _high_part(high, start + first, tiles, tile, groups)
-                blob[..., : GROUP * tile // 2] = _nibbles(part >> 4 if bits == 8 else part)
-                for place, numbers in enumerate((scale, low)):
-                    at = GROUP * tile // 2 + place * 2 * tile
-                    numbers = numbers[:, columns].reshape(groups, tiles, tile).transpose(0, 1)
-                    blob[..., at : at + 2 * tile] = numbers.contiguous().view(torch.uint8)
-                if trailing is not None:
-                    _trailing_part(trailing, start + first, tiles, tile, groups)[:] = _nibbles(
-                        part & 15
-                    )
+
+        def fill(numbers: Numbers, kept: bool) -> float:
+            return encode(
+                weight, numbers, bits, _write_tiles, high if kept else None, trailing, head=False
+            )
+
+        error = best(weight, bits, grid, fill)
         return cls(
             high=high,
             trailing=trailing,
@@ -106,12 +93,21 @@ class PackedWeight:
             n_in=n_in,
             n_out=n_out,
             bias=None if bias is None else bias.detach().to(torch.float32, copy=True),
-            exact=exact,
+            error=error,
         )
+
+    @property
+    def exact(self) -> bool:
+        """Whether every weight that was packed is given back bit for bit."""
+        return self.error == 0
 
     @classmethod
     def stack(
-        cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None], bits: int
+        cls,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        bits: int,
+        grid: Grid | None = None,
     ) -> PackedWeight:
         """Join row-major weights (out_i, in) and their biases (out_i,) side by side.
 
@@ -126,7 +122,8 @@ class PackedWeight:
                     for w, b in zip(weights, biases, strict=True)
                 ]
             )
-        return cls.pack(weights[0] if len(weights) == 1 else torch.cat(list(weights)), bits, bias)
+        joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        return cls.pack(joined, bits, bias, grid)
 
     @property
     def groups(self) -> int:
@@ -280,7 +277,7 @@ class PackedHead:
         n_in: Input channels D, without padding.
         n_out: Outputs V, without padding.
         bias: (V,) fp32 or None.
-        exact: Whether every weight that was packed is given back bit for bit.
+        error: The largest difference between a weight that was packed and what is given back.
     """
 
     high: Tensor
@@ -289,11 +286,13 @@ class PackedHead:
     n_in: int
     n_out: int
     bias: Tensor | None
-    exact: bool
+    error: float
 
     @classmethod
-    def pack(cls, weight: Tensor, bits: int, bias: Tensor | None = None) -> PackedHead:
-        """Encode a row-major weight (V, D), a slice of rows at a time.
+    def pack(
+        cls, weight: Tensor, bits: int, bias: Tensor | None = None, grid: Grid | None = None
+    ) -> PackedHead:
+        """Encode a row-major weight (V, D), a slice of rows at a time; see `PackedWeight.pack`.
 
         Raises:
             ModelError: If a weight is not finite or too large for an fp16 scale.
@@ -303,21 +302,13 @@ class PackedHead:
         groups, tiles = groups_of(n_in), -(-n_out // HEAD_TILE)
         high = torch.empty(tiles, groups, 320, dtype=torch.uint8)
         trailing = torch.empty(tiles, groups, 256, dtype=torch.uint8) if bits == 8 else None
-        exact = True
-        for start in range(0, n_out, _SLICE):
-            rows = weight[start : start + _SLICE]
-            n = -(-len(rows) // HEAD_TILE)
-            codes, scale, low, same = _encode(_grouped(rows, n * HEAD_TILE), bits, n_in)
-            exact &= same
-            # (groups, j, half, c, tiles, output) to (tiles, groups, j, output, half, c)
-            codes = codes.view(groups, 4, 2, 4, n, HEAD_TILE).permute(4, 0, 1, 5, 2, 3).contiguous()
-            at = slice(start // HEAD_TILE, start // HEAD_TILE + n)
-            high[at, :, :256] = _joined(codes >> 4 if bits == 8 else codes, -2).flatten(2)
-            for begin, numbers in ((256, scale), (288, low)):
-                numbers = numbers.view(groups, n, HEAD_TILE).transpose(0, 1).contiguous()
-                high[at, :, begin : begin + 32] = numbers.view(torch.uint8)
-            if trailing is not None:
-                trailing[at] = _joined(codes & 15, -2).flatten(2)
+
+        def fill(numbers: Numbers, kept: bool) -> float:
+            return encode(
+                weight, numbers, bits, _write_head, high if kept else None, trailing, head=True
+            )
+
+        error = best(weight, bits, grid, fill)
         return cls(
             high=high.flatten(),
             trailing=None if trailing is None else trailing.flatten(),
@@ -325,8 +316,13 @@ class PackedHead:
             n_in=n_in,
             n_out=n_out,
             bias=None if bias is None else bias.detach().to(torch.float32, copy=True),
-            exact=exact,
+            error=error,
         )
+
+    @property
+    def exact(self) -> bool:
+        """Whether every weight that was packed is given back bit for bit."""
+        return self.error == 0
 
     @property
     def groups(self) -> int:
@@ -357,9 +353,9 @@ class PackedHead:
     def multiply(self, x: Tensor, bits: int | None = None) -> Tensor:
         """Logits (T, V) fp32 of x (T, D) on activations rounded to 8 bits, as the kernels do."""
         rounded, out = self._rounded(x), torch.empty(len(x), self.n_out)
-        tiles = _SLICE // HEAD_TILE
-        for start in range(0, self.n_out, _SLICE):
-            part = out[:, start : start + _SLICE]
+        tiles = SLICE // HEAD_TILE
+        for start in range(0, self.n_out, SLICE):
+            part = out[:, start : start + SLICE]
             rows = self._tiles(start // HEAD_TILE, start // HEAD_TILE + tiles, bits)
             torch.matmul(rounded, rows[: part.shape[1]].t(), out=part)
         return out if self.bias is None else out.add_(self.bias)
@@ -431,64 +427,38 @@ def _kept(x: Tensor, counts: IntArray) -> Tensor:
     return torch.zeros_like(first).scatter_(-1, order, first)
 
 
-def _grouped(weight: Tensor, outputs: int) -> Tensor:
-    """A row-major weight (out, in) as (groups, 32, outputs) fp32.
-
-    Missing outputs are zero; missing channels repeat the last one, so that a short group keeps its
-    range.
-    """
-    n_out, n_in = weight.shape
-    groups = groups_of(n_in)
-    grouped = torch.zeros(groups * GROUP, outputs)
-    grouped[:n_in, :n_out] = weight.detach().t()
-    grouped[n_in:] = grouped[n_in - 1]
-    return grouped.view(groups, GROUP, outputs)
-
-
-def _encode(grouped: Tensor, bits: int, n_in: int) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Codes (groups, 32, N) uint8, scales and lows (groups, N) fp16, and whether they are exact.
-
-    Channels from `n_in` on are padding: their codes are 0.
-
-    Raises:
-        ModelError: If a weight is not finite or too large for an fp16 scale.
-        ValueError: If `bits` is not 4 or 8.
-    """
-    if bits not in STORED_BITS:
-        raise ValueError(f"bits is {bits}; allowed: 4, 8")
-    low, high = grouped.amin(1), grouped.amax(1)
-    largest = torch.maximum(-low, high)
-    if not float(largest.amax()) < 32768:  # also false for NaN
-        raise ModelError(
-            f"a weight's magnitude is {float(largest.amax())}; packed weights must be finite and "
-            "below 32768"
-        )
-    asymmetric = ((high - low) / (2**bits - 1)).half(), low.half()
-    if bits == 4:
-        codes, error = _codes_for(grouped, *asymmetric, bits, n_in)
-        return codes, *asymmetric, error == 0
-    # The default model's head is symmetric and given back exactly; most other weights lose less by
-    # using all of the range.
-    scale = (largest / 127).half()
-    symmetric = scale, 0 - 128 * scale
-    codes, error = _codes_for(grouped, *symmetric, bits, n_in)
-    if error > 0:
-        other, other_error = _codes_for(grouped, *asymmetric, bits, n_in)
-        if other_error < error:
-            return other, *asymmetric, other_error == 0
-    return codes, *symmetric, error == 0
+def _write_tiles(
+    high: Tensor, trailing: Tensor | None, start: int, codes: Tensor, scale: Tensor, low: Tensor
+) -> None:
+    """Write outputs from `start` on: codes (groups, 32, N), scales and lows (groups, N)."""
+    groups, _, n = codes.shape
+    for first, tiles, tile in _cuts(n):
+        columns = slice(first, first + tiles * tile)
+        part = _tiled(codes[..., columns], tile)
+        blob = _high_part(high, start + first, tiles, tile, groups)
+        blob[..., : GROUP * tile // 2] = _nibbles(part if trailing is None else part >> 4)
+        for place, numbers in enumerate((scale, low)):
+            at = GROUP * tile // 2 + place * 2 * tile
+            numbers = numbers[:, columns].reshape(groups, tiles, tile).transpose(0, 1)
+            blob[..., at : at + 2 * tile] = numbers.contiguous().view(torch.uint8)
+        if trailing is not None:
+            _trailing_part(trailing, start + first, tiles, tile, groups)[:] = _nibbles(part & 15)
 
 
-def _codes_for(
-    grouped: Tensor, scale: Tensor, low: Tensor, bits: int, n_in: int
-) -> tuple[Tensor, float]:
-    """The nearest codes under fp16 scales and lows, and the largest error."""
-    step, start = scale.float()[:, None], low.float()[:, None]
-    inverse = torch.where(step > 0, 1 / step, torch.zeros_like(step))
-    codes = ((grouped - start) * inverse).round_().clamp_(0, 2**bits - 1)
-    error = float((torch.addcmul(start, codes, step) - grouped).abs().amax())
-    codes.flatten(0, 1)[n_in:] = 0
-    return codes.to(torch.uint8), error
+def _write_head(
+    high: Tensor, trailing: Tensor | None, start: int, codes: Tensor, scale: Tensor, low: Tensor
+) -> None:
+    """The same for the head, whose planes are (tiles, groups, bytes of a group)."""
+    groups, n = codes.shape[0], codes.shape[2] // HEAD_TILE
+    # (groups, j, half, c, tiles, output) to (tiles, groups, j, output, half, c)
+    codes = codes.view(groups, 4, 2, 4, n, HEAD_TILE).permute(4, 0, 1, 5, 2, 3).contiguous()
+    at = slice(start // HEAD_TILE, start // HEAD_TILE + n)
+    high[at, :, :256] = _joined(codes if trailing is None else codes >> 4, -2).flatten(2)
+    for begin, numbers in ((256, scale), (288, low)):
+        numbers = numbers.view(groups, n, HEAD_TILE).transpose(0, 1).contiguous()
+        high[at, :, begin : begin + 32] = numbers.view(torch.uint8)
+    if trailing is not None:
+        trailing[at] = _joined(codes & 15, -2).flatten(2)
 
 
 def _cuts(outputs: int) -> Iterator[tuple[int, int, int]]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vesicle.families.base import DecoderConfig
+from vesicle.families.base import Rotation
 from vesicle.plan import IntArray
 
 
 class Rotary:
     """Cosines and sines by position, made as far as they are needed."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype) -> None:
+    def __init__(self, rotation: Rotation, dtype: torch.dtype) -> None:
         """For a decoder that computes in `dtype`."""
-        self._frequencies = config.rotary_frequencies.float()
-        self._scale = config.rotary_scale
+        self._frequencies = rotation.frequencies.float()
+        self._scale = rotation.scale
         self._dtype = dtype
         self._size = 2 * len(self._frequencies)
         self._cos = torch.empty(0, 1, self._size, dtype=dtype)

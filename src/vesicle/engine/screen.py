@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from vesicle.engine import core
-from vesicle.engine.packed import HEAD_TILE, PackedHead, groups_of
+from vesicle.engine.encoding import groups_of
+from vesicle.engine.packed import HEAD_TILE, PackedHead
 
 LEAST_ROWS = 8192
 """Of a head that is worth a screen."""

@@ -56,11 +56,12 @@ class Sequence:
             self._interval = self.forgetter.interval
             if self.forgetter.reads_attention:
                 self.received = Received(shape)
-        self._answers: list[tuple[Events, IntArray]] = []  # of the first layers, at this length
-        self._left: list[IntArray] | None = None  # (G, n) of each layer, told but not done yet
+        self._answers: list[tuple[Events, IntArray]] = []  # of the first of them, at this length
+        self._left: list[IntArray] | None = None  # (G, n) of each of them, told but not done yet
         self.asking = False
         self.builder = PlanBuilder(shape, self.author.evict_after)
-        self.cache = SequenceCache(engine.pool, shape.n_layers)
+        self.cache = SequenceCache(engine.pool, shape.n_layers, shape.layer_windows)
+        self._full = np.nonzero(shape.layer_windows == 0)[0].tolist()  # layers that may forget
         self.prompts = Spans()
         self.taken_over = 0
         self.evicts_at = FOREVER
@@ -147,7 +148,7 @@ class Sequence:
             self._left = self._known() if self.forgetter is None else self._asked()
         self.cache.check_open()  # perhaps its forgetter has closed it
         self._most_bytes = self.kv_bytes_peak
-        for layer, left in enumerate(self._left):
+        for layer, left in zip(self._full, self._left, strict=True):
             self.cache.compact(layer, left)
         self._left = None
         if self.received is not None:
@@ -155,21 +156,21 @@ class Sequence:
         self.await_eviction()
 
     def _known(self) -> list[IntArray]:
-        """(G, n) positions of complete blocks that each layer keeps, as known beforehand."""
+        """(G, n) positions of complete blocks that layers keep, as known beforehand."""
         evict_after, length = self.author.evict_after, self.cache.length
         assert evict_after is not None
-        held = [held_entries(evict_after, layer, length) for layer in range(self.cache.n_layers)]
+        held = [held_entries(evict_after, layer, length) for layer in self._full]
         # As many in each head.
         return [entries[:, entries[0] < length // BLOCK * BLOCK] for entries in held]
 
     def _asked(self) -> list[IntArray]:
-        """(G, n) positions that each layer keeps, as the forgetter decides; the Plan takes note."""
+        """(G, n) positions that layers keep, as the forgetter decides; the Plan takes note."""
         assert self.forgetter is not None
         self.check_not_asking("read")
         self.flush()
         self.asking = True
         try:
-            for layer in range(len(self._answers), self.cache.n_layers):
+            for layer in self._full[len(self._answers) :]:
                 held, received = self.cache.held(layer), None
                 if self.received is not None:
                     received = self.received.sums[layer, :, : held.shape[1]]
@@ -285,7 +286,7 @@ class Sequence:
         """
         shape = self.engine.shape
         with self.engine.lock:
-            held = shape.n_layers * shape.position_bytes * self.length
+            held = shape.entries_held(self.length) * shape.position_bytes
             return replace(self.dense_cost_of(slice(None)), kv_bytes_held=held)
 
     @property

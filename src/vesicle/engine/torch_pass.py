@@ -20,6 +20,7 @@ from vesicle.engine.linear import normalise, project, survivors
 from vesicle.engine.packed import PackedHead
 from vesicle.engine.sampling import likeliest_of
 from vesicle.engine.sequence import Outcome, Sequence, Wanted
+from vesicle.families.base import Affine
 from vesicle.plan import FFN_BIG, FFN_SMALL, IntArray, Rows, resting_rows
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class TorchPass:
             [self.plan[rows] for rows in self.rows],
         )
         self.counters = Counters(engine.shape, n)
-        self.rotation = engine._rotary.at(self.all_positions)
+        self.rotations = [rotary.at(self.all_positions) for rotary in engine._rotaries]
         self.masks = Masks()
 
     def outcomes(self, wants: Wanted) -> list[Outcome]:
@@ -162,10 +163,12 @@ class TorchPass:
                 ],
                 dim=1,
             )
-        if config.rotary_layers[number]:
-            keys_queries = engine._rotary.rotate(keys_queries, self.rotation)
+        which = config.rotary_layers[number]
+        if which is not None:
+            keys_queries = engine._rotaries[which].rotate(keys_queries, self.rotations[which])
         keys, queries = keys_queries.split((shape.n_kv_heads, shape.n_heads), dim=1)
 
+        window = int(shape.layer_windows[number])
         mixed = x.new_empty(n, shape.query_width)
         for sequence, rows, positions in zip(
             self.sequences, self.rows, self.positions, strict=True
@@ -177,18 +180,21 @@ class TorchPass:
                 continue
             whole = bool(active.all())
             index = np.arange(rows.start, rows.stop)[active]
+            # What a window leaves behind is never asked about.
+            received = None if sequence.received is None or window else sequence.received
             out, visited, compared = attend(
                 (queries[rows] if whole else queries[torch.from_numpy(index)]).to(x.dtype),
                 cache,
                 number,
                 positions[active],
                 decided["kv_blocks"][rows][active],
-                engine._scale,
+                config.attention_scale,
                 sequence.stand_ins.summary,
                 self.masks,
-                None if sequence.received is None else sequence.received.sums[number],
+                None if received is None else received.sums[number],
+                window,
             )
-            if sequence.received is not None:
+            if received is not None:
                 self.counters.summed(number, index, visited)
             vectors = sequence.overhead.selection_vectors
             self.counters.attention(number, index, visited, compared, vectors)
@@ -199,14 +205,15 @@ class TorchPass:
         if runs.all():
             out, read = project(mixed, w.attention_out, channels[:, 1], bits[:, 1])
             self.counters.projection(1, number, read, w.attention_out.n_out, bits[:, 1])
-            return out
+            return self.post_normed(out, w.attention_post_norm)
         result = torch.zeros_like(hidden)
         read = np.zeros(n, np.int32)
         if runs.any():
             index = torch.from_numpy(np.nonzero(runs)[0])
-            result[index], read[runs] = project(
+            out, read[runs] = project(
                 mixed[index], w.attention_out, channels[runs, 1], bits[runs, 1]
             )
+            result[index] = self.post_normed(out, w.attention_post_norm)
         self.counters.projection(1, number, read, w.attention_out.n_out, bits[:, 1])
         self.small_module("attention", number, x, ~runs, result)
         return result
@@ -238,7 +245,14 @@ class TorchPass:
             inner = engine._activation(inner)
         out, read = project(inner, w.ffn_out, channels[:, 3], bits[:, 3])
         self.counters.projection(3, number, read, w.ffn_out.n_out, bits[:, 3], tokens)
-        return out
+        return self.post_normed(out, w.ffn_post_norm)
+
+    def post_normed(self, out: Tensor, norm: Affine | None) -> Tensor:
+        """What a module adds to the residual stream (N, D), of which some decoders take a norm."""
+        config = self.engine.config
+        if norm is None:
+            return out
+        return normalise(out, norm.weight, norm.bias, config.norm_eps, config.rms_norm)
 
     def small_module(
         self, kind: str, number: int, x: Tensor, chosen: NDArray[np.bool_], result: Tensor

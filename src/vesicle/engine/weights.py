@@ -1,8 +1,9 @@
 """Loads a decoder's weights into the engine's layout: joined by shared input, dense or packed.
 
 Dense weights are channel-major in one number format. Packed weights have 4- or 8-bit codes
-(`packed`). Where nothing is asked for, weights are packed to 4 bits if that loses nothing at all,
-as with models that come from a 4-bit file, and are kept as stored otherwise.
+(`packed`), the same everywhere or (`mixed`) as few as each projection can do with. Where nothing is
+asked for, weights of a quantised file are packed in the bits that they have there, others to 4 bits
+if that loses nothing at all, and are kept as stored otherwise.
 
 Tensors are read one at a time and encoded at once, so the peak is one packed model and the tensors
 of one projection.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vesicle.engine.encoding import GROUP, Grid
 from vesicle.engine.linear import ChannelMajor, Projection, logits
 from vesicle.engine.packed import (
-    GROUP,
     HALF_TILE,
     HEAD_TILE,
     PackedHead,
@@ -37,16 +38,17 @@ from vesicle.families.base import Affine, Lookup
 from vesicle.families.checks import check_tensors, flag
 from vesicle.models.checks import check_weights, read_config
 from vesicle.models.finite import check_finite
+from vesicle.models.groups import Groups, StoredGroups, read_groups
 from vesicle.shapes import ModelShape
 
-PACKED = {"int4": 4, "int8": 8}
-"""Packed formats, and the bits of their projections."""
+PACKED = {"int4": 4, "int8": 8, "mixed": None}
+"""Packed formats, and the bits of their projections; None where each has its own."""
 DENSE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 FORMATS = (*PACKED, *DENSE)
 HEAD_BITS = 8
 """Of the packed LM head and embedding, whatever the projections have."""
 _NAMES = {dtype: name for name, dtype in DENSE.items()}
-_BYTES = {name: (bits + 1) / 8 for name, bits in PACKED.items()} | {
+_BYTES = {name: ((bits or 4) + 1) / 8 for name, bits in PACKED.items()} | {
     name: float(dtype.itemsize) for name, dtype in DENSE.items()
 }
 """What a weight takes in memory, group scales included."""
@@ -67,9 +69,11 @@ class LayerWeights:
     attention_out: Projection
     query_norm: Affine | None
     key_norm: Affine | None
+    attention_post_norm: Affine | None
     ffn_norm: Affine
     ffn_in: Projection
     ffn_out: Projection
+    ffn_post_norm: Affine | None
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
@@ -78,8 +82,15 @@ class LayerWeights:
 
     @property
     def norms(self) -> tuple[Affine, ...]:
-        """The layer's two to four norms: those of queries and keys only where it has them."""
-        norms = (self.attention_norm, self.query_norm, self.key_norm, self.ffn_norm)
+        """The layer's two to six norms: only those that it has."""
+        norms = (
+            self.attention_norm,
+            self.query_norm,
+            self.key_norm,
+            self.attention_post_norm,
+            self.ffn_norm,
+            self.ffn_post_norm,
+        )
         return tuple(n for n in norms if n is not None)
 
 
@@ -96,6 +107,7 @@ class Weights:
         final_norm: Before the head.
         head: (V, D), the embedding itself where the two are tied, or packed.
         head_bias: (V,) or None; a packed head holds it too.
+        packing: What packing has cost, matrix by matrix; empty where nothing is packed.
     """
 
     config: DecoderConfig
@@ -106,6 +118,7 @@ class Weights:
     final_norm: Affine
     head: Tensor | PackedHead
     head_bias: Tensor | None
+    packing: tuple[Packing, ...] = ()
 
     @property
     def packed(self) -> bool:
@@ -132,18 +145,45 @@ class Weights:
         return held
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Embeddings (T, D) in `dtype` of token ids (T,)."""
+        """What enters the first layer (T, D), in `dtype`, of token ids (T,)."""
         if isinstance(self.embedding, PackedHead):
-            return self.embedding.rows(token_ids)
-        return self.embedding[token_ids].to(self.dtype)
+            rows = self.embedding.rows(token_ids)
+        else:
+            rows = self.embedding[token_ids].to(self.dtype)
+        scale = self.config.embedding_scale
+        return rows if scale == 1 else rows * scale
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (T, V) of the normed residual stream x (T, D), by the full LM head."""
-        return logits(x, self.head, self.head_bias)
+        return capped(logits(x, self.head, self.head_bias), self.config.logit_cap)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits under a soft cap c, in place: c tanh(x / c) (Gemma 2, 2024)."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _size(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """What packing a matrix, or several that are joined, has cost.
+
+    Attributes:
+        name: Of the (first) parameter.
+        kinds: How the parameters were stored in a quantised file, in order; empty if not known.
+        bits: Of a packed code.
+        error: The largest difference between a weight and what is given back.
+        largest: The largest magnitude of a weight.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    bits: int
+    error: float
+    largest: float
 
 
 class _InexactError(Exception):
@@ -214,7 +254,13 @@ def _build_exact(config: Any, lookup: Lookup, stored: Callable[[], torch.dtype])
     return _build(config, lookup, _NAMES[stored()])
 
 
-def _build(config: Any, lookup: Lookup, form: str, only_exact: bool = False) -> Weights:
+def _build(
+    config: Any,
+    lookup: Lookup,
+    form: str,
+    only_exact: bool = False,
+    groups: StoredGroups | None = None,
+) -> Weights:
     family = find_family(config)
     decoder = family.decoder_config(config)
     dense = DENSE.get(form)
@@ -224,7 +270,6 @@ def _build(config: Any, lookup: Lookup, form: str, only_exact: bool = False) -> 
         decoder.shape,
         weight_bytes=size,
         kv_bytes=size,
-        stored_bits=PACKED.get(form),
         head_bits=None if dense is not None else HEAD_BITS,
     )
     decoder = replace(decoder, shape=shape)
@@ -235,28 +280,66 @@ def _build(config: Any, lookup: Lookup, form: str, only_exact: bool = False) -> 
             return None
         return tensor.detach() if dense is None else tensor.detach().to(dense)
 
-    arena = None if dense is not None else Arena(_packed_bytes(shape, PACKED[form]))
+    arena = None if dense is not None else Arena(_packed_bytes(shape, PACKED[form] or 8))
+    packing: list[Packing] = []
 
     def placed(packed: PackedWeight | PackedHead) -> Any:
         assert arena is not None
         trailing = None if packed.trailing is None else arena.place(packed.trailing)
         return replace(packed, high=arena.place(packed.high), trailing=trailing)
 
-    def joined(*parts: Affine) -> Any:
+    def grid_of(parts: Sequence[Affine]) -> Grid | None:
+        return _joined_grid([groups.get(p.name) if groups and p.name else None for p in parts])
+
+    def needed(*parts: Affine) -> int:
+        """Bits of the codes of parts that are joined."""
+        if (asked := PACKED[form]) is not None:
+            return asked
+        grid = grid_of(parts)
+        if grid is not None:
+            return 4 if grid.bits <= 4 else 8
+        return (
+            4 if PackedWeight.stack([p.weight for p in parts], [None] * len(parts), 4).exact else 8
+        )
+
+    def joined(*parts: Affine, bits: int | None = None) -> Any:
         weights, biases = [p.weight for p in parts], [p.bias for p in parts]
         if dense is not None:
             return ChannelMajor.stack(weights, biases)
-        packed = PackedWeight.stack(weights, biases, PACKED[form])
+        bits = bits or needed(*parts)
+        packed = PackedWeight.stack(weights, biases, bits, _fitting(grid_of(parts), bits))
         if only_exact and not packed.exact:
             raise _InexactError
+        note(parts[0].name, [p.name for p in parts], packed, weights)
         return placed(packed)
+
+    def note(
+        name: str | None,
+        names: list[str | None],
+        packed: PackedWeight | PackedHead,
+        weights: list[Tensor],
+    ) -> None:
+        kinds = {} if groups is None else groups.kinds
+        packing.append(
+            Packing(
+                name=name or "a fused weight",
+                kinds=tuple(kinds[n] for n in names if n in kinds),
+                bits=packed.bits,
+                error=packed.error,
+                largest=max(float(w.abs().amax()) for w in weights),
+            )
+        )
 
     layers = []
     for number in range(shape.n_layers):
         t = family.layer_tensors(decoder, number, get)
         attention_in: Projection
         if dense is None:
-            attention_in = PackedPair(parts=(joined(t.value, t.key), joined(t.query)))
+            # A site's codes all have as many bits.
+            bits = max(needed(t.value, t.key), needed(t.query))
+            attention_in = PackedPair(
+                parts=(joined(t.value, t.key, bits=bits), joined(t.query, bits=bits))
+            )
         else:
             attention_in = joined(t.value, t.key, t.query)
         layers.append(
@@ -264,11 +347,13 @@ def _build(config: Any, lookup: Lookup, form: str, only_exact: bool = False) -> 
                 attention_norm=_norm(t.attention_norm, dense),
                 attention_in=attention_in,
                 attention_out=joined(t.out),
-                query_norm=None if t.query_norm is None else _norm(t.query_norm, dense),
-                key_norm=None if t.key_norm is None else _norm(t.key_norm, dense),
+                query_norm=_optional_norm(t.query_norm, dense),
+                key_norm=_optional_norm(t.key_norm, dense),
+                attention_post_norm=_optional_norm(t.attention_post_norm, dense),
                 ffn_norm=_norm(t.ffn_norm, dense),
                 ffn_in=joined(t.up) if t.gate is None else joined(t.gate, t.up),
                 ffn_out=joined(t.down),
+                ffn_post_norm=_optional_norm(t.ffn_post_norm, dense),
             )
         )
         del t
@@ -277,7 +362,10 @@ def _build(config: Any, lookup: Lookup, form: str, only_exact: bool = False) -> 
     embedding: Tensor | PackedHead = m.embedding
     head: Tensor | PackedHead = m.head
     if dense is None:
-        head = placed(PackedHead.pack(m.head, HEAD_BITS, m.head_bias))
+        grid = grid_of([Affine(weight=m.head, name=m.head_name)])
+        packed = PackedHead.pack(m.head, HEAD_BITS, m.head_bias, grid)
+        note(m.head_name, [m.head_name], packed, [m.head])
+        head = placed(packed)
         if m.head is m.embedding:
             embedding = head
         elif m.embedding.dtype == torch.bfloat16:
@@ -286,6 +374,12 @@ def _build(config: Any, lookup: Lookup, form: str, only_exact: bool = False) -> 
         else:
             embedding = PackedHead.pack(m.embedding, HEAD_BITS)
         _return_freed_memory()
+    if dense is None:
+        each = tuple(tuple(_bits(p) for p in layer.projections) for layer in layers)
+        alike = {bits for layer in each for bits in layer}
+        form = form if len(alike) > 1 else f"int{alike.pop()}"
+        stored_bits = PACKED[form] or each
+        decoder = replace(decoder, shape=replace(decoder.shape, stored_bits=stored_bits))
     return Weights(
         config=decoder,
         format=form,
@@ -295,7 +389,32 @@ def _build(config: Any, lookup: Lookup, form: str, only_exact: bool = False) -> 
         final_norm=_norm(m.final_norm, dense),
         head=head,
         head_bias=m.head_bias,
+        packing=tuple(packing),
     )
+
+
+def _bits(projection: Projection) -> int:
+    assert isinstance(projection, PackedWeight | PackedPair)
+    return projection.bits
+
+
+def _joined_grid(groups: list[Groups | None]) -> Grid | None:
+    """The grid of matrices side by side; None where any is not known to have one."""
+    known = [g for g in groups if g is not None]
+    if len(known) < len(groups):
+        return None
+    bits = max(g.bits for g in known)
+    return Grid(
+        bits=bits,
+        # Codes of fewer bits become leading bits of those of the others.
+        scale=torch.cat([g.scale / 2 ** (bits - g.bits) for g in known]),
+        low=torch.cat([g.low for g in known]),
+    )
+
+
+def _fitting(grid: Grid | None, bits: int) -> Grid | None:
+    """The grid, if codes of so many bits can hold it."""
+    return grid if grid is not None and grid.bits <= bits else None
 
 
 def _packed_bytes(shape: ModelShape, bits: int) -> int:
@@ -319,6 +438,10 @@ def _norm(norm: Affine, dense: torch.dtype | None) -> Affine:
         return norm
     bias = None if norm.bias is None else norm.bias.to(torch.float32, copy=True)
     return Affine(weight=norm.weight.to(torch.float32, copy=True), bias=bias)
+
+
+def _optional_norm(norm: Affine | None, dense: torch.dtype | None) -> Affine | None:
+    return None if norm is None else _norm(norm, dense)
 
 
 def _return_freed_memory() -> None:
@@ -357,8 +480,8 @@ def from_folder(
     Args:
         folder: As `resolve_model` returns.
         dtype: As in `build`.
-        weights: As in `build`; a dense store that no one asked for is bfloat16 where the file is,
-            else float32.
+        weights: As in `build`; if no one asks, weights of a quantised GGUF file are `mixed`, and a
+            dense store is bfloat16 where the file is, else float32.
 
     Raises:
         ModelError: If files are missing or damaged, a weight is not finite, or the machine has too
@@ -367,7 +490,7 @@ def from_folder(
     from safetensors import SafetensorError, safe_open
 
     form = _asked_for(dtype, weights)
-    config = read_config(folder)
+    config, groups = read_config(folder), read_groups(folder)
     stored = check_weights(folder, config, _BYTES[form or "int4"])
     tied = flag(config, "tie_word_embeddings")
 
@@ -386,6 +509,10 @@ def from_folder(
         return torch.bfloat16 if halves else torch.float32
 
     try:
-        return _build(config, lookup, form) if form else _build_exact(config, lookup, dense)
+        if form is None and groups is not None and groups.quantised:
+            form = "mixed"
+        if form is None:
+            return _build_exact(config, lookup, dense)
+        return _build(config, lookup, form, groups=groups)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read the weights in {folder}: {error}") from error

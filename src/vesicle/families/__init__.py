@@ -7,11 +7,16 @@ from typing import Any
 from vesicle.errors import ModelError
 from vesicle.families.base import DecoderConfig, Family
 from vesicle.families.cached import cache_argument, find_cache
+from vesicle.families.gemma3 import Gemma3Family
 from vesicle.families.gpt_neox import GptNeoxFamily
 from vesicle.families.llama import LlamaFamily
 from vesicle.families.settings import SETTINGS, Setting, settings_of
 
-FAMILIES: dict[str, type[Family]] = {"llama": LlamaFamily, "gpt_neox": GptNeoxFamily}
+FAMILIES: dict[str, type[Family]] = {
+    "llama": LlamaFamily,
+    "gemma3": Gemma3Family,
+    "gpt_neox": GptNeoxFamily,
+}
 
 __all__ = [
     "FAMILIES",

@@ -19,6 +19,19 @@ from vesicle.shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """Rotary phases.
+
+    Attributes:
+        frequencies: (R / 2,) radians per position, R the dimensions of a head that are rotated.
+        scale: Factor on the cosines and sines (YaRN).
+    """
+
+    frequencies: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A decoder's arithmetic, in one vocabulary for all families.
 
@@ -27,37 +40,45 @@ class DecoderConfig:
         rms_norm: True for RMSNorm, False for LayerNorm.
         norm_eps: Added to the variance.
         activation: Key of `ACTIVATIONS`.
-        rotary_frequencies: (rotary_size / 2,) radians per position.
-        rotary_scale: Factor on the cosines and sines (YaRN).
-        rotary_layers: Which layers rotate queries and keys.
+        rotaries: The rotary phases that layers have, all of as many dimensions.
+        rotary_layers: For each layer, which of them rotates queries and keys; None for none.
         parallel_residual: Whether attention and FFN both read the layer's input.
         context_window: Positions the model was made for.
+        attention_scale: Factor on the products of queries and keys.
+        embedding_scale: Factor on embeddings.
+        logit_cap: c of logits c tanh(x / c); None where they are x.
     """
 
     shape: ModelShape
     rms_norm: bool
     norm_eps: float
     activation: str
-    rotary_frequencies: Tensor
-    rotary_scale: float
-    rotary_layers: tuple[bool, ...]
+    rotaries: tuple[Rotation, ...]
+    rotary_layers: tuple[int | None, ...]
     parallel_residual: bool
     context_window: int
+    attention_scale: float
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Affine:
-    """A weight (out, in) or a norm's gain (D,), and its bias (out,) if it has one."""
+    """A weight (out, in) or a norm's gain (D,), and its bias (out,) if it has one.
+
+    `name` is that of the parameter whose weight it is, if it is all of it.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTensors:
     """One layer's parameters under names that every family shares.
 
-    `gate`, `query_norm` may be absent.
+    `gate` and the norms of queries and keys may be absent, and those of what a module gives.
     """
 
     attention_norm: Affine
@@ -71,19 +92,22 @@ class LayerTensors:
     gate: Affine | None
     up: Affine
     down: Affine
+    attention_post_norm: Affine | None = None
+    ffn_post_norm: Affine | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTensors:
     """Parameters outside the layers.
 
-    `head` (V, D) is the embedding itself where the two are tied.
+    `head` (V, D) is the embedding itself where the two are tied; `head_name` is the parameter's.
     """
 
     embedding: Tensor
     final_norm: Affine
     head: Tensor
     head_bias: Tensor | None
+    head_name: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +120,7 @@ class Presence:
         ffn_bias: Of every FFN projection.
         norm_bias: Of every norm.
         query_norm: Norms on queries and keys.
+        post_norm: Norms on what attention and FFN give to the residual stream.
     """
 
     qkv_bias: bool = False
@@ -103,19 +128,26 @@ class Presence:
     ffn_bias: bool = False
     norm_bias: bool = False
     query_norm: bool = False
+    post_norm: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerModules:
-    """One layer's modules in a Hugging Face model, by role."""
+    """One layer's modules in a Hugging Face model, by role.
+
+    `attention_end` and `ffn_end` give what is added to the residual stream: the modules themselves,
+    or norms of what they give.
+    """
 
     attention: nn.Module
     query_key_value: tuple[nn.Linear, ...]
     out: nn.Linear
+    attention_end: nn.Module
     ffn_norm: nn.Module
     ffn: nn.Module
     ffn_in: tuple[nn.Linear, ...]
     ffn_out: nn.Linear
+    ffn_end: nn.Module
 
 
 Lookup = Callable[[str], Tensor | None]
@@ -186,7 +218,8 @@ def need(lookup: Lookup, name: str) -> Tensor:
 
 def affine(lookup: Lookup, prefix: str) -> Affine:
     """`prefix.weight` and, where there is one, `prefix.bias`."""
-    return Affine(weight=need(lookup, f"{prefix}.weight"), bias=lookup(f"{prefix}.bias"))
+    name = f"{prefix}.weight"
+    return Affine(weight=need(lookup, name), bias=lookup(f"{prefix}.bias"), name=name)
 
 
 def optional_affine(lookup: Lookup, prefix: str) -> Affine | None:

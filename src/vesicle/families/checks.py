@@ -119,6 +119,20 @@ def epsilon(config: Any, name: str) -> float:
     return value
 
 
+def positive(config: Any, name: str) -> float:
+    """A number above 0 in the config.
+
+    Raises:
+        ModelError: If it is none.
+    """
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ModelError(
+            f"the model's config has {name} {reprlib.repr(value)}; allowed: numbers above 0"
+        )
+    return float(value)
+
+
 def check_divides(part: int, part_name: str, total: int, total_name: str) -> None:
     """Refuse sizes of which one should divide the other.
 
@@ -202,12 +216,15 @@ def _roles(
     yield "key weight", layer.key, (s.kv_width, s.width), p.qkv_bias
     yield "value weight", layer.value, (s.kv_width, s.width), p.qkv_bias
     yield "attention output weight", layer.out, (s.width, s.query_width), p.out_bias
+    post_norm = norm if p.post_norm else None
+    yield "norm of attention's output", layer.attention_post_norm, post_norm, False
     yield "query norm", layer.query_norm, head_norm, False
     yield "key norm", layer.key_norm, head_norm, False
     yield "FFN norm", layer.ffn_norm, norm, p.norm_bias
     yield "FFN gate weight", layer.gate, (s.ffn_width, s.width) if s.gated else None, p.ffn_bias
     yield "FFN up weight", layer.up, (s.ffn_width, s.width), p.ffn_bias
     yield "FFN down weight", layer.down, (s.width, s.ffn_width), p.ffn_bias
+    yield "norm of the FFN's output", layer.ffn_post_norm, post_norm, False
 
 
 def _check_affine(

@@ -53,7 +53,6 @@ class GptNeoxFamily(Family):
         width = whole(config, "hidden_size", MOST_WIDTH)
         n_heads = whole(config, "num_attention_heads", MOST_HEADS)
         check_divides(n_heads, "num_attention_heads", width, "hidden_size")
-        frequencies, scale = rotary(config, width // n_heads, partial=True)
         return DecoderConfig(
             shape=ModelShape(
                 n_layers=n_layers,
@@ -68,11 +67,11 @@ class GptNeoxFamily(Family):
             rms_norm=False,
             norm_eps=epsilon(config, "layer_norm_eps"),
             activation=check_activation(config.hidden_act),
-            rotary_frequencies=frequencies,
-            rotary_scale=scale,
-            rotary_layers=(True,) * n_layers,
+            rotaries=(rotary(config, width // n_heads, partial=True),),
+            rotary_layers=(0,) * n_layers,
             parallel_residual=flag(config, "use_parallel_residual", default=True),
             context_window=positions(config),
+            attention_scale=(width // n_heads) ** -0.5,
         )
 
     def presence(self, config: Any) -> Presence:
@@ -135,8 +134,10 @@ class GptNeoxFamily(Family):
             attention=layer.get_submodule("attention"),
             query_key_value=(linear("attention.query_key_value"),),
             out=linear("attention.dense"),
+            attention_end=layer.get_submodule("attention"),
             ffn_norm=layer.get_submodule("post_attention_layernorm"),
             ffn=layer.get_submodule("mlp"),
             ffn_in=(linear("mlp.dense_h_to_4h"),),
             ffn_out=linear("mlp.dense_4h_to_h"),
+            ffn_end=layer.get_submodule("mlp"),
         )

@@ -1,8 +1,8 @@
 """Llama, Mistral, Qwen2, Qwen3 and SmolLM3: RMSNorm, rotary grouped-query attention, gated FFN.
 
 They differ in biases (Qwen2), norms on queries and keys (Qwen3), layers without rotary phases
-(SmolLM3) and sliding windows (refused unless the window spans the whole context). SmolLM2 is a
-Llama by its config.
+(SmolLM3) and sliding windows (Mistral in every layer, Qwen and SmolLM3 in some). SmolLM2 is a Llama
+by its config.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from vesicle.families.checks import (
     whole,
 )
 from vesicle.families.rotary import rotary
-from vesicle.shapes import MOST_POSITIONS, ModelShape
+from vesicle.families.windows import SLIDING, windows_of
+from vesicle.shapes import ModelShape
 
 
 class LlamaFamily(Family):
@@ -68,11 +69,9 @@ class LlamaFamily(Family):
         else:
             head_size = whole(config, "head_dim", MOST_HEAD_SIZE)
         context = positions(config)
-        _refuse_sliding_window(config, n_layers, context)
         rotates: Sequence[Any] = [1] * n_layers
         if config.model_type == "smollm3":
             rotates = _rotating_layers(config, n_layers)
-        frequencies, scale = rotary(config, head_size)
         return DecoderConfig(
             shape=ModelShape(
                 n_layers=n_layers,
@@ -83,15 +82,16 @@ class LlamaFamily(Family):
                 ffn_width=whole(config, "intermediate_size", MOST_FFN_WIDTH),
                 gated=True,
                 vocabulary=whole(config, "vocab_size", MOST_VOCABULARY),
+                windows=_windows(config, n_layers, context),
             ),
             rms_norm=True,
             norm_eps=epsilon(config, "rms_norm_eps"),
             activation=check_activation(config.hidden_act),
-            rotary_frequencies=frequencies,
-            rotary_scale=scale,
-            rotary_layers=tuple(bool(r) for r in rotates),
+            rotaries=(rotary(config, head_size),),
+            rotary_layers=tuple(0 if r else None for r in rotates),
             parallel_residual=False,
             context_window=context,
+            attention_scale=head_size**-0.5,
         )
 
     def presence(self, config: Any) -> Presence:
@@ -126,13 +126,15 @@ class LlamaFamily(Family):
 
     def model_tensors(self, lookup: Lookup) -> ModelTensors:
         """Embedding, final norm and head."""
-        embedding = need(lookup, "model.embed_tokens.weight")
+        name = "model.embed_tokens.weight"
+        embedding = need(lookup, name)
         head = lookup(self.heads[0])
         return ModelTensors(
             embedding=embedding,
             final_norm=affine(lookup, "model.norm"),
             head=embedding if head is None else head,
             head_bias=None,
+            head_name=name if head is None else self.heads[0],
         )
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
@@ -151,10 +153,12 @@ class LlamaFamily(Family):
             attention=layer.get_submodule("self_attn"),
             query_key_value=tuple(linear(f"self_attn.{n}_proj") for n in "qkv"),
             out=linear("self_attn.o_proj"),
+            attention_end=layer.get_submodule("self_attn"),
             ffn_norm=layer.get_submodule("post_attention_layernorm"),
             ffn=layer.get_submodule("mlp"),
             ffn_in=(linear("mlp.gate_proj"), linear("mlp.up_proj")),
             ffn_out=linear("mlp.down_proj"),
+            ffn_end=layer.get_submodule("mlp"),
         )
 
 
@@ -173,30 +177,26 @@ def _rotating_layers(config: Any, n_layers: int) -> Sequence[Any]:
     return each[:n_layers]
 
 
-def _refuse_sliding_window(config: Any, n_layers: int, context: int) -> None:
-    """Refuse a model whose attention window is shorter than its context.
+def _windows(config: Any, n_layers: int, context: int) -> tuple[int, ...]:
+    """As `ModelShape.windows` has it.
 
     Raises:
-        ModelError: Naming the window and the context.
+        ModelError: As `windows_of`; of Llama itself, whose own code slides nowhere, for a window
+            that its config asks for.
     """
     window = getattr(config, "sliding_window", None)
-    layer_types = check_layer_types(getattr(config, "layer_types", None), n_layers)
-    slides = layer_types is not None and "sliding_attention" in layer_types
-    if config.model_type == "mistral":
-        slides = window is not None  # in every layer: Mistral's own code reads no layer_types
+    kinds = check_layer_types(getattr(config, "layer_types", None), n_layers)
+    if config.model_type == "mistral":  # in every layer: its own code reads no layer_types
+        kinds = None if window is None else [SLIDING] * n_layers
     elif config.model_type == "llama":
-        # Its own code reads neither of them, so that they can only stand there by mistake.
         on = getattr(config, "use_sliding_window", None) is not False
-        slides = slides or (window is not None and layer_types is None and on)
-    elif slides and window is None:
+        if window is not None and kinds is None and on:
+            kinds = [SLIDING] * n_layers
+    found = windows_of(config, kinds or [], context)
+    if found and config.model_type == "llama":
         raise ModelError(
-            "the model's config has 'sliding_attention' among its layer_types, and no "
-            "sliding_window for it (or use_sliding_window false)"
+            f"this model's config has a sliding window of {window} of its {context} positions, "
+            "which transformers' code for model type 'llama' does not read; it may be meant for "
+            "'mistral'"
         )
-    if window is not None and slides:
-        whole(config, "sliding_window", MOST_POSITIONS)
-        if window < context:
-            raise ModelError(
-                f"this model attends through a sliding window of {window} of its {context} "
-                "positions; sliding-window attention is not supported"
-            )
+    return found

@@ -15,18 +15,22 @@ import torch
 from torch import Tensor
 
 from vesicle.errors import ModelError
+from vesicle.families.base import Rotation
 from vesicle.families.checks import check_rotary
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def rotary(config: Any, head_size: int, *, partial: bool = False) -> tuple[Tensor, float]:
-    """Rotary frequencies (R / 2,) in radians per position, and the factor on cosines and sines.
+def rotary(
+    config: Any, head_size: int, *, partial: bool = False, kind: str | None = None
+) -> Rotation:
+    """The rotary phases of a config.
 
     Args:
         config: As transformers' class reads it: with every setting in `rope_parameters`.
         head_size: Dimensions of a head.
         partial: Whether the architecture can rotate a part of a head.
+        kind: Of the layers that have them, where `rope_parameters` differ by kind of layer.
 
     Raises:
         ModelError: For a scaling that is not supported, for a part of the head where the
@@ -37,8 +41,15 @@ def rotary(config: Any, head_size: int, *, partial: bool = False) -> tuple[Tenso
         raise ModelError(
             f"the model's config has rope_parameters {reprlib.repr(parameters)}; allowed: an object"
         )
+    if kind is not None:
+        parameters = parameters.get(kind)
+        if not isinstance(parameters, dict):
+            raise ModelError(
+                f"the model's config has rope_parameters {reprlib.repr(parameters)} of {kind!r}; "
+                "allowed: an object for each kind of layer"
+            )
     try:
-        frequencies, scale = _rotary(config, head_size, parameters)
+        frequencies, scale = _rotary(config, head_size, parameters, kind)
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"the model's config has rope_parameters {reprlib.repr(parameters)} that make no sense "
@@ -52,14 +63,16 @@ def rotary(config: Any, head_size: int, *, partial: bool = False) -> tuple[Tenso
             f"the model's config has partial_rotary_factor {share}; "
             f"model type {config.model_type!r} rotates whole heads: allowed: 1.0"
         )
-    return frequencies, scale
+    return Rotation(frequencies=frequencies, scale=scale)
 
 
-def _rotary(config: Any, head_size: int, parameters: dict[str, Any]) -> tuple[Tensor, float]:
+def _rotary(
+    config: Any, head_size: int, parameters: dict[str, Any], of_kind: str | None
+) -> tuple[Tensor, float]:
     if nested := [name for name, value in parameters.items() if isinstance(value, dict)]:
         raise ModelError(
-            f"the model's config has rope_parameters of their own for {nested[0]!r}; rotary phases "
-            "that differ by kind of layer are not supported"
+            f"the model's config has rope_parameters of their own for {nested[0]!r}; "
+            f"model type {config.model_type!r} rotates all layers alike"
         )
     kind = parameters.get("rope_type", "default")
     if kind not in ROPE_TYPES:
@@ -78,5 +91,6 @@ def _rotary(config: Any, head_size: int, parameters: dict[str, Any]) -> tuple[Te
         return 1.0 / (parameters["rope_theta"] ** powers), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    named = {} if of_kind is None else {"layer_type": of_kind}
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **named)
     return frequencies, float(scale)

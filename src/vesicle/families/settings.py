@@ -18,7 +18,9 @@ from vesicle.families.checks import MOST_LAYERS, check_divides, check_layer_type
 
 Role = Literal["carried", "folded", "no effect", "refused"]
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-ALL = (*LLAMA_LIKE, "gpt_neox")
+GEMMA = ("gemma3_text",)
+RMS = (*LLAMA_LIKE, *GEMMA)
+ALL = (*RMS, "gpt_neox")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +87,31 @@ SETTINGS: tuple[Setting, ...] = (
     _carried(
         "num_key_value_heads", "KV heads; null: as many as query heads", "the same", LLAMA_LIKE
     ),
+    _carried("num_key_value_heads", "KV heads", "the same", GEMMA),
     _carried("head_dim", "size of a head; null: width / heads", "the same", LLAMA_LIKE),
+    _carried("head_dim", "size of a head", "the same", GEMMA),
     _carried("intermediate_size", "FFN width", "the same"),
     _carried("vocab_size", "rows of embedding and head", "the same"),
-    _carried("hidden_act", "activation of the FFN", "the same; refused if not among the known"),
-    _carried("rms_norm_eps", "added to the variance", "the same", LLAMA_LIKE),
+    _carried(
+        "hidden_act",
+        "activation of the FFN",
+        "the same; refused if not among the known",
+        (*LLAMA_LIKE, "gpt_neox"),
+    ),
+    _carried(
+        "hidden_activation",
+        "activation of the FFN",
+        "the same; refused if not among the known",
+        GEMMA,
+    ),
+    _carried("rms_norm_eps", "added to the variance", "the same", RMS),
     _carried("layer_norm_eps", "added to the variance", "the same", ("gpt_neox",)),
     _carried("tie_word_embeddings", "whether the head is the embedding", "the same"),
     _carried(
         "attention_bias",
         "biases of queries, keys, values and output",
         "the same",
-        ("llama", "qwen3", "smollm3", "gpt_neox"),
+        ("llama", "qwen3", "smollm3", "gpt_neox", *GEMMA),
     ),
     _idle("attention_bias", "not read: Qwen2 always has three", ("mistral", "qwen2")),
     _carried("mlp_bias", "biases of the FFN", "the same", ("llama", "smollm3")),
@@ -114,10 +129,18 @@ SETTINGS: tuple[Setting, ...] = (
         "rotary base, scaling and rotated part of a head",
         "the same for `default`, `linear`, `llama3`, `yarn`; others, parts of a head outside "
         "`gpt_neox` and parameters by kind of layer are refused",
+        (*LLAMA_LIKE, "gpt_neox"),
+    ),
+    _carried(
+        "rope_parameters",
+        "rotary base and scaling of each kind of layer",
+        "the same for `default`, `linear`, `llama3`, `yarn`; others are refused",
+        GEMMA,
     ),
     _folded("rope_scaling", "`rope_parameters`; wins over it where both are there"),
-    _folded("rope_theta", "`rope_parameters`", LLAMA_LIKE),
-    _folded("partial_rotary_factor", "`rope_parameters`", LLAMA_LIKE),
+    _folded("rope_theta", "`rope_parameters`", RMS),
+    _folded("rope_local_base_freq", "`rope_parameters`, of sliding attention", GEMMA),
+    _folded("partial_rotary_factor", "`rope_parameters`", RMS),
     _folded("original_max_position_embeddings", "`rope_parameters`"),
     _folded(
         "rotary_pct", "`rope_parameters`: `partial_rotary_factor`, 0.25 by default", ("gpt_neox",)
@@ -130,8 +153,8 @@ SETTINGS: tuple[Setting, ...] = (
     _carried(
         "sliding_window",
         "window of every layer (Mistral), or of those that `layer_types` names; Llama reads none",
-        "refused if a layer has it and it is shorter than the context window",
-        LLAMA_LIKE,
+        "the same; Llama: refused if it is shorter than the context window",
+        RMS,
     ),
     _carried(
         "use_sliding_window",
@@ -144,24 +167,31 @@ SETTINGS: tuple[Setting, ...] = (
         "layer_types",
         "kind of attention of each layer",
         "the same; other names than `full_attention` and `sliding_attention` are refused",
-        ("qwen2", "qwen3", "smollm3"),
+        ("qwen2", "qwen3", "smollm3", *GEMMA),
     ),
+    _folded("sliding_window_pattern", "`layer_types`, where that is not given", GEMMA),
+    _carried(
+        "query_pre_attn_scalar", "s of the factor s^-0.5 on attention scores", "the same", GEMMA
+    ),
+    _carried("final_logit_softcapping", "c of logits c tanh(x / c); null: none", "the same", GEMMA),
     # What these models' code does not have, and would change every answer if it had.
     _refused("quantization_config", transformers="unpacks the weights as it says"),
     _refused("per_layer_config", {}, transformers="other sizes for some layers"),
-    _refused("no_rope_layers", [], types=("llama", "mistral", "qwen2", "qwen3", "gpt_neox")),
+    _refused(
+        "no_rope_layers", [], types=("llama", "mistral", "qwen2", "qwen3", "gpt_neox", *GEMMA)
+    ),
     _refused("head_dim", types=("gpt_neox",), transformers="read by a part of the code"),
-    _refused("rotary_pct", 1.0, types=LLAMA_LIKE),
+    _refused("rotary_pct", 1.0, types=RMS),
     _refused("rope_interleaved", False),
     _refused("attention_multiplier"),
-    _refused("query_pre_attn_scalar"),
+    _refused("query_pre_attn_scalar", types=(*LLAMA_LIKE, "gpt_neox")),
     _refused("embedding_multiplier", 1.0),
     _refused("residual_multiplier", 1.0),
     _refused("logits_scaling", 1.0),
     _refused("logit_scale", 1.0),
     _refused("scale_emb", 1.0),
     _refused("attn_logit_softcapping"),
-    _refused("final_logit_softcapping"),
+    _refused("final_logit_softcapping", types=(*LLAMA_LIKE, "gpt_neox")),
     _refused("attention_chunk_size"),
     _refused("clip_qkv"),
     _refused("alibi", False),
@@ -190,6 +220,7 @@ SETTINGS: tuple[Setting, ...] = (
     _idle("bos_token_id", _TEXT),
     _idle("eos_token_id", _TEXT, here="ends a generation"),
     _idle("pad_token_id", _TEXT),
+    _idle("_sliding_window_pattern", _FILE, GEMMA),
     _idle("architectures", _FILE),
     _idle("transformers_version", _FILE),
     _idle("dtype", "number format of the weights", here="of the weights as stored, or as asked"),
@@ -197,6 +228,10 @@ SETTINGS: tuple[Setting, ...] = (
     _idle("_name_or_path", _FILE),
 )
 """A setting may be here twice, for other model types."""
+
+
+_NULL = {"sliding_window", "final_logit_softcapping"}
+"""Carried settings that may be null."""
 
 
 def settings_of(model_type: str) -> dict[str, Setting]:
@@ -231,7 +266,7 @@ def refuse_foreign(values: Mapping[str, Any]) -> None:
         check_layer_types(values.get("layer_types"), layers)
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
     # Classes say it in words of their own; Qwen3's has a default for the size of a head.
-    if values.get("head_dim") is None and values["model_type"] != "qwen3":
+    if values.get("head_dim") is None and values["model_type"] not in ("qwen3", *GEMMA):
         if isinstance(heads, int) and isinstance(width, int) and heads > 0:
             check_divides(heads, "num_attention_heads", width, "hidden_size")
 
@@ -285,6 +320,11 @@ def is_spelled_out(values: Mapping[str, Any]) -> bool:
     spelled = {"rope_type", "rope_theta"}
     if model_type == "gpt_neox":
         spelled.add("partial_rotary_factor")
+    each = [rope]
+    if model_type in GEMMA:
+        each = list(rope.values())
+        if rope.keys() != {"full_attention", "sliding_attention"}:
+            return False
     # Current versions write these two as well; they act where what they are folded into is absent.
     folded = {name for name, s in known.items() if s.role == "folded"}
     folded -= {"no_rope_layer_interval", "max_window_layers"}
@@ -293,10 +333,14 @@ def is_spelled_out(values: Mapping[str, Any]) -> bool:
     return (
         carried <= values.keys()
         and not folded & values.keys()
-        and rope.keys() == spelled
-        and rope["rope_type"] == "default"
-        and all(values[name] is not None for name in carried - {"sliding_window"})
-        and (model_type == "mistral" or values.get("sliding_window") is None)
+        and all(isinstance(one, dict) and one.keys() == spelled for one in each)
+        and all(one["rope_type"] == "default" for one in each)
+        and all(values[name] is not None for name in carried - _NULL)
+        and (
+            values.get("sliding_window") is None
+            or model_type in ("mistral", *GEMMA)
+            or values.get("use_sliding_window") is True
+        )
     )
 
 
@@ -307,7 +351,7 @@ def settings_table() -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for s in SETTINGS:
-        short = {ALL: "all", LLAMA_LIKE: "all but gpt_neox"}
+        short = {ALL: "all", RMS: "all but gpt_neox", LLAMA_LIKE: ", ".join(LLAMA_LIKE)}
         of = short.get(s.model_types, ", ".join(s.model_types))
         lines.append(f"| `{s.name}` | {of} | {s.transformers} | {s.here} | {s.role} |")
     return "\n".join(lines)

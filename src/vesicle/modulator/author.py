@@ -138,7 +138,15 @@ class ModulatorAuthor(Author):
         """Decided by what the layer before released; the first layer rests."""
         if layer > 0 and self._released is not None:
             last = layer == self._shape.n_layers - 1
-            decide(self._rules, self._released, positions, rows, next_layer=True, last_layer=last)
+            decide(
+                self._rules,
+                self._released,
+                positions,
+                rows,
+                next_layer=True,
+                last_layer=last,
+                window=int(self._shape.layer_windows[layer]),
+            )
 
     def ffn(self, layer: int, hidden: Tensor, positions: IntArray, rows: Rows) -> None:
         """Release levels for the tokens' hidden states (T, D) and decide."""
@@ -166,7 +174,15 @@ class ModulatorAuthor(Author):
             )
         self._levels[-1][:, layer] = self._released = table
         last = layer == self._shape.n_layers - 1
-        decide(self._rules, table, positions, rows, next_layer=False, last_layer=last)
+        decide(
+            self._rules,
+            table,
+            positions,
+            rows,
+            next_layer=False,
+            last_layer=last,
+            window=int(self._shape.layer_windows[layer]),
+        )
 
     def _predict(self, layer: int, hidden: Tensor, positions: IntArray) -> FloatArray:
         """The predictor's levels (T, A) for hidden states (T, D)."""
@@ -213,5 +229,6 @@ def plan_rows(
                     rows[:, layer],
                     next_layer=next_layer,
                     last_layer=last,
+                    window=int(shape.layer_windows[layer]),
                 )
     return rows

@@ -221,11 +221,12 @@ class Modulator(nn.Module):
         Raises:
             ModelError: Naming the first size that differs.
         """
-        for name, value in shape.fingerprint().items():
-            if self.info.model.get(name) != value:
+        wanted, found = self.info.model, shape.fingerprint()
+        for name in [*found, *wanted]:
+            if wanted.get(name) != found.get(name):
                 raise ModelError(
                     f"this modulator was made for {self.info.model_name or 'a model'} with {name} "
-                    f"{self.info.model.get(name)}; this model has {value}"
+                    f"{wanted.get(name)}; this model has {found.get(name)}"
                 )
 
     def save_pretrained(self, folder: Path | str) -> None:

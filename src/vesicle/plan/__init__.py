@@ -11,7 +11,7 @@ channels     (T, L, 4)   input channels read, largest magnitude first, at each s
 bits         (T, L, 4)   weight bits read at each site: 16 (the stored weights), 8, 4, 3 or 2
 ffn          (T, L)      FFN module: 0 skip, 1 small (stand-in), 2 big
 attention    (T, L)      1 attention runs, 0 its stand-in; keys and values are written either way
-kv_blocks    (T, L)      blocks of 16 cached positions that the query reads, per KV head
+kv_blocks    (T, L)      blocks of 16 cached positions that the query reads, of those it sees
 head         (T,)        LM head: 0 whole; m screens it by leading bits, then ranks the m best
 ===========  ==========  =====================================================================
 
@@ -37,7 +37,6 @@ from vesicle.plan.given import Dense, Replay
 from vesicle.plan.layout import FIELDS, Field
 from vesicle.plan.plan import Plan
 from vesicle.plan.rows import (
-    BLOCK,
     FFN_BIG,
     FFN_SKIP,
     FFN_SMALL,
@@ -49,8 +48,8 @@ from vesicle.plan.rows import (
     check_rows,
     numbers,
     resting_rows,
-    visible_blocks,
 )
+from vesicle.plan.windows import BLOCK, visible_blocks
 from vesicle.shapes import FULL_BITS
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vesicle.plan.events import Events, forgetting, joined
+from vesicle.plan.events import FOREVER, Events, check_windows, forgetting, joined
 from vesicle.plan.plan import Plan
 from vesicle.plan.rows import ROW, IntArray, Rows
 from vesicle.shapes import ModelShape
@@ -38,7 +38,12 @@ class PlanBuilder:
         Args:
             shape: Of the model.
             evict_after: As `Author.evict_after` tells.
+
+        Raises:
+            VesicleError: If an entry of a windowed layer is to be forgotten.
         """
+        if evict_after is not None:
+            check_windows((evict_after != FOREVER).any((0, 2)), shape)
         self._shape = shape
         self._evict_after = evict_after
         self._forgetting: Events | None = None

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vesicle.errors import VesicleError
-from vesicle.plan.rows import BLOCK, IntArray
+from vesicle.plan.rows import IntArray
+from vesicle.plan.windows import BLOCK
+from vesicle.shapes import ModelShape
 
 FOREVER = 2**31 - 1
 """Of an entry that is never forgotten."""
@@ -128,6 +130,24 @@ def check_events(events: Events, n_tokens: int, n_layers: int, n_heads: int) -> 
             f"allowed: {events['first'][at]} and above, its 'first'"
         )
     check_evict_after(evict_after_of(events, n_tokens, n_layers, n_heads))
+
+
+def check_windows(forgets: NDArray[np.bool_], shape: ModelShape) -> None:
+    """Refuse to forget entries of windowed layers: their window alone says what they hold.
+
+    Args:
+        forgets: (L,) of which layers entries are forgotten.
+        shape: Of the model.
+
+    Raises:
+        VesicleError: Naming the layer.
+    """
+    bad = np.nonzero(forgets & (shape.layer_windows > 0))[0]
+    if len(bad):
+        raise VesicleError(
+            f"entries of layer {bad[0]} are to be forgotten, which attends through a window of "
+            f"{shape.windows[bad[0]]} positions; allowed: layers that see all entries"
+        )
 
 
 def check_evict_after(evict_after: IntArray) -> None:

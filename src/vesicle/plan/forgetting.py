@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from vesicle.errors import VesicleError
 from vesicle.plan.events import ALL_HEADS, EVENT, FORGET, Events, table_of
-from vesicle.plan.rows import BLOCK, IntArray
+from vesicle.plan.rows import IntArray
+from vesicle.plan.windows import BLOCK
 from vesicle.shapes import Overhead
 
 if TYPE_CHECKING:

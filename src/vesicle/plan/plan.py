@@ -21,6 +21,7 @@ from vesicle.plan.events import (
     N_EVENT,
     Events,
     check_events,
+    check_windows,
     evict_after_of,
     forgetting,
 )
@@ -139,6 +140,8 @@ class Plan:
         check_rows(self.rows, shape, np.arange(self.n_tokens, dtype=np.int32))
         if len(self.events):
             check_events(self.events, self.n_tokens, self.n_layers, shape.n_kv_heads)
+            layers = np.isin(np.arange(self.n_layers), self.events["layer"])
+            check_windows(layers, shape)
 
     def save(self, path: Path | str) -> None:
         """Write the Plan to a safetensors file, atomically: a tensor for each field."""

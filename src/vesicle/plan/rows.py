@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from vesicle.errors import VesicleError
 from vesicle.plan.layout import FIELDS, FULL, N_NUMBERS, SMALLEST, VISIBLE, places
+from vesicle.plan.windows import visible_blocks
 from vesicle.shapes import ModelShape
 
 IntArray = NDArray[np.int32]
@@ -22,7 +23,6 @@ Rows = NDArray[np.void]
 """A structured array of `ROW`."""
 
 SITES = ("attention_in", "attention_out", "ffn_in", "ffn_out")
-BLOCK = 16
 FFN_SKIP, FFN_SMALL, FFN_BIG = 0, 1, 2
 
 ROW = np.dtype([(f.name, np.int32, (f.width,) if f.width > 1 else ()) for f in FIELDS])
@@ -52,11 +52,6 @@ def check_kept(rows: Rows, before: IntArray, layer: int) -> None:
             f"the attention of layer {layer} is changed after it has run; an author writes "
             "channels and bits of sites 0 and 1, attention and kv_blocks in `attention`"
         )
-
-
-def visible_blocks(positions: IntArray) -> IntArray:
-    """Blocks of 16 that hold positions 0..t, for queries at `positions` (any shape)."""
-    return (positions // BLOCK + 1).astype(np.int32)
 
 
 def numbers(rows: Rows) -> IntArray:
@@ -132,7 +127,8 @@ def _values(
 ) -> IntArray:
     """(T, len(layers), N) an attribute of every field, as numbers."""
     table = np.zeros((len(positions), len(layers), N_NUMBERS), np.int32)
-    visible = visible_blocks(positions)[:, None, None]
+    windows = shape.layer_windows[layers]
+    visible = visible_blocks(positions[:, None], windows)[..., None]
     for field in FIELDS:
         part = table[..., PLACES[field.name] :][..., : field.width]
         number = _number(getattr(field, which), shape, visible)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks, selected_blocks, summarise
 from vesicle.effectors import GabaSparsity
-from vesicle.plan import BLOCK
+from vesicle.plan import BLOCK, visible_blocks
 from vesicle.reference.memory import Memory
 
 PREFIX = "vesicle_"
@@ -43,6 +43,7 @@ class BlockRule:
         memories: For each sequence what it still sees of the layer's entries, or None if all; None
             if no sequence forgets.
         attends: (B, T) the queries that run, whose attention counts as received; padding does not.
+        window: Newest positions that a query sees; 0 for all.
     """
 
     positions: Tensor
@@ -53,6 +54,7 @@ class BlockRule:
     effector: GabaSparsity
     memories: list[Memory | None] | None = None
     attends: Tensor | None = None
+    window: int = 0
 
 
 def register() -> None:
@@ -161,7 +163,7 @@ def _received(query: Tensor, key: Tensor, rule: BlockRule, scale: float, attends
     b, h, t, k = query.shape
     g = key.shape[1]
     rank = rank_blocks(query, summarise(key, rule.effector.summary), rule.positions, scale)
-    allowed = _allowed(rank, rule.kv_blocks, rule.positions, key.shape[2])
+    allowed = _allowed(rank, rule.kv_blocks, rule.positions, key.shape[2], rule.window)
     grouped = query.reshape(b, g, h // g, t, k)
     scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)) * scale
     exact = torch.promote_types(scores.dtype, torch.float32)
@@ -169,7 +171,9 @@ def _received(query: Tensor, key: Tensor, rule: BlockRule, scale: float, attends
     return (chances * attends[:, None, None, :, None]).sum((0, 2, 3))
 
 
-def _allowed(rank: Tensor, kv_blocks: Tensor, positions: Tensor, length: int) -> Tensor:
+def _allowed(
+    rank: Tensor, kv_blocks: Tensor, positions: Tensor, length: int, window: int
+) -> Tensor:
     """(B, G, 1, T, S) which of the first S keys each query reads.
 
     Args:
@@ -177,13 +181,21 @@ def _allowed(rank: Tensor, kv_blocks: Tensor, positions: Tensor, length: int) ->
         kv_blocks: (B, T) blocks read.
         positions: (B, T) of the queries.
         length: S.
+        window: Newest positions that a query sees; 0 for all.
     """
     slots = torch.arange(length, device=rank.device)
-    causal = slots <= positions[:, None, None, :, None]
     blocks = selected_blocks(rank, kv_blocks)  # (B, T, G, N)
-    allowed = blocks.permute(0, 2, 1, 3)[:, :, None, :, slots // BLOCK] & causal
+    shown = _shown(slots, positions, window)
+    allowed = blocks.permute(0, 2, 1, 3)[:, :, None, :, slots // BLOCK] & shown
     # Padding queries have no position of their own; let them see slot 0 rather than nothing.
     return allowed | ((slots == 0) & (positions[:, None, None, :, None] <= 0))
+
+
+def _shown(slots: Tensor, positions: Tensor, window: int) -> Tensor:
+    """(B, 1, 1, T, S) which of slots (S,) causality and the window show queries (B, T)."""
+    places = positions[:, None, None, :, None]
+    shown = slots <= places
+    return shown & (slots > places - window) if window else shown
 
 
 def _one_offset(
@@ -199,11 +211,15 @@ def _one_offset(
     g = key.shape[1]
     positions = rule.positions[rows]
     length = int(positions.max()) + 1  # a static cache is longer than what was written
+    gone = offset + length - key.shape[2]
+    if gone > 0:  # the cache of a windowed layer keeps the newest entries; no query sees the others
+        key, value = (nn.functional.pad(x, (0, 0, gone, 0)) for x in (key, value))
     key, value = key[:, :, offset : offset + length], value[:, :, offset : offset + length]
     with torch.no_grad():
-        rank = rank_blocks(query, summarise(key, rule.effector.summary), positions, scale)
+        summaries = summarise(key, rule.effector.summary)
+        rank = rank_blocks(query, summaries, positions, scale, window=rule.window)
     if rule.kv_blocks is not None:
-        allowed = _allowed(rank, rule.kv_blocks[rows], positions, length)
+        allowed = _allowed(rank, rule.kv_blocks[rows], positions, length, rule.window)
         # Query heads that share a KV head become the heads of one batch entry: no repeated keys.
         shared = (b * g, h // g, length, k)
         out = nn.functional.scaled_dot_product_attention(
@@ -216,13 +232,14 @@ def _one_offset(
         return out.transpose(1, 2).contiguous()
     assert rule.level is not None
     slots = torch.arange(length, device=query.device)
-    causal = slots <= positions[:, None, None, :, None]  # (B, 1, 1, T, S)
+    shown = _shown(slots, positions, rule.window)
     grouped = query.reshape(b, g, h // g, t, k)
-    visible = positions // BLOCK + 1
+    seen = visible_blocks(positions.cpu().numpy(), rule.window)
+    visible = torch.from_numpy(seen).to(positions.device)
     mask = rule.effector.mask(rule.level[rows], rank, visible, rule.temperature)
     weights = mask.permute(0, 2, 1, 3)[:, :, None, :, slots // BLOCK]  # (B, G, 1, T, S)
     scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)) * scale
-    scores = scores.masked_fill(~causal, -torch.inf)
+    scores = scores.masked_fill(~shown, -torch.inf)
     # Weights act after the softmax, so that a block of weight 0 still has a gradient towards being
     # read.
     chances = scores.softmax(-1, dtype=torch.float32).to(value.dtype) * weights.to(value.dtype)

@@ -61,8 +61,11 @@ def _marks(cache: Any, length: int) -> Tensor | None:
         return None
     if cache.offloading:
         torch.accelerator.synchronize()  # the first layer may be on its way back
-    keys = cache.layers[0].keys
-    if keys is None or keys.ndim != 4 or keys.shape[2] < length:
+    layer = cache.layers[0]
+    keys = layer.keys
+    if keys is None or keys.ndim != 4:
+        return None
+    if keys.shape[2] < length and not getattr(layer, "is_sliding", False):
         return None
     keys = keys.detach()[:, :, :length]
     return keys.view(_INTEGERS[keys.element_size()]).sum((1, 3), dtype=torch.int64).cpu()
@@ -82,8 +85,9 @@ def check_mask(mask: Any, offsets: Sequence[int], past: int, t: int) -> None:
         VesicleError: If it hides anything else, or disagrees with the positions.
     """
     if isinstance(mask, Mapping):
-        for part in mask.values():
-            check_mask(part, offsets, past, t)
+        for kind, part in mask.items():
+            if kind != "sliding_attention":  # made from the same padding, with the window added
+                check_mask(part, offsets, past, t)
     elif isinstance(mask, Tensor) and mask.ndim == 2:
         rows = mask.bool().expand(len(offsets), -1).tolist()
         for row, (seen, offset) in enumerate(zip(rows, offsets, strict=True)):

@@ -158,7 +158,10 @@ class ForwardPass:
         return all(author.rests for author in self.run.authors)
 
     def memory(self, i: int) -> list[Memory] | None:
-        """What the layers of a new sequence will hold; None if it never forgets."""
+        """What the layers of a new sequence will hold; None if it never forgets.
+
+        Windowed layers have one that is never looked at: their window alone forgets.
+        """
         author, note = self.run.authors[i], self.run.builders[i].forget
         forgetter, shape = forgetter_of(author), self.run.shape
         if forgetter is not None:
@@ -170,6 +173,8 @@ class ForwardPass:
 
     def forgetting(self, layer: int) -> list[Memory | None] | None:
         """Each sequence's memory of a layer; None where this pass would see no difference."""
+        if self.run.shape.layer_windows[layer]:
+            return None
         found: list[Memory | None] = []
         for author, memory, p in zip(
             self.run.authors, self.memories, self.numpy_positions, strict=True

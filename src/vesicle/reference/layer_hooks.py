@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vesicle.effectors import GabaSparsity
 from vesicle.effectors.dopamine_precision import largest
 from vesicle.nested import NestedWeight
-from vesicle.plan import FFN_BIG, FFN_SMALL, FULL_BITS, Rows
+from vesicle.plan import FFN_BIG, FFN_SMALL, FULL_BITS, Rows, visible_blocks
 from vesicle.reference.attention import RULE, BlockRule
 from vesicle.reference.memory import Memory
 from vesicle.transmitters import index
@@ -29,6 +29,7 @@ class LayerHooks:
         self.run, self.number, self.layer = run, number, layer
         self.modules = run.family.modules(layer)
         self.parallel = run.decoder.parallel_residual
+        self.window = int(run.shape.layer_windows[number])
         self.decided: list[Rows] = []  # of this layer, per sequence
         self.levels_attention: Tensor | None = None
         self.levels_ffn: Tensor | None = None
@@ -43,11 +44,11 @@ class LayerHooks:
         handles = [
             m.attention.register_forward_pre_hook(self.before_attention, with_kwargs=True),
             m.out.register_forward_pre_hook(self.before_out),
-            m.attention.register_forward_hook(self.after_attention),
+            m.attention_end.register_forward_hook(self.after_attention),
             m.ffn_norm.register_forward_pre_hook(self.before_ffn_norm),
             m.ffn.register_forward_pre_hook(self.before_ffn),
             m.ffn_out.register_forward_pre_hook(self.before_ffn_out),
-            m.ffn.register_forward_hook(self.after_ffn),
+            m.ffn_end.register_forward_hook(self.after_ffn),
         ]
         for site, linears in enumerate((m.query_key_value, (m.out,), m.ffn_in, (m.ffn_out,))):
             for linear in linears:
@@ -68,10 +69,10 @@ class LayerHooks:
         if self.run.soft is not None:
             self.levels_attention = state.levels
             if state.levels is None:
-                self.run.charged.attention(None, state.positions)
+                self.run.charged.attention(None, state.positions, self.window)
                 return None
             level = state.levels
-            self.run.charged.attention(level, state.positions)
+            self.run.charged.attention(level, state.positions, self.window)
             masked = hidden * self.soft_channels(0, hidden, level)
             rule: BlockRule | None = None
             if "gaba" in self.run.modulator.predictor.config.transmitters:
@@ -83,9 +84,10 @@ class LayerHooks:
                 return None
             masked = self.keep_channels(0, hidden)
             blocks = state.column([rows["kv_blocks"] for rows in decided], 1 << 30, hidden.device)
-            whole = blocks >= state.positions // 16 + 1
-            seen = memories is None and bool(whole.all())
-            rule = None if seen else self.rule(blocks, None, memories)
+            seen = visible_blocks(state.positions.cpu().numpy(), self.window)
+            whole = blocks >= torch.from_numpy(seen).to(blocks.device)
+            as_is = memories is None and bool(whole.all())
+            rule = None if as_is else self.rule(blocks, None, memories)
         if rule is not None:
             kwargs = {**kwargs, RULE: rule}
         if args:
@@ -112,6 +114,7 @@ class LayerHooks:
             temperature=soft.temperature if soft else 0.0,
             memories=memories,
             attends=attends,
+            window=self.window,
             effector=self.run.modulator.gaba
             if soft
             else GabaSparsity(summary=self.run.method.stand_ins.summary),
@@ -126,10 +129,11 @@ class LayerHooks:
         return (self.keep_channels(1, args[0]),)
 
     def after_attention(
-        self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any]
-    ) -> tuple[Any, ...] | None:
-        """Replace the outputs (B, T, D) of tokens that skip attention."""
-        result = output[0]
+        self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any] | Tensor
+    ) -> tuple[Any, ...] | Tensor | None:
+        """Replace what is added to the residual stream (B, T, D) of tokens that skip attention."""
+        given = output if isinstance(output, Tensor) else output[0]
+        result = given
         standin = self.run.method.stand_ins.attention
         if self.run.soft is not None:
             if self.levels_attention is not None and self.run.soft_steps:
@@ -152,7 +156,9 @@ class LayerHooks:
                 )
                 result = torch.where(runs[..., None] == 1, result, other)
         self.attention_output = result
-        return None if result is output[0] else (result, *output[1:])
+        if result is given:
+            return None
+        return result if isinstance(output, Tensor) else (result, *output[1:])
 
     # FFN
 
@@ -185,7 +191,7 @@ class LayerHooks:
         return (self.keep_channels(3, args[0]),)
 
     def after_ffn(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Replace the outputs (B, T, D) of tokens whose FFN is small or skipped."""
+        """Replace what is added to the residual stream (B, T, D) by an FFN that does not run."""
         standin = self.run.method.stand_ins.ffn
         if self.run.soft is not None:
             if not self.run.soft_steps:

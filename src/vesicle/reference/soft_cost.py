@@ -6,11 +6,16 @@ share of the dense cost that a budget names.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vesicle.modulator import Modulator
 from vesicle.plan import BLOCK
+from vesicle.plan.windows import seen, visible_blocks, whole_blocks
 from vesicle.shapes import ModelShape, Overhead
 from vesicle.transmitters import index
 
@@ -33,13 +38,18 @@ class SoftCost:
             positions, head + self._overhead.modulator_flops * shape.n_layers, dtype=torch.float64
         )
 
-    def attention(self, levels: Tensor | None, positions: Tensor) -> None:
-        """Charge one attention layer at levels (B, T, 5), None for rest."""
+    def attention(self, levels: Tensor | None, positions: Tensor, window: int = 0) -> None:
+        """Charge one attention layer at levels (B, T, 5), None for rest, and its window."""
         shape, modulator = self._shape, self._modulator
         inputs, outputs = shape.site_widths, shape.site_outputs
-        seen = positions.double() + 1
+        places = positions.cpu().numpy()
+
+        def count_of(kind: Callable[..., NDArray[Any]]) -> Tensor:
+            return torch.from_numpy(kind(places, window)).to(positions.device).double()
+
+        reads = count_of(seen)
         dense = 2.0 * (inputs[0] * outputs[0] + inputs[1] * outputs[1]) + (
-            4.0 * shape.query_width * seen
+            4.0 * shape.query_width * reads
         )
         self.dense = self.dense + dense
         if levels is None:
@@ -50,10 +60,11 @@ class SoftCost:
         serotonin = modulator.serotonin
         runs = serotonin.mask(levels[..., index("serotonin")], serotonin.attention_below, 0.0)
         runs = runs.double()
-        visible = (positions // BLOCK + 1).double()
+        visible = count_of(visible_blocks)
         count = modulator.gaba.count(gaba, visible)
-        visited = (count - 1) * BLOCK + positions % BLOCK + 1
-        choosing = (count < visible) * 2.0 * modulator.gaba.vectors * (positions // BLOCK)
+        chooses = count < visible
+        visited = torch.where(chooses, (count - 1) * BLOCK + positions % BLOCK + 1, reads)
+        choosing = chooses * 2.0 * modulator.gaba.vectors * count_of(whole_blocks)
         share = [modulator.dopamine.share(dopamine, site) for site in (0, 1)]
         self.executed = (
             self.executed

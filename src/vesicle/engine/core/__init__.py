@@ -28,6 +28,8 @@ from vesicle.plan.layout import digest
 
 MOST_TOKENS = 128
 """Tokens that one pass takes."""
+MOST_ROTARIES = 2
+"""Rotary phases that layers of a model may have."""
 INSTRUCTIONS = "VESICLE_INSTRUCTIONS"
 """Environment variable that limits the instruction set: generic, avx2, avx512, neon."""
 _INSTRUCTIONS = ("generic", "neon", "avx2", "avx512")
@@ -71,7 +73,8 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *_fields(Projection, "value_key", "query", "attention_out", "ffn_in", "ffn_out"),
         *_fields(Norm, "attention_norm", "ffn_norm", "query_norm", "key_norm"),
-        *_fields(_LONG, "rotates"),
+        *_fields(Norm, "attention_post_norm", "ffn_post_norm"),
+        *_fields(_LONG, "rotates", "window"),
     ]
 
 
@@ -96,7 +99,7 @@ class Model(ctypes.Structure):
     _fields_ = [
         *_fields(_LONG, "n_layers", "width", "heads", "kv_heads", "size", "ffn_width"),
         *_fields(_LONG, "vocabulary"),
-        *_fields(_FLOAT, "eps", "scale"),
+        *_fields(_FLOAT, "eps", "scale", "embedding_scale"),
         *_fields(_LONG, "rms", "parallel", "gated", "activation", "rotated"),
         ("layers", _POINTER),
         ("final_norm", Norm),
@@ -151,7 +154,8 @@ class Chunk(ctypes.Structure):
     _fields_ = [
         ("ids", _POINTER),
         *_fields(_LONG, "n", "position", "room", "vectors", "room_summaries", "recorded"),
-        *_fields(_POINTER, "cosine", "sine", "tables", "starts", "held", "summaries"),
+        *_fields(_POINTER * MOST_ROTARIES, "cosine", "sine"),
+        *_fields(_POINTER, "tables", "starts", "held", "summaries"),
         *_fields(_POINTER, "modulator", "acting", "small_ffn", "small_attention"),
         *_fields(_POINTER, "plan", "levels"),
         *_fields(_POINTER, "rows", "outputs", "visited", "compared", "small"),
@@ -163,7 +167,31 @@ class Chunk(ctypes.Structure):
     ]
 
 
-_MIRRORS = (Projection, Norm, Layer, Small, Model, Rule, ModulatorParts, Screen, Chunk)
+class Encoding(ctypes.Structure):
+    """Mirrors `VesicleEncoding`."""
+
+    _fields_ = [
+        ("weight", _POINTER),
+        *_fields(_LONG, "first", "rows", "n_in", "n_out"),
+        *_fields(_POINTER, "inverse", "origin", "scales", "lows"),
+        *_fields(_FLOAT, "top", "multiplier"),
+        *_fields(_LONG, "bits", "head"),
+        *_fields(_POINTER, "high", "trailing"),
+    ]
+
+
+_MIRRORS = (
+    Projection,
+    Norm,
+    Layer,
+    Small,
+    Model,
+    Rule,
+    ModulatorParts,
+    Screen,
+    Chunk,
+    Encoding,
+)
 _SIGNATURES: library.Signatures = {
     "vesicle_sizes": (_LONG, [_LONG]),
     "vesicle_plan_layout": (ctypes.c_uint64, []),
@@ -171,6 +199,7 @@ _SIGNATURES: library.Signatures = {
     "vesicle_open": (_POINTER, []),
     "vesicle_close": (None, [_POINTER]),
     "vesicle_pass": (None, [_POINTER] * 3 + [_LONG] * 4),
+    "vesicle_encode": (ctypes.c_float, [_POINTER, _LONG]),
     "vesicle_summarise": (None, [_POINTER, _POINTER, _LONG]),
     "vesicle_multiply": (None, [_POINTER] * 4 + [_LONG, _POINTER, _POINTER, _LONG]),
     "vesicle_screen": (ctypes.c_float, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG]),

@@ -3,6 +3,7 @@
 #include <memory>
 #include <mutex>
 
+#include "encode.h"
 #include "pass.h"
 
 namespace vesicle {
@@ -98,7 +99,7 @@ struct Summaries {
     const KvView view{model->keys,         model->values,   model->page_stride, model->key_scales,
                       model->value_scales, model->kv_heads, size};
     for (int64_t l = thread; l < model->n_layers; l += pool->threads())
-      for (int64_t index = 0; index + 1 < chunk->held[l]; ++index)
+      for (int64_t index = 0; chunk->summaries[l] && index + 1 < chunk->held[l]; ++index)
         for (int64_t g = 0; g < model->kv_heads; ++g)
           k->summarise(&view, static_cast<int32_t>(model->kv_format), g, chunk->tables[l * chunk->room + index],
                        chunk->vectors,
@@ -169,8 +170,9 @@ uint64_t vesicle_plan_layout() { return kPlanLayout; }  // lets Python check its
 int64_t vesicle_sizes(int64_t which) {  // lets Python check its mirrors
   const int64_t sizes[] = {sizeof(VesicleProjection), sizeof(VesicleNorm), sizeof(VesicleLayer),
                            sizeof(VesicleSmall),      sizeof(VesicleModel), sizeof(VesicleRule),
-                           sizeof(VesicleModulator),  sizeof(VesicleScreen), sizeof(VesicleChunk)};
-  return which >= 0 && which < 9 ? sizes[which] : -1;
+                           sizeof(VesicleModulator),  sizeof(VesicleScreen), sizeof(VesicleChunk),
+                           sizeof(VesicleEncoding)};
+  return which >= 0 && which < 10 ? sizes[which] : -1;
 }
 
 // Limits the instruction set (generic, avx2, avx512; null for the best). Returns the name in use, or null.
@@ -200,6 +202,15 @@ void vesicle_pass(void* pass, const VesicleModel* model, VesicleChunk* chunks, i
   p.finish();
 }
 
+float vesicle_encode(const VesicleEncoding* encoding, int64_t threads) {
+  vesicle::Core& core = vesicle::core();
+  std::lock_guard<std::mutex> lock(core.mutex);
+  core.ready(vesicle::clamp_threads(threads));
+  vesicle::Encode e{core.pool.get(), encoding, std::vector<float>(core.pool->threads())};
+  core.pool->run(&e);
+  return *std::max_element(e.worst.begin(), e.worst.end());
+}
+
 void vesicle_multiply(const VesicleProjection* w, const float* x, const int32_t* counts, const int32_t* bits,
                       int64_t tokens, float* y, int32_t* rows_read, int64_t threads) {
   vesicle::Core& core = vesicle::core();
@@ -220,7 +231,7 @@ void vesicle_multiply(const VesicleProjection* w, const float* x, const int32_t*
   p.pool->run(&p);
 }
 
-// Fills a sequence's summaries with those of every block but the newest.
+// Fills a sequence's summaries with those of every block but the newest, in the layers where there is room for them.
 void vesicle_summarise(const VesicleModel* model, const VesicleChunk* chunk, int64_t threads) {
   vesicle::Core& core = vesicle::core();
   std::lock_guard<std::mutex> lock(core.mutex);

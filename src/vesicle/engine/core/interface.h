@@ -25,7 +25,9 @@ struct VesicleNorm {
 struct VesicleLayer {
   VesicleProjection value_key, query, attention_out, ffn_in, ffn_out;  // of a gated FFN: the gate, then the rest
   VesicleNorm attention_norm, ffn_norm, query_norm, key_norm;          // the last two are RMSNorms of a head
-  int64_t rotates;
+  VesicleNorm attention_post_norm, ffn_post_norm;                      // of what is added to the residual stream
+  int64_t rotates;  // which of the rotary phases turn queries and keys, counted from 1; 0 for none
+  int64_t window;   // newest positions that a query sees, its own included; 0 for all
 };
 
 enum VesicleActivation : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
@@ -51,7 +53,7 @@ struct VesicleScreen {
 
 struct VesicleModel {
   int64_t n_layers, width, heads, kv_heads, size, ffn_width, vocabulary;
-  float eps, scale;
+  float eps, scale, embedding_scale;
   int64_t rms, parallel, gated, activation;  // RMSNorm or LayerNorm; attention and FFN read the same input; or not
   int64_t rotated;                           // leading numbers of a head that are rotated
   const VesicleLayer* layers;
@@ -95,8 +97,9 @@ struct VesicleChunk {
   const int32_t* ids;  // (n)
   int64_t n, position, room, vectors, room_summaries;
   int64_t recorded;  // tokens before these in `acting`, in the arrays from `plan` to `small`, and in `summed`
-  const float *cosine, *sine;              // (n, rotated)
-  const int32_t *tables, *starts, *held;   // (L, room), (L, room), (L): the block of the last token included
+  const float *cosine[2], *sine[2];        // (n, rotated) of each of the rotary phases
+  const int32_t *tables, *starts, *held;   // (L, room), (L, room), (L): the block of the last token included; of a
+                                           // windowed layer from the first block on that any of the tokens sees
   void* const* summaries;  // (L) of complete blocks (G, room_summaries / 16, vectors, K, 16), kept up to date; or null
   const VesicleModulator* modulator;                      // null: nothing is released
   const int64_t* acting;                                  // (n) bit a: transmitter a acts; the others rest
@@ -116,6 +119,18 @@ struct VesicleChunk {
   int64_t lost;       // the first token whose residual stream is not finite; -1 for none
 };
 
+// Rows of a weight that are to be packed, on a known grid: a code is `multiplier` round((w - origin) inverse), from 0 to
+// `top` before it is multiplied. Numbers of groups are (n_out, groups).
+struct VesicleEncoding {
+  const float* weight;        // (rows, n_in) from row `first` on, a multiple of 128
+  int64_t first, rows, n_in, n_out;
+  const float *inverse, *origin;
+  const uint16_t *scales, *lows;  // fp16, which are stored
+  float top, multiplier;
+  int64_t bits, head;         // of a code; whether for the LM head
+  uint8_t *high, *trailing;   // of the whole weight; null: only the error is wanted
+};
+
 const char* vesicle_instructions(const char* name);
 uint64_t vesicle_plan_layout();
 int64_t vesicle_sizes(int64_t which);
@@ -125,6 +140,8 @@ void* vesicle_open();
 void vesicle_close(void* pass);
 void vesicle_pass(void* pass, const VesicleModel* model, VesicleChunk* chunks, int64_t n, int64_t first, int64_t last,
                   int64_t threads);
+// Returns the largest difference between a weight and what its code, scale and low give back.
+float vesicle_encode(const VesicleEncoding* encoding, int64_t threads);
 void vesicle_summarise(const VesicleModel* model, const VesicleChunk* chunk, int64_t threads);
 void vesicle_multiply(const VesicleProjection* w, const float* x, const int32_t* counts, const int32_t* bits,
                       int64_t tokens, float* y, int32_t* rows_read, int64_t threads);

@@ -64,6 +64,8 @@ struct Shared {
   int64_t n;
   const uint16_t* readers;  // (n) bit t: token t reads the block; null where all read all
   const int64_t* tails;     // positions of the last block that count for each token; null where all of it does
+  const uint8_t* hidden;    // (edges, kBlock) leading positions of the first blocks that do not count for each token
+  int64_t edges;
 };
 
 struct Kernels {
@@ -107,11 +109,11 @@ struct Kernels {
   void (*rotate)(float* x, int64_t heads, int64_t size, int64_t rotated, const float* cosine, const float* sine);
   // Unnormalised attention of all query heads, `ratio` to a KV head, over n listed blocks of each KV head.
   //   blocks (KV heads): lists of pool blocks, `listed` long, to be read next beyond n; all positions of a block
-  //   count but in the n-th, where `tail` do.
+  //   count but in the n-th, where the first `tail` do, and in the first, where the first `hidden` do not.
   //   out (heads, size), top (heads), total (heads), room (16, heads). Returns positions read by one head.
   int64_t (*attend)(const KvView* kv, int32_t format, const float* query, int64_t ratio, float scale,
-                    const int32_t* const* blocks, int64_t n, int64_t listed, int64_t tail, float* out, float* top,
-                    float* total, float* room);
+                    const int32_t* const* blocks, int64_t n, int64_t listed, int64_t hidden, int64_t tail, float* out,
+                    float* top, float* total, float* room);
   // The same of several tokens in KV head g, which share the reading of blocks.
   //   room (16 tokens ratio), row (tokens ratio)
   void (*attend_shared)(const KvView* kv, int32_t format, int64_t g, const Shared* shared, float scale, float* room,

@@ -22,7 +22,7 @@ void Pass::attention_decision(Lane& lane, const Token& token, int64_t l) {
   std::copy(planned.channels, planned.channels + 2, lane.row.channels);
   std::copy(planned.bits, planned.bits + 2, lane.row.bits);
   lane.row.attention = planned.attention;
-  lane.blocks = std::min<int32_t>(planned.kv_blocks, static_cast<int32_t>(token.held(l)));
+  lane.blocks = std::min<int32_t>(planned.kv_blocks, static_cast<int32_t>(token.seen(l, window(l))));
 }
 
 // The linear predictor and the effectors' rules, as in predictors/ and effectors/rules.py: the FFN of layer l and the
@@ -54,16 +54,18 @@ void Pass::release(Lane& lane, Token& token, int64_t l, bool reports) {
     std::fill(levels, levels + kTransmitters, 1.0);
     lane.after[0] = NAN;
   }
-  const int64_t visible = token.position / kBlock + 1;
   for (const VesicleRule* r = m->rules; r < m->rules + m->n_rules; ++r) {
     const int64_t layer = r->next ? next : l;
     if (layer == model->n_layers || (r->last && layer + 1 < model->n_layers)) continue;
+    const int64_t visible = token.position / kBlock - Token::first_seen(token.position, window(layer)) / kBlock + 1;
     const int32_t value = decided(*r, levels[r->transmitter], visible);
     reinterpret_cast<int32_t*>(&lane.row)[r->number] = value;
     if (reports && !r->last) reinterpret_cast<int32_t*>(&token.plan[layer])[r->number] = value;
   }
-  if (next < model->n_layers) lane.blocks = std::min<int32_t>(lane.row.kv_blocks, static_cast<int32_t>(token.held(next)));
-  else lane.head = token.wants == kLikeliest ? lane.row.head : 0;
+  if (next < model->n_layers)
+    lane.blocks = std::min<int32_t>(lane.row.kv_blocks, static_cast<int32_t>(token.seen(next, window(next))));
+  else
+    lane.head = token.wants == kLikeliest ? lane.row.head : 0;
 }
 
 // The tokens for which `f` holds, and their activations.
@@ -125,10 +127,12 @@ void Pass::small_site(int64_t thread, int64_t l, bool second, Output* out) {
 }
 
 // to = from + what a phase computed for the token; nothing was computed where a module is skipped outright.
-void Pass::residual(Output* out, int64_t t, bool main, bool small, const float* from, float* to) {
+void Pass::residual(Output* out, const VesicleNorm& post, int64_t t, bool main, bool small, const float* from,
+                    float* to) {
   const int64_t width = model->width;
   if (main) {
     out->fetch(k, t, n, pool->threads(), width, to);
+    if (post.gain) norm(post, to, to);
     k->add(to, from, width);
   } else if (small) {
     std::memcpy(to, out->of(t), width * sizeof(float));
@@ -138,9 +142,10 @@ void Pass::residual(Output* out, int64_t t, bool main, bool small, const float* 
   }
 }
 
-void Pass::finish_ffn(int64_t thread, int64_t t) {
+void Pass::finish_ffn(int64_t thread, int64_t l, int64_t t) {
   Lane& a = lane(thread, t);
-  residual(&ffn_out, t, a.row.ffn == kBig, small_ffn(thread, t) != nullptr, a.after, a.residual);
+  const bool small = small_ffn(thread, t) != nullptr;
+  residual(&ffn_out, model->layers[l].ffn_post_norm, t, a.row.ffn == kBig, small, a.after, a.residual);
 }
 
 void Pass::norm(const VesicleNorm& norm, const float* x, float* y) {
@@ -169,8 +174,12 @@ void Pass::attention_half(int64_t thread, int64_t l) {
   // 1. Values, keys and queries.
   each(thread, [&](int64_t t) {
     Lane& a = lane(thread, t);
-    if (l) finish_ffn(thread, t);
-    else embed(model->embedding, tokens[t].id, a.residual);
+    if (l) {
+      finish_ffn(thread, l - 1, t);
+    } else {
+      embed(model->embedding, tokens[t].id, a.residual);
+      for (int64_t d = 0; model->embedding_scale != 1 && d < width; ++d) a.residual[d] *= model->embedding_scale;
+    }
     if (!l || !tokens[t].modulator) attention_decision(a, tokens[t], l);
     norm(w.attention_norm, a.residual, a.in.room(width));
     if (!a.row.attention) std::memcpy(a.normed, a.in.x, width * sizeof(float));
@@ -199,7 +208,7 @@ void Pass::attention_half(int64_t thread, int64_t l) {
     const int32_t rows = a.in.prepare(k, q_width, a.row.channels[1], packed(w.attention_out), &shelf, place(thread, t));
     if (reports(thread)) count_rows(tokens[t], l, 1, rows, width);
   });
-  receive(thread, l);
+  if (!w.window) receive(thread, l);
   count = select(thread, attends, which, x);
   site(thread, w.attention_out, 1, which, x, count, &attention_out);
   for (int64_t t = 0; t < n; ++t)
@@ -208,7 +217,7 @@ void Pass::attention_half(int64_t thread, int64_t l) {
   mark(thread, kAttentionOut);
   each(thread, [&](int64_t t) {
     Lane& a = lane(thread, t);
-    residual(&attention_out, t, a.row.attention, lands(t) != nullptr, a.residual, a.after);
+    residual(&attention_out, w.attention_post_norm, t, a.row.attention, lands(t) != nullptr, a.residual, a.after);
     if (!reports(thread)) return;
     if (lands(t)) *tokens[t].small += 2 * width * lands(t)->rank;
     if (tokens[t].hidden) std::memcpy(tokens[t].hidden, a.after, width * sizeof(float));
@@ -323,8 +332,10 @@ void Pass::prepare(const Kernels* kernels, ThreadPool* threads, const VesicleMod
       const int64_t r = c->recorded + i, acting = c->modulator ? c->acting[r] : 0;
       Token token{c, acting ? c->modulator : nullptr, acting, c->ids[i], position, newest - position / kBlock};
       token.place = std::log2(static_cast<double>(position + 1) / kBlock) / 8;
-      token.cosine = c->cosine + i * m->rotated;
-      token.sine = c->sine + i * m->rotated;
+      for (int which = 0; which < 2 && c->cosine[which]; ++which) {
+        token.cosine[which] = c->cosine[which] + i * m->rotated;
+        token.sine[which] = c->sine[which] + i * m->rotated;
+      }
       token.plan = c->plan + r * L;
       token.levels = c->levels + r * L * kTransmitters;
       token.rows = c->rows + r * L * 4;

@@ -8,6 +8,7 @@
 // beside it, the same bits come out. So no kernel's order of sums may depend on the number of tokens.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <vector>
 
@@ -24,18 +25,42 @@ struct Token {
   const VesicleModulator* modulator;  // null where none of its transmitters acts
   int64_t acting, id, position, behind;  // `behind`: blocks of later tokens of the chunk
   double place;
-  const float *cosine, *sine;
+  const float *cosine[2], *sine[2];
   VesiclePlanRow* plan;
   double* levels;
   int64_t *rows, *outputs, *visited, *compared, *small, *summed;
   float *hidden, *logits, *states;
   int64_t wants;
 
-  // Blocks that it can see in a layer, the own one included.
+  // Blocks of a layer's list up to its own, which is the last of them.
   int64_t held(int64_t l) const { return chunk->held[l] - behind; }
+  // Of a windowed layer: the first block of which it sees anything; the first that any token of its own block sees, from
+  // which on segments are counted; the first that it sees whole. Otherwise 0.
+  int64_t first(int64_t l, int64_t window) const { return place_of(l, window, first_seen(position, window)); }
+  int64_t base(int64_t l, int64_t window) const {
+    return place_of(l, window, first_seen(position / kBlock * kBlock, window));
+  }
+  int64_t whole(int64_t l, int64_t window) const {
+    return place_of(l, window, first_seen(position, window) + kBlock - 1);
+  }
+  // Leading positions of the first block that it does not see.
+  int64_t cut(int64_t window) const { return first_seen(position, window) % kBlock; }
+  // Blocks that it sees, its own included.
+  int64_t seen(int64_t l, int64_t window) const { return held(l) - first(l, window); }
+  // Whether its list in a layer begins where the text does.
+  bool begins(int64_t l) const { return chunk->starts[l * chunk->room] == 0; }
   const int32_t* table(int64_t l) const { return chunk->tables + l * chunk->room; }
   // Its place in its own block.
   int64_t offset(int64_t l) const { return position - chunk->starts[l * chunk->room + held(l) - 1]; }
+
+  static int64_t first_seen(int64_t position, int64_t window) {
+    return window ? std::max<int64_t>(0, position - window + 1) : 0;
+  }
+
+ private:
+  int64_t place_of(int64_t l, int64_t window, int64_t at) const {
+    return window ? at / kBlock - chunk->starts[l * chunk->room] / kBlock : 0;
+  }
 };
 
 // A token's state; each thread has its own copy when there is only one token.
@@ -111,8 +136,8 @@ class Pass {
   void map_up(int64_t thread, const VesicleSmall* small, int64_t l, int64_t t, Output* out);
   const VesicleSmall* small_ffn(int64_t thread, int64_t t);
   void small_site(int64_t thread, int64_t l, bool second, Output* out);
-  void residual(Output* out, int64_t t, bool main, bool small, const float* from, float* to);
-  void finish_ffn(int64_t thread, int64_t t);
+  void residual(Output* out, const VesicleNorm& post, int64_t t, bool main, bool small, const float* from, float* to);
+  void finish_ffn(int64_t thread, int64_t l, int64_t t);
   void norm(const VesicleNorm& norm, const float* x, float* y);
   void attention_half(int64_t thread, int64_t l);
   void ffn_half(int64_t thread, int64_t l);
@@ -154,6 +179,8 @@ class Pass {
   int32_t* chosen(int64_t thread, int64_t t, int64_t g);
   void list_chosen(int64_t thread, int64_t l);
   static int64_t segment(int64_t n);
+  int64_t window(int64_t l) const { return model->layers[l].window; }
+  int64_t span(int64_t t, int64_t l) const { return tokens[t].held(l) - tokens[t].base(l, window(l)); }
   int64_t segments(int64_t t, int64_t l);
   float* part(int64_t t, int64_t h, int64_t s);
   void attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int64_t first, int64_t last);

@@ -57,7 +57,8 @@ void Pass::store(int64_t thread, int64_t l, int64_t t) {
   if (w.key_norm.gain)
     for (int64_t g = 0; g < kv_heads; ++g)
       k->normalise(key + g * size, w.key_norm.gain, model->eps, size, key + g * size);
-  if (w.rotates) k->rotate(key, kv_heads, size, model->rotated, token.cosine, token.sine);
+  if (w.rotates)
+    k->rotate(key, kv_heads, size, model->rotated, token.cosine[w.rotates - 1], token.sine[w.rotates - 1]);
   for (int64_t g = 0; g < kv_heads; ++g) k->store(&pages, format, g, block, slot, key + g * size, vk + g * size);
   if (!token.chunk->summaries || slot < kBlock - 1) return;
   const int64_t bytes = model->summary_format == kF32 ? 4 : 2;
@@ -77,11 +78,12 @@ void Pass::rotate_queries(int64_t thread, int64_t l, int64_t t) {
   query.fetch(k, t, n, pool->threads(), heads * size, q);
   if (w.query_norm.gain)
     for (int64_t h = 0; h < heads; ++h) k->normalise(q + h * size, w.query_norm.gain, model->eps, size, q + h * size);
-  if (w.rotates) k->rotate(q, heads, size, model->rotated, tokens[t].cosine, tokens[t].sine);
+  if (w.rotates)
+    k->rotate(q, heads, size, model->rotated, tokens[t].cosine[w.rotates - 1], tokens[t].sine[w.rotates - 1]);
 }
 
 bool Pass::chooses(int64_t thread, int64_t t, int64_t l) {
-  return lane(thread, t).row.attention && lane(thread, t).blocks < tokens[t].held(l);
+  return lane(thread, t).row.attention && lane(thread, t).blocks < tokens[t].seen(l, window(l));
 }
 
 // Estimated scores (heads, row) of blocks before the newest, in groups [first, last) of 16.
@@ -100,21 +102,22 @@ int32_t* Pass::chosen(int64_t thread, int64_t t, int64_t g) {
 
 void Pass::choose_blocks(int64_t thread, int64_t l, int64_t t) {
   const int64_t own = tokens[t].held(l) - 1, kv_heads = model->kv_heads, ratio = model->heads / kv_heads;
+  const int64_t first = tokens[t].whole(l, window(l)), count = own - first;  // those to choose among
   Scratch& s = scratch[thread];
   float *mass = s.choices.get(2 * blocks_row), *other = mass + blocks_row;
   uint32_t *masks = s.chosen.get(2 * blocks_row), *keys = masks + blocks_row;
   for (int64_t g = 0; g < kv_heads; ++g) {
-    std::fill(mass, mass + own, 0.0f);
+    std::fill(mass, mass + count, 0.0f);
     for (int64_t r = 0; r < ratio; ++r)
-      k->add_softmax(estimates(t) + (g * ratio + r) * blocks_row, own, model->scale, mass, other);
-    // The first block, the own one, and the n - 2 others of the largest estimated mass; see blocks.py. No mass is
+      k->add_softmax(estimates(t) + (g * ratio + r) * blocks_row + first, count, model->scale, mass, other);
+    // The text's first block, the own one, and the others of the largest estimated mass; see blocks.py. No mass is
     // chosen before this one, not even NaN.
-    std::memset(mass, 0xff, sizeof *mass);
-    k->choose(mass, own, lane(thread, t).blocks - 1, masks, keys);
+    if (first == 0 && tokens[t].begins(l)) std::memset(mass, 0xff, sizeof *mass);
+    k->choose(mass, count, lane(thread, t).blocks - 1, masks, keys);
     int32_t* list = chosen(thread, t, g);
-    for (int64_t word = 0; word * 32 < own; ++word)
+    for (int64_t word = 0; word * 32 < count; ++word)
       for (uint32_t left = masks[word]; left; left &= left - 1)
-        *list++ = static_cast<int32_t>(32 * word + __builtin_ctz(left));
+        *list++ = static_cast<int32_t>(first + 32 * word + __builtin_ctz(left));
     *list++ = static_cast<int32_t>(own);
     *list = INT32_MAX;  // the end; there is room, since not all are chosen
   }
@@ -148,10 +151,10 @@ int64_t Pass::segment(int64_t n) {
   return std::max<int64_t>(1, (n + pieces - 1) / pieces);
 }
 
-// Pieces of what a token sees.
+// Pieces of what a token sees; in a windowed layer, of what any token of its block sees.
 int64_t Pass::segments(int64_t t, int64_t l) {
-  const int64_t held = tokens[t].held(l), step = segment(held);
-  return (held + step - 1) / step;
+  const int64_t blocks = span(t, l), step = segment(blocks);
+  return (blocks + step - 1) / step;
 }
 
 // A segment's results for one query head: (size) sums, then the top score and the total.
@@ -163,19 +166,21 @@ float* Pass::part(int64_t t, int64_t h, int64_t s) {
 void Pass::attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int64_t first, int64_t last) {
   const Token& token = tokens[t];
   const int64_t size = model->size, heads = model->heads, kv_heads = model->kv_heads, ratio = heads / kv_heads;
-  const int64_t blocks = token.held(l), step = segment(blocks), valid = token.offset(l) + 1;
+  const int64_t blocks = span(t, l), step = segment(blocks), valid = token.offset(l) + 1;
+  const int64_t base = token.base(l, window(l)), begin = token.first(l, window(l)) - base;
   const KvView pages = view();
   Scratch& s = scratch[thread];
   float *sums = s.mixed.get(0), *top = sums + heads * size;
   const int32_t** here = s.heads_lists.get(kv_heads);
   for (int64_t from = 0; from < blocks; from += step) {
     if (unit + from * kv_heads < first || unit + from * kv_heads >= last) continue;
-    const int64_t to = std::min(blocks, from + step);
+    const int64_t to = std::min(blocks, from + step), at = std::max(from, begin);  // nothing is read where at >= to
     if (to == blocks && alone()) store(thread, l, t);  // whoever reads the newest block writes it first
-    std::fill(here, here + kv_heads, token.table(l) + from);
+    std::fill(here, here + kv_heads, token.table(l) + base + at);
     visits(thread, t, l) += k->attend(&pages, static_cast<int32_t>(model->kv_format), queries(thread, t), ratio,
-                                      model->scale, here, to - from, blocks - from, to == blocks ? valid : kBlock,
-                                      sums, top, top + heads, top + 2 * heads);
+                                      model->scale, here, std::max<int64_t>(0, to - at), blocks - at,
+                                      at == begin ? token.cut(window(l)) : 0, to == blocks ? valid : kBlock, sums,
+                                      top, top + heads, top + 2 * heads);
     for (int64_t h = 0; h < heads; ++h) {
       float* p = part(t, h, from / step);
       std::memcpy(p, sums + h * size, size * sizeof(float));
@@ -190,31 +195,60 @@ void Pass::attend_whole(int64_t thread, int64_t l, const std::vector<int64_t>& m
                         int64_t last) {
   const int64_t size = model->size, kv_heads = model->kv_heads, ratio = model->heads / kv_heads;
   const int64_t count = static_cast<int64_t>(members.size()), rows = count * ratio;
-  const int64_t blocks = tokens[members[0]].held(l), step = segment(blocks);
+  const int64_t blocks = span(members[0], l), step = segment(blocks), base = tokens[members[0]].base(l, window(l));
   const KvView pages = view();
   Scratch& s = scratch[thread];
   float* room = s.together.get(kBlock * rows);
   Row* row = s.row.get(rows);
   const float* query[kBlock];
   float* parts[kBlock];
-  int64_t tails[kBlock];
-  for (int64_t i = 0; i < count; ++i) tails[i] = tokens[members[i]].offset(l) + 1;
+  int64_t tails[kBlock], begins[kBlock];
+  for (int64_t i = 0; i < count; ++i) {
+    tails[i] = tokens[members[i]].offset(l) + 1;
+    begins[i] = tokens[members[i]].first(l, window(l)) - base;
+  }
+  // Members lie within one block, so that their windows begin within two.
+  uint8_t hidden[2 * kBlock];
+  uint16_t* readers = window(l) ? s.readers.get(step) : nullptr;
   for (int64_t from = 0; from < blocks; from += step) {
     const int64_t begin = unit + from * count * kv_heads;
     if (begin < first || begin >= last) continue;
     const int64_t to = std::min(blocks, from + step);
     const bool newest = to == blocks;
+    const int64_t edges = window(l) ? std::max<int64_t>(0, std::min<int64_t>(2, to) - from) : 0;
+    for (int64_t b = from; readers && b < to; ++b) {
+      readers[b - from] = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        if (begins[i] <= b) readers[b - from] |= static_cast<uint16_t>(1 << i);
+        if (b - from < edges)
+          hidden[(b - from) * kBlock + i] =
+              static_cast<uint8_t>(begins[i] == b ? tokens[members[i]].cut(window(l)) : 0);
+      }
+    }
     for (int64_t g = 0; g < kv_heads; ++g) {
       for (int64_t i = 0; i < count; ++i) {
         query[i] = queries(thread, members[i]) + g * ratio * size;
         parts[i] = part(members[i], g * ratio, from / step);
       }
-      const Shared shared = {query, parts,   kSegments * part_size, count, ratio, tokens[members[0]].table(l) + from,
-                             to - from, nullptr, newest ? tails : nullptr};
+      const Shared shared = {query,
+                             parts,
+                             kSegments * part_size,
+                             count,
+                             ratio,
+                             tokens[members[0]].table(l) + base + from,
+                             to - from,
+                             readers,
+                             newest ? tails : nullptr,
+                             hidden,
+                             edges};
       k->attend_shared(&pages, static_cast<int32_t>(model->kv_format), g, &shared, model->scale, room, row);
     }
-    for (int64_t i = 0; i < count; ++i)
-      visits(thread, members[i], l) += (to - from - 1) * kBlock + (newest ? tails[i] : kBlock);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = std::max(from, begins[i]);
+      if (at >= to) continue;
+      visits(thread, members[i], l) += (to - at - 1) * kBlock + (newest ? tails[i] : kBlock) -
+                                       (at == begins[i] ? tokens[members[i]].cut(window(l)) : 0);
+    }
   }
 }
 
@@ -224,7 +258,8 @@ void Pass::attend_chosen(int64_t thread, int64_t l, const std::vector<int64_t>& 
                          int64_t last) {
   const int64_t size = model->size, kv_heads = model->kv_heads, ratio = model->heads / kv_heads;
   const int64_t count = static_cast<int64_t>(members.size()), rows = count * ratio;
-  const int64_t own = tokens[members[0]].held(l) - 1, step = segment(own + 1);
+  const int64_t own = tokens[members[0]].held(l) - 1, base = tokens[members[0]].base(l, window(l));
+  const int64_t step = segment(own + 1 - base);
   const int32_t* table = tokens[members[0]].table(l);
   const KvView pages = view();
   Scratch& s = scratch[thread];
@@ -239,7 +274,7 @@ void Pass::attend_chosen(int64_t thread, int64_t l, const std::vector<int64_t>& 
   const int64_t n_lists = count * kv_heads;
   const int32_t **here = s.heads_lists.get(2 * n_lists), **end = here + n_lists;  // of each list, what lies in a segment
   for (int64_t i = 0; i < n_lists; ++i) end[i] = chosen(thread, members[i / kv_heads], i % kv_heads);
-  for (int64_t from = 0; from <= own; from += step) {
+  for (int64_t from = base; from <= own; from += step) {
     const int64_t to = std::min(own + 1, from + step), begin = unit;
     for (int64_t i = 0; i < n_lists; ++i) {
       here[i] = end[i];
@@ -253,7 +288,7 @@ void Pass::attend_chosen(int64_t thread, int64_t l, const std::vector<int64_t>& 
       std::memset(readers, 0, step * sizeof *readers);
       for (int64_t i = 0; i < count; ++i) {
         query[i] = queries(thread, members[i]) + g * ratio * size;
-        parts[i] = part(members[i], g * ratio, from / step);
+        parts[i] = part(members[i], g * ratio, (from - base) / step);
         for (const int32_t* b = here[i * kv_heads + g]; b < end[i * kv_heads + g]; ++b)
           readers[*b - from] |= static_cast<uint16_t>(1 << i);
       }
@@ -263,8 +298,8 @@ void Pass::attend_chosen(int64_t thread, int64_t l, const std::vector<int64_t>& 
         readers[n_blocks] = readers[b - from];
         blocks[n_blocks++] = table[b];
       }
-      const Shared shared = {query,  parts,    kSegments * part_size, count, ratio,
-                             blocks, n_blocks, readers,               newest ? tails : nullptr};
+      const Shared shared = {query,  parts,    kSegments * part_size, count,                    ratio,
+                             blocks, n_blocks, readers,               newest ? tails : nullptr, nullptr, 0};
       k->attend_shared(&pages, static_cast<int32_t>(model->kv_format), g, &shared, model->scale, room, row);
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -287,7 +322,8 @@ void Pass::attention(int64_t thread, int64_t l) {
   list_chosen(thread, l);
   const int64_t kv_heads = model->kv_heads;
   int64_t total = 0;  // blocks of a KV head
-  for (int64_t t = 0; t < n; ++t) total += lane(thread, t).row.attention ? lane(thread, t).blocks * kv_heads : 0;
+  const auto units = [&](int64_t t) { return (chooses(thread, t, l) ? lane(thread, t).blocks : span(t, l)) * kv_heads; };
+  for (int64_t t = 0; t < n; ++t) total += lane(thread, t).row.attention ? units(t) : 0;
   // This thread takes the segments that begin in its share.
   const int64_t first = total * thread / threads, last = total * (thread + 1) / threads;
   std::vector<int64_t>&whole = scratch[thread].whole, &choosing = scratch[thread].choosing;
@@ -301,12 +337,14 @@ void Pass::attention(int64_t thread, int64_t l) {
     }
     if (whole.size() == 1) attend_alone(thread, l, whole[0], unit, first, last);
     if (whole.size() > 1) attend_whole(thread, l, whole, unit, first, last);
-    for (const int64_t t : whole) unit += tokens[t].held(l) * kv_heads;
+    for (const int64_t t : whole) unit += units(t);
     if (!choosing.empty()) attend_chosen(thread, l, choosing, unit, first, last);
-    for (const int64_t t : choosing) unit += lane(thread, t).blocks * kv_heads;
+    for (const int64_t t : choosing) unit += units(t);
   }
-  for (int64_t t = thread; t < n; t += threads)
-    tokens[t].compared[l] = chooses(thread, t, l) ? (tokens[t].held(l) - 1) * tokens[t].chunk->vectors : 0;
+  for (int64_t t = thread; t < n; t += threads) {
+    const int64_t among = tokens[t].held(l) - 1 - tokens[t].whole(l, window(l));
+    tokens[t].compared[l] = chooses(thread, t, l) ? among * tokens[t].chunk->vectors : 0;
+  }
 }
 
 // The attention output of a token, from its segments. Of some it may read nothing.

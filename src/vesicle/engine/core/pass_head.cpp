@@ -278,7 +278,7 @@ void Pass::head(int64_t thread) {
   const int64_t threads = pool->threads(), width = model->width;
   const VesicleProjection& w = model->head;
   each(thread, [&](int64_t t) {
-    finish_ffn(thread, t);
+    finish_ffn(thread, model->n_layers - 1, t);
     Lane& a = lane(thread, t);
     if (reports(thread)) {
       lost_[t] = std::isnan(k->largest(a.residual, width));
