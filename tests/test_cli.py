@@ -859,7 +859,7 @@ def test_a_budget_that_cannot_be_met_is_told(capsys: pytest.CaptureFixture[str])
 def test_help_and_version_do_not_wait_for_torch(vesicle: Run):
     assert vesicle("--version")[:2] == (0, "vesicle 0.1.0\n")
     assert vesicle() == vesicle("--help")
-    for name in ("run", "train", "calibrate", "eval", "regret", "info"):
+    for name in ("run", "train", "calibrate", "eval", "regret", "models", "info"):
         assert name.split()[0] in vesicle("--help")[1]
         status, out, err = vesicle(*name.split(), "--help")
         assert (status, err) == (0, "")

@@ -88,6 +88,49 @@ def test_scratch_folder_is_always_deleted(tmp_path: Path):
     assert os.listdir(tmp_path / "cache") == []
 
 
+def test_a_folder_that_vanishes_counts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As those of pip do, whose size is looked at while it works."""
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "x").write_text("x")
+    scandir = os.scandir
+
+    def vanishing(path: str | os.PathLike[str]) -> object:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert files.folder_bytes(tmp_path) == 1
+    assert files.folder_bytes(tmp_path / "x") == 1
+    assert files.folder_bytes(tmp_path / "none") == 0
+
+
+def test_remove_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, file, link = (tmp_path / name for name in ("folder", "file", "link"))
+    (folder / "sub").mkdir(parents=True)
+    file.write_text("x")
+    link.symlink_to(folder, target_is_directory=True)
+    files.remove_whole(link)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    files.remove_whole(file)
+    files.remove_whole(tmp_path / "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # as if killed before it
+        files.remove_whole(folder)
+    assert not folder.exists()
+    files.remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    folder.mkdir()
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(VesicleError, match=r"cannot remove .*folder: Permission denied"):
+        files.remove_whole(folder)
+    assert folder.is_dir()
+
+
 def test_left_overs_of_killed_processes_are_removed(tmp_path: Path):
     old, young = (tmp_path / f".vesicle-tmp-{age}-model" for age in ("old", "young"))
     old.mkdir()

@@ -176,6 +176,32 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
                     _unlock(lock)
 
 
+def remove_whole(path: str | os.PathLike[str]) -> None:
+    """Remove a file, or a folder at once: nobody sees a part of it, also if this is interrupted.
+
+    Args:
+        path: What to remove, if it is there. Of a link, the link alone.
+
+    Raises:
+        VesicleError: It cannot be removed.
+    """
+    final = Path(path)
+    try:
+        if final.is_symlink() or not final.is_dir():
+            final.unlink(missing_ok=True)
+            return
+        old, lock = _aside(final)
+        try:
+            final.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            _unlock(lock)
+    except FileNotFoundError:
+        return  # another process was first
+    except OSError as error:
+        raise VesicleError(f"cannot remove {final}: {error.strerror or error}") from error
+
+
 def write_json(path: str | os.PathLike[str], obj: object, *, indent: int | None = 2) -> None:
     """Write `obj` as strict JSON, all or nothing.
 
@@ -406,7 +432,11 @@ def folder_bytes(path: str | os.PathLike[str]) -> int:
         Bytes; what vanishes while it is counted counts nothing.
     """
     root = Path(path)
-    files = [root] if root.is_file() else root.rglob("*")
+    if root.is_file():
+        files: Iterable[Path] = [root]
+    else:
+        # Unlike rglob it passes over folders that vanish.
+        files = (Path(parent, name) for parent, _, names in os.walk(root) for name in names)
     total = 0
     for file in files:
         with suppress(OSError):
@@ -507,11 +537,7 @@ def _replace_folder(part: Path, final: Path) -> None:
     if not final.exists():
         part.rename(final)
         return
-    lock = None
-    with suppress(OSError):
-        lock = _lock(final)
-    # What is not locked must not look like a leftover before it is known to be one.
-    old = _sibling(final, 0, _TEMPORARY if lock is None else _LOCKED)
+    old, lock = _aside(final)
     try:
         final.rename(old)
         try:
@@ -522,6 +548,15 @@ def _replace_folder(part: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         _unlock(lock)
+
+
+def _aside(final: Path) -> tuple[Path, int | None]:
+    """A name to move a folder to before it is removed, and the lock on it."""
+    lock = None
+    with suppress(OSError):
+        lock = _lock(final)
+    # What is not locked must not look like a leftover before it is known to be one.
+    return _sibling(final, 0, _TEMPORARY if lock is None else _LOCKED), lock
 
 
 def _lock(folder: Path) -> int | None:

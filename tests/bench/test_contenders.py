@@ -105,3 +105,18 @@ class TestGguf:
 
         with pytest.raises(ModelError, match="--gguf"):
             find_gguf("owner/name", tmp_path, None)
+        # A folder of the user's own, by a name of the catalogue.
+        with pytest.raises(ModelError, match="--gguf"):
+            find_gguf("gemma3-270m", tmp_path, None)
+
+    def test_of_the_catalogue(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        from vesicle.bench import weights_file
+
+        monkeypatch.setenv("VESICLE_CACHE", str(tmp_path))
+        monkeypatch.setattr(weights_file, "ensure_gguf", lambda name: tmp_path / f"{name}.gguf")
+        folder = tmp_path / "models" / "gemma3-270m"
+        for model, name in (
+            (None, "smollm2-135m-instruct"),
+            ("gemma3-270m", "gemma3-270m"),
+        ):
+            assert weights_file.find_gguf(model, folder, None) == tmp_path / f"{name}.gguf"

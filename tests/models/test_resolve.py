@@ -48,8 +48,19 @@ def test_folders(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("spec", [None, "smollm2-135m-instruct"])
 def test_the_default(spec: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(resolve, "ensure_default_model", lambda progress: tmp_path)
+    found = {"smollm2-135m-instruct": tmp_path}
+    monkeypatch.setattr(resolve, "ensure_model", lambda name, progress: found[name])
     assert resolve_model(spec) == tmp_path
+
+
+def test_names_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = {"gemma3-270m": tmp_path / "model"}
+    monkeypatch.setattr(resolve, "ensure_model", lambda name, progress: found[name])
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("gemma3-270m") == tmp_path / "model"
+    (tmp_path / "gemma3-270m").mkdir()
+    with pytest.raises(ModelError, match=r"is not a model: it has no config\.json"):
+        resolve_model("gemma3-270m")
 
 
 @pytest.mark.parametrize(
@@ -211,6 +222,20 @@ def test_a_revision_says_that_a_hub_id_is_meant(monkeypatch: pytest.MonkeyPatch)
     assert asked == ["runs/mine", "other/mine", "mine", "Qwen/Qwen2.5-0.5B"]
 
 
+def test_a_mistyped_short_name(monkeypatch: pytest.MonkeyPatch):
+    error = errors.RepositoryNotFoundError
+    missing = error.__new__(error)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise missing
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=r"\(smollm2-135m-instruct, gemma3-270m\)$"):
+        resolve_model("gemma-270m")
+    with pytest.raises(ModelError, match=r"no such model on the hub \(or it is private\)$"):
+        resolve_model("owner/name")
+
+
 @pytest.mark.parametrize("spec", ["", "a b", "owner/", "x" * 5000, "a--b", "a\0b", "é/b"])
 def test_malformed_ids(spec: str):
     with pytest.raises(ModelError, match="is none of: a model folder"):
@@ -308,7 +333,7 @@ def test_revisions_and_tokens_are_passed_on(hub: Hub):
     assert hub.asked == [("v1", "secret"), (COMMIT, "secret")]
 
 
-@pytest.mark.parametrize("spec", [None, "smollm2-135m-instruct", "folder", "file"])
+@pytest.mark.parametrize("spec", [None, "smollm2-135m-instruct", "gemma3-270m", "folder", "file"])
 def test_a_revision_is_of_a_hub_id(spec: str | None, folder: Path, tmp_path: Path):
     given = {"folder": str(folder), "file": str(write_gguf(tmp_path / "tiny.gguf"))}.get(spec, spec)
     with pytest.raises(ModelError, match=r"revision 'v1' is given; a revision is of a hub id"):

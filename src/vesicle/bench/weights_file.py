@@ -11,7 +11,8 @@ from pathlib import Path
 from vesicle.bench.contenders import READ_GGUF, REQUANTISED, RIVALS
 from vesicle.errors import ModelError
 from vesicle.files import atomic_folder, atomic_path, cache_root, folder_fingerprint
-from vesicle.models import DEFAULT_MODEL, ensure_default_gguf
+from vesicle.models.catalogue import CATALOGUE, DEFAULT_MODEL
+from vesicle.models.fetch import ensure_gguf, folder_of
 from vesicle.models.gguf import sha256_file
 from vesicle.models.gguf_header import check_magic
 
@@ -35,11 +36,14 @@ def find_gguf(model: str | None, folder: Path, given: Path | None) -> Path:
     inside = sorted(folder.glob("*.gguf"))
     if inside:
         return inside[0]
-    if model not in (None, DEFAULT_MODEL):
-        raise ModelError(
-            f"{model} is needed as a GGUF file as well, for --against: name it with --gguf"
-        )
-    return ensure_default_gguf()
+    if model is None:
+        return ensure_gguf(DEFAULT_MODEL)
+    # A folder of the user's own may have a name of the catalogue.
+    if model in CATALOGUE and folder == folder_of(CATALOGUE[model]):
+        return ensure_gguf(model)
+    raise ModelError(
+        f"{model} is needed as a GGUF file as well, for --against: name it with --gguf"
+    )
 
 
 def files_for(

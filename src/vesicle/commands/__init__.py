@@ -1,7 +1,7 @@
 """What each command does: its options, early checks, and calls into the library."""
 
 # Each is the function of this name in the module of this name, and this is how its docstring
-# begins. They stand here so that `vesicle --help` need not import seven modules for seven lines.
+# begins. They stand here so that `vesicle --help` need not import eight modules for eight lines.
 SUMMARIES = {
     "run": "Answer a prompt within a budget of compute.",
     "train": "Train a modulator for a model, which stays as it is.",
@@ -11,5 +11,6 @@ SUMMARIES = {
     "regret": "Score a text under a modulator, every control and an oracle, at equal executed "
     "cost.",
     "bench": "Measure speed side by side: this engine at rest, at a budget, and its rivals.",
+    "models": "List the models that go by a short name, and what the cache holds.",
     "info": "Tell what a modulator is, and what the engine finds on this machine.",
 }

@@ -38,7 +38,8 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A model folder, a .gguf file or a hub id; the default model if none.",
+            help="A folder, a .gguf file, a hub id or a name that vesicle models lists; the "
+            "default model if none.",
             rich_help_panel=_WHO,
         ),
     ] = None,

@@ -26,7 +26,8 @@ def calibrate(
         typer.Option(help="Measure this one's dial; by default a new one is made, untrained."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A model folder, a .gguf file or a hub id.")
+        str | None,
+        typer.Option(help="A folder, a .gguf file, a hub id or a name that vesicle models lists."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     split: Annotated[str, typer.Option(help="Which part of the data.")] = "train",

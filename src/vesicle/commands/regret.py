@@ -30,7 +30,10 @@ def regret(
     ] = Path("runs/regret"),
     model: Annotated[
         str | None,
-        typer.Option(help="A model folder, a .gguf file or a hub id; the default model if none."),
+        typer.Option(
+            help="A folder, a .gguf file, a hub id or a name that vesicle models lists; the "
+            "default model if none."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget finished rows.")] = False,

@@ -92,8 +92,8 @@ def run(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A model folder, a .gguf file or a hub id; the default is SmolLM2-135M-Instruct, "
-            "fetched once.",
+            help="A folder, a .gguf file, a hub id or a name that vesicle models lists; the "
+            "default is SmolLM2-135M-Instruct, fetched once.",
             rich_help_panel=_WHAT,
         ),
     ] = None,

@@ -27,7 +27,10 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder to write to; a run in it is gone on with.")],
     model: Annotated[
         str | None,
-        typer.Option(help="A model folder, a .gguf file or a hub id; the default model if none."),
+        typer.Option(
+            help="A folder, a .gguf file, a hub id or a name that vesicle models lists; the "
+            "default model if none."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     modulator: Annotated[

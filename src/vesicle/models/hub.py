@@ -109,8 +109,10 @@ def fetch(
             f"{lead}: its owner grants access on request: ask on its page, then log in"
         ) from error
     except errors.RepositoryNotFoundError as error:
+        # A name without an owner is hardly one of the hub's.
+        hint = "" if "/" in spec else f"; accepted: {accepted}"
         raise ModelError(
-            f"{lead}: no such folder, and no such model on the hub (or it is private)"
+            f"{lead}: no such folder, and no such model on the hub (or it is private){hint}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{lead}: the hub has it, but no revision {revision!r}") from error

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vesicle.errors import ModelError
+from vesicle.models.catalogue import CATALOGUE, DEFAULT_MODEL
 from vesicle.models.checks import (
     INDEX,
     NO_PICKLE,
@@ -15,13 +16,13 @@ from vesicle.models.checks import (
     indexed_files,
     read_config,
 )
-from vesicle.models.default import DEFAULT_MODEL, ensure_default_model
+from vesicle.models.fetch import ensure_model
 from vesicle.models.gguf import convert_once
 from vesicle.models.hub import PICKLES, commit_of, fetch, local_path
 
 ACCEPTED = (
-    "a model folder (config.json, tokenizer.json, *.safetensors), a .gguf file, "
-    "or a Hugging Face id such as owner/name"
+    "a model folder (config.json, tokenizer.json, *.safetensors), a .gguf file, a Hugging Face id "
+    f"such as owner/name, or a name of the catalogue ({', '.join(CATALOGUE)})"
 )
 _SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model")
 
@@ -37,8 +38,9 @@ def resolve_model(
     """Find the model a user means, fetching or converting it if need be, and check it.
 
     Args:
-        spec: None or the default model's name, a folder, a `.gguf` file, or a hub id.
-        progress: Show the progress of the default model's download.
+        spec: None for the default model, a name of the catalogue, a folder, a `.gguf` file, or a
+            hub id.
+        progress: Show the progress of downloading a model of the catalogue.
         revision: Branch, tag or commit of a hub id; its main branch by default.
         token: For private and gated models on the hub; by default what its client has saved.
         weights: Whether weights are needed; without them a hub id's are not fetched, and a folder
@@ -59,14 +61,15 @@ def resolve_model(
         return check_folder(path) if weights else path
     if path is not None:
         return _from_file(path)
-    if spec is None or str(spec) == DEFAULT_MODEL:
+    name = DEFAULT_MODEL if spec is None else str(spec)
+    if name in CATALOGUE:
         if revision is not None:
             raise ModelError(
-                f"the default model has no revisions, and revision {revision!r} is given; a "
-                "revision is of a hub id"
+                f"{'the default model' if name == DEFAULT_MODEL else name} has no revisions, and "
+                f"revision {revision!r} is given; a revision is of a hub id"
             )
-        return ensure_default_model(progress)
-    return _from_hub(str(spec), revision, token, weights)
+        return ensure_model(name, progress)
+    return _from_hub(name, revision, token, weights)
 
 
 def check_folder(folder: Path) -> Path:
