@@ -72,7 +72,9 @@ def _expected_shapes(path: Path, header: GgufHeader) -> dict[str, tuple[int, ...
     width = facts.whole(f"{arch}.embedding_length", most=1 << 20)
     ffn = facts.whole(f"{arch}.feed_forward_length", most=1 << 22)
     heads = facts.whole(f"{arch}.attention.head_count", most=1 << 14)
-    kv_heads = facts.whole(f"{arch}.attention.head_count_kv", most=heads, default=heads)
+    # Without it transformers leaves a Llama's rows in llama.cpp's order, and says nothing.
+    none = None if arch == "llama" else heads
+    kv_heads = facts.whole(f"{arch}.attention.head_count_kv", most=heads, default=none)
     facts.whole(f"{arch}.context_length", most=2**31 - 1)
     facts.real(f"{arch}.attention.layer_norm_rms_epsilon", most=1.0)
     facts.real(f"{arch}.rope.freq_base", most=1e12, default=10_000.0)

@@ -88,7 +88,8 @@ def _gemma3(header: GgufHeader, rope: dict[str, Any], settings: dict[str, Any]) 
         "model_type": "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",
         "layer_types": [kinds[(n + 1) % period != 0] for n in range(layers)],
-        "sliding_window": window or None,
+        # Without one, transformers' class wants a number all the same.
+        "sliding_window": window or settings["max_position_embeddings"],
         "rope_parameters": {"full_attention": rope, "sliding_attention": local},
         "query_pre_attn_scalar": size,
         "attention_bias": False,
