@@ -17,7 +17,6 @@ from vesicle.models.gguf_tokenizer import ENDS, NAMED, read_tokenizer_settings
 # Architecture to the one-dimensional tensors a layer has beyond those of Llama.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "llama": (),
-    "mistral": (),
     "qwen2": ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
     "qwen3": ("attn_q_norm.weight", "attn_k_norm.weight"),
     "gemma3": (
