@@ -107,7 +107,7 @@ METADATA = [
     ("tokenizer.ggml.tokens", 4, "I", 13, "items of the unknown type 13"),
     ("tokenizer.ggml.tokens", 8, "Q", 2**60, "number of items in .* cannot fit in the"),
     ("tokenizer.ggml.tokens", 16, "Q", 2**60, "string 0 takes 1,152,921,504,606,846,976 bytes"),
-    ("general.architecture", 12, "5s", b"falco", "is 'falco'; allowed: llama, mistral, qwen2, "),
+    ("general.architecture", 12, "5s", b"falco", "is 'falco'; allowed: llama, qwen2, qwen3, "),
 ]
 
 

@@ -326,6 +326,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer.ggml.remove_extra_whitespaces": True}, "whitespaces is True, which a GGUF"),
     ({"tokenizer.ggml.precompiled_charsmap": [1, 2]}, "precompiled_charsmap .a list of 2 items."),
     ({"tokenizer.ggml.some_new_switch": True}, "the setting tokenizer.ggml.some_new_switch .True"),
+    ({"llama.attention.head_count_kv": None}, "it has no llama.attention.head_count_kv; expected"),
     ({"llama.some_new_scale": 2.0}, "the setting llama.some_new_scale .2.0., which is not known"),
     ({"llama.rope.dimension_sections": [1, 2]}, "the setting llama.rope.dimension_sections"),
     ({"llama.rope.scaling.factor": 4.0}, "scales its rotary frequencies"),

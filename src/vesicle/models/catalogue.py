@@ -68,7 +68,7 @@ SMOLLM2 = Entry(
     conversion_s=20,
     keeps_gguf=False,
     # This file lay alone in its folder, and all that it says was carried.
-    older_formats=(1,),
+    older_formats=(1, 2),
 )
 
 _GEMMA_WHEELS = (

@@ -1,7 +1,8 @@
 """Converting a GGUF file, once, into a folder that plain transformers loads.
 
 The weights are unpacked to 32-bit floats exactly as transformers unpacks them, so that the folder
-and the GGUF give the same logits. Config and tokenizer are made from the file's header alone: what
+and the GGUF give the same logits. The scales of the groups that the weights were stored in are kept
+beside them (`gguf_groups.py`). Config and tokenizer are made from the file's header alone: what
 lies beside the file has no say. `vesicle.json` is written last: it records the source and the size
 of every file, so that a later start can trust the folder without hashing it.
 """
@@ -12,7 +13,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
 
 from vesicle.errors import DataError, ModelError, VesicleError
 from vesicle.files import (
@@ -26,14 +26,18 @@ from vesicle.files import (
 )
 from vesicle.models.checks import check_weights, read_config
 from vesicle.models.gguf_checks import check_gguf_model
+from vesicle.models.gguf_config import config_settings
+from vesicle.models.gguf_groups import write_groups
 from vesicle.models.gguf_header import GgufHeader, check_magic, read_gguf_header
-from vesicle.models.gguf_tokenizer import read_tokenizer_settings, write_tokenizer
+from vesicle.models.gguf_tokenizer import write_tokenizer
 from vesicle.models.memory import check_memory
 
-FORMAT = 2
-"""Of conversions; those of format 1 may hold the tokenizer of a file that lay beside the GGUF."""
+FORMAT = 3
+"""Of conversions. Those of format 1 may hold the tokenizer of a file that lay beside the GGUF, and
+those of formats 1 and 2 lack `groups.safetensors`."""
 MANIFEST = "vesicle.json"
-_UNPACKED_BYTES = 4
+_UNPACKED_BYTES = 4 + 2 * 4 / 32
+"""Of a weight as a 32-bit float, and of its part in the scale and the low of its group."""
 
 
 def sha256_file(path: Path) -> str:
@@ -99,7 +103,7 @@ def convert_gguf(gguf: Path, folder: Path, source: str, sha256: str) -> None:
     """
     header = read_gguf_header(gguf)
     check_gguf_model(gguf, header)
-    needs_bytes = header.n_weights * _UNPACKED_BYTES
+    needs_bytes = int(header.n_weights * _UNPACKED_BYTES)
     check_memory(needs_bytes, f"converting {gguf}")
     with atomic_folder(folder, needs_bytes) as part:
         try:
@@ -153,7 +157,7 @@ def _save_unpacked(gguf: Path, header: GgufHeader, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     write_tokenizer(gguf, header, folder)
-    settings = _config_settings(gguf, header)
+    settings = config_settings(gguf, header)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with _alone(gguf, folder) as link:
         model = AutoModelForCausalLM.from_pretrained(
@@ -166,6 +170,7 @@ def _save_unpacked(gguf: Path, header: GgufHeader, folder: Path) -> None:
     model.__dict__.pop("hf_quantizer", None)
     model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(folder)
+    write_groups(gguf, header, folder, model.state_dict())
     for path in folder.glob("*.safetensors"):
         # Written as 0600 by safetensors: give it the mode the user's umask asks for.
         path.chmod((folder / "config.json").stat().st_mode)
@@ -182,40 +187,6 @@ def _check_tokenizer(folder: Path) -> None:
     probe = f"a  12 It's{special} naïve\n\n日本 "
     if AutoTokenizer.from_pretrained(folder)(probe).input_ids != written.encode(probe).ids:
         raise ValueError("transformers reads its tokenizer in another way")
-
-
-def _config_settings(gguf: Path, header: GgufHeader) -> dict[str, Any]:
-    """The settings of a Hugging Face config, each from the header: no class's default may stand."""
-    metadata = header.metadata
-    arch = str(metadata["general.architecture"])
-
-    def number(key: str, default: Any = None) -> Any:
-        return metadata.get(f"{arch}.{key}", default)
-
-    heads, width = number("attention.head_count"), number("embedding_length")
-    tokenizer = read_tokenizer_settings(gguf, header)
-    ends = tokenizer.end_ids
-    return {
-        "model_type": arch,
-        "max_position_embeddings": number("context_length"),
-        "num_hidden_layers": number("block_count"),
-        "hidden_size": width,
-        "intermediate_size": number("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", heads),
-        "head_dim": number("attention.key_length", width // heads),
-        "hidden_act": "silu",
-        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": number("rope.freq_base", 10_000.0),
-        },
-        "tie_word_embeddings": "output.weight" not in header.tensors,
-        "vocab_size": header.tensors["token_embd.weight"].shape[0],
-        "bos_token_id": tokenizer.ids.get("bos"),
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": tokenizer.ids.get("padding"),
-    }
 
 
 @contextmanager

@@ -17,9 +17,14 @@ from vesicle.models.gguf_tokenizer import ENDS, NAMED, read_tokenizer_settings
 # Architecture to the one-dimensional tensors a layer has beyond those of Llama.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "llama": (),
-    "mistral": (),
     "qwen2": ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
     "qwen3": ("attn_q_norm.weight", "attn_k_norm.weight"),
+    "gemma3": (
+        "attn_q_norm.weight",
+        "attn_k_norm.weight",
+        "post_attention_norm.weight",
+        "post_ffw_norm.weight",
+    ),
 }
 _INTEGERS = ("I8", "I16", "I32", "I64")
 _PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16"}
@@ -66,10 +71,17 @@ def _expected_shapes(path: Path, header: GgufHeader) -> dict[str, tuple[int, ...
     width = facts.whole(f"{arch}.embedding_length", most=1 << 20)
     ffn = facts.whole(f"{arch}.feed_forward_length", most=1 << 22)
     heads = facts.whole(f"{arch}.attention.head_count", most=1 << 14)
-    kv_heads = facts.whole(f"{arch}.attention.head_count_kv", most=heads, default=heads)
+    # Without it transformers leaves a Llama's rows in llama.cpp's order, and says nothing.
+    none = None if arch == "llama" else heads
+    kv_heads = facts.whole(f"{arch}.attention.head_count_kv", most=heads, default=none)
     facts.whole(f"{arch}.context_length", most=2**31 - 1)
     facts.real(f"{arch}.attention.layer_norm_rms_epsilon", most=1.0)
     facts.real(f"{arch}.rope.freq_base", most=1e12, default=10_000.0)
+    if arch == "gemma3":
+        facts.real(f"{arch}.rope.freq_base_swa", most=1e12, default=10_000.0)
+        facts.real(f"{arch}.rope.scaling.factor", most=1e6, default=1.0)
+        facts.whole(f"{arch}.attention.sliding_window", least=0, most=2**31 - 1, default=0)
+        facts.whole(f"{arch}.attention.sliding_window_pattern", most=4096, default=6)
     if heads % kv_heads:
         raise facts.wrong(f"{arch}.attention.head_count_kv", f"divisors of {heads} (the heads)")
     size_key = f"{arch}.attention.key_length"
@@ -89,6 +101,7 @@ def _expected_shapes(path: Path, header: GgufHeader) -> dict[str, tuple[int, ...
     vector |= {"attn_q.bias": heads * size, "attn_k.bias": kv_heads * size}
     vector |= {"attn_v.bias": kv_heads * size}
     vector |= {"attn_q_norm.weight": size, "attn_k_norm.weight": size}
+    vector |= {"post_attention_norm.weight": width, "post_ffw_norm.weight": width}
     named = ("attn_norm.weight", "ffn_norm.weight", *ARCHITECTURES[arch])
     layer: dict[str, tuple[int, ...]] = {name: (vector[name],) for name in named}
     layer |= {"attn_q.weight": (heads * size, width), "attn_output.weight": (width, heads * size)}

@@ -53,6 +53,19 @@ CARRIED = frozenset(
 )
 """Read by the conversion, which checks their values where it reads them."""
 
+CARRIED_BY_ARCHITECTURE: dict[str, frozenset[str]] = {
+    "gemma3": frozenset(
+        {
+            "*.attention.sliding_window",
+            "*.attention.sliding_window_pattern",
+            "*.rope.freq_base_swa",
+            "*.rope.scaling.factor",
+            "*.rope.scaling.type",
+        }
+    )
+}
+"""Carried for these architectures, whatever the tables below say."""
+
 NEUTRAL: dict[str, tuple[Value, ...]] = {
     "general.quantization_version": (2,),
     "general.type": ("model",),
@@ -139,6 +152,13 @@ def check_settings(path: Path, header: GgufHeader) -> None:
         raise ModelError(f"{path} is a mixture of experts, which is not supported")
     for key, value in metadata.items():
         name = f"*.{key.removeprefix(f'{arch}.')}" if key.startswith(f"{arch}.") else key
+        if name in CARRIED_BY_ARCHITECTURE.get(arch, ()):
+            continue
+        if name.startswith(("*.vision.", "*.mm.")):
+            raise ModelError(
+                f"{path} holds a part for images as well ({key}), which is not supported: use a "
+                "file of the text model alone"
+            )
         if name in NEUTRAL and not any(_same(value, allowed) for allowed in NEUTRAL[name]):
             allowed = ", ".join(map(repr, NEUTRAL[name]))
             raise ModelError(
@@ -198,11 +218,16 @@ def _same(value: Value, allowed: Value) -> bool:
 
 
 def _refuse_scaling(path: Path, arch: str, header: GgufHeader) -> None:
-    """Refuse rotary scaling; llama.cpp takes a factor without a type as linear scaling."""
+    """Refuse rotary scaling; llama.cpp takes a factor without a type as linear scaling.
+
+    Gemma's is carried over if it is linear.
+    """
     metadata = header.metadata
     kind = metadata.get(f"{arch}.rope.scaling.type", "linear")
     factor = metadata.get(f"{arch}.rope.scaling.factor", 1.0)
     old_factor = metadata.get(f"{arch}.rope.scale_linear", 1.0)
+    if arch == "gemma3" and kind in ("none", "linear"):
+        factor = 1.0
     neutral = all(f in _SCALINGS_WITHOUT_EFFECT for f in (factor, old_factor))
     by_type = kind not in ("none", "linear", "yarn")
     if by_type or (kind != "none" and not neutral) or "rope_freqs.weight" in header.tensors:

@@ -262,9 +262,11 @@ def _add_special(
     special |= set(named)
     whole = {token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED}
     # An empty string is found nowhere, and the library would take it for one that is everywhere.
-    marked = [token for token in dict.fromkeys(tokens) if token and token in special | whole]
+    marked = special | whole
+    marked.discard("")
+    ordered = [token for token in dict.fromkeys(tokens) if token in marked]
     tokenizer.add_tokens(
-        [AddedToken(token, normalized=False, special=token in special) for token in marked]
+        [AddedToken(token, normalized=False, special=token in special) for token in ordered]
     )
 
 
