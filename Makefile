@@ -17,7 +17,7 @@ NATIVE_TESTS = tests/native/test_fuzz.py tests/native/test_damage.py tests/engin
 	tests/engine/test_packed.py tests/parity/test_forgetting.py tests/parity/test_small_modules.py
 
 .DEFAULT_GOAL := help
-.PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow \
+.PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow test-gemma \
 	test-kvpress test-oldest examples docs results clean
 
 help: ## list these targets
@@ -40,6 +40,9 @@ parity: ## reference against engine, and causality
 
 test-slow: ## tests of more than half a minute
 	$(PYTEST) -m slow
+
+test-gemma: ## tests of Gemma 3 270M (238 MB, downloaded once, under Gemma's terms of use)
+	$(PYTEST) -m gemma -n0
 
 bench: ## this engine beside Hugging Face and llama.cpp, on this machine (needs the bench extra)
 	$(PYTHON) -m vesicle.cli bench --against hf,llamacpp --overhead
@@ -79,7 +82,7 @@ test-kvpress: ## the bridge to NVIDIA's kvpress, in .venv-kvpress (made if missi
 test-oldest: ## fast tests with the oldest transformers, in .venv-oldest (made if missing; needs minutes)
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q '.[test]' 'transformers==$(OLDEST)'
-	.venv-oldest/bin/python -m pytest -m "not slow and not kvpress and not model"
+	.venv-oldest/bin/python -m pytest -m "not slow and not kvpress and not model and not gemma"
 
 examples: ## run every example in order
 	@set -e; for example in examples/[0-9]*.py; do echo "== $$example"; $(PYTHON) "$$example"; done

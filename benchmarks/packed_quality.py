@@ -54,13 +54,14 @@ def screen_ranks(head: PackedHead, states: Tensor) -> dict[str, float]:
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", help="folder, GGUF file, hub id or name; the default model")
     parser.add_argument("--text", type=Path, required=True, help="JSON lines with a field 'text'")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    folder = vesicle.resolve_model(None)
+    folder = vesicle.resolve_model(args.model)
     text = vesicle.Text.from_folder(folder)
     windows = load_windows(args.text, text, length=args.tokens, limit=args.windows)
     exact = vesicle.Engine.from_pretrained(folder, weights="fp32")

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -43,6 +47,17 @@ def tiny(family: str = "llama") -> Any:
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
         "biases": lambda: Qwen2ForCausalLM(Qwen2Config(**sizes)),
         "qk-norm": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=32)),
+        "windows": lambda: MistralForCausalLM(MistralConfig(**sizes, sliding_window=43)),
+        "gemma": lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **sizes,
+                head_dim=32,
+                query_pre_attn_scalar=30,
+                sliding_window=40,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                final_logit_softcapping=30.0,
+            )
+        ),
     }[family]()
     randomise(model, 0)
     return model.bfloat16().float().eval()

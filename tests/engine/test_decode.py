@@ -117,7 +117,13 @@ CASES = [
     *(
         (weights, "fp32", "stand-ins", family)
         for weights in WEIGHTS
-        for family in ("biases", "qk-norm")
+        for family in ("biases", "qk-norm", "windows", "gemma")
+    ),
+    *(
+        ("int4", kv, kind, family)
+        for kv in ("fp16", "int8")
+        for kind in ("dense", "replay")
+        for family in ("windows", "gemma")
     ),
 ]
 
@@ -402,6 +408,40 @@ def test_blocks_that_were_not_chosen_are_not_read(kv: str):
     assert torch.equal(last_logits(engine, plan, spoilt), expected)
     rest = Plan.rest(engine.shape, 70)
     assert last_logits(engine, rest, spoilt).isnan().any()
+
+
+@pytest.mark.parametrize("name", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("company", [1, 20])
+def test_what_a_window_leaves_behind_is_not_read(kv: str, company: int, name: str):
+    """Neither blocks that lie there still, nor the part of a block that is out of sight."""
+    if name not in core.instruction_sets():
+        pytest.skip(f"no {name} here")
+    core.load().vesicle_instructions(name.encode())
+    engine = native("int4", kv, "windows")
+    window = engine.shape.windows[0]
+
+    def logits(spoil: int) -> Tensor:
+        """Of position 100 and those that are read with it, entries below `spoil` damaged."""
+        sequence = engine.start()
+        engine.forward([(sequence, IDS[:100])], "none")
+        cache, pool = sequence.cache, engine.pool
+        for layer in range(engine.shape.n_layers):
+            starts = cache.starts[layer, : cache.n_blocks[layer]]
+            for block, start in zip(cache.tables[layer], starts, strict=False):
+                n = int(np.clip(spoil - start, 0, 16))
+                if kv == "int8":
+                    pool.key_scales[block, :, :n] = pool.value_scales[block, :, :n] = torch.nan
+                else:
+                    pool.keys[block, :, :, :n] = pool.values[block, :, :n] = torch.nan
+        return engine.forward([(sequence, IDS[100 : 100 + company])], "all")[0]
+
+    first = 100 - window + 1
+    assert first % 16
+    expected = logits(0)
+    assert torch.equal(logits(first), expected)
+    assert logits(first + 1)[0].isnan().any()
+    core.load().vesicle_instructions(None)
 
 
 # The rest ----------------------------------------------------------------------------------------

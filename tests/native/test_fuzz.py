@@ -44,12 +44,22 @@ def _best_instructions() -> Iterator[None]:
 
 def random_model(rng: np.random.Generator) -> Any:
     """Sizes that divide by nothing; every number is one that bfloat16 has."""
-    kv_heads, family = int(rng.integers(1, 4)), rng.choice(["Llama", "Qwen2", "Qwen3"])
-    heads = kv_heads * int(rng.integers(1, 9))
-    config = getattr(transformers, f"{family}Config")(
+    kinds = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma3"]
+    kv_heads, family = int(rng.integers(1, 4)), rng.choice(kinds)
+    heads, n_layers = kv_heads * int(rng.integers(1, 9)), int(rng.integers(1, 4))
+    more: dict[str, Any] = {}
+    if family in ("Mistral", "Gemma3"):
+        more["sliding_window"] = int(rng.integers(1, 100))
+    if family == "Gemma3":
+        two = ["full_attention", "sliding_attention"]
+        more["layer_types"] = [str(rng.choice(two)) for _ in range(n_layers)]
+        more["query_pre_attn_scalar"] = int(rng.integers(1, 300))
+        more["final_logit_softcapping"] = [None, 20.0][rng.integers(2)]
+    config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(
+        **more,
         hidden_size=heads * int(rng.integers(1, 150 // heads + 2)),
         intermediate_size=int(rng.integers(3, 200)),
-        num_hidden_layers=int(rng.integers(1, 4)),
+        num_hidden_layers=n_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=2 * int(rng.integers(1, 25)),
@@ -72,7 +82,8 @@ def random_model(rng: np.random.Generator) -> Any:
 def random_plan(shape: ModelShape, t: int, rng: np.random.Generator) -> Plan:
     """A valid Plan that uses all of every field's range."""
     size = (t, shape.n_layers)
-    visible = np.broadcast_to(visible_blocks(np.arange(t, dtype=np.int32))[:, None], size)
+    places = np.arange(t, dtype=np.int32)[:, None]
+    visible = np.broadcast_to(visible_blocks(places, shape.layer_windows), size)
     channels = []
     for width in shape.site_widths:
         count = rng.integers(1, width + 1, size)
@@ -128,7 +139,7 @@ def without_native(disabled: bool) -> Iterator[None]:
 def evict(sequence: Sequence, rng: np.random.Generator) -> None:
     """Drop some complete blocks of some layers, and some entries of each KV head of others."""
     cache = sequence.cache
-    for layer in range(cache.n_layers):
+    for layer in np.nonzero(cache.windows == 0)[0].tolist():
         held = cache.held(layer)
         complete = held.shape[1] // 16
         if rng.random() < 0.2:

@@ -106,7 +106,7 @@ def evaluate(
         typer.Option(help="Who executes. Only the engine skips work and measures it."),
     ] = Through.engine,
     weights: Annotated[
-        str, typer.Option(help="The engine's weights: auto, int4, int8, bf16, fp32 or fp64.")
+        str, typer.Option(help="The engine's weights: auto, int4, int8, mixed, bf16, fp32 or fp64.")
     ] = "auto",
     kv: Annotated[
         str, typer.Option(help="The engine's cache: auto, int8, fp16, bf16, fp32 or fp64.")

@@ -50,18 +50,19 @@ _CUT_CHARACTER = "\ufffd"
 
 
 class WeightFormat(StrEnum):
-    """How weights are stored; `auto` is int4 where that loses nothing, else as the model's file."""
+    """How weights are stored; `auto` is packed where the file is, or where int4 loses nothing."""
 
     auto = "auto"
     int4 = "int4"
     int8 = "int8"
+    mixed = "mixed"
     bf16 = "bf16"
     fp32 = "fp32"
     fp64 = "fp64"
 
 
 class KvFormat(StrEnum):
-    """How keys and values are stored; `auto` is fp16 beside int4 and int8, else as the weights."""
+    """How keys and values are stored; `auto` is fp16 beside packed weights, else as the weights."""
 
     auto = "auto"
     int8 = "int8"
@@ -132,14 +133,15 @@ def run(
     weights: Annotated[
         WeightFormat,
         typer.Option(
-            help="Format of the weights; auto is int4 if that loses nothing, else the file's own.",
+            help="Format of the weights; auto packs those of a quantised file, and others as int4 "
+            "if that loses nothing; else it is the file's own. In mixed, a projection has 4 or 8 bits.",
             rich_help_panel=_WHAT,
         ),
     ] = WeightFormat.auto,
     kv: Annotated[
         KvFormat,
         typer.Option(
-            help="Format of cached keys and values; auto is fp16 beside int4 and int8, else that "
+            help="Format of cached keys and values; auto is fp16 beside packed weights, else that "
             "of the weights.",
             rich_help_panel=_WHAT,
         ),
