@@ -134,7 +134,7 @@ def run(
         WeightFormat,
         typer.Option(
             help="Format of the weights; auto packs those of a quantised file, and others as int4 "
-            "if that loses nothing; else it is the file's own. In mixed, a projection has 4 or 8 bits.",
+            "if that loses nothing; else it is the file's own. In mixed, each has 4 or 8 bits.",
             rich_help_panel=_WHAT,
         ),
     ] = WeightFormat.auto,
