@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType as Kind
 
 from tests.models.tiny_gguf import write_gguf
 from tests.models.tiny_wheels import tiny_entry
@@ -102,9 +103,24 @@ def test_json(vesicle: Run, cache: Path, tmp_path: Path, tiny: Entry):
     assert [key for key in sorted(keys) if f"`{key}`" not in document] == []
 
 
+def test_packing(vesicle: Run, tmp_path: Path):
+    own = str(write_gguf(tmp_path / "own.gguf", {"ffn_down": Kind.Q5_0}))
+    status, out, err = vesicle("models", "--packing", own)
+    assert (status, err) == (0, "")
+    assert "model.layers.0.mlp.down_proj.weight     Q5_0            8  exact\n" in out
+    assert "% of the largest\n" in out
+    told = json.loads(vesicle("models", "--packing", own, "--json")[1])
+    assert told["weights"] == "int8"
+    down = next(m for m in told["matrices"] if "down" in m["name"])
+    assert (down["kinds"], down["bits"], down["error"]) == (["Q5_0"], 8, 0)
+    dense = str(write_gguf(tmp_path / "dense.gguf"))
+    assert vesicle("models", "--packing", dense)[1] == "nothing is packed: weights are fp32\n"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--packing x --fetch x", "--fetch and --packing are given together; give one"),
         ("--fetch x", "has no 'x'; allowed: smollm2-135m-instruct, gemma3-270m"),
         ("--fetch owner/name", "allowed: smollm2-135m-instruct, gemma3-270m"),
         ("--remove x", "'x' is not a model of the cache; allowed: smollm2-135m-instruct, gemma3"),

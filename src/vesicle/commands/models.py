@@ -32,6 +32,15 @@ def models(
             show_default=False,
         ),
     ] = None,
+    packing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Load a model, named as for other commands, and list how its matrices are packed "
+            "and the largest error of each.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """List the models that go by a short name, and what the cache holds.
@@ -48,12 +57,21 @@ def models(
       vesicle models --fetch gemma3-270m
 
       vesicle models --remove gemma3-270m
+
+      vesicle models --packing gemma3-270m
     """
-    given = {"--fetch": fetch is not None, "--remove": remove is not None, "--json": as_json}
+    given = {
+        "--fetch": fetch is not None,
+        "--remove": remove is not None,
+        "--packing": packing is not None,
+        "--json": as_json and packing is None,
+    }
     if sum(given.values()) > 1:
         names = " and ".join(name for name, is_given in given.items() if is_given)
         raise DataError(f"{names} are given together; give one")
-    if fetch is not None:
+    if packing is not None:
+        _print_packing(packing, as_json)
+    elif fetch is not None:
         from vesicle.models.fetch import ensure_model
 
         AnswerWriter(sys.stdout).write(f"{ensure_model(fetch)}\n")
@@ -63,6 +81,30 @@ def models(
         _print_json()
     else:
         _print_list()
+
+
+def _print_packing(model: str, as_json: bool) -> None:
+    """How the engine packs a model's matrices, in the order of loading."""
+    from dataclasses import asdict
+
+    from vesicle.engine import Engine
+
+    engine = Engine.from_pretrained(model)
+    if as_json:
+        matrices = [asdict(p) for p in engine.packing]
+        print_json({"weights": engine.weights_format, "matrices": matrices})
+        return
+    console = SafeConsole(highlight=False, markup=False, soft_wrap=True)
+    if not engine.packing:
+        console.print(f"nothing is packed: weights are {engine.weights_format}")
+        return
+    width = max(len(p.name) for p in engine.packing)
+    title = "matrix, the first of those joined"
+    console.print(f"{title:{width}}  file         bits  largest error")
+    for p in engine.packing:
+        kinds = ", ".join(p.kinds) or "-"
+        error = f"{p.error:.2g}, {p.error / p.largest:.2%} of the largest" if p.error else "exact"
+        console.print(f"{one_line(p.name):{width}}  {kinds:11}  {p.bits:4}  {error}")
 
 
 def _remove(name: str) -> None:

@@ -36,7 +36,7 @@ from vesicle.engine.rotary import Rotary
 from vesicle.engine.sampling import Sampling
 from vesicle.engine.sequence import Outcome, Part, Sequence, Wanted
 from vesicle.engine.torch_pass import TorchPass
-from vesicle.engine.weights import Weights, from_folder, from_model
+from vesicle.engine.weights import Packing, Weights, from_folder, from_model
 from vesicle.errors import ModelError, VesicleError
 from vesicle.models.text import Text, end_ids, token_ids
 from vesicle.modulator import Modulator, served
@@ -110,6 +110,11 @@ class Engine:
     def weights_format(self) -> str:
         """How weights are stored, one of `weights.FORMATS`."""
         return self._weights.format
+
+    @property
+    def packing(self) -> tuple[Packing, ...]:
+        """What packing has cost, matrix by matrix; empty where weights are dense."""
+        return self._weights.packing
 
     @property
     def uncovered(self) -> str | None:

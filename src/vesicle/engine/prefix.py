@@ -5,8 +5,9 @@ where that minds, on which of them were prompt. They depend on nothing else, so 
 one method whose texts begin alike have the same cache there.
 The index keeps *snapshots*: sequences forked at whole blocks of 16 tokens, which share their blocks
 with whoever computed them by reference count. A snapshot that a longer one continues is dropped,
-for the longer one serves the same readers. Under a byte limit, or when the pool runs short, the
-least recently used snapshot goes first.
+for the longer one serves the same readers. Windowed layers hold what follows a snapshot's end alone
+sees: there a snapshot serves those who go on from its end, and the shorter one stays. Under a byte
+limit, or when the pool runs short, the least recently used snapshot goes first.
 
 Reused are sequences of `Dense` and of modulators (trained or controls) at one position of the dial.
 A modulator is known by identity, so one that is trained further in place needs a `clear`. Not
@@ -86,7 +87,9 @@ class PrefixIndex:
         ids = ids[: (len(ids) - 1) // BLOCK * BLOCK]
         found, n = None, beyond
         for snapshot in reversed(self._snapshots):  # of equals the newest, so that others may age
-            if snapshot.identity == key and (m := _common(snapshot.ids, ids)) > n:
+            if snapshot.identity != key or (m := _common(snapshot.ids, ids)) <= n:
+                continue
+            if snapshot.sequence.cache.reaches(m):
                 found, n = snapshot, m
         if found is None:
             return None
@@ -102,14 +105,15 @@ class PrefixIndex:
         if self.limit_bytes is not None:
             column = self.engine.shape.n_layers * self.engine.pool.bytes_per_block
             n = min(n, self.limit_bytes // column)
-        if key is None or not n or not _whole(sequence):
+        cache = sequence.cache
+        if key is None or not n or not _whole(sequence) or not cache.reaches(n * BLOCK):
             return
         ids = np.array(sequence.token_ids[: n * BLOCK])
         for snapshot in [s for s in self._snapshots if s.identity == key]:
             common = _common(snapshot.ids, ids)
             if common == len(ids):
                 return self._touch(snapshot)
-            if common == len(snapshot.ids):
+            if common == len(snapshot.ids) and cache.reaches(common):
                 self._drop(snapshot)
         snapshot = _Snapshot(key, ids, self.engine.fork(sequence, len(ids)))
         self._snapshots.append(snapshot)
@@ -169,7 +173,7 @@ def _whole(sequence: Sequence) -> bool:
     """
     cache = sequence.cache
     return not sequence.author.carries_state and bool(
-        (cache.n_blocks == -(-sequence.length // BLOCK)).all()
+        (cache.n_blocks + cache.left == -(-sequence.length // BLOCK)).all()
     )
 
 
