@@ -25,11 +25,22 @@ from vesicle.files import write_json
 
 KV_FORMATS = ("fp16", "int8")
 RANKS = (1, 8, 16, 32, 64)
+CHUNK = 128
 
 
-def losses(logits: Tensor, ids: list[int]) -> Tensor:
-    """Loss (T - 1,) in nats of each next token."""
-    return cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]), reduction="none")
+def read(engine: vesicle.Engine, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Loss (T - 1,) in nats of each next token, and the likeliest ones.
+
+    Logits of a large vocabulary are not kept: 128 tokens at a time.
+    """
+    sequence, losses, likeliest = engine.start(), [], []
+    for start in range(0, len(ids) - 1, CHUNK):
+        logits = engine.forward([(sequence, ids[start : start + CHUNK])], "all")[0]
+        following = torch.tensor(ids[start + 1 : start + CHUNK + 1])
+        logits = logits[: len(following)]
+        losses.append(cross_entropy(logits.double(), following, reduction="none"))
+        likeliest.append(logits.argmax(-1))
+    return torch.cat(losses), torch.cat(likeliest)
 
 
 def summary(differences: list[Tensor], same: list[Tensor]) -> dict[str, float]:
@@ -44,9 +55,12 @@ def summary(differences: list[Tensor], same: list[Tensor]) -> dict[str, float]:
 
 def screen_ranks(head: PackedHead, states: Tensor) -> dict[str, float]:
     """Share of normed states (T, D) whose likeliest word is among the first m of a 4-bit screen."""
-    best = head.multiply(states).argmax(-1, keepdim=True)
-    screened = head.multiply(states, 4)
-    rank = (screened > screened.gather(1, best)).sum(1)
+    ranks = []
+    for part in states.split(CHUNK):
+        best = head.multiply(part).argmax(-1, keepdim=True)
+        screened = head.multiply(part, 4)
+        ranks.append((screened > screened.gather(1, best)).sum(1))
+    rank = torch.cat(ranks)
     return {f"first_{m}": float((rank < m).double().mean()) for m in RANKS}
 
 
@@ -71,13 +85,13 @@ def main() -> None:
     states: list[Tensor] = []  # what the LM head reads
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for ids in windows.ids.tolist():
-        dense = exact.forward([(exact.start(), ids)], "all")[0]
+        expected, likeliest = read(exact, ids)
         states.append(model.model(torch.tensor([ids])).last_hidden_state[0])
         for kv, engine in engines.items():
-            logits = engine.forward([(engine.start(), ids)], "all")[0]
+            losses, found = read(engine, ids)
             run = f"{kv} cache"
-            rises.setdefault(run, []).append(losses(logits, ids) - losses(dense, ids))
-            same.setdefault(run, []).append((logits.argmax(-1) == dense.argmax(-1))[:-1])
+            rises.setdefault(run, []).append(losses - expected)
+            same.setdefault(run, []).append(found == likeliest)
     head = engines["fp16"]._weights.head
     assert isinstance(head, PackedHead)
     result = {

@@ -60,6 +60,27 @@ def test_blocks_come_back(engine: Engine, piece: int):
     assert sequence.share == 1
 
 
+@pytest.mark.parametrize("weights", ["int4", "fp64"])
+@pytest.mark.parametrize(("before", "n"), [(0, 400), (1, 129), (37, 300), (200, 128), (31, 200)])
+def test_what_is_asked_of_the_pool_is_what_is_taken(weights: str, before: int, n: int):
+    """A long text fits where its windows do, though not all of its blocks would."""
+    model = tiny_model("gemma3", dtype=torch.float32)
+    whole = Engine.from_model(model, weights=weights)
+    sequence = whole.start()
+    if before:
+        whole.forward([(sequence, ids(before))], "none")
+    needed = sequence.cache.blocks_needed(n) + int(sequence.cache.n_blocks.sum())
+    assert needed <= 3 * -(-(before + n) // 16)
+    size = needed * whole.pool.bytes_per_block
+    engine = Engine.from_model(model, weights=weights, kv_capacity=size)
+    assert engine.pool.capacity == needed
+    sequence = engine.start()
+    if before:
+        engine.forward([(sequence, ids(before))], "none")
+    engine.forward([(sequence, ids(n))], "none")
+    assert sequence.length == before + n
+
+
 def test_below_rest_it_holds_as_little(engine: Engine):
     modulator = tiny_modulator(engine.shape, dtype=engine.dtype)
     sequence = engine.start(modulator.at(0.5, EVERYWHERE))

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vesicle.blocks import summarise
+from vesicle.engine.core import MOST_TOKENS
 from vesicle.engine.pool import BlockPool, summary_dtype
 from vesicle.errors import VesicleError
 from vesicle.plan import BLOCK, IntArray
@@ -134,8 +135,18 @@ class SequenceCache:
             raise VesicleError("the sequence is closed; start a new one")
 
     def blocks_needed(self, n_tokens: int) -> int:
-        """Blocks that `reserve(n_tokens)` would take from the pool."""
-        return self.n_layers * max(0, _blocks(self.length + n_tokens) - self._room_end // BLOCK)
+        """Blocks of the pool that reading `n_tokens` more takes, in passes of 128 at most.
+
+        Of one such pass it is what `reserve(n_tokens)` takes. A windowed layer lets go of blocks
+        between passes.
+        """
+        more = max(0, _blocks(self.length + n_tokens) - self._room_end // BLOCK)
+        if n_tokens <= MOST_TOKENS or not len(self._windowed):
+            return self.n_layers * more
+        # Those of a window, of a pass, and the edges of both.
+        most = (self.windows - 1) // BLOCK + MOST_TOKENS // BLOCK + 3 - self._lists.n_blocks
+        each = np.where(self.windows > 0, np.clip(most, 0, more), more)
+        return int(each.sum())
 
     def reserve(self, n_tokens: int) -> None:
         """Make room in every layer for exactly `n_tokens` more, or in none.

@@ -439,6 +439,8 @@ class Engine:
         cut = sequence.evicts_at - sequence.length
         reach = self._native.reach(sequence) if self._native is not None else 0
         blocked = sequence.buffer().blocked if self._native is not None else 0
+        if self.shape.windows:  # so that what windows leave behind comes back in time
+            cut = min(cut, MOST_TOKENS)
         return min(cut, reach or blocked or cut), reach > 0
 
     def _run(self, batch: dict[int, Part], native: set[int], wants: Wanted) -> dict[int, Outcome]:
