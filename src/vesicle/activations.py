@@ -1,4 +1,4 @@
-"""Activations of hidden units, by the names that configs of Hugging Face models give them."""
+"""Activations of hidden units, by the names that configs of Hugging Face models give them; caps."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
     "relu": nn.functional.relu,
 }
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits under a soft cap c, in place: c tanh(x / c) (Gemma 2, 2024)."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

@@ -302,7 +302,7 @@ struct Model {
     m.activation = r.chance(0.4) ? static_cast<int64_t>(kSilu) : r.between(kSilu, kRelu);
     m.rotated = r.chance(0.6) ? m.size : 2 * r.between(1, m.size / 2);
     const int64_t format = r.between(0, 3), q = m.heads * m.size, kv = m.kv_heads * m.size;
-    const bool bias = r.chance(0.3), norms = r.chance(0.3), shifts = !m.rms && r.chance(0.7);
+    const bool bias = r.chance(0.3), norms = r.chance(0.3), shifts = !m.rms && r.chance(0.7), post_norms = r.chance(0.3);
     const auto norm = [shifts](const std::vector<float>& gain, const std::vector<float>& shift) {
       return VesicleNorm{gain.data(), shifts ? shift.data() : nullptr};
     };
@@ -331,8 +331,12 @@ struct Model {
       layer.ffn_norm = norm(s.ffn_gain, s.ffn_bias);
       if (norms) layer.query_norm.gain = s.query_gain.data();
       if (norms) layer.key_norm.gain = s.key_gain.data();
-      layer.rotates = r.chance(0.8);
+      if (post_norms) layer.attention_post_norm.gain = s.attention_gain.data();
+      if (post_norms) layer.ffn_post_norm.gain = s.ffn_gain.data();
+      layer.rotates = r.between(0, 4) % 3;
+      layer.window = r.chance(0.3) ? r.between(1, 100) : 0;
     }
+    m.embedding_scale = r.chance(0.7) ? 1.0f : 3.0f;
     m.layers = layers.data();
     final_gain = floats(r, m.width, 0.5f, 1.5f);
     final_bias = floats(r, m.width, -0.3f, 0.3f);
@@ -476,9 +480,12 @@ struct Sequence {
     tables.assign(L * room, 0);
     starts.assign(L * room, 0);
     for (int64_t l = 0; l < L; ++l) {
-      const bool evicts = r.chance(0.4);
+      // A windowed layer has left nothing but blocks behind that no token of the text sees.
+      const int64_t window = m.layers[l].window;
+      const int64_t left = window ? r.between(0, std::max<int64_t>(0, first * kBlock - window + 1) / kBlock) : 0;
+      const bool evicts = !window && r.chance(0.4);
       int32_t listed = 0;
-      for (int64_t b = 0; b < visible; ++b) {
+      for (int64_t b = left; b < visible; ++b) {
         if (b < first && evicts && r.chance(0.3)) continue;
         if (b == first) before.push_back(listed);
         tables[l * room + listed] = free.back();
@@ -672,8 +679,8 @@ struct Chunk {
     view.room = s.room;
     view.vectors = s.vectors;
     view.room_summaries = s.room_summaries;
-    view.cosine[0] = cosine.data();
-    view.sine[0] = sine.data();
+    view.cosine[0] = view.cosine[1] = cosine.data();
+    view.sine[0] = view.sine[1] = sine.data();
     view.tables = tables.data();
     view.starts = starts.data();
     view.held = held.data();
@@ -951,7 +958,8 @@ void check_received(const Model& model, const std::vector<Sequence>& sequences, 
         if (row.ffn == 1 && s.small_ffn >= 0) small += model.small_ffns[s.small_ffn].weights_read(m);
         if (!row.attention && s.small_attention) small += model.small_attention.weights_read(m);
         attending[l] += row.attention;
-        const int64_t expected = s.reads && row.attention ? said.visited[l] : 0;
+        const bool told = s.reads && !m.layers[l].window;  // nothing but its window forgets there
+        const int64_t expected = told && row.attention ? said.visited[l] : 0;
         CHECK(said.summed[l] == expected, "%lld, not %lld", (long long)said.summed[l], (long long)expected);
       }
       CHECK(said.small[0] == small, "%lld, not %lld", (long long)said.small[0], (long long)small);
@@ -960,7 +968,8 @@ void check_received(const Model& model, const std::vector<Sequence>& sequences, 
     for (int64_t i = 0; i < m.n_layers * m.kv_heads; ++i) {
       double total = 0;
       for (int64_t j = 0; j < slots; ++j) total += s.reads ? reading.received[who][i * slots + j] : 0;
-      const double given = s.reads ? static_cast<double>(attending[i / m.kv_heads] * (m.heads / m.kv_heads)) : 0;
+      const bool told = s.reads && !m.layers[i / m.kv_heads].window;
+      const double given = told ? static_cast<double>(attending[i / m.kv_heads] * (m.heads / m.kv_heads)) : 0;
       CHECK(std::abs(total - given) <= 1e-3 * given, "%g, not %g", total, given);
     }
   }

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vesicle.activations import capped
 from vesicle.engine import core
 from vesicle.engine.asked import Asked
 from vesicle.engine.chunk import OTHERS, ChunkBuffer, Decides, parts_of, readable
@@ -31,7 +32,7 @@ from vesicle.engine.pool import BlockPool
 from vesicle.engine.rotary import Rotary
 from vesicle.engine.sampling import not_finite
 from vesicle.engine.screen import Screening
-from vesicle.engine.weights import Weights, capped
+from vesicle.engine.weights import Weights
 from vesicle.families.base import Affine, DecoderConfig
 from vesicle.modulator import ModulatorAuthor
 from vesicle.plan import Author, FloatArray

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vesicle.activations import capped
 from vesicle.engine.encoding import GROUP, Grid
 from vesicle.engine.linear import ChannelMajor, Projection, logits
 from vesicle.engine.packed import (
@@ -156,11 +157,6 @@ class Weights:
     def logits(self, x: Tensor) -> Tensor:
         """Logits (T, V) of the normed residual stream x (T, D), by the full LM head."""
         return capped(logits(x, self.head, self.head_bias), self.config.logit_cap)
-
-
-def capped(logits: Tensor, cap: float | None) -> Tensor:
-    """Logits under a soft cap c, in place: c tanh(x / c) (Gemma 2, 2024)."""
-    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _size(tensor: Tensor | None) -> int:

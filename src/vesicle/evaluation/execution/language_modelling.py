@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vesicle.activations import capped
 from vesicle.cost import Cost, price, price_dense_span
 from vesicle.errors import ModelError, VesicleError
 from vesicle.evaluation.execution.prompts import Codec
@@ -265,12 +266,14 @@ def _losses(model: nn.Module, hidden: Tensor, rows: Tensor, first: int) -> list[
     The head runs on a few positions at a time: logits are large.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]  # a method of PreTrainedModel
+    config: Any = model.config
+    cap = find_family(config).decoder_config(config).logit_cap
     b, t = rows.shape
     total = torch.zeros(b, dtype=torch.float64)
     step = max(1, HEAD_POSITIONS // b)
     for start in range(first, t - 1, step):
         stop = min(start + step, t - 1)
-        logits = head(hidden[:, start:stop])
+        logits = capped(head(hidden[:, start:stop]), cap)
         # A float64 model keeps its precision; anything coarser is worked out in float32.
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = nn.functional.cross_entropy(
