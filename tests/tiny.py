@@ -79,7 +79,6 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: _llama_like("Qwen2Config"),
     "qwen3": lambda: _llama_like("Qwen3Config", head_dim=16),
     "smollm3": lambda: _llama_like("SmolLM3Config", no_rope_layers=[1, 0, 1]),
-    "mistral_windowed": lambda: _llama_like("MistralConfig", sliding_window=40, head_dim=16),
     "gemma3": lambda: _llama_like(
         "Gemma3TextConfig",
         head_dim=16,
