@@ -216,9 +216,10 @@ class SequenceCache:
         end = self.length + n_tokens
         if end > self._room_end:
             raise ValueError(f"room ends at position {self._room_end}; {end} are to be counted")
+        completes = end // BLOCK > self.length // BLOCK
         self.length = end
         self._ends[:] = end
-        if len(self._windowed):
+        if completes and len(self._windowed):
             self._leave_behind()
 
     def _leave_behind(self) -> None:

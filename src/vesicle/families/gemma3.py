@@ -1,14 +1,15 @@
 """Gemma 3, text alone: windowed layers, norms before and after each module, scaled embeddings.
 
-It differs from Llama in these, and in gains that are stored less 1, a gate with GELU, rotary bases
-by kind of layer, and a scale of attention that the config names. Attention reads no soft cap of its
-scores, whatever a config says: transformers' code for it has none, so such configs are refused.
+Its modules have Llama's names. It differs in these points, and in gains that are stored less 1, a
+gate with GELU, rotary bases by kind of layer, and a scale of attention that the config names.
+Attention reads no soft cap of its scores, whatever a config says: transformers' code for it has
+none, so such configs are refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,6 @@ from vesicle.errors import ModelError
 from vesicle.families.base import (
     Affine,
     DecoderConfig,
-    Family,
     LayerModules,
     LayerTensors,
     Lookup,
@@ -25,7 +25,6 @@ from vesicle.families.base import (
     Presence,
     affine,
     check_activation,
-    need,
 )
 from vesicle.families.checks import (
     MOST_FFN_WIDTH,
@@ -42,18 +41,17 @@ from vesicle.families.checks import (
     positive,
     whole,
 )
+from vesicle.families.llama import LlamaFamily
 from vesicle.families.rotary import rotary
 from vesicle.families.windows import windows_of
 from vesicle.shapes import ModelShape
 
 
-class Gemma3Family(Family):
+class Gemma3Family(LlamaFamily):
     """Separate projections, GeGLU, four norms a layer, sliding and full attention by turns."""
 
     name = "gemma3"
     model_types = ("gemma3_text",)
-    prefix = "model."
-    heads = ("lm_head.weight",)
 
     def decoder_config(self, config: Any) -> DecoderConfig:
         """Read a `Gemma3TextConfig`."""
@@ -103,62 +101,33 @@ class Gemma3Family(Family):
         return Presence(qkv_bias=bias, out_bias=bias, query_norm=True, post_norm=True)
 
     def layer_tensors(self, config: DecoderConfig, layer: int, lookup: Lookup) -> LayerTensors:
-        """Parameters under `model.layers.N`."""
-        p = f"model.layers.{layer}"
-        return LayerTensors(
-            attention_norm=_gain(lookup, f"{p}.input_layernorm"),
-            query=affine(lookup, f"{p}.self_attn.q_proj"),
-            key=affine(lookup, f"{p}.self_attn.k_proj"),
-            value=affine(lookup, f"{p}.self_attn.v_proj"),
-            out=affine(lookup, f"{p}.self_attn.o_proj"),
-            query_norm=_gain(lookup, f"{p}.self_attn.q_norm"),
-            key_norm=_gain(lookup, f"{p}.self_attn.k_norm"),
-            attention_post_norm=_gain(lookup, f"{p}.post_attention_layernorm"),
-            ffn_norm=_gain(lookup, f"{p}.pre_feedforward_layernorm"),
-            gate=affine(lookup, f"{p}.mlp.gate_proj"),
-            up=affine(lookup, f"{p}.mlp.up_proj"),
-            down=affine(lookup, f"{p}.mlp.down_proj"),
-            ffn_post_norm=_gain(lookup, f"{p}.post_feedforward_layernorm"),
+        """As Llama's, whose norm before the FFN has the name of the one after attention here."""
+        found, p = super().layer_tensors(config, layer, lookup), f"model.layers.{layer}"
+        return replace(
+            found,
+            attention_norm=_gain(found.attention_norm),
+            query_norm=None if found.query_norm is None else _gain(found.query_norm),
+            key_norm=None if found.key_norm is None else _gain(found.key_norm),
+            attention_post_norm=_gain(found.ffn_norm),
+            ffn_norm=_gain(affine(lookup, f"{p}.pre_feedforward_layernorm")),
+            ffn_post_norm=_gain(affine(lookup, f"{p}.post_feedforward_layernorm")),
         )
 
     def model_tensors(self, lookup: Lookup) -> ModelTensors:
-        """Embedding, final norm and head."""
-        name = "model.embed_tokens.weight"
-        embedding = need(lookup, name)
-        head = lookup(self.heads[0])
-        return ModelTensors(
-            embedding=embedding,
-            final_norm=_gain(lookup, "model.norm"),
-            head=embedding if head is None else head,
-            head_bias=None,
-            head_name=name if head is None else self.heads[0],
-        )
-
-    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The L decoder layers, in order: the children of `model.model.layers`."""
-        return list(model.get_submodule("model.layers").children())
+        """As Llama's, with the final norm's gain."""
+        found = super().model_tensors(lookup)
+        return replace(found, final_norm=_gain(found.final_norm))
 
     def modules(self, layer: nn.Module) -> LayerModules:
         """By attribute names of `Gemma3DecoderLayer`."""
-
-        def linear(name: str) -> nn.Linear:
-            module = layer.get_submodule(name)
-            assert isinstance(module, nn.Linear)
-            return module
-
-        return LayerModules(
-            attention=layer.get_submodule("self_attn"),
-            query_key_value=tuple(linear(f"self_attn.{n}_proj") for n in "qkv"),
-            out=linear("self_attn.o_proj"),
+        return replace(
+            super().modules(layer),
             attention_end=layer.get_submodule("post_attention_layernorm"),
             ffn_norm=layer.get_submodule("pre_feedforward_layernorm"),
-            ffn=layer.get_submodule("mlp"),
-            ffn_in=(linear("mlp.gate_proj"), linear("mlp.up_proj")),
-            ffn_out=linear("mlp.down_proj"),
             ffn_end=layer.get_submodule("post_feedforward_layernorm"),
         )
 
 
-def _gain(lookup: Lookup, prefix: str) -> Affine:
-    """A norm's gain, which is stored less 1; in fp32, as transformers adds it."""
-    return Affine(weight=1.0 + need(lookup, f"{prefix}.weight").float())
+def _gain(norm: Affine) -> Affine:
+    """A norm whose gain is stored less 1; in fp32, as transformers adds it."""
+    return replace(norm, weight=1.0 + norm.weight.float())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -50,7 +50,7 @@ class LlamaFamily(Family):
     """Separate projections, gated FFN, sequential residual."""
 
     name = "llama"
-    model_types = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+    model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
     prefix = "model."
     heads = ("lm_head.weight",)
 
