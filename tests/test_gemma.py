@@ -3,7 +3,10 @@
 Not run by default: the model is a download of 238 MB under terms of its own (`make test-gemma`).
 """
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from subprocess import run
 from typing import Any
 
 import pytest
@@ -124,6 +127,36 @@ def test_packed_weights_lose_little(model: Any, packed: Engine):
     expected = model(torch.tensor([ids])).logits[0]
     mine, theirs = (cross_entropy(x[:-1], torch.tensor(ids[1:])) for x in (logits, expected))
     assert abs(float(mine - theirs)) < 0.02
+
+
+_GROWTH = """
+import sys
+from vesicle.engine import Engine
+from vesicle.plan import ROW
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+
+engine = Engine.from_pretrained(sys.argv[1])
+ids = [i * 7919 % 200_000 + 5 for i in range(int(sys.argv[2]))]
+sequence = engine.start()
+engine.forward([(sequence, ids[:256])], "last")
+before = resident()
+for i in range(256, len(ids), 128):
+    engine.forward([(sequence, ids[i : i + 128])], "none")
+rows = len(ids) * engine.shape.n_layers * ROW.itemsize
+print(resident() - before, sequence.kv_bytes_peak, rows)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux says")
+def test_memory_of_the_process():
+    """It grows by what the ledger says and the Plan's rows."""
+    made = run([sys.executable, "-c", _GROWTH, NAME, "16384"], check=True, capture_output=True)
+    grown, held, rows = map(int, made.stdout.split())
+    assert held < grown + 10e6
+    assert grown < held + rows + 15e6
 
 
 def test_windowed_layers_hold_their_window(packed: Engine):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.engine.decoding import IDS, beside, modulator_for, native
 from vesicle.engine import Engine, Sequence, core
+from vesicle.engine.rotary import STRIDE
 from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.plan import FFN_SMALL, Plan, Replay
 
@@ -155,20 +157,35 @@ def test_what_is_pointed_to_is_held():
         assert now == lies
 
 
+def test_phases_are_kept_of_the_positions_at_hand_alone():
+    """Those of a whole window took more memory than a windowed model's cache."""
+    engine = native("fp32")
+    rotary, sequence = engine._native._rotaries[0], engine.start()
+    seen = []
+    for n in (STRIDE - 1, 1, 2, STRIDE, STRIDE - 2, 100):
+        engine.forward([(sequence, (IDS * 4)[:n])], "none")
+        (table,) = sequence.buffer()._rotations
+        end = sequence.length
+        assert table.start < end <= table.start + 2 * STRIDE
+        at = rotary.at(np.arange(table.start, end, dtype=np.int32))
+        for kept, made in zip((table.cos, table.sin), at, strict=True):
+            assert torch.equal(kept[: end - table.start], made)
+        seen.append(weakref.ref(table))
+    del table, sequence
+    gc.collect()
+    assert not any(table() for table in seen)
+
+
 @pytest.mark.parametrize("lengths", [(10, 256), (256, 10), (300, 511, 20)])
 def test_rows_of_a_batch_that_reaches_further(lengths: tuple[int, ...]):
-    """The table of phases grew while the first tokens of a batch pointed into the old one."""
+    """The table of phases grew once while the first tokens of a batch pointed into the old one."""
     engine = native("fp32")
     sequences = [engine.start() for _ in lengths]
     for sequence, n in zip(sequences, lengths, strict=True):
         engine.forward([(sequence, (IDS * 4)[:n])], "none")
     rotary = engine._native._rotaries[0]
-    addresses, seen = rotary.addresses, []
-    rotary.addresses = lambda position: seen.append(addresses(position)) or seen[-1]
     logits = engine.forward([(s, [IDS[n % 50]]) for s, n in zip(sequences, lengths, strict=True)])
-    for cosine, sine in seen:
-        for address, table in ((cosine, rotary._cos), (sine, rotary._sin)):
-            assert 0 <= address - table.data_ptr() < table.nbytes
+    assert {n // STRIDE * STRIDE for n in lengths} <= set(rotary._tables)
     for row, n in zip(logits, lengths, strict=True):
         alone = engine.start()
         engine.forward([(alone, (IDS * 4)[:n])], "none")

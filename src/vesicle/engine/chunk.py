@@ -21,6 +21,7 @@ from vesicle.effectors.rules import Ladder, Share
 from vesicle.engine import core
 from vesicle.engine.counters import Counters
 from vesicle.engine.pool import summary_dtype
+from vesicle.engine.rotary import STRIDE, Rotary, RotaryTable
 from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorAuthor
 from vesicle.plan import BLOCK, FULL_BITS, ROW, check_rows, resting_rows
@@ -70,6 +71,7 @@ class ChunkBuffer:
         # What the structures point to is held here, for as long as they point to it.
         self._small: list[Tensor] = []
         self._small_places: list[object] | None = None
+        self._rotations: list[RotaryTable] = []
         self._predictor: list[Tensor] = []
         self._predictor_places: _Places | None = None
         self.levels = np.ones((_ROWS, layers, len(NAMES)))
@@ -197,7 +199,7 @@ class ChunkBuffer:
         self,
         sequence: Sequence,
         ids: list[int],
-        rotations: list[tuple[int, int]],
+        rotaries: list[Rotary],
         summarise: Callable[[core.Chunk], None],
     ) -> None:
         """Set the structure for the next tokens, for which there is `room`.
@@ -205,8 +207,7 @@ class ChunkBuffer:
         Args:
             sequence: Whose buffer this is.
             ids: Of the tokens.
-            rotations: Addresses of the cosines and sines of their positions, of each of the rotary
-                phases.
+            rotaries: The rotary phases that layers have.
             summarise: Fills the structure's summaries.
         """
         if self.flying:
@@ -218,8 +219,7 @@ class ChunkBuffer:
         chunk.n, chunk.position, chunk.recorded = n, position, i
         if self._decides is Decides.CORE:
             self.released[i : i + n] = self._acting[i : i + n] != 0
-        for i, (cosine, sine) in enumerate(rotations):
-            chunk.cosine[i], chunk.sine[i] = cosine, sine
+        self._rotate(rotaries, position)
         tables = cache.tables
         if tables is not self._tables:
             self._tables = tables
@@ -230,6 +230,14 @@ class ChunkBuffer:
             sums = sequence.received.sums
             chunk.received, chunk.room_received = sums.ctypes.data, sums.shape[2]
         self._summarise(sequence, n, summarise)
+
+    def _rotate(self, rotaries: list[Rotary], position: int) -> None:
+        """Point to the cosines and sines of positions from this one on."""
+        start = position // STRIDE * STRIDE
+        if not self._rotations or self._rotations[0].start != start:
+            self._rotations = [rotary.table(position) for rotary in rotaries]
+        for i, table in enumerate(self._rotations):
+            self.chunk.cosine[i], self.chunk.sine[i] = table.addresses(position)
 
     def _plan_ahead(self, sequence: Sequence) -> None:
         """Fill the rows of the next tokens with what is known of them, as far as the core goes."""

@@ -228,10 +228,6 @@ class NativeCore:
             went wrong.
         """
         logits = self._room_for_logits(batch, wants)
-        # First, since growing would move the rows that other tokens point to.
-        end = max(sequence.length + len(ids) for sequence, ids in batch)
-        for rotary in self._rotaries:
-            rotary.reach(end)
         asked = [i for i, (sequence, _) in enumerate(batch) if sequence.buffer().asks]
         for sequence, _ in batch if asked else ():  # so that authors see all that was before
             sequence.flush()
@@ -247,8 +243,7 @@ class NativeCore:
         try:
             for i, ((sequence, ids), rows) in enumerate(zip(batch, logits, strict=True)):
                 buffer = sequence.buffer()
-                rotations = [rotary.addresses(sequence.length) for rotary in self._rotaries]
-                buffer.prepare(sequence, ids, rotations, self._summarise)
+                buffer.prepare(sequence, ids, self._rotaries, self._summarise)
                 begun.append((sequence, ids))
                 buffer.chunk.wants = _WANTS[wants]
                 buffer.chunk.logits = None if rows is None else rows.data_ptr()
