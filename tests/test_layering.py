@@ -10,9 +10,10 @@ PACKAGE = Path(__file__).parents[1] / "src" / "vesicle"
 TIERS = """
     errors < terminal streams files processors < records folders < transmitters shapes
     < nested activations phases < small_modules < plan < blocks retention eviction
-    < cost < families < models < predictors < effectors < modulator < shipped reference engine
-    < integrations < presses < calibration < training < tasks < evaluation < report < bench
-    < commands < cli
+    < namm < cost < families < models < predictors < effectors < modulator
+    < shipped reference engine
+    < integrations < presses < calibration < training < tasks < evaluation < evolution
+    < report < bench < commands < cli
 """
 # A module may import itself and lower tiers. Two names in one tier may not import each other.
 RANK = {name: rank for rank, tier in enumerate(TIERS.split("<")) for name in tier.split()}

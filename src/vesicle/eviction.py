@@ -33,27 +33,25 @@ from vesicle.shapes import ModelShape, Overhead
 INTERVAL = 64
 
 
-class EvictionPolicy(Method):
+class Forgetful(Method):
     """Another method, with a forgetter."""
 
-    def __init__(self, entries: int, *, interval: int = INTERVAL, inner: Method | None = None):
-        """Hold `entries` entries, rounded up to a multiple of 16.
+    def __init__(self, *, interval: int, inner: Method | None = None) -> None:
+        """Forget entries every `interval` tokens, a multiple of 16.
 
         Args:
-            entries: Of each layer and KV head.
-            interval: Tokens after which entries are forgotten, a multiple of 16.
+            interval: Tokens after which entries are forgotten.
             inner: Decides everything else; `Dense` by default.
 
         Raises:
-            VesicleError: If `entries` is no number from 1 on, `interval` no multiple of 16, or
-                `inner` no method.
+            VesicleError: If `interval` is no multiple of 16, or `inner` no method.
         """
         check_interval(interval, type(self).__name__)
         if not isinstance(inner, Method | None):
             raise VesicleError(
                 f"inner is a {type(inner).__name__}; allowed: a Method such as modulator.at(0.8)"
             )
-        self.entries, self.interval = _whole("entries", entries, 1), interval
+        self.interval = interval
         self.inner = inner or Dense()
 
     @property
@@ -80,6 +78,24 @@ class EvictionPolicy(Method):
     @abstractmethod
     def forgetter(self, shape: ModelShape) -> Forgetter:
         """A fresh forgetter for one sequence."""
+
+
+class EvictionPolicy(Forgetful):
+    """Holds about as many entries in each layer and KV head."""
+
+    def __init__(self, entries: int, *, interval: int = INTERVAL, inner: Method | None = None):
+        """Hold `entries` entries, rounded up to a multiple of 16.
+
+        Args:
+            entries: Of each layer and KV head.
+            interval: Tokens after which entries are forgotten, a multiple of 16.
+            inner: Decides everything else; `Dense` by default.
+
+        Raises:
+            VesicleError: As `Forgetful`, or if `entries` is no number from 1 on.
+        """
+        super().__init__(interval=interval, inner=inner)
+        self.entries = _whole("entries", entries, 1)
 
 
 class SinksAndRecent(EvictionPolicy):

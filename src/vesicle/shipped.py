@@ -1,4 +1,4 @@
-"""The modulators that come inside the package: which one fits, and how to load it."""
+"""What comes inside the package for the default model: a modulator, and a NAMM."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vesicle.modulator import Modulator
 
 FOLDER = Path(__file__).parent / "modulators"
+NAMMS = Path(__file__).parent / "namms"
 
 
 def shipped_modulator() -> Path | None:
@@ -22,8 +23,14 @@ def shipped_modulator() -> Path | None:
     return next(iter(named + found), None)
 
 
+def shipped_namm() -> Path | None:
+    """The folder of the default model's NAMM, or None if this package ships none."""
+    folder = NAMMS / DEFAULT_MODEL
+    return folder if (folder / "namm.json").is_file() else None
+
+
 def is_default_model(folder: Path) -> bool:
-    """Whether `folder`, from `resolve_model`, is the model that shipped modulators fit."""
+    """Whether `folder`, from `resolve_model`, is the model that what is shipped fits."""
     return folder.resolve() == (cache_root() / "models" / DEFAULT_MODEL).resolve()
 
 

@@ -30,7 +30,7 @@ from vesicle.commands.outputs import print_json
 from vesicle.errors import DataError, VesicleError
 from vesicle.models.default import DEFAULT_MODEL
 from vesicle.models.shorten import Place, shorten
-from vesicle.shipped import is_default_model, shipped_modulator
+from vesicle.shipped import is_default_model, shipped_modulator, shipped_namm
 from vesicle.terminal import AnswerWriter, SafeConsole
 
 if TYPE_CHECKING:
@@ -121,6 +121,23 @@ def run(
     goal: Annotated[
         Goal | None,
         typer.Option(help=f"{GOAL} \\[default: time]", show_default=False, rich_help_panel=_WHAT),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the key-value cache to hold, above 0 and up to 1: a NAMM forgets the "
+            "rest as the text goes on.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    namm: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of that NAMM; the default is the one shipped for the model.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
     replay: Annotated[
         Path | None,
@@ -237,6 +254,8 @@ def run(
 
       vesicle run "Why is the sky blue?" --budget 0.7 --phase all
 
+      vesicle run --file report.txt --memory 0.25
+
       vesicle run --file question.txt --json > answer.json
 
       git diff | vesicle run - --system "Summarise this change." --truncate
@@ -249,6 +268,7 @@ def run(
         raise DataError("--replay and --phase are both given; a saved plan has its own phases")
     if goal is not None and replay is not None:
         raise DataError("--replay and --goal are both given; a saved plan is executed as it is")
+    _check_memory(memory, namm, replay)
     show_progress = sys.stderr.isatty()
 
     with _status("loading", show_progress):
@@ -278,7 +298,7 @@ def run(
             budget = loaded.default_budget(phases)
         if loaded is not None and budget is not None and saved is None:
             _tell_reach(loaded, budget, phases)
-        method = _method(loaded, saved, budget, phases)
+        method = _remembering(_method(loaded, saved, budget, phases), memory, namm, folder)
         if compare and isinstance(method, Dense):
             raise VesicleError(
                 "--compare has nothing to compare: without a modulator the run is dense"
@@ -339,6 +359,28 @@ def _check(
     if replay is not None and not replay.is_file():
         raise DataError(f"--replay {replay}: no such file")
     check_writable(plan, "--plan")
+
+
+def _check_memory(memory: float | None, namm: Path | None, replay: Path | None) -> None:
+    if memory is not None and not 0 < memory <= 1:
+        raise DataError(f"--memory is {memory:g}; allowed: above 0 and up to 1")
+    if memory is not None and replay is not None:
+        raise DataError("--replay and --memory are both given; a saved plan says what it forgets")
+    if namm is not None and memory is None:
+        raise DataError("--namm has no effect without --memory, the share of the cache to hold")
+
+
+def _remembering(method: Method, memory: float | None, namm: Path | None, folder: Path) -> Method:
+    """A method that holds a share of the cache; as it is if all of it is to be held."""
+    if memory is None or memory == 1:
+        return method
+    from vesicle.namm import Namm, NammMemory
+
+    source = namm or (shipped_namm() if is_default_model(folder) else None)
+    if source is None:
+        notice("no NAMM is shipped for this model: the first and the newest entries stay")
+        return NammMemory(Namm.fresh(), memory=memory, inner=method)
+    return NammMemory(Namm.load(source), memory=memory, inner=method)
 
 
 def _encoder(

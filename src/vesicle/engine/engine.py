@@ -271,7 +271,9 @@ class Engine:
         """
         return Sequence(self, served(method, budget, phases) or Dense())
 
-    def fork(self, sequence: Sequence, n_tokens: int | None = None) -> Sequence:
+    def fork(
+        self, sequence: Sequence, n_tokens: int | None = None, method: Method | None = None
+    ) -> Sequence:
         """A new sequence that stands where another stood after `n_tokens`; both go on alone.
 
         So several continuations of one prompt are scored, and the prompt is read once. Complete
@@ -282,12 +284,14 @@ class Engine:
         Args:
             sequence: Of this engine.
             n_tokens: Where to fork; by default where it stands.
+            method: Who decides from there on; by default who decided so far.
 
         Raises:
             CacheFullError: If the pool has no room for the copy of the last block.
             VesicleError: If the sequence is closed, shorter, of another engine, or its author
                 cannot be forked there (see `Author.fork`: of a predictor that carries state, it is
-                known at the end alone); or if entries that the fork would need were forgotten.
+                known at the end alone); if entries that the fork would need were forgotten; or if
+                another method carries state from tokens that it has not seen.
         """
         n = sequence.length if n_tokens is None else n_tokens
         if sequence.engine is not self:
@@ -295,21 +299,29 @@ class Engine:
         with self.lock:
             sequence.flush()
             sequence.check_not_asking("forked")
-            if sequence.received is not None and n != sequence.length:
+            if method is None and sequence.received is not None and n != sequence.length:
                 raise VesicleError(
                     f"a sequence whose forgetter reads attention is to be forked at {n} tokens; "
                     f"allowed: {sequence.length}, where it stands"
                 )
-            author = sequence.author.fork(n)
-            if sequence.forgetter is not None:
+            author = sequence.author.fork(n) if method is None else method.author(self.shape)
+            if method is not None and author.carries_state:
+                raise VesicleError(
+                    f"{type(method).__name__} carries state from token to token, and cannot take "
+                    f"over after {n}; start a new sequence"
+                )
+            if method is None and sequence.forgetter is not None:
                 author.forgetter = fork_of(sequence.forgetter, n)
             try:
                 cache = sequence.cache.fork(n)
             except ValueError as error:
                 raise VesicleError(str(error)) from error
-            fork = Sequence(self, sequence.method, author)
+            fork = Sequence(self, method or sequence.method, author)
             fork.cache, fork.taken_over = cache, n
-            fork.follow(sequence)
+            if method is None:
+                fork.follow(sequence)
+            else:
+                fork.await_eviction()
             fork.prompts = sequence.prompts.opening(n)
             fork.token_ids = sequence.token_ids[:n]
             fork.builder = sequence.builder.opening(n)

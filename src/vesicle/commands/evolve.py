@@ -1,0 +1,233 @@
+"""`vesicle evolve`: a NAMM from scratch, or on from another."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vesicle.commands import recipe
+from vesicle.commands.inputs import REVISION, notice, numbers
+from vesicle.commands.outputs import print_json
+from vesicle.errors import DataError, VesicleError
+
+if TYPE_CHECKING:
+    from vesicle.evolution import Question
+    from vesicle.models import Text
+
+_DATA, _NAMM, _SEARCH = "What is to be remembered", "The NAMM", "Evolution"
+
+
+@recipe.holding_out
+def evolve(
+    out: Annotated[Path, typer.Option(help="Folder to write to; a run in it is gone on with.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A local folder of data sets, `sample` for filler that comes with Vesicle; the "
+            "Hugging Face hub if none.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Tasks with one right answer, with commas between.", rich_help_panel=_DATA
+        ),
+    ] = "needle",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of their prompts.", rich_help_panel=_DATA)
+    ] = "1024",
+    questions: Annotated[
+        int, typer.Option(min=1, help="Of each task, to train on.", rich_help_panel=_DATA)
+    ] = 20,
+    held_out: Annotated[
+        int,
+        typer.Option(min=1, help="Of each task, to judge means by.", rich_help_panel=_DATA),
+    ] = 10,
+    held_out_split: Annotated[
+        str | None,
+        typer.Option(
+            help="Where these are from; the task's own by default.", rich_help_panel=_DATA
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Running text to go on with, beside the tasks: a .txt, .jsonl or .jsonl.gz file, "
+            "a folder of those, or a hub data set.",
+            metavar="SOURCE",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    text_weight: Annotated[
+        float, typer.Option(min=0, help="Of its loss a token.", rich_help_panel=_DATA)
+    ] = 4.0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder, a .gguf file, a hub id or a name that vesicle models lists; the "
+            "default model if none."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Go on from this NAMM instead of a new one.", rich_help_panel=_NAMM),
+    ] = None,
+    network: Annotated[
+        str, typer.Option(help="bam, mlp or linear.", rich_help_panel=_NAMM)
+    ] = "bam",
+    evolves: Annotated[
+        str,
+        typer.Option(
+            help="profile (how much each layer holds), network (what of it) or both.",
+            rich_help_panel=_NAMM,
+        ),
+    ] = "both",
+    memory: Annotated[
+        str,
+        typer.Option(help="Shares of the cache, with commas between.", rich_help_panel=_SEARCH),
+    ] = "0.25",
+    generations: Annotated[int, typer.Option(help="How many.", rich_help_panel=_SEARCH)] = 60,
+    population: Annotated[int, typer.Option(help="Candidates.", rich_help_panel=_SEARCH)] = 16,
+    contexts: Annotated[
+        int, typer.Option(help="On which each generation is tried.", rich_help_panel=_SEARCH)
+    ] = 6,
+    sigma: Annotated[float, typer.Option(help="First step.", rich_help_panel=_SEARCH)] = 0.3,
+    held_out_every: Annotated[
+        int, typer.Option(help="Generations between held-out scores.", rich_help_panel=_SEARCH)
+    ] = 5,
+    seed: Annotated[
+        int, typer.Option(help="Of candidates and contexts.", rich_help_panel=_SEARCH)
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Evolve a NAMM, which decides what the cache keeps, for a model that stays as it is.
+
+    A run that was cut off goes on from its last generation when the same command is given again.
+
+    [bold]Examples[/bold]
+
+      vesicle evolve --data sample --out runs/namm --generations 10
+
+      vesicle evolve --data data --evolves profile --out runs/profile
+
+      vesicle evolve --data data --evolves network --start runs/profile --out runs/namm
+    """
+    shares = tuple(numbers(memory, "--memory"))
+    from vesicle.evolution import EvolveConfig
+    from vesicle.namm import Namm, NammSettings
+
+    try:
+        config = EvolveConfig(
+            evolves=evolves,
+            memory=shares,
+            generations=generations,
+            population=population,
+            contexts=contexts,
+            sigma=sigma,
+            held_out_every=held_out_every,
+            seed=seed,
+        )
+        settings = NammSettings(network=network)
+    except ValueError as error:
+        raise VesicleError(str(error)) from error
+    begin = Namm.load(start) if start is not None else None
+    from vesicle.engine import Engine
+    from vesicle.models import Text, resolve_model
+
+    folder = resolve_model(model, revision=revision)
+    codec = Text.from_folder(folder)
+    sizes = [int(n) for n in numbers(lengths, "--lengths")]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    train, judges = list[Any](), list[Any]()
+    for name in names:
+        train += _asked(name, data, None, sizes, questions, seed, codec)
+        judges += _asked(name, data, held_out_split, sizes, held_out, seed + 1, codec)
+    if text is not None and text_weight > 0:
+        train += _running(text, "train", sizes, questions, text_weight, codec)
+        judges += _running(text, "held-out", sizes, held_out, text_weight, codec)
+    engine = Engine.from_pretrained(folder)
+    n_layers = engine.shape.n_layers
+    if begin is None:
+        begin = Namm.fresh(settings, n_layers)
+    elif not len(begin.profile) and evolves != "network":
+        begin = Namm(
+            settings=begin.settings,
+            parameters=begin.parameters,
+            profile=Namm.fresh(n_layers=n_layers).profile,
+        )
+    begin.layer_profile(n_layers)
+    from vesicle.evolution import evolve as run
+    from vesicle.evolution.display import progress_bar
+
+    with progress_bar(generations, sys.stderr.isatty() and not as_json) as show:
+        found = run(engine, begin, train, judges, config, out, say=notice, show=show)
+    if as_json:
+        print_json(
+            {
+                "out": str(out),
+                "generation": found.generation,
+                "held_out_excess": found.held_out,
+                "start_excess": found.started_at,
+                "parameters": int(found.namm.parameters.size + found.namm.profile.size),
+                "generations": found.lines,
+            }
+        )
+        return
+    notice(
+        f"held-out loss above the full cache's: {found.started_at:.3f} nats a token at the start, "
+        f"{found.held_out:.3f} after generation {found.generation}; written to {out}"
+    )
+
+
+def _asked(
+    name: str,
+    data: str | None,
+    split: str | None,
+    lengths: list[int],
+    count: int,
+    seed: int,
+    codec: Text,
+) -> list[Question]:
+    """Questions of a task."""
+    from vesicle.evolution.questions import of_items
+    from vesicle.tasks.base import Settings
+    from vesicle.tasks.registry import find_task
+    from vesicle.tasks.sources import load_items
+
+    task = find_task(name)
+    if task.kind != "generate":
+        raise DataError(
+            f"{name} is a task of kind {task.kind!r}; allowed: tasks that ask for an answer"
+        )
+    settings = Settings(
+        seed=seed,
+        encode=codec.encode,
+        lengths=tuple(lengths),
+        per_cell=-(-count // len(lengths)),
+    )
+    loaded = load_items(task, data=data, split=split, settings=settings, limit=count)
+    return list(of_items(loaded.items, codec))
+
+
+def _running(
+    source: str, part: str, lengths: list[int], count: int, weight: float, codec: Text
+) -> list[Question]:
+    """Pieces of running text: the first four fifths of it to train on, the rest held out."""
+    from vesicle.evolution.questions import of_text
+    from vesicle.training.data import load_documents
+
+    documents = load_documents(source, "train", "text", max_characters=4_000_000)
+    joined = "\n\n".join(documents)
+    edge = len(joined) * 4 // 5
+    ids = codec.encode(joined[:edge] if part == "train" else joined[edge:], control_tokens=False)
+    found = list(of_text(ids, max(lengths), 64, count, weight, f"text-{part}"))
+    if not found:
+        raise DataError(
+            f"{source} has {len(ids)} tokens for {part}; needed: {max(lengths) + 64} for a context"
+        )
+    return found

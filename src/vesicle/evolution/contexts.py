@@ -1,0 +1,134 @@
+"""Contexts that were read once, for all candidates: these differ from the first eviction on.
+
+A context is read dense; what a NAMM would see of its entries is kept, as is their cache. A
+candidate's turn is then a fork that shares the cache, forgets, and reads the question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vesicle.engine import Engine
+from vesicle.engine.sequence import Sequence as EngineSequence
+from vesicle.eviction import Forgetful
+from vesicle.evolution.questions import Question
+from vesicle.namm.allotment import allot
+from vesicle.namm.method import best, protected
+from vesicle.namm.model import Namm, NammSettings
+from vesicle.namm.spectrogram import Averages
+from vesicle.plan import BLOCK, Dense, Events, Evidence, Forgetter, IntArray, all_but
+from vesicle.shapes import ModelShape
+
+_TOGETHER = 8
+"""Candidates whose caches exist at a time."""
+
+
+class _Listening(Forgetful):
+    """Forgets nothing, and keeps averages of what entries receive."""
+
+    def __init__(self, settings: NammSettings) -> None:
+        super().__init__(interval=settings.interval)
+        self.observes = settings.observes
+        self.averages: list[Averages] = []
+
+    def forgetter(self, shape: ModelShape) -> Forgetter:
+        self.averages = [Averages(shape.n_kv_heads) for _ in range(shape.n_layers)]
+        return _Listener(self)
+
+
+class _Listener(Forgetter):
+    def __init__(self, method: _Listening) -> None:
+        self.interval, self.observes = method.interval, method.observes
+        self._averages = method.averages
+
+    def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
+        positions = evidence.positions
+        self._averages[layer].update(positions, evidence.attention, length)
+        return all_but(layer, length, positions, np.ones(positions.shape, bool))
+
+
+class Context:
+    """One context, read dense up to its last whole block.
+
+    Attributes:
+        question: What it is.
+        full: Nats of the answer where nothing is forgotten.
+    """
+
+    def __init__(self, engine: Engine, question: Question, settings: NammSettings | None) -> None:
+        """Read it.
+
+        Args:
+            engine: Which holds its cache from now on.
+            question: With a context of at least what `settings` observes.
+            settings: What NAMMs look at; None for those whose networks prefer nothing.
+        """
+        self.question, self._engine = question, engine
+        self._length = len(question.context) // BLOCK * BLOCK
+        self._layers = np.nonzero(engine.shape.layer_windows == 0)[0].tolist()
+        self._spectral: list[NDArray[np.float16]] = []
+        method = None if settings is None else _Listening(settings)
+        sequence = engine.start(method or Dense())
+        engine.forward([(sequence, question.context[: self._length])], "none")
+        self._positions: IntArray = sequence.cache.held(self._layers[0])  # the same in all layers
+        for layer in self._layers if method is not None else ():
+            attention = sequence.attention_paid(layer)
+            spectral = method.averages[layer].update(self._positions, attention, self._length)
+            self._spectral.append(spectral.astype(np.float16))
+        self._source = engine.fork(sequence, method=Dense())
+        sequence.close()
+        self.full = float(self._nats([self._forked()])[0])
+
+    def excess(self, candidates: Sequence[Namm], memory: float) -> NDArray[np.float64]:
+        """(C,) nats a token of the answer above the full cache's, under each candidate."""
+        nats: list[float] = []
+        for first in range(0, len(candidates), _TOGETHER):
+            forks = [self._forked(c, memory) for c in candidates[first : first + _TOGETHER]]
+            nats += self._nats(forks)
+        return (np.array(nats) - self.full) / len(self.question.answer)
+
+    def _forked(self, namm: Namm | None = None, memory: float = 1.0) -> EngineSequence:
+        """The context once more, with what a NAMM keeps of it; all of it for None."""
+        fork = self._engine.fork(self._source)
+        if namm is None:
+            return fork
+        settings, profile = namm.settings, namm.layer_profile(self._engine.shape.n_layers)
+        counts = allot(
+            profile[self._layers], memory, self._length, settings.sinks + settings.recent
+        )
+        positions = self._positions
+        always = protected(settings, positions, self._length)
+        scores = np.zeros(positions.shape, np.float32)
+        for i, (layer, count) in enumerate(zip(self._layers, counts, strict=True)):
+            if self._spectral:
+                spectral = self._spectral[i].astype(np.float32)
+                scores = namm.scores(spectral, positions, self._length)
+            stays = best(scores, always, count)
+            fork.cache.compact(layer, positions[stays].reshape(len(positions), -1))
+        return fork
+
+    def _nats(self, forks: list[EngineSequence]) -> list[float]:
+        """Of the answer, after each; they are closed."""
+        lead = self.question.context[self._length :] + self.question.lead
+        answer = self.question.answer
+        tail = [*lead[-1:], *answer[:-1]]
+        try:
+            if lead[:-1]:
+                self._engine.forward([(fork, lead[:-1]) for fork in forks], "none")
+            logits = self._engine.forward([(fork, tail) for fork in forks], "all")
+        finally:
+            for fork in forks:
+                fork.close()
+        labels = torch.tensor(answer)[:, None]
+        return [
+            -float(rows[-len(answer) :].float().log_softmax(-1).gather(1, labels).sum())
+            for rows in logits
+        ]
+
+    def close(self) -> None:
+        """Free its cache."""
+        self._source.close()

@@ -1,0 +1,241 @@
+"""A run of evolution: generations, held-out scores, and a folder from which it is taken up again.
+
+The folder has one line of JSON for each generation in `generations.jsonl`, written when it is over.
+What was told to the search is in these lines; so a run that was cut off anywhere goes on as if it
+had not been, to the last digit: its lines are told again, and nothing is tried twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vesicle.engine import Engine
+from vesicle.errors import DataError, VesicleError
+from vesicle.evolution.config import EvolveConfig
+from vesicle.evolution.contexts import Context
+from vesicle.evolution.questions import Question
+from vesicle.evolution.search import Search
+from vesicle.files import read_json, write_json
+from vesicle.namm import Namm
+
+LINES, SETTINGS = "generations.jsonl", "evolution.json"
+Say = Callable[[str], None]
+Show = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evolved:
+    """What came of it.
+
+    Attributes:
+        namm: The mean of the generation with the least held-out loss.
+        generation: Which one; 0 for the start.
+        held_out: Its loss on held-out contexts, nats a token above the full cache's, weighed.
+        started_at: The start's.
+        lines: One for each generation.
+    """
+
+    namm: Namm
+    generation: int
+    held_out: float
+    started_at: float
+    lines: list[dict[str, Any]]
+
+
+def evolve(
+    engine: Engine,
+    start: Namm,
+    questions: Sequence[Question],
+    held_out: Sequence[Question],
+    config: EvolveConfig,
+    out: Path,
+    *,
+    say: Say = lambda line: None,
+    show: Show = lambda line: None,
+) -> Evolved:
+    """Evolve a NAMM, and write the best mean so far to `out`.
+
+    Args:
+        engine: Of the model.
+        start: Where to begin.
+        questions: To train on.
+        held_out: To judge means by.
+        config: How.
+        out: Folder of the run; one that was cut off there is gone on with.
+        say: Takes one-line notices.
+        show: Takes a generation's line.
+
+    Raises:
+        DataError: If there are fewer questions than a generation is tried on, or none held out.
+        VesicleError: If `out` holds a run of other settings, or a line there is damaged.
+    """
+    if len(questions) < config.contexts or not held_out:
+        raise DataError(
+            f"there are {len(questions)} contexts to train on and {len(held_out)} held out; "
+            f"needed: {config.contexts} and 1"
+        )
+    search = Search(start, config)
+    lines = _begin(out, config, start, questions, held_out)
+    best = _Best(start)
+    for line in lines:  # told again, without trying anything; the start was told nothing
+        if line["generation"]:
+            search.ask()
+            search.tell(line["losses"])
+        best.see(line, search.mean)
+    if lines:
+        say(f"going on after generation {lines[-1]['generation']}")
+    train: list[Context] = []
+    judges: list[Context] = []
+    if len(lines) <= config.generations:
+        say(f"reading {len(questions) + len(held_out)} contexts once")
+        sees = config.evolves != "profile" or start.parameters.any()
+        settings = start.settings if sees else None
+        train = [Context(engine, question, settings) for question in questions]
+        judges = [Context(engine, question, settings) for question in held_out]
+    try:
+        if not lines:
+            lines.append({"generation": 0, "losses": [], "held_out": _mean(judges, start, config)})
+            _write(out, lines[-1])
+            best.see(lines[-1], start)
+        while (generation := len(lines)) <= config.generations:
+            begun = time.perf_counter()
+            candidates = search.ask()
+            rng = np.random.default_rng([config.seed, generation])
+            chosen = rng.choice(len(train), config.contexts, replace=False)
+            memory = config.memory[generation % len(config.memory)]
+            losses = np.zeros(len(candidates))
+            for i in chosen.tolist():
+                losses += _weighed(train[i], candidates, memory, config) / config.contexts
+            search.tell(losses.tolist())
+            line = {
+                "generation": generation,
+                "memory": memory,
+                "losses": losses.tolist(),
+            }
+            if generation % config.held_out_every == 0 or generation == config.generations:
+                line["held_out"] = _mean(judges, search.mean, config)
+            line["elapsed_s"] = round(time.perf_counter() - begun, 3)
+            lines.append(line)
+            _write(out, line)
+            if best.see(line, search.mean):
+                best.save(out, config)
+            show(line)
+    finally:
+        for context in (*train, *judges):
+            context.close()
+    best.save(out, config)
+    return Evolved(
+        namm=best.namm,
+        generation=best.generation,
+        held_out=best.loss,
+        started_at=float(lines[0]["held_out"]),
+        lines=lines,
+    )
+
+
+class _Best:
+    """The mean with the least held-out loss."""
+
+    def __init__(self, start: Namm) -> None:
+        self.namm, self.loss, self.generation = start, float("inf"), 0
+
+    def see(self, line: dict[str, Any], mean: Namm) -> bool:
+        """Take a generation's mean if it is better; whether it is."""
+        loss = line.get("held_out")
+        if loss is None or loss >= self.loss:
+            return False
+        self.namm, self.loss, self.generation = mean, loss, line["generation"]
+        return True
+
+    def save(self, out: Path, config: EvolveConfig) -> None:
+        info = {
+            **self.namm.info,
+            "evolution": asdict(config),
+            "generation": self.generation,
+            "held_out_excess": self.loss,
+        }
+        replace(self.namm, info=info).save(out)
+
+
+def _weighed(
+    context: Context, candidates: Sequence[Namm], memory: float, config: EvolveConfig
+) -> np.ndarray:
+    excess = context.excess(candidates, memory)
+    return context.question.weight * np.minimum(excess, config.most_excess)
+
+
+def _mean(contexts: Sequence[Context], namm: Namm, config: EvolveConfig) -> float:
+    """Of all contexts and shares."""
+    found = [
+        float(_weighed(context, [namm], memory, config)[0])
+        for memory in config.memory
+        for context in contexts
+    ]
+    return float(np.mean(found))
+
+
+def _begin(
+    out: Path,
+    config: EvolveConfig,
+    start: Namm,
+    questions: Sequence[Question],
+    held_out: Sequence[Question],
+) -> list[dict[str, Any]]:
+    """The lines of the run in a folder, which must be this one; none of a new one."""
+    digest = sha256()
+    for part in (start.parameters, start.profile):
+        digest.update(part.tobytes())
+    digest.update(repr([asdict(start.settings), questions, held_out]).encode())
+    # More generations only go on with it.
+    ours = asdict(config) | {"generations": None, "begins": digest.hexdigest()}
+    ours = json.loads(json.dumps(ours))
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / SETTINGS
+    if not path.is_file():
+        write_json(path, ours)
+        (out / LINES).unlink(missing_ok=True)
+        return []
+    theirs = read_json(path)
+    if theirs != ours:
+        names = sorted(n for n in ours if not isinstance(theirs, dict) or theirs.get(n) != ours[n])
+        raise VesicleError(
+            f"{out} holds a run of other settings ({', '.join(names)}); go on with those, or give "
+            "another folder"
+        )
+    return _read(out / LINES)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Whole lines; one that was cut off is dropped, in the file too."""
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        path.write_bytes(whole)
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(whole.splitlines()):
+        try:
+            line = json.loads(text)
+            if line["generation"] != number:
+                raise ValueError
+        except (ValueError, KeyError, TypeError) as error:
+            raise VesicleError(f"{path}, line {number + 1}, is no generation {number}") from error
+        lines.append(line)
+    return lines
+
+
+def _write(out: Path, line: dict[str, Any]) -> None:
+    with (out / LINES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

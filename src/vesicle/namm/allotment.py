@@ -1,0 +1,43 @@
+"""How many entries each layer may hold, of a memory that all layers share.
+
+Layers need it unequally: in the default model two or three KV heads find a pass key, and the other
+eighty-odd read what is near. A *profile* has one number for each layer, the logarithm of its part;
+parts are held between what every layer must have and all that there is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesicle.plan import BLOCK
+
+
+def allot(profile: NDArray[np.floating], memory: float, length: int, least: int) -> list[int]:
+    """Entries that layers hold after `length` tokens, in whole blocks, all of them within the rest.
+
+    Args:
+        profile: (L,) of the layers that forget.
+        memory: Share of all entries, above 0 and up to 1.
+        length: Tokens read.
+        least: Entries that every layer holds, whatever the memory.
+
+    Returns:
+        (L,) multiples of 16; `least` and `length` are rounded up to them.
+    """
+    most = -(-length // BLOCK) * BLOCK
+    least = min(most, -(-least // BLOCK) * BLOCK)
+    budget = memory * len(profile) * length
+    parts = np.exp(np.clip(profile - np.max(profile), -30, 0))  # the largest is 1
+    low, high = 0.0, most / parts.min()
+    for _ in range(60):
+        middle = (low + high) / 2
+        inside = np.clip(middle * parts, least, most).sum() <= budget
+        low, high = (middle, high) if inside else (low, middle)
+    whole = np.clip(low * parts, least, most)
+    counts = np.maximum(least, whole // BLOCK * BLOCK).astype(int)
+    # What rounding left over goes to those that lost most by it.
+    for layer in np.argsort(counts - whole, kind="stable").tolist():
+        if counts.sum() + BLOCK <= budget and counts[layer] < most:
+            counts[layer] += BLOCK
+    return [int(count) for count in counts]

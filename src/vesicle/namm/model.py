@@ -1,0 +1,199 @@
+"""A NAMM: settings, the numbers of its network, a profile of layers; and how it is kept on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesicle.errors import VesicleError
+from vesicle.files import atomic_path, read_json, write_json
+from vesicle.namm.networks import KINDS, score, size_of
+from vesicle.namm.spectrogram import HOP, N_FFT, N_FREQUENCIES
+from vesicle.plan import BLOCK, IntArray
+
+Array = NDArray[np.float32]
+FORMAT = "vesicle-namm-1"
+_CONFIG, _NUMBERS = "namm.json", "namm.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NammSettings:
+    """What a NAMM looks at, and when.
+
+    Attributes:
+        network: `bam`, `mlp` or `linear`.
+        hidden: Its units; a linear one has none.
+        age: Whether the age of an entry is a feature beside the paper's 17 frequencies.
+        interval: Tokens between the times at which entries are forgotten, a multiple of 16. The
+            paper has 512.
+        observes: Of the newest queries before each, whose attention it sees: 32 or more, a multiple
+            of 16, at most `interval`. The paper has all of them; fewer cost less.
+        sinks: First entries that always stay.
+        recent: Newest entries that always stay.
+
+    Raises:
+        ValueError: If one is outside what is allowed.
+    """
+
+    network: str = "bam"
+    hidden: int = 32
+    age: bool = True
+    interval: int = 128
+    observes: int = 64
+    sinks: int = 4
+    recent: int = 64
+
+    def __post_init__(self) -> None:
+        """Check each."""
+        if self.network not in KINDS:
+            raise ValueError(f"network is {self.network!r}; allowed: {', '.join(KINDS)}")
+        if not 1 <= self.hidden <= 1024:
+            raise ValueError(f"hidden is {self.hidden}; allowed: 1 to 1024")
+        if self.interval < N_FFT or self.interval % BLOCK:
+            raise ValueError(
+                f"interval is {self.interval}; allowed: multiples of {BLOCK} from {N_FFT}"
+            )
+        if not N_FFT <= self.observes <= self.interval or self.observes % HOP:
+            raise ValueError(
+                f"observes is {self.observes}; allowed: multiples of {HOP} from {N_FFT} to the "
+                f"interval, {self.interval}"
+            )
+        for name in ("sinks", "recent"):
+            if not 0 <= getattr(self, name) <= 1 << 20:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 to {1 << 20}")
+
+    @property
+    def n_features(self) -> int:
+        """F, numbers that are known of an entry."""
+        return N_FREQUENCIES + self.age
+
+    @property
+    def n_parameters(self) -> int:
+        """P, numbers of the network."""
+        return size_of(self.network, self.n_features, self.hidden)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Namm:
+    """Scores the entries that a layer holds; below 0 they are to go.
+
+    Attributes:
+        settings: What it looks at.
+        parameters: (P,) of its network.
+        profile: (L,) added to the scores of each layer of one model, and the logarithm of the
+            layer's part where memory is a fixed share (see `allotment`); empty for no preference,
+            which fits any model.
+        info: What is worth knowing of how it came to be.
+    """
+
+    settings: NammSettings = field(default_factory=NammSettings)
+    parameters: Array
+    profile: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        Raises:
+            VesicleError: If there are too many or too few numbers, or one is not finite.
+        """
+        wanted = self.settings.n_parameters
+        if self.parameters.shape != (wanted,):
+            raise VesicleError(
+                f"a NAMM has {self.parameters.size} parameters; a {self.settings.network!r} "
+                f"network of {self.settings.n_features} features has {wanted}"
+            )
+        for name in ("parameters", "profile"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise VesicleError(f"{name} of a NAMM are not all finite")
+
+    @classmethod
+    def fresh(cls, settings: NammSettings | None = None, n_layers: int = 0) -> Namm:
+        """One that prefers nothing: every entry has the score 0, and the newest stay."""
+        settings = settings or NammSettings()
+        return cls(
+            settings=settings,
+            parameters=np.zeros(settings.n_parameters, np.float32),
+            profile=np.zeros(n_layers, np.float32),
+        )
+
+    def without_profile(self) -> Namm:
+        """The same network for another model."""
+        return replace(self, profile=np.zeros(0, np.float32))
+
+    def layer_profile(self, n_layers: int) -> Array:
+        """(L,) the profile of a model's layers.
+
+        Raises:
+            VesicleError: If it has one, of another number of layers.
+        """
+        if not len(self.profile):
+            return np.zeros(n_layers, np.float32)
+        if len(self.profile) != n_layers:
+            raise VesicleError(
+                f"a NAMM has a profile of {len(self.profile)} layers; this model has {n_layers}: "
+                "use it without_profile()"
+            )
+        return self.profile
+
+    def scores(self, spectral: Array, positions: IntArray, length: int) -> Array:
+        """(G, n) of entries, the layer's profile left out.
+
+        Args:
+            spectral: (G, n, 17) as `spectrogram.Averages` has them.
+            positions: (G, n) of the entries, rising.
+            length: Tokens read.
+        """
+        features = spectral
+        if self.settings.age:
+            ages = np.log((length - positions) / length).astype(np.float32) / 2
+            features = np.concatenate([spectral, ages[..., None]], axis=-1)
+        return score(self.settings.network, self.parameters, features, self.settings.hidden)
+
+    def save(self, folder: Path | str) -> None:
+        """Write it to a folder, each file atomically; what was there is replaced."""
+        from safetensors.numpy import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / _NUMBERS) as temporary:
+            save_file({"parameters": self.parameters, "profile": self.profile}, temporary)
+        write_json(
+            folder / _CONFIG,
+            {"format": FORMAT, "settings": asdict(self.settings), "info": self.info},
+        )
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Namm:
+        """Read what `save` wrote.
+
+        Raises:
+            VesicleError: If it is missing, corrupt or no NAMM.
+        """
+        folder = Path(folder)
+        path = folder / _CONFIG
+        if not path.is_file():
+            raise VesicleError(f"{folder} holds no {_CONFIG}; a NAMM is a folder with one")
+        values = read_json(path)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise VesicleError(f"{path} is not a {FORMAT} file")
+        given, info = values.get("settings"), values.get("info", {})
+        known = {f.name for f in fields(NammSettings)}
+        if not isinstance(given, dict) or not isinstance(info, dict) or set(given) - known:
+            raise VesicleError(f"{path} has settings {json.dumps(given)[:80]}")
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            settings = NammSettings(**given)
+            numbers = load_file(folder / _NUMBERS)
+            parts = {name: numbers[name].astype(np.float32) for name in ("parameters", "profile")}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            line = " ".join(str(error).split())
+            raise VesicleError(f"cannot read the NAMM in {folder}: {line}") from error
+        return cls(settings=settings, info=info, **parts)

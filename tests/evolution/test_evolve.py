@@ -1,0 +1,155 @@
+"""Runs of evolution on a tiny model: contexts that are read once, folders that are gone on with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vesicle.engine import Engine
+from vesicle.errors import DataError, VesicleError
+from vesicle.evolution import EvolveConfig, Question, evolve
+from vesicle.evolution.contexts import Context
+from vesicle.namm import Namm, NammMemory, NammSettings
+from vesicle.plan import Dense
+
+SETTINGS = NammSettings(network="mlp", hidden=4, interval=32, observes=32, sinks=2, recent=16)
+CONFIG = EvolveConfig(generations=4, population=5, contexts=2, held_out_every=2, memory=(0.5,))
+
+
+def questions(n: int, seed: int = 0) -> list[Question]:
+    rng = np.random.default_rng(seed)
+    return [
+        Question(
+            id=str(i),
+            context=rng.integers(1, 97, 90 + i).tolist(),
+            lead=rng.integers(1, 97, i % 3).tolist(),
+            answer=rng.integers(1, 97, 4).tolist(),
+        )
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def engine(llama: Any) -> Engine:
+    return Engine.from_model(llama)
+
+
+def start(engine: Engine) -> Namm:
+    return Namm.fresh(SETTINGS, engine.shape.n_layers)
+
+
+def drawn(engine: Engine, seed: int) -> Namm:
+    rng = np.random.default_rng(seed)
+    return Namm(
+        settings=SETTINGS,
+        parameters=rng.normal(size=SETTINGS.n_parameters).astype(np.float32),
+        profile=rng.normal(size=engine.shape.n_layers).astype(np.float32),
+    )
+
+
+def test_a_candidate_is_tried_as_it_would_run(engine: Engine):
+    """The last eviction falls on the context's last whole block, where a context is 96 long."""
+    rng = np.random.default_rng(1)
+    ids = rng.integers(1, 97, 32).tolist()
+    question = Question(id="a", context=ids, lead=[5], answer=[7, 8, 9])
+    context = Context(engine, question, SETTINGS)
+    for seed in range(3):
+        namm = drawn(engine, seed)
+        sequence = engine.start(NammMemory(namm, memory=0.5))
+        engine.forward([(sequence, ids)], "none")
+        logits = engine.forward([(sequence, [5, 7, 8])], "all")[0].log_softmax(-1)
+        nats = -float(logits.gather(1, torch.tensor([[7], [8], [9]])).sum())
+        found = context.excess([namm, namm], 0.5)
+        assert found == pytest.approx((nats - context.full) / 3, abs=1e-5)
+    context.close()
+
+
+def test_the_cache_is_as_it_was_after_candidates(engine: Engine):
+    context = Context(engine, questions(1)[0], SETTINGS)
+    before = engine.pool.bytes_in_use
+    candidates = [drawn(engine, i) for i in range(11)]
+    once = context.excess(candidates, 0.25)
+    assert engine.pool.bytes_in_use == before
+    assert (context.excess(candidates, 0.25) == once).all()
+    assert len(set(once.tolist())) > 1
+    context.close()
+    assert engine.pool.bytes_in_use == 0
+
+
+def test_all_of_the_cache_loses_nothing(engine: Engine):
+    context = Context(engine, questions(1)[0], SETTINGS)
+    assert context.excess([drawn(engine, 0)], 1.0) == pytest.approx(0, abs=1e-6)
+    context.close()
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    for line in found:
+        line.pop("elapsed_s", None)
+    return found
+
+
+@pytest.mark.parametrize("cut", ["after a line", "within a line", "before the first"])
+def test_gone_on_with_as_if_it_had_not_been_cut_off(engine: Engine, tmp_path: Path, cut: str):
+    train, judges = questions(4), questions(2, 9)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    expected = evolve(engine, start(engine), train, judges, CONFIG, whole)
+    evolve(engine, start(engine), train, judges, CONFIG, part)
+    path = part / "generations.jsonl"
+    kept = path.read_bytes().split(b"\n")[:3]
+    match cut:
+        case "after a line":
+            path.write_bytes(b"\n".join(kept) + b"\n")
+        case "within a line":
+            path.write_bytes(b"\n".join(kept)[:-20])
+        case "before the first":
+            path.unlink()
+    found = evolve(engine, start(engine), train, judges, CONFIG, part)
+    assert lines(part) == lines(whole)
+    assert (found.namm.parameters == expected.namm.parameters).all()
+    assert (found.namm.profile == expected.namm.profile).all()
+    for name in ("namm.json", "namm.safetensors"):
+        assert (part / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_more_generations_go_on(engine: Engine, tmp_path: Path):
+    from dataclasses import replace
+
+    train, judges = questions(4), questions(2, 9)
+    evolve(engine, start(engine), train, judges, replace(CONFIG, generations=2), tmp_path)
+    found = evolve(engine, start(engine), train, judges, CONFIG, tmp_path)
+    assert [line["generation"] for line in found.lines] == [0, 1, 2, 3, 4]
+    assert found.held_out <= found.started_at
+    again = evolve(engine, start(engine), train, judges, CONFIG, tmp_path)
+    assert again.held_out == found.held_out
+
+
+def test_what_cannot_be_gone_on_with(engine: Engine, tmp_path: Path):
+    from dataclasses import replace
+
+    train, judges = questions(4), questions(2, 9)
+    evolve(engine, start(engine), train, judges, CONFIG, tmp_path)
+    with pytest.raises(VesicleError, match=r"run of other settings \(sigma\)"):
+        evolve(engine, start(engine), train, judges, replace(CONFIG, sigma=1.0), tmp_path)
+    with pytest.raises(VesicleError, match=r"run of other settings \(begins\)"):
+        evolve(engine, start(engine), train[:3], judges, CONFIG, tmp_path)
+    (tmp_path / "generations.jsonl").write_text('{"generation": 7}\n')
+    with pytest.raises(VesicleError, match=r"line 1, is no generation 0"):
+        evolve(engine, start(engine), train, judges, CONFIG, tmp_path)
+    with pytest.raises(DataError, match="needed: 2 and 1"):
+        evolve(engine, start(engine), train[:1], judges, CONFIG, tmp_path / "other")
+
+
+def test_another_method_takes_over(engine: Engine):
+    """A fork under another method forgets by that method's rules from there on."""
+    ids = np.random.default_rng(0).integers(1, 97, 64).tolist()
+    with_memory = engine.start(NammMemory(Namm.fresh(SETTINGS), memory=0.5))
+    engine.forward([(with_memory, ids[:32])], "none")
+    fork = engine.fork(with_memory, method=Dense())
+    engine.forward([(fork, ids[32:])], "none")
+    engine.forward([(with_memory, ids[32:])], "none")
+    assert fork.cache.bytes_held > with_memory.cache.bytes_held
+    assert fork.plan.evict_after.max() == with_memory.plan.evict_after.max()

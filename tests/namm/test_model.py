@@ -1,0 +1,80 @@
+"""A NAMM on disk, and what it refuses."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vesicle.errors import VesicleError
+from vesicle.namm import Namm, NammSettings
+
+
+def some(network: str = "mlp") -> Namm:
+    rng = np.random.default_rng(0)
+    settings = NammSettings(network=network, hidden=4)
+    return Namm(
+        settings=settings,
+        parameters=rng.normal(size=settings.n_parameters).astype(np.float32),
+        profile=rng.normal(size=3).astype(np.float32),
+        info={"of": "a test"},
+    )
+
+
+def test_saved_and_loaded(tmp_path: Path):
+    namm = some()
+    namm.save(tmp_path / "a")
+    other = Namm.load(tmp_path / "a")
+    assert other.settings == namm.settings
+    assert other.info == namm.info
+    assert (other.parameters == namm.parameters).all()
+    assert (other.profile == namm.profile).all()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"network": "cnn"}, "network is 'cnn'; allowed: bam, mlp, linear"),
+        ({"hidden": 0}, "hidden is 0; allowed: 1 to 1024"),
+        ({"interval": 40}, "interval is 40; allowed: multiples of 16 from 32"),
+        ({"observes": 256}, "observes is 256; allowed: multiples of 16 from 32 to the interval"),
+        ({"recent": -1}, "recent is -1; allowed: 0 to"),
+    ],
+)
+def test_settings_name_what_is_wrong(what: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
+        NammSettings(**what)
+
+
+def test_another_feature_size_is_refused():
+    with pytest.raises(VesicleError, match="has 5 parameters; a 'linear' network of 18 features"):
+        Namm(settings=NammSettings(network="linear"), parameters=np.zeros(5, np.float32))
+    with pytest.raises(VesicleError, match="not all finite"):
+        replace(some(), profile=np.array([np.nan], np.float32))
+
+
+def test_a_profile_fits_its_own_layers_alone():
+    namm = some()
+    with pytest.raises(VesicleError, match="profile of 3 layers; this model has 30"):
+        namm.layer_profile(30)
+    assert (namm.without_profile().layer_profile(30) == 0).all()
+
+
+@pytest.mark.parametrize("fault", ["missing", "format", "settings", "numbers", "short"])
+def test_a_damaged_one_is_told_in_one_line(tmp_path: Path, fault: str):
+    some().save(tmp_path)
+    config, numbers = tmp_path / "namm.json", tmp_path / "namm.safetensors"
+    match fault:
+        case "missing":
+            config.unlink()
+        case "format":
+            config.write_text('{"format": "else"}')
+        case "settings":
+            config.write_text(config.read_text().replace('"hidden"', '"hiden"'))
+        case "numbers":
+            numbers.write_bytes(numbers.read_bytes()[:-9])
+        case "short":
+            config.write_text(config.read_text().replace('"hidden": 4', '"hidden": 5'))
+    with pytest.raises(VesicleError) as caught:
+        Namm.load(tmp_path)
+    assert "\n" not in str(caught.value)
