@@ -295,10 +295,11 @@ class Engine:
         with self.lock:
             sequence.flush()
             sequence.check_not_asking("forked")
-            if sequence.received is not None and n != sequence.length:
+            told = sequence.received is not None or sequence.observed is not None
+            if told and n != sequence.length:
                 raise VesicleError(
-                    f"a sequence whose forgetter reads attention is to be forked at {n} tokens; "
-                    f"allowed: {sequence.length}, where it stands"
+                    f"a sequence whose forgetter is told of attention is to be forked at {n} "
+                    f"tokens; allowed: {sequence.length}, where it stands"
                 )
             author = sequence.author.fork(n)
             if sequence.forgetter is not None:
