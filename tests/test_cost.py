@@ -198,6 +198,23 @@ def test_evidence_by_hand():
     assert skips.flops_evidence == 0
 
 
+def test_observed_queries_by_hand():
+    """The last 2 of 16, twice, against all that lies before them; of the last 8 nobody was told."""
+    plan, observes = Plan.rest(TINY, 40), Overhead(observes=2, interval=16)
+    told, dense = (price_tokens(plan, TINY, o) for o in (observes, None))
+    expected = np.zeros(40, np.int64)
+    expected[[14, 15, 30, 31]] = [15, 16, 31, 32]
+    np.testing.assert_array_equal(told["flops_evidence"], 2 * 8 * expected)
+    more = told["kv_bytes_read"] - dense["kv_bytes_read"]
+    np.testing.assert_array_equal(more, 4 * 2 * expected)
+    later = price_tokens(plan.tokens(15), TINY, observes, first_position=15)
+    np.testing.assert_array_equal(later["flops_evidence"], told["flops_evidence"][15:])
+    skips = plan.with_fields(attention=np.zeros((40, 1), np.int32))
+    windowed = replace(TINY, windows=(30,))
+    for where, shape in ((skips, TINY), (plan, windowed)):
+        assert price(where, shape, observes).flops_evidence == 0
+
+
 def test_addition():
     first = Cost(**{f.name: 10 + i for i, f in enumerate(fields(Cost))})
     second = Cost(**{f.name: 100 - i for i, f in enumerate(fields(Cost))})

@@ -15,8 +15,10 @@ for the dense model:
 - KV bytes read are the keys and values of visited blocks, with their scales, and the summaries read
   to choose them; KV bytes held are those of the whole cache after the last token. Entries that the
   Plan has forgotten, or a layer's window has left behind, are neither read nor held: a query visits
-  and chooses among what is left. Where a forgetter reads attention, scores are worked out and keys
-  read a second time.
+  and chooses among what is left.
+- Where a forgetter reads attention, scores are worked out and keys read a second time. A query that
+  it observes is charged, once it was asked, with scores against all entries that were held up to
+  the query's own, and with their keys.
 - The LM head is paid for each position whose logits are asked for. With m survivors it reads the
   leading plane of all rows and the trailing plane of m, and multiplies those m again.
 - Small modules are stored like dense weights, and in fp32 beside packed ones.
@@ -131,6 +133,15 @@ def _forgotten(plan: Plan, first_position: int) -> NDArray[np.int64]:
     return ends[: t + 1].cumsum(0)
 
 
+def _observed(overhead: Overhead, first_position: int, n_tokens: int) -> NDArray[np.bool_]:
+    """(T,) of whose queries a forgetter was told by the end of the last token."""
+    if not overhead.observes:
+        return np.zeros(n_tokens, bool)
+    positions = first_position + np.arange(n_tokens)
+    asked = (positions // overhead.interval + 1) * overhead.interval
+    return (asked - positions <= overhead.observes) & (asked <= first_position + n_tokens)
+
+
 def price_tokens(
     plan: Plan,
     shape: ModelShape,
@@ -184,7 +195,8 @@ def price_tokens(
     instead = small.sum(1) * overhead.small_ffn_weights
     instead += (1 - runs).sum(1) * overhead.small_attention_weights
     vectors, told = overhead.selection_vectors, overhead.reads_attention * (windows == 0)
-    summed = (visited * told).sum(1)
+    observed = _observed(overhead, first_position, t)[:, None] & (windows == 0)
+    rescored = (visited * told + (held + 1) * runs * observed).sum(1)
     releases = plan.n_layers * (np.ones(t, np.int64) if released is None else released)
     weight_bytes = (
         bits_read // 8 + instead * shape.weight_bytes + overhead.modulator_bytes * releases
@@ -193,13 +205,13 @@ def price_tokens(
         "flops_linear": 2 * weights.sum((1, 2)),
         "flops_attention": 4 * shape.query_width * visited.sum(1),
         "flops_selection": 2 * vectors * shape.query_width * complete.sum(1),
-        "flops_evidence": 2 * shape.query_width * summed,
+        "flops_evidence": 2 * shape.query_width * rescored,
         "flops_standin": 2 * instead,
         "flops_modulator": overhead.modulator_flops * releases,
         "flops_head": head_flops,
         "weight_bytes": weight_bytes,
         "kv_bytes_read": shape.position_bytes * visited.sum(1)
-        + shape.position_bytes // 2 * summed
+        + shape.position_bytes // 2 * rescored
         + shape.summary_vector_bytes * vectors * complete.sum(1),
     }
 

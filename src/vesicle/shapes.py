@@ -188,6 +188,8 @@ class Overhead:
         small_attention_weights: The same of what it takes in place of attention.
         selection_vectors: Summary vectors per block read to choose blocks (1 mean, 2 bounds).
         reads_attention: Whether a forgetter is told what attention entries received.
+        observes: Of how many of the newest queries it is told what attention they pay.
+        interval: Tokens between the lengths at which it is.
     """
 
     modulator_flops: int = 0
@@ -196,3 +198,5 @@ class Overhead:
     small_attention_weights: int = 0
     selection_vectors: int = 1
     reads_attention: bool = False
+    observes: int = 0
+    interval: int = 0

@@ -461,6 +461,8 @@ struct Sequence {
   int64_t small_ffn;  // which of the model's; -1 for none
   bool small_attention, reads;
   std::vector<float> received;  // (L, KV heads, 16 room) what each slot received, where the sequence `reads`
+  int64_t observes;             // of how many of the newest tokens queries are kept
+  std::vector<float> queries;   // (L, observes, heads * size) by position modulo `observes`
   std::vector<VesiclePlanRow> plan;  // (n, L)
 
   bool releases(int64_t place) const { return !modulator.empty() && acting[place]; }
@@ -517,6 +519,8 @@ struct Sequence {
     small_attention = r.chance(0.5);
     reads = r.chance(0.5);
     received.resize(L * m.kv_heads * room * kBlock);
+    observes = r.chance(0.5) ? r.between(1, 2 * n) : 0;
+    queries.resize(L * observes * m.heads * m.size);
     const bool reads_all = r.chance(0.2);
     if (!reads_all && r.chance(0.4)) modulator.emplace_back(r, m);
     const int64_t most = r.between(0, 31);
@@ -691,6 +695,8 @@ struct Chunk {
     view.received = s.reads ? s.received.data() : nullptr;
     view.room_received = s.room * kBlock;
     view.summed = summed.data();
+    view.queries = s.observes ? s.queries.data() : nullptr;
+    view.room_queries = s.observes;
     view.plan = plan.data();
     view.levels = levels.data();
     view.rows = rows.data();
@@ -786,6 +792,7 @@ void run_by_stages(Random& r, void* pass, const VesicleModel& m, std::vector<Chu
 struct Reading {
   std::vector<std::vector<Said>> said;  // by sequence, by token
   std::vector<std::vector<float>> received;  // by sequence, see `Sequence`
+  std::vector<std::vector<float>> queries;   // by sequence: see `kept_queries`
   std::vector<std::vector<char>> kept;  // by sequence: the pages of the text, and all summaries
   std::vector<int64_t> lost;            // by sequence: the first token whose residual stream is not finite, or -1
 };
@@ -839,6 +846,21 @@ void check_summaries(const VesicleModel& m, Sequence& s, const std::vector<std::
   }
 }
 
+// The newest tokens' queries of a text that was read, of those that attend; nothing of a windowed layer is kept.
+std::vector<float> kept_queries(const VesicleModel& m, const Sequence& s, const std::vector<Said>& said) {
+  std::vector<float> out;
+  const int64_t width = m.heads * m.size;
+  for (int64_t l = 0; l < m.n_layers; ++l) {
+    const float* ring = s.queries.data() + l * s.observes * width;
+    for (int64_t i = 0; m.layers[l].window && i < s.observes * width; ++i) CHECK(std::isnan(ring[i]), "%g", ring[i]);
+    for (int64_t t = std::max<int64_t>(0, s.n - s.observes); !m.layers[l].window && t < s.n; ++t) {
+      const float* query = ring + (s.position + t) % s.observes * width;
+      if (said[t].plan[l].attention) out.insert(out.end(), query, query + width);
+    }
+  }
+  return out;
+}
+
 // Reads all texts, from a cache as it was at the start.
 Reading read(Random& r, Model& model, std::vector<Sequence>& sequences, const Passes& passes, int64_t threads) {
   const VesicleModel& m = model.view;
@@ -848,6 +870,7 @@ Reading read(Random& r, Model& model, std::vector<Sequence>& sequences, const Pa
   for (Sequence& s : sequences) {
     summaries.push_back(s.summaries);
     std::fill(s.received.begin(), s.received.end(), 0.0f);
+    std::fill(s.queries.begin(), s.queries.end(), NAN);
   }
   Reading reading;
   reading.said.resize(sequences.size());
@@ -877,6 +900,7 @@ Reading read(Random& r, Model& model, std::vector<Sequence>& sequences, const Pa
   for (const Sequence& s : sequences) {
     reading.kept.push_back(kept(model, s, written));
     reading.received.push_back(s.received);
+    reading.queries.push_back(kept_queries(m, s, reading.said[reading.queries.size()]));
   }
   const int64_t page = pages.size() / model.blocks, scales = m.kv_heads * kBlock;
   for (int64_t block = 0; block < model.blocks; ++block) {
@@ -912,6 +936,9 @@ void compare(const Reading& reading, const Reading& first, size_t who, size_t to
   const std::vector<float>&mine = reading.received[who], &others = first.received[who];
   CHECK(!std::memcmp(mine.data(), others.data(), mine.size() * sizeof(float)),
         "%s, %lld threads: attention received by sequence %lld, read %s", set, (long long)threads, (long long)who, how);
+  const std::vector<float>&newest = reading.queries[who], &before = first.queries[who];
+  CHECK(newest.size() == before.size() && !std::memcmp(newest.data(), before.data(), newest.size() * sizeof(float)),
+        "%s, %lld threads: queries of sequence %lld, read %s", set, (long long)threads, (long long)who, how);
   CHECK(reading.kept[who] == first.kept[who],
         "%s, %lld threads: pages or summaries of sequence %lld, read %s", set, (long long)threads, (long long)who, how);
 }
@@ -964,6 +991,7 @@ void check_received(const Model& model, const std::vector<Sequence>& sequences, 
       }
       CHECK(said.small[0] == small, "%lld, not %lld", (long long)said.small[0], (long long)small);
     }
+    for (const float x : reading.queries[who]) CHECK(std::isfinite(x), "query %g", x);
     const int64_t slots = s.room * kBlock;
     for (int64_t i = 0; i < m.n_layers * m.kv_heads; ++i) {
       double total = 0;

@@ -229,6 +229,9 @@ class ChunkBuffer:
         if sequence.received is not None:
             sums = sequence.received.sums
             chunk.received, chunk.room_received = sums.ctypes.data, sums.shape[2]
+        if sequence.observed is not None:
+            queries = sequence.observed.queries
+            chunk.queries, chunk.room_queries = queries.ctypes.data, queries.shape[1]
         self._summarise(sequence, n, summarise)
 
     def _rotate(self, rotaries: list[Rotary], position: int) -> None:

@@ -14,6 +14,14 @@ from vesicle.shapes import ModelShape, Overhead
 _ALL = slice(None)
 
 
+def rescored(shape: ModelShape, entries: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """Fields of `cost.Cost` for scores of `entries` (T,) that are worked out again."""
+    return {
+        "flops_evidence": 2 * shape.query_width * entries,
+        "kv_bytes_read": shape.position_bytes // 2 * entries,
+    }
+
+
 class Counters:
     """Running totals (N,) of a pass over N tokens."""
 
@@ -108,12 +116,12 @@ class Counters:
         visited, compared, summed = (
             counted[:, rows].sum(0) for counted in (self._visited, self._compared, self._summed)
         )
-        small = self._small[rows]
+        small, again = self._small[rows], rescored(shape, summed)
         return {
             "flops_linear": 2 * numbers.sum((0, 1)),
             "flops_attention": 4 * shape.query_width * visited,
             "flops_selection": 2 * shape.query_width * compared,
-            "flops_evidence": 2 * shape.query_width * summed,
+            "flops_evidence": again["flops_evidence"],
             "flops_standin": 2 * small,
             "flops_modulator": self._modulator_flops[rows],
             "flops_head": 2 * shape.width * self._head_rows[rows],
@@ -121,6 +129,6 @@ class Counters:
             + small * shape.weight_bytes
             + self._modulator_bytes[rows],
             "kv_bytes_read": shape.position_bytes * visited
-            + shape.position_bytes // 2 * summed
+            + again["kv_bytes_read"]
             + shape.summary_vector_bytes * compared,
         }

@@ -299,10 +299,11 @@ class Engine:
         with self.lock:
             sequence.flush()
             sequence.check_not_asking("forked")
-            if method is None and sequence.received is not None and n != sequence.length:
+            told = sequence.received is not None or sequence.observed is not None
+            if method is None and told and n != sequence.length:
                 raise VesicleError(
-                    f"a sequence whose forgetter reads attention is to be forked at {n} tokens; "
-                    f"allowed: {sequence.length}, where it stands"
+                    f"a sequence whose forgetter is told of attention is to be forked at {n} "
+                    f"tokens; allowed: {sequence.length}, where it stands"
                 )
             author = sequence.author.fork(n) if method is None else method.author(self.shape)
             if method is not None and author.carries_state:

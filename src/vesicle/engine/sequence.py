@@ -12,6 +12,8 @@ from torch import Tensor
 from vesicle.cost import Cost, flops_of, price_dense_tokens
 from vesicle.engine.cache import SequenceCache
 from vesicle.engine.chunk import ChunkBuffer
+from vesicle.engine.counters import rescored
+from vesicle.engine.observed import Observed
 from vesicle.engine.received import Received
 from vesicle.errors import VesicleError
 from vesicle.phases import ALL, GENERATED, PROMPT, Spans
@@ -37,6 +39,7 @@ class Sequence:
         evicts_at: The next length at which entries of the cache are forgotten, or a forgetter is
             asked which; `FOREVER` for none.
         received: What attention the entries received, where a forgetter wants to know.
+        observed: The newest queries, where it wants to know what attention these pay.
         asking: Whether its forgetter is being asked.
     """
 
@@ -51,11 +54,14 @@ class Sequence:
         self.forgetter = forgetter_of(self.author)
         self.overhead = with_evidence(method.overhead(shape), self.author)
         self.received: Received | None = None
+        self.observed: Observed | None = None
         self._interval = 0  # of the forgetter, who may not change it any more
         if self.forgetter is not None:
             self._interval = self.forgetter.interval
             if self.forgetter.reads_attention:
                 self.received = Received(shape)
+            if self.forgetter.observes:
+                self.observed = Observed(shape, self.forgetter.observes)
         self._answers: list[tuple[Events, IntArray]] = []  # of the first of them, at this length
         self._left: list[IntArray] | None = None  # (G, n) of each of them, told but not done yet
         self.asking = False
@@ -168,20 +174,37 @@ class Sequence:
         assert self.forgetter is not None
         self.check_not_asking("read")
         self.flush()
+        n_observed = 0 if self.observed is None else self.observed.queries.shape[1]
+        runs = self.builder.newest(n_observed)["attention"] == 1  # (w, L)
+        scale = self.engine.config.attention_scale
         self.asking = True
         try:
             for layer in self._full[len(self._answers) :]:
-                held, received = self.cache.held(layer), None
+                held, received, attention = self.cache.held(layer), None, None
                 if self.received is not None:
                     received = self.received.sums[layer, :, : held.shape[1]]
-                answer = ask(self.forgetter, layer, self.length, held, received)
+                if self.observed is not None:
+                    attention = self.observed.attention(self.cache, layer, runs[:, layer], scale)
+                answer = ask(self.forgetter, layer, self.length, held, received, attention)
                 self._answers.append(answer)
         finally:
             self.asking = False
+        if self.observed is not None:
+            self._charge(self.observed.entries.sum(0))
         answers, self._answers = self._answers, []
         for events, _ in answers:
             self.builder.forget(events)
         return [left for _, left in answers]
+
+    def _charge(self, entries: NDArray[np.int64]) -> None:
+        """Add the work of scoring the newest queries (w,) anew to what their tokens have cost.
+
+        But to none that were taken over: what concerns these is not counted as its own.
+        """
+        own = min(len(entries), self.length - self.taken_over)
+        self.counted = [self.token_costs]
+        for name, more in rescored(self.engine.shape, entries[len(entries) - own :]).items():
+            self.counted[0][name][self.length - own :] += more
 
     def check_not_asking(self, what: str) -> None:
         """Refuse what cannot be done with it while its forgetter is asked.
@@ -196,6 +219,7 @@ class Sequence:
         """Forget as the sequence of which it is a fork, and stand there if that has yet to."""
         self._interval, self.overhead = other._interval, other.overhead
         self.received = None if other.received is None else other.received.fork()
+        self.observed = None if other.observed is None else other.observed.fork()
         self.await_eviction()
         if self.length == other.length >= other.evicts_at:  # it could not when it came here
             self.evicts_at, self._left = other.evicts_at, other._left

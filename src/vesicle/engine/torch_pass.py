@@ -182,8 +182,11 @@ class TorchPass:
             index = np.arange(rows.start, rows.stop)[active]
             # What a window leaves behind is never asked about.
             received = None if sequence.received is None or window else sequence.received
+            asking = queries[rows] if whole else queries[torch.from_numpy(index)]
+            if sequence.observed is not None and not window:
+                sequence.observed.keep(number, positions[active], asking)
             out, visited, compared = attend(
-                (queries[rows] if whole else queries[torch.from_numpy(index)]).to(x.dtype),
+                asking.to(x.dtype),
                 cache,
                 number,
                 positions[active],

@@ -35,6 +35,18 @@ class _Listening(Forgetful):
         self.observes = settings.observes
         self.averages: list[Averages] = []
 
+    def spectral(self, sequence: EngineSequence, layers: list[int]) -> list[NDArray[np.float16]]:
+        """(G, n, 17) features of each layer's entries, as if it were asked where it stands now."""
+        observed, scale = sequence.observed, sequence.engine.config.attention_scale
+        assert observed is not None
+        ran, found = np.ones(self.observes, bool), []
+        for layer in layers:
+            positions = sequence.cache.held(layer)
+            attention = observed.attention(sequence.cache, layer, ran, scale)
+            features = self.averages[layer].update(positions, attention, sequence.length)
+            found.append(features.astype(np.float16))
+        return found
+
     def forgetter(self, shape: ModelShape) -> Forgetter:
         self.averages = [Averages(shape.n_kv_heads) for _ in range(shape.n_layers)]
         return _Listener(self)
@@ -75,10 +87,8 @@ class Context:
         sequence = engine.start(method or Dense())
         engine.forward([(sequence, question.context[: self._length])], "none")
         self._positions: IntArray = sequence.cache.held(self._layers[0])  # the same in all layers
-        for layer in self._layers if method is not None else ():
-            attention = sequence.attention_paid(layer)
-            spectral = method.averages[layer].update(self._positions, attention, self._length)
-            self._spectral.append(spectral.astype(np.float16))
+        if method is not None:
+            self._spectral = method.spectral(sequence, self._layers)
         self._source = engine.fork(sequence, method=Dense())
         sequence.close()
         self.full = float(self._nats([self._forked()])[0])

@@ -70,6 +70,16 @@ class PlanBuilder:
         other._forgotten = [events[events["position"] <= n_tokens] for events in self._forgotten]
         return other
 
+    def newest(self, n_tokens: int) -> Rows:
+        """The rows (T, L) of the last `n_tokens`, or of all if there are fewer."""
+        pieces = [np.zeros((0, self._shape.n_layers), ROW)]
+        for rows in reversed(self._passes):
+            if n_tokens <= 0:
+                break
+            pieces.append(rows[-n_tokens:])
+            n_tokens -= len(rows)
+        return np.concatenate(pieces[::-1])
+
     def build(self) -> Plan:
         """The Plan of all tokens added so far, with the entries that were forgotten."""
         none = np.zeros((0, self._shape.n_layers), ROW)

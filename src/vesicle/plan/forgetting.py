@@ -2,9 +2,9 @@
 
 A `Forgetter` belongs to an author (`Author.forgetter`) and is asked by whoever executes, layer by
 layer, each time that `interval` more tokens have been read: which of the entries that the layer
-holds are to go? It may have seen what attention they received meanwhile. Its answer is a table of
-events, checked here, which becomes part of the Plan; so a Plan that was made this way is replayed
-like any other.
+holds are to go? It may have seen what attention they received meanwhile, or what each of the newest
+queries pays to them. Its answer is a table of events, checked here, which becomes part of the Plan;
+so a Plan that was made this way is replayed like any other.
 
 It is asked at lengths that depend on nothing but the text, so what is forgotten does not depend on
 how a text is cut into passes. A layer is asked about in order of length. Executors differ in which
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +42,16 @@ class Evidence:
             asked about, summed over the queries and over the query heads of each KV head; zeros
             unless the forgetter `reads_attention`. Queries that skip the layer's attention, and
             blocks that a query did not read, add nothing.
+        attention: (G, w, n) fp32, attention probability that each of the newest w queries, in order
+            of position, pays to each entry, mean over the query heads of each KV head; w is what
+            the forgetter `observes`. Of entries after the query's own it is 0, and of queries that
+            skipped the layer's attention. It is what a query pays that reads all that is held: one
+            that chose blocks has read fewer.
     """
 
     positions: IntArray
     received: NDArray[np.float32]
+    attention: NDArray[np.float32]
 
 
 class Forgetter(ABC):
@@ -56,10 +62,14 @@ class Forgetter(ABC):
             a sequence starts.
         reads_attention: Whether it needs to know what attention entries received; likewise. The
             engine works out every score twice then; `Overhead.reads_attention` prices it.
+        observes: Of how many of the newest queries it needs to know what attention they pay, 0 to
+            `interval`; likewise. The scores of these are worked out anew when it is asked;
+            `Overhead.observes` prices it.
     """
 
     interval: int
     reads_attention: bool = False
+    observes: int = 0
 
     @abstractmethod
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
@@ -95,7 +105,8 @@ def forgetter_of(author: Author) -> Forgetter | None:
     """An author's forgetter, which both executors can ask.
 
     Raises:
-        VesicleError: If its interval is no multiple of 16, or the author forgets beforehand too.
+        VesicleError: If its interval is no multiple of 16, it observes more queries than lie in
+            one, or the author forgets beforehand too.
     """
     found = author.forgetter
     if found is None:
@@ -105,6 +116,11 @@ def forgetter_of(author: Author) -> Forgetter | None:
     if author.evict_after is not None:
         raise VesicleError("an author has evict_after and a forgetter; allowed: one of the two")
     check_interval(getattr(found, "interval", None), type(found).__name__)
+    observes = found.observes
+    if not _whole(observes) or not 0 <= observes <= found.interval:
+        raise VesicleError(
+            f"observes of {type(found).__name__} is {observes!r}; allowed: 0 to {found.interval}"
+        )
     return found
 
 
@@ -114,11 +130,14 @@ def check_interval(interval: object, whose: str) -> None:
     Raises:
         VesicleError: Naming it.
     """
-    whole = isinstance(interval, int | np.integer) and not isinstance(interval, bool)
-    if not whole or interval < BLOCK or interval % BLOCK:  # type: ignore[operator]
+    if not _whole(interval) or interval < BLOCK or interval % BLOCK:
         raise VesicleError(
             f"interval of {whose} is {interval}; allowed: multiples of {BLOCK} from {BLOCK}"
         )
+
+
+def _whole(number: object) -> TypeGuard[int]:
+    return isinstance(number, int | np.integer) and not isinstance(number, bool)
 
 
 def fork_of(forgetter: Forgetter, n_tokens: int) -> Forgetter:
@@ -137,8 +156,15 @@ def fork_of(forgetter: Forgetter, n_tokens: int) -> Forgetter:
 
 def with_evidence(overhead: Overhead, author: Author) -> Overhead:
     """What a method adds to the model, with what gathering evidence for its author adds to it."""
-    reads = author.forgetter is not None and author.forgetter.reads_attention
-    return replace(overhead, reads_attention=reads)
+    forgetter = author.forgetter
+    if forgetter is None:
+        return overhead
+    return replace(
+        overhead,
+        reads_attention=forgetter.reads_attention,
+        observes=forgetter.observes,
+        interval=forgetter.interval,
+    )
 
 
 def ask(
@@ -147,6 +173,7 @@ def ask(
     length: int,
     positions: IntArray,
     received: NDArray[np.floating] | None,
+    attention: NDArray[np.floating] | None,
 ) -> tuple[Events, IntArray]:
     """Ask about a layer; the events, checked, and what is left (G, n') of `positions` (G, n).
 
@@ -156,6 +183,7 @@ def ask(
         length: Tokens read.
         positions: Of the entries held, rising.
         received: (G, n) as `Evidence` has it; None if nobody gathered it.
+        attention: (G, w, n) likewise.
 
     Raises:
         VesicleError: If the events are of another layer or position, or do not fit pages.
@@ -163,9 +191,11 @@ def ask(
     told = np.zeros(positions.shape, np.float32)
     if received is not None:
         told[:] = received
-    shown = positions.copy()
-    told.flags.writeable = shown.flags.writeable = False
-    events = forgetter.forget(layer, length, Evidence(positions=shown, received=told))
+    shown, (g, n) = positions.copy(), positions.shape
+    paid = np.zeros((g, 0, n), np.float32) if attention is None else attention.astype(np.float32)
+    told.flags.writeable = shown.flags.writeable = paid.flags.writeable = False
+    evidence = Evidence(positions=shown, received=told, attention=paid)
+    events = forgetter.forget(layer, length, evidence)
     if isinstance(events, np.ndarray):
         events = events.copy()  # the forgetter's own may change
     return events, _left(events, layer, length, positions)

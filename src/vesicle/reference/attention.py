@@ -153,6 +153,10 @@ def _forgetful(
             assert rule.attends is not None
             received = _received(q, left[0], part, scale, rule.attends[rows][:, chosen])
             memory.receive(entries.cpu().numpy(), received.cpu().numpy())
+        if memory.observes:
+            assert rule.attends is not None
+            told = chosen & (positions >= 0)
+            memory.observe(query[0, :, told], rule.attends[rows][0, told], key[0], scale)
     return out
 
 

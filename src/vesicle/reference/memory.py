@@ -8,9 +8,12 @@ of a pass as it would be between two.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vesicle.plan import FOREVER, Events, Forgetter, IntArray
 from vesicle.plan.events import evict_after_of
@@ -23,6 +26,7 @@ class Memory:
 
     Attributes:
         reads_attention: Whether `receive` is to be told what entries receive.
+        observes: How many of the newest queries `observe` is to be shown.
     """
 
     def __init__(
@@ -44,7 +48,9 @@ class Memory:
         self._forgetter, self._note = forgetter, note
         self._interval = 0 if forgetter is None else forgetter.interval
         self.reads_attention = forgetter is not None and forgetter.reads_attention
+        self.observes = 0 if forgetter is None else forgetter.observes
         self._sums = np.zeros((evict_after.shape[1], 0))
+        self._newest: _Newest | None = None
 
     def periods(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut the tokens `start` to `stop` where something is forgotten; ask as they go by."""
@@ -70,13 +76,33 @@ class Memory:
         heads = np.arange(len(entries))[:, None]
         self._sums[heads, entries] += received
 
+    @torch.no_grad()
+    def observe(self, queries: Tensor, attends: Tensor, keys: Tensor, scale: float) -> None:
+        """Remember the newest queries, and all keys.
+
+        Args:
+            queries: (H, T, K) of the next T tokens.
+            attends: (T,) which of them run.
+            keys: (G, S, K) by position, those of these tokens included.
+            scale: Of the attention logits.
+        """
+        if self._newest is not None:
+            queries = torch.cat([self._newest.queries, queries], dim=1)
+            attends = torch.cat([self._newest.attends, attends])
+        last = slice(-self.observes, None)
+        self._newest = _Newest(
+            queries=queries[:, last], attends=attends[last], keys=keys, scale=scale
+        )
+
     def _ask(self, forgetter: Forgetter, length: int) -> None:
-        held, received = self.held(length), None
+        held, received, attention = self.held(length), None, None
         if self.reads_attention:
             self.receive(held, np.zeros(held.shape))  # room for all
             received = np.take_along_axis(self._sums, held, axis=1)
             self._sums[:] = 0
-        events, _ = ask(forgetter, self._layer, length, held, received)
+        if self._newest is not None:
+            attention = self._newest.attention(held, length)
+        events, _ = ask(forgetter, self._layer, length, held, received, attention)
         assert self._note is not None
         self._note(events)
         whole = np.full((length, len(held)), FOREVER, np.int32)
@@ -86,3 +112,27 @@ class Memory:
         ends = np.broadcast_to(evict_after_of(mine, length, 1, len(held))[:, 0], whole.shape)
         # What is gone already does not come back, whatever a run of events covers.
         self._evict_after = np.minimum(whole, ends).astype(np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Newest:
+    """The newest queries of a layer, as `Memory.observe` takes them."""
+
+    queries: Tensor
+    attends: Tensor
+    keys: Tensor
+    scale: float
+
+    @torch.no_grad()
+    def attention(self, held: IntArray, length: int) -> NDArray[np.floating]:
+        """(G, w, n) as `Evidence` has it, of entries held (G, n), queries before `length`."""
+        places = torch.from_numpy(held).to(self.keys.device).long()  # (G, n)
+        keys = self.keys.gather(1, places[..., None].expand(-1, -1, self.keys.shape[2]))
+        grouped = self.queries.unflatten(0, (len(keys), -1))  # (G, R, w, K)
+        scores = (grouped @ keys[:, None].transpose(2, 3)) * self.scale
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        positions = torch.arange(length - len(self.attends), length, device=places.device)
+        later = places[:, None] > positions[:, None]  # (G, w, n)
+        chances = scores.masked_fill(later[:, None], -torch.inf).softmax(-1).mean(1)
+        found: NDArray[np.floating] = (chances * self.attends[:, None]).cpu().numpy()
+        return found

@@ -161,7 +161,8 @@ class Chunk(ctypes.Structure):
         *_fields(_POINTER, "rows", "outputs", "visited", "compared", "small"),
         ("received", _POINTER),
         ("room_received", _LONG),
-        ("summed", _POINTER),
+        *_fields(_POINTER, "summed", "queries"),
+        ("room_queries", _LONG),
         *_fields(_POINTER, "hidden", "logits", "states"),
         *_fields(_LONG, "wants", "likeliest", "scored", "lost"),
     ]

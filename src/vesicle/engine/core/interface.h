@@ -110,6 +110,9 @@ struct VesicleChunk {
   float* received;        // (L, G, room_received) attention probability that each slot received, added to; or null
   int64_t room_received;  // slots
   int64_t* summed;        // (n, L) positions of a KV head whose probabilities were added
+  float* queries;         // (L, room_queries, heads * size) queries, unscaled, at their positions modulo room; or null
+  int64_t room_queries;   // of the newest tokens; what lies there of those that skip attention, or in a windowed layer,
+                          // stays
   float* hidden;   // (n, D) the residual stream after a layer's attention; or null
   float* logits;   // (V) of the last token, (n, V) of all, or null
   float* states;   // (n, D) what enters the head; or null

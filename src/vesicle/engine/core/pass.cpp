@@ -346,6 +346,9 @@ void Pass::prepare(const Kernels* kernels, ThreadPool* threads, const VesicleMod
       token.summed = c->summed ? c->summed + r * L : nullptr;
       token.hidden = c->hidden ? c->hidden + i * m->width : nullptr;
       token.states = c->states ? c->states + i * m->width : nullptr;
+      // An older one's place is that of a newer one.
+      const bool kept = c->queries && i >= c->n - c->room_queries;
+      token.kept = kept ? c->queries + position % c->room_queries * q : nullptr;
       token.wants = all ? kLogits : last ? c->wants : kNothing;
       token.logits = token.wants && c->logits ? c->logits + (all ? i * m->vocabulary : 0) : nullptr;
       tokens.push_back(token);

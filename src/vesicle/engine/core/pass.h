@@ -30,6 +30,7 @@ struct Token {
   double* levels;
   int64_t *rows, *outputs, *visited, *compared, *small, *summed;
   float *hidden, *logits, *states;
+  float* kept;  // where its queries of the first layer are kept; or null
   int64_t wants;
 
   // Blocks of a layer's list up to its own, which is the last of them.

@@ -80,6 +80,8 @@ void Pass::rotate_queries(int64_t thread, int64_t l, int64_t t) {
     for (int64_t h = 0; h < heads; ++h) k->normalise(q + h * size, w.query_norm.gain, model->eps, size, q + h * size);
   if (w.rotates)
     k->rotate(q, heads, size, model->rotated, tokens[t].cosine[w.rotates - 1], tokens[t].sine[w.rotates - 1]);
+  if (tokens[t].kept && !w.window && reports(thread))
+    std::memcpy(tokens[t].kept + l * tokens[t].chunk->room_queries * heads * size, q, heads * size * sizeof(float));
 }
 
 bool Pass::chooses(int64_t thread, int64_t t, int64_t l) {
