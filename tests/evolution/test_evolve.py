@@ -67,6 +67,15 @@ def test_a_candidate_is_tried_as_it_would_run(engine: Engine):
     context.close()
 
 
+def test_a_context_of_whole_blocks_with_nothing_behind_it(engine: Engine):
+    ids = np.random.default_rng(1).integers(1, 97, 64).tolist()
+    context = Context(engine, Question(id="a", context=ids, lead=[], answer=[7, 8]), None)
+    logits = engine.forward([(engine.start(), [*ids, 7])], "all")[0][-2:].log_softmax(-1)
+    expected = -float(logits.gather(1, torch.tensor([[7], [8]])).sum())
+    assert context.full == pytest.approx(expected, abs=1e-5)
+    context.close()
+
+
 def test_the_cache_is_as_it_was_after_candidates(engine: Engine):
     context = Context(engine, questions(1)[0], SETTINGS)
     before = engine.pool.bytes_in_use

@@ -230,6 +230,7 @@ def evaluate(
 def _list() -> None:
     from rich.table import Table
 
+    from vesicle.evaluation.methods import memory
     from vesicle.evaluation.methods.names import NAMES
     from vesicle.tasks.registry import find_task, task_names
 
@@ -242,7 +243,8 @@ def _list() -> None:
         hub = "generated" if task.hub is None else task.hub.path
         table.add_row(name, task.title, metrics, ", ".join(task.splits), hub)
     SafeConsole().print(table)
-    SafeConsole().print(f"methods: {', '.join(NAMES)}, kvpress:NAME", highlight=False)
+    names = (*NAMES, *memory.NAMES, "namm:FOLDER", "kvpress:NAME")
+    SafeConsole().print(f"methods: {', '.join(names)}", highlight=False)
 
 
 def _subject(

@@ -80,7 +80,9 @@ class Context:
             settings: What NAMMs look at; None for those whose networks prefer nothing.
         """
         self.question, self._engine = question, engine
-        self._length = len(question.context) // BLOCK * BLOCK
+        # The last token before the answer is read by each candidate, whose word on it counts.
+        before = min(len(question.context), len(question.context) + len(question.lead) - 1)
+        self._length = before // BLOCK * BLOCK
         self._layers = np.nonzero(engine.shape.layer_windows == 0)[0].tolist()
         self._spectral: list[NDArray[np.float16]] = []
         method = None if settings is None else _Listening(settings)

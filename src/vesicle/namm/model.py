@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,13 @@ class Namm:
             ages = np.log((length - positions) / length).astype(np.float32) / 2
             features = np.concatenate([spectral, ages[..., None]], axis=-1)
         return score(self.settings.network, self.parameters, features, self.settings.hidden)
+
+    def digest(self) -> str:
+        """SHA-256 of all that decides, in hexadecimal."""
+        found = sha256(json.dumps(asdict(self.settings), sort_keys=True).encode())
+        for part in (self.parameters, self.profile):
+            found.update(part.tobytes())
+        return found.hexdigest()
 
     def save(self, folder: Path | str) -> None:
         """Write it to a folder, each file atomically; what was there is replaced."""

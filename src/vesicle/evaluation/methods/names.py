@@ -3,7 +3,8 @@
 `dense` is the model itself and `learnt` the modulator. Controls keep the modulator's effectors and
 stand-ins and set their levels by a rule (`controls`). The `oracle` searches the levels of a text's
 windows with their own labels (`oracle`). A press of kvpress is given as `kvpress:NAME`; its budget
-is the share of cached entries that it keeps.
+is the share of cached entries that it keeps; so it is with methods that hold a share of the cache
+as they go on (`memory`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import difflib
 from collections.abc import Sequence
 
 from vesicle.errors import VesicleError
+from vesicle.evaluation.methods import memory
 from vesicle.evaluation.methods.controls import NAMES as CONTROLS
 from vesicle.modulator import Modulator
 from vesicle.predictors import Predictor
@@ -38,8 +40,13 @@ def check_methods(names: Sequence[str]) -> tuple[str, ...]:
             from vesicle.integrations.kvpress import check_press
 
             check_press(name.removeprefix(PRESS))
+        elif name.startswith(f"{memory.NAMM}:"):
+            memory.find_namm(name)
         else:
-            check_name(name, NAMES, f", and {PRESS}NAME for a press of kvpress")
+            beyond = f", {memory.NAMM}:FOLDER, and {PRESS}NAME for a press of kvpress"
+            check_name(name, (*NAMES, *memory.NAMES), beyond)
+            if name == memory.NAMM:
+                memory.find_namm(name)
     ours = [name for name in NAMES if name in names]
     return (*ours, *dict.fromkeys(name for name in names if name not in NAMES))
 
@@ -59,6 +66,11 @@ def check_name(name: str, known: Sequence[str], beyond: str = "") -> None:
         near = difflib.get_close_matches(str(name), known, n=2, cutoff=0.5)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise VesicleError(f"unknown method {name!r}{hint}; known: {', '.join(known)}{beyond}")
+
+
+def saves_memory(name: str) -> bool:
+    """Whether what a method saves is memory, and not FLOPs; its budget is a share of the cache."""
+    return name.startswith(PRESS) or memory.holds_share(name)
 
 
 def check_trained(modulator: Modulator, shape: ModelShape) -> None:

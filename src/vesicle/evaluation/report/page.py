@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vesicle.evaluation.methods.names import PRESS
+from vesicle.evaluation.methods.names import saves_memory
 from vesicle.evaluation.report.results import Score, TaskResult, TaskRow
 from vesicle.evaluation.report.table import made_with
 from vesicle.models.default import DEFAULT_MODEL
@@ -132,10 +132,10 @@ def _dense_table(result: TaskResult) -> list[str]:
 def _cost_table(result: TaskResult) -> list[str]:
     """One line a task and budget; the methods side by side.
 
-    A press saves memory and no FLOPs, so that its cost is the memory held.
+    What saves memory and no FLOPs has the memory held as its cost.
     """
     methods = list(dict.fromkeys(row.method for row in result.rows if row.method != "dense"))
-    cost = "kv_bytes_held" if all(m.startswith(PRESS) for m in methods) else "flops"
+    cost = "kv_bytes_held" if all(saves_memory(m) for m in methods) else "flops"
     lines = [
         f"| task, metric | items | dense | {_COSTS[cost]} | " + " | ".join(methods) + " |",
         "|" + " --- |" * (4 + len(methods)),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vesicle.errors import VesicleError
-from vesicle.evaluation.methods.names import PRESS
+from vesicle.evaluation.methods.names import saves_memory
 from vesicle.evaluation.report.results import TaskResult, TaskRow
 from vesicle.files import atomic_path
 
@@ -113,8 +113,7 @@ def _draw(
     logarithmic = not metric["percent"] and max(values, default=0.0) > beyond * least > 0
     # On a logarithmic axis a rise of 0 has no place.
     start = [] if rise and logarithmic else [dense]
-    # A press saves memory and no FLOPs.
-    memory = bool(others) and all(row.method.startswith(PRESS) for row in others)
+    memory = bool(others) and all(saves_memory(row.method) for row in others)
     cost = "kv_bytes_held" if memory else "flops"
     for method in dict.fromkeys(row.method for row in others) or ["dense"]:
         own = [*start, *(row for row in others if row.method == method)]

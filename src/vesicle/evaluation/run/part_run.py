@@ -21,7 +21,8 @@ from vesicle.evaluation.execution.items import Prepared
 from vesicle.evaluation.methods.controls import FROM_LEARNT, Control, control
 from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.evaluation.methods.matching import TOLERANCE
-from vesicle.evaluation.methods.names import ORACLE, PRESS
+from vesicle.evaluation.methods.memory import NAMM, find_namm, holds_share, memory_method
+from vesicle.evaluation.methods.names import ORACLE, PRESS, saves_memory
 from vesicle.evaluation.methods.tuning import NEAR, tune_dial
 from vesicle.evaluation.report.results import Key, TaskRow
 from vesicle.evaluation.report.rows import Record, executed_share, make_record, make_row, spans_of
@@ -53,6 +54,13 @@ class Chosen:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+def _namms(methods: Sequence[str]) -> dict[str, Any]:
+    """What the record says of NAMMs, where there are any."""
+    named = [m for m in methods if m == NAMM or m.startswith(f"{NAMM}:")]
+    found = {m: find_namm(m).digest() for m in named}
+    return {"namms": found} if found else {}
+
+
 class PartRun:
     """The rows of a part as they are run."""
 
@@ -78,6 +86,7 @@ class PartRun:
                 "phases": config.acts.to_dict(),
                 "model": subject.model,
                 "modulator": subject.modulator_facts(),
+                **_namms(config.methods),
             },
             versions(),
         )
@@ -208,7 +217,7 @@ class PartRun:
     def _target(self, key: Key, store: ItemStore) -> float:
         """The share that a row is to execute."""
         task, method, budget = key
-        given = method in ("dense", "learnt") or method.startswith(PRESS)
+        given = method in ("dense", "learnt") or saves_memory(method)
         if given or self.part.exact or "learnt" not in self.part.methods:
             return budget
         learnt = (task, "learnt", budget)
@@ -238,6 +247,11 @@ class PartRun:
             return Chosen(of=lambda i: None)
         if method.startswith(PRESS):
             return self._press(method, budget)
+        if holds_share(method):
+            return Chosen(
+                of=lambda i: memory_method(method, budget, len(self.items[i].prompt.ids)),
+                details={"memory": budget},
+            )
         modulator = self._subject.modulator
         assert modulator is not None
         if method == "learnt":

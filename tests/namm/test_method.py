@@ -1,0 +1,156 @@
+"""A NAMM at work in the engine: what it holds, what it costs, and that text cuts do not matter."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.decoding import native
+from tests.parity.test_engine import counted
+from vesicle.cost import kv_bytes_peak
+from vesicle.engine import Engine, core
+from vesicle.errors import VesicleError
+from vesicle.eviction import SinksAndRecent
+from vesicle.namm import Namm, NammMemory, NammSettings
+from vesicle.namm.allotment import allot
+from vesicle.namm.method import best
+from vesicle.plan import Replay
+from vesicle.reference.attach import attach
+
+SETTINGS = NammSettings(network="bam", hidden=4, interval=32, observes=32, sinks=2, recent=16)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def drawn(n_layers: int, seed: int = 0, **settings: Any) -> Namm:
+    rng = np.random.default_rng(seed)
+    made = NammSettings(**{**SETTINGS.__dict__, **settings})
+    return Namm(
+        settings=made,
+        parameters=rng.normal(size=made.n_parameters).astype(np.float32),
+        profile=rng.normal(size=n_layers).astype(np.float32),
+    )
+
+
+def read(engine: Engine, method: Any, ids: list[int], cuts: tuple[int, ...] = ()) -> Any:
+    sequence = engine.start(method)
+    edges = [0, *cuts, len(ids)]
+    logits = [engine.forward([(sequence, ids[a:b])], "all")[0] for a, b in pairwise(edges)]
+    return torch.cat(logits), sequence
+
+
+IDS = np.random.default_rng(5).integers(1, 97, 150).tolist()
+
+
+def test_layers_hold_their_parts(llama: Any):
+    engine = Engine.from_model(llama)
+    namm = drawn(engine.shape.n_layers)
+    _, sequence = read(engine, NammMemory(namm, memory=0.5), IDS[:128])
+    held = [sequence.cache.held(layer).shape[1] for layer in range(engine.shape.n_layers)]
+    expected = np.full(engine.shape.n_layers, 0)
+    for length in (32, 64, 96, 128):  # what is gone does not come back
+        expected = np.minimum(expected + 32, allot(namm.profile, 0.5, length, 18))
+    assert held == expected.tolist()
+    assert len(set(held)) > 1
+    assert sum(held) <= 0.5 * 128 * len(held)
+    for layer in range(engine.shape.n_layers):
+        for head in sequence.cache.held(layer).tolist():
+            assert {0, 1, *range(112, 128)} <= set(head)
+
+
+def test_without_a_share_scores_below_zero_go(llama: Any):
+    engine = Engine.from_model(llama)
+    n = engine.shape.n_layers
+    keeps = Namm(
+        settings=SETTINGS,
+        parameters=drawn(n).parameters,
+        profile=np.array([1e6, -1e6, 0][:n], np.float32),
+    )
+    _, sequence = read(engine, NammMemory(keeps), IDS[:128])
+    held = [sequence.cache.held(layer).shape[1] for layer in range(n)]
+    assert held[0] == 128
+    assert held[1] == 32  # 18 that always stay, in whole blocks
+    assert 32 <= held[2] <= 128
+
+
+def test_one_that_prefers_nothing_holds_what_is_first_and_newest(llama: Any):
+    engine = Engine.from_model(llama)
+    fresh = NammMemory(Namm.fresh(SETTINGS), memory=0.5)
+    _, sequence = read(engine, fresh, IDS[:128])
+    _, other = read(engine, SinksAndRecent(64, sinks=2, interval=32), IDS[:128])
+    assert sequence.observed is None  # it need not see anything
+    for layer in range(engine.shape.n_layers):
+        assert (sequence.cache.held(layer) == other.cache.held(layer)).all()
+
+
+CUTS = {"chunks": (1, 17, 48, 64, 100), "tokens": tuple(range(1, 150))}
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("memory", [None, 0.4])
+def test_cuts_of_the_text_change_nothing(llama: Any, cuts: tuple[int, ...], memory: float | None):
+    engine = Engine.from_model(llama)
+    method = NammMemory(drawn(engine.shape.n_layers), memory=memory)
+    whole, sequence = read(engine, method, IDS)
+    parts, other = read(engine, method, IDS, cuts)
+    assert other.plan.equals(sequence.plan)
+    assert (whole - parts).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+@pytest.mark.skipif(not core.available(), reason="the native core is not built here")
+def test_priced_as_counted_and_replayed(weights: str):
+    engine = native(weights)
+    method = NammMemory(drawn(engine.shape.n_layers, interval=48, observes=32), memory=0.4)
+    ids = (IDS * 2)[:200]
+    ids = [i % engine.shape.vocabulary for i in ids]
+    logits, sequence = read(engine, method, ids, (64, 65, 66, 130))
+    counted(sequence, engine)
+    assert sequence.cost.flops_evidence > 0
+    assert sequence.kv_bytes_peak == kv_bytes_peak(sequence.plan, engine.shape)
+    again, replayed = read(engine, Replay(sequence.plan), ids)
+    assert replayed.cache.bytes_held == sequence.cache.bytes_held
+    assert (again - logits).abs().max() < 1e-3
+
+
+def test_the_reference_decides_the_same(llama: Any):
+    engine = Engine.from_model(llama)
+    method = NammMemory(drawn(engine.shape.n_layers), memory=0.4)
+    logits, sequence = read(engine, method, IDS)
+    with attach(llama, method) as run:
+        expected = llama(torch.tensor([IDS])).logits[0]
+    assert run.plans[0].equals(sequence.plan)
+    assert (logits - expected).abs().max() < 1e-3
+
+
+def test_best_keeps_what_is_protected_and_the_newer_of_equals():
+    scores = np.array([[3.0, 1, 1, 2, 0, 0]])
+    always = np.array([[False, False, False, False, True, False]])
+    assert best(scores, always, 3).tolist() == [[True, False, False, True, True, False]]
+    assert best(np.zeros((1, 6)), always, 2).tolist() == [[False] * 4 + [True, True]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"memory": 0.0}, "memory is 0.0; allowed: above 0 and up to 1"),
+        ({"memory": 1.5}, "memory is 1.5; allowed: above 0 and up to 1"),
+        ({"interval": 40}, "interval of NammMemory is 40; allowed: multiples of 16"),
+        ({"interval": 16}, "interval is 16; allowed: 32 and above, the queries"),
+    ],
+)
+def test_what_is_not_allowed(given: dict[str, Any], message: str):
+    with pytest.raises(VesicleError, match=message):
+        NammMemory(Namm.fresh(SETTINGS), **given)
+
+
+def test_another_models_profile_is_refused(llama: Any):
+    engine = Engine.from_model(llama)
+    with pytest.raises(VesicleError, match="profile of 30 layers; this model has 3"):
+        engine.start(NammMemory(Namm.fresh(SETTINGS, 30), memory=0.5))
