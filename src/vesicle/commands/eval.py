@@ -46,15 +46,17 @@ def evaluate(
         typer.Option(
             "--method",
             "-m",
-            help="learnt (the modulator), dense, a control, oracle (on a text), or kvpress:NAME; "
-            "repeat, or put commas between. \\[default: learnt]",
+            help="learnt (the modulator), dense, a control, oracle (on a text), what holds a share "
+            "of the cache (namm, recency, heavy-hitters), or kvpress:NAME; repeat, or put commas "
+            "between. \\[default: learnt]",
             show_default=False,
         ),
     ] = None,
     budget: Annotated[
         str,
         typer.Option(
-            help="Shares of the dense FLOPs of generated and scored tokens, with commas between."
+            help="Shares of the dense FLOPs of generated and scored tokens, or of the cache, with "
+            "commas between."
         ),
     ] = "1.0,0.8",
     phase: Annotated[
