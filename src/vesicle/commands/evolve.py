@@ -87,6 +87,14 @@ def evolve(
             rich_help_panel=_NAMM,
         ),
     ] = "both",
+    ablate: Annotated[
+        bool,
+        typer.Option(
+            "--ablate",
+            help="Begin the profile at what is lost where each layer alone forgets.",
+            rich_help_panel=_NAMM,
+        ),
+    ] = False,
     memory: Annotated[
         str,
         typer.Option(help="Shares of the cache, with commas between.", rich_help_panel=_SEARCH),
@@ -113,7 +121,7 @@ def evolve(
 
       vesicle evolve --data sample --out runs/namm --generations 10
 
-      vesicle evolve --data data --evolves profile --out runs/profile
+      vesicle evolve --data data --evolves profile --ablate --out runs/profile
 
       vesicle evolve --data data --evolves network --start runs/profile --out runs/namm
     """
@@ -124,6 +132,7 @@ def evolve(
     try:
         config = EvolveConfig(
             evolves=evolves,
+            ablate=ablate,
             memory=shares,
             generations=generations,
             population=population,

@@ -13,6 +13,7 @@ class EvolveConfig:
 
     Attributes:
         evolves: `profile` (how much each layer holds), `network` (what of it) or `both`.
+        ablate: Whether the profile begins at what is lost where each layer alone forgets.
         memory: Shares of the cache at which candidates are tried, by turns.
         generations: How many.
         population: Candidates in each; the paper has 32.
@@ -28,6 +29,7 @@ class EvolveConfig:
     """
 
     evolves: str = "both"
+    ablate: bool = False
     memory: tuple[float, ...] = (0.25,)
     generations: int = 60
     population: int = 16
@@ -41,6 +43,8 @@ class EvolveConfig:
         """Check each."""
         if self.evolves not in PARTS:
             raise ValueError(f"evolves is {self.evolves!r}; allowed: {', '.join(PARTS)}")
+        if self.ablate and self.evolves == "network":
+            raise ValueError("ablate is for a profile, and evolves is 'network'")
         if not self.memory or not all(0 < share < 1 for share in self.memory):
             raise ValueError(f"memory is {list(self.memory)}; allowed: between 0 and 1")
         least = {"generations": 1, "population": 4, "contexts": 1, "held_out_every": 1, "seed": 0}

@@ -93,29 +93,50 @@ class Context:
             self._spectral = method.spectral(sequence, self._layers)
         self._source = engine.fork(sequence, method=Dense())
         sequence.close()
-        self.full = float(self._nats([self._forked()])[0])
+        self.full = self._nats([engine.fork(self._source)])[0]
 
     def excess(self, candidates: Sequence[Namm], memory: float) -> NDArray[np.float64]:
         """(C,) nats a token of the answer above the full cache's, under each candidate."""
+        return self._excess([(namm, self._counts(namm, memory)) for namm in candidates])
+
+    def excess_without(self, namm: Namm) -> NDArray[np.float64]:
+        """(L,) the same where one layer after another holds what always stays, and all others all.
+
+        0 for layers that never forget.
+        """
+        least = -(-(namm.settings.sinks + namm.settings.recent) // BLOCK) * BLOCK
+        whole = [self._length] * len(self._layers)
+        found = np.zeros(self._engine.shape.n_layers)
+        found[self._layers] = self._excess(
+            [
+                (namm, [*whole[:i], min(least, self._length), *whole[i + 1 :]])
+                for i in range(len(whole))
+            ]
+        )
+        return found
+
+    def _excess(self, candidates: list[tuple[Namm, list[int]]]) -> NDArray[np.float64]:
         nats: list[float] = []
         for first in range(0, len(candidates), _TOGETHER):
-            forks = [self._forked(c, memory) for c in candidates[first : first + _TOGETHER]]
+            forks = [self._forked(*c) for c in candidates[first : first + _TOGETHER]]
             nats += self._nats(forks)
         return (np.array(nats) - self.full) / len(self.question.answer)
 
-    def _forked(self, namm: Namm | None = None, memory: float = 1.0) -> EngineSequence:
-        """The context once more, with what a NAMM keeps of it; all of it for None."""
-        fork = self._engine.fork(self._source)
-        if namm is None:
-            return fork
+    def _counts(self, namm: Namm, memory: float) -> list[int]:
+        """What layers hold of it."""
         settings, profile = namm.settings, namm.layer_profile(self._engine.shape.n_layers)
-        counts = allot(
-            profile[self._layers], memory, self._length, settings.sinks + settings.recent
-        )
+        always = settings.sinks + settings.recent
+        return allot(profile[self._layers], memory, self._length, always)
+
+    def _forked(self, namm: Namm, counts: list[int]) -> EngineSequence:
+        """The context once more, with the best entries of each layer by a NAMM's scores."""
+        fork, settings = self._engine.fork(self._source), namm.settings
         positions = self._positions
         always = protected(settings, positions, self._length)
         scores = np.zeros(positions.shape, np.float32)
         for i, (layer, count) in enumerate(zip(self._layers, counts, strict=True)):
+            if count >= self._length:
+                continue
             if self._spectral:
                 spectral = self._spectral[i].astype(np.float32)
                 scores = namm.scores(spectral, positions, self._length)

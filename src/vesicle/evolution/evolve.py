@@ -20,6 +20,7 @@ import numpy as np
 
 from vesicle.engine import Engine
 from vesicle.errors import DataError, VesicleError
+from vesicle.evolution.ablation import by_ablation
 from vesicle.evolution.config import EvolveConfig
 from vesicle.evolution.contexts import Context
 from vesicle.evolution.questions import Question
@@ -83,18 +84,11 @@ def evolve(
             f"there are {len(questions)} contexts to train on and {len(held_out)} held out; "
             f"needed: {config.contexts} and 1"
         )
-    search = Search(start, config)
     lines = _begin(out, config, start, questions, held_out)
-    best = _Best(start)
-    for line in lines:  # told again, without trying anything; the start was told nothing
-        if line["generation"]:
-            search.ask()
-            search.tell(line["losses"])
-        best.see(line, search.mean)
-    if lines:
-        say(f"going on after generation {lines[-1]['generation']}")
     train: list[Context] = []
     judges: list[Context] = []
+    if lines:
+        say(f"going on after generation {lines[-1]['generation']}")
     if len(lines) <= config.generations:
         say(f"reading {len(questions) + len(held_out)} contexts once")
         sees = config.evolves != "profile" or start.parameters.any()
@@ -103,9 +97,15 @@ def evolve(
         judges = [Context(engine, question, settings) for question in held_out]
     try:
         if not lines:
-            lines.append({"generation": 0, "losses": [], "held_out": _mean(judges, start, config)})
-            _write(out, lines[-1])
-            best.see(lines[-1], start)
+            lines.append(_first(start, train, judges, config, say))
+            _write(out, lines[0])
+        begin = replace(start, profile=np.array(lines[0]["profile"], np.float32))
+        search, best = Search(begin, config), _Best(begin)
+        for line in lines:  # told again, without trying anything; the start was told nothing
+            if line["generation"]:
+                search.ask()
+                search.tell(line["losses"])
+            best.see(line, search.mean)
         while (generation := len(lines)) <= config.generations:
             begun = time.perf_counter()
             candidates = search.ask()
@@ -116,11 +116,7 @@ def evolve(
             for i in chosen.tolist():
                 losses += _weighed(train[i], candidates, memory, config) / config.contexts
             search.tell(losses.tolist())
-            line = {
-                "generation": generation,
-                "memory": memory,
-                "losses": losses.tolist(),
-            }
+            line = {"generation": generation, "memory": memory, "losses": losses.tolist()}
             if generation % config.held_out_every == 0 or generation == config.generations:
                 line["held_out"] = _mean(judges, search.mean, config)
             line["elapsed_s"] = round(time.perf_counter() - begun, 3)
@@ -140,6 +136,25 @@ def evolve(
         started_at=float(lines[0]["held_out"]),
         lines=lines,
     )
+
+
+def _first(
+    start: Namm,
+    train: Sequence[Context],
+    judges: Sequence[Context],
+    config: EvolveConfig,
+    say: Say,
+) -> dict[str, Any]:
+    """The line of the start, which is no generation: nobody is told its loss."""
+    if config.ablate:
+        say(f"measuring what each layer loses alone, on {len(train)} contexts")
+        start = by_ablation(start, train, config.most_excess)
+    return {
+        "generation": 0,
+        "profile": start.profile.tolist(),
+        "losses": [],
+        "held_out": _mean(judges, start, config),
+    }
 
 
 class _Best:
