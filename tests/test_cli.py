@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -437,6 +438,44 @@ def test_calibrate_train_and_run(vesicle: Run, model: Path, text_file: Path, tmp
     assert vesicle("run", "hi", *words)[0] == 0
 
 
+@pytest.fixture
+def longer(model: Path, tmp_path: Path) -> Path:
+    """The same model with a window of 512."""
+    folder = shutil.copytree(model, tmp_path / "longer")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return folder
+
+
+def test_evolve_and_run_with_it(vesicle: Run, longer: Path, text_file: Path, tmp_path: Path):
+    model = longer
+    words = ("evolve", "--tasks", "", "--text", text_file, "--lengths", 96, "--model", model)
+    words += ("--questions", 4, "--contexts", 2, "--population", 4, "--memory", "0.8")
+    words += ("--network", "linear", "--out", tmp_path / "run")
+    status, out, err = vesicle(*words, "--generations", 2)
+    assert (status, out) == (0, ""), err
+    assert "held-out loss above the full cache's" in err
+    status, out, err = vesicle(*words, "--generations", 3, "--json")
+    assert status == 0, err
+    told = json.loads(out)
+    assert [line["generation"] for line in told["generations"]] == [0, 1, 2, 3]
+    assert told["parameters"] == 19 + 2
+    assert "going on after generation 2" in err
+    assert "another folder" in error_line(*vesicle(*words, "--sigma", 1))
+
+    asks = ("run", "hi " * 50, "--model", model, "--max-new-tokens", 4, "--json")
+    held = {
+        memory: json.loads(vesicle(*asks, *given)[1])["executed"]["kv_bytes_held"]
+        for memory, given in {
+            1.0: (),
+            0.8: ("--memory", 0.8, "--namm", tmp_path / "run"),
+            0.7: ("--memory", 0.7),
+        }.items()
+    }
+    assert held[1.0] > held[0.8] >= held[0.7]
+    assert "no NAMM is shipped for this model" in vesicle(*asks, "--memory", 0.7)[2]
+
+
 def test_regret(vesicle: Run, model: Path, modulator: Path, text_file: Path, tmp_path: Path):
     words = ("regret", modulator, "--model", model, "--data", text_file, "--length", 32)
     words += ("--limit", 2, "--budgets", "0.8", "--methods", "learnt,uniform", "--out", tmp_path)
@@ -563,6 +602,12 @@ _LONG_GABA = ("--transmitters", "gaba", "--long-windows", "1")
         (["run", "hi", "--budget", "1.01"], "above 0, up to 1"),
         (["run", "hi", "--budget", "nan"], "above 0, up to 1"),
         (["run", "hi", "--budget", "some"], "--budget"),
+        (["run", "hi", "--memory", "0"], "--memory is 0; allowed: above 0 and up to 1"),
+        (["run", "hi", "--memory", "1.5"], "--memory is 1.5; allowed: above 0 and up to 1"),
+        (["run", "hi", "--memory", "nan"], "--memory is nan"),
+        (["run", "hi", "--memory", "0.5", "--namm", "missing"], "missing holds no namm.json"),
+        (["run", "hi", "--namm", "missing"], "no effect without --memory"),
+        (["run", "hi", "--replay", "pyproject.toml", "--memory", "0.5"], "what it forgets"),
         (["run", "hi", "--temperature", "nan"], "temperature is nan"),
         (["run", "hi", "--temperature", "-1"], "temperature is -1"),
         (["run", "hi", "--top-p", "0"], "top-p is 0"),
@@ -597,6 +642,14 @@ _LONG_GABA = ("--transmitters", "gaba", "--long-windows", "1")
         (["train"], "--data"),
         (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps is 0"),
         (["train", "--data", "x", "--out", "y", "--modulator", "pyproject.toml"], "pyproject.toml"),
+        (["evolve", "--out", "y", "--memory", "1"], "memory is [1.0]; allowed: between 0 and 1"),
+        (["evolve", "--out", "y", "--memory", "a"], "--memory is 'a'"),
+        (["evolve", "--out", "y", "--network", "cnn"], "allowed: bam, mlp, linear"),
+        (["evolve", "--out", "y", "--start", "missing"], "missing holds no namm.json"),
+        (["evolve", "--out", "y", "--tasks", ""], "--tasks and --text name nothing"),
+        (["evolve", "--out", "y", "--tasks", "nedle"], "nedle"),
+        (["evolve", "--out", "y", "--tasks", "race"], "kind 'choose'"),
+        (["evolve", "--out", "y", "--lengths", "32"], "--lengths is 32"),
         (["calibrate", "--data", "x", "--out", "y", "--gap", "1"], "--gap"),
         (["calibrate", "--data", "x", "--out", "y", "--windows", "0"], "--long-windows"),
         (["calibrate", "--data", "x", "--out", "y", *_LONG_GABA], "releases gaba"),

@@ -16,6 +16,7 @@ from vesicle.errors import DataError, VesicleError
 if TYPE_CHECKING:
     from vesicle.evolution import Question
     from vesicle.models import Text
+    from vesicle.tasks.base import Task
 
 _DATA, _NAMM, _SEARCH = "What is to be remembered", "The NAMM", "Evolution"
 
@@ -128,6 +129,7 @@ def evolve(
     shares = tuple(numbers(memory, "--memory"))
     from vesicle.evolution import EvolveConfig
     from vesicle.namm import Namm, NammSettings
+    from vesicle.tasks.registry import find_task
 
     try:
         config = EvolveConfig(
@@ -145,17 +147,27 @@ def evolve(
     except ValueError as error:
         raise VesicleError(str(error)) from error
     begin = Namm.load(start) if start is not None else None
+    sizes = [int(n) for n in numbers(lengths, "--lengths")]
+    if not sizes or min(sizes) < settings.observes:
+        raise DataError(f"--lengths is {lengths}; allowed: {settings.observes} tokens and more")
+    asked = [find_task(name.strip()) for name in tasks.split(",") if name.strip()]
+    for task in asked:
+        if task.kind != "generate":
+            raise DataError(
+                f"{task.name} is a task of kind {task.kind!r}; allowed: tasks that ask for an "
+                "answer"
+            )
+    if not asked and (text is None or text_weight == 0):
+        raise DataError("--tasks and --text name nothing to be remembered; name one")
     from vesicle.engine import Engine
     from vesicle.models import Text, resolve_model
 
     folder = resolve_model(model, revision=revision)
     codec = Text.from_folder(folder)
-    sizes = [int(n) for n in numbers(lengths, "--lengths")]
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
     train, judges = list[Any](), list[Any]()
-    for name in names:
-        train += _asked(name, data, None, sizes, questions, seed, codec)
-        judges += _asked(name, data, held_out_split, sizes, held_out, seed + 1, codec)
+    for task in asked:
+        train += _asked(task, data, None, sizes, questions, seed, codec)
+        judges += _asked(task, data, held_out_split, sizes, held_out, seed + 1, codec)
     if text is not None and text_weight > 0:
         train += _running(text, "train", sizes, questions, text_weight, codec)
         judges += _running(text, "held-out", sizes, held_out, text_weight, codec)
@@ -194,7 +206,7 @@ def evolve(
 
 
 def _asked(
-    name: str,
+    task: Task,
     data: str | None,
     split: str | None,
     lengths: list[int],
@@ -205,14 +217,8 @@ def _asked(
     """Questions of a task."""
     from vesicle.evolution.questions import of_items
     from vesicle.tasks.base import Settings
-    from vesicle.tasks.registry import find_task
     from vesicle.tasks.sources import load_items
 
-    task = find_task(name)
-    if task.kind != "generate":
-        raise DataError(
-            f"{name} is a task of kind {task.kind!r}; allowed: tasks that ask for an answer"
-        )
     settings = Settings(
         seed=seed,
         encode=codec.encode,

@@ -366,8 +366,12 @@ def _check_memory(memory: float | None, namm: Path | None, replay: Path | None) 
         raise DataError(f"--memory is {memory:g}; allowed: above 0 and up to 1")
     if memory is not None and replay is not None:
         raise DataError("--replay and --memory are both given; a saved plan says what it forgets")
-    if namm is not None and memory is None:
+    if namm is None:
+        return
+    if memory is None:
         raise DataError("--namm has no effect without --memory, the share of the cache to hold")
+    if not (namm / "namm.json").is_file():
+        raise DataError(f"--namm: {namm} holds no namm.json; a NAMM is a folder with one")
 
 
 def _remembering(method: Method, memory: float | None, namm: Path | None, folder: Path) -> Method:
