@@ -61,10 +61,11 @@ class Observed:
         chances = np.zeros((g, w, n), np.float32)
         queries = torch.from_numpy(self.queries[layer, positions % w]).unflatten(1, (g, -1))
         keys = cache.pool.read_keys(cache.tables[layer, : -(-n // BLOCK)], torch.float32)
-        later = torch.from_numpy(held[:, None] > positions[:, None])  # (G, rows, n)
+        # All but the newest w entries lie before all of the queries.
+        later = torch.from_numpy(held[:, None, -w:] > positions[:, None])  # (G, rows, w)
         for head in range(g):  # scores of one at a time lie in memory
             scores = (queries[:, head] * scale) @ keys[head, :n].T  # (rows, R, n)
-            scores.masked_fill_(later[head, :, None], -torch.inf)
+            scores[..., -w:].masked_fill_(later[head, :, None], -torch.inf)
             chances[head, rows] = scores.softmax(-1).mean(1)
         self.entries[layer] = 0
         self.entries[layer, rows] = n - later[0].sum(1).numpy()
