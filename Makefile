@@ -14,7 +14,8 @@ COMPILED = ls $(CORE)/*.cpp | xargs -P $$(nproc) -I{} sh -c '$(CHECKED) $(1) -c 
 # The floor that pyproject.toml names, in full.
 OLDEST = 5.0.0
 NATIVE_TESTS = tests/native/test_fuzz.py tests/native/test_damage.py tests/engine/test_decode.py \
-	tests/engine/test_packed.py tests/parity/test_forgetting.py tests/parity/test_small_modules.py
+	tests/engine/test_packed.py tests/parity/test_forgetting.py tests/parity/test_observing.py \
+	tests/parity/test_small_modules.py
 
 .DEFAULT_GOAL := help
 .PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow test-gemma \

@@ -936,8 +936,7 @@ void compare(const Reading& reading, const Reading& first, size_t who, size_t to
   const std::vector<float>&mine = reading.received[who], &others = first.received[who];
   CHECK(!std::memcmp(mine.data(), others.data(), mine.size() * sizeof(float)),
         "%s, %lld threads: attention received by sequence %lld, read %s", set, (long long)threads, (long long)who, how);
-  const std::vector<float>&newest = reading.queries[who], &before = first.queries[who];
-  CHECK(newest.size() == before.size() && !std::memcmp(newest.data(), before.data(), newest.size() * sizeof(float)),
+  CHECK(reading.queries[who] == first.queries[who],
         "%s, %lld threads: queries of sequence %lld, read %s", set, (long long)threads, (long long)who, how);
   CHECK(reading.kept[who] == first.kept[who],
         "%s, %lld threads: pages or summaries of sequence %lld, read %s", set, (long long)threads, (long long)who, how);
