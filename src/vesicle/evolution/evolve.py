@@ -29,6 +29,8 @@ from vesicle.files import read_json, write_json
 from vesicle.namm import Namm
 
 LINES, SETTINGS = "generations.jsonl", "evolution.json"
+_ABLATED = 8
+"""Contexts by which a profile begins, at most: each is tried once for every layer."""
 Say = Callable[[str], None]
 Show = Callable[[dict[str, Any]], None]
 
@@ -147,8 +149,9 @@ def _first(
 ) -> dict[str, Any]:
     """The line of the start, which is no generation: nobody is told its loss."""
     if config.ablate:
-        say(f"measuring what each layer loses alone, on {len(train)} contexts")
-        start = by_ablation(start, train, config.most_excess)
+        few = train[:: -(-len(train) // _ABLATED)]
+        say(f"measuring what each layer loses alone, on {len(few)} contexts")
+        start = by_ablation(start, few, config.most_excess)
     return {
         "generation": 0,
         "profile": start.profile.tolist(),
