@@ -106,12 +106,13 @@ CATALOGUE = {entry.name: entry for entry in (SMOLLM2, GEMMA3)}
 DEFAULT_MODEL = SMOLLM2.name
 
 
-def find(name: str) -> Entry:
-    """The entry of a name.
+def find(name: str | None) -> Entry:
+    """The entry of a name; the default model's for None.
 
     Raises:
         ModelError: Naming those that there are.
     """
+    name = DEFAULT_MODEL if name is None else name
     if name not in CATALOGUE:
         raise ModelError(f"the catalogue has no {name!r}; allowed: {', '.join(CATALOGUE)}")
     return CATALOGUE[name]
