@@ -132,6 +132,8 @@ def test_packing(vesicle: Run, tmp_path: Path):
     ("words", "message"),
     [
         ("--packing x --fetch x", "--fetch and --packing are given together; give one"),
+        ("--packing none.gguf", "error: --packing none.gguf: no such file or folder"),
+        ("--packing gemma3_270m", "error: --packing gemma3_270m: did you mean gemma3-270m? Acc"),
         ("--fetch x", "has no 'x'; allowed: smollm2-135m-instruct, gemma3-270m"),
         ("--fetch owner/name", "allowed: smollm2-135m-instruct, gemma3-270m"),
         ("--remove x", "'x' is not a model of the cache; allowed: smollm2-135m-instruct, gemma3"),

@@ -87,9 +87,12 @@ def _print_packing(model: str, as_json: bool) -> None:
     """How the engine packs a model's matrices, in the order of loading."""
     from dataclasses import asdict
 
+    from vesicle.models import resolve_model
+
+    folder = resolve_model(model, option="--packing")
     from vesicle.engine import Engine
 
-    engine = Engine.from_pretrained(model)
+    engine = Engine.from_pretrained(folder)
     if as_json:
         matrices = [asdict(p) for p in engine.packing]
         print_json({"weights": engine.weights_format, "matrices": matrices})

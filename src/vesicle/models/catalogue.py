@@ -4,6 +4,7 @@ Every file is pinned, and nothing of it is shipped. The first entry is the defau
 licence is as free as ours; a model with terms of its own is fetched only when it is named.
 """
 
+import difflib
 from dataclasses import dataclass
 
 from vesicle.errors import ModelError
@@ -116,3 +117,12 @@ def find(name: str | None) -> Entry:
     if name not in CATALOGUE:
         raise ModelError(f"the catalogue has no {name!r}; allowed: {', '.join(CATALOGUE)}")
     return CATALOGUE[name]
+
+
+def near_name(name: str) -> str | None:
+    """The name of the catalogue that a mistyped one is near to; None for one that is near to none.
+
+    Args:
+        name: In any case, with other separators, or with a part missing.
+    """
+    return next(iter(difflib.get_close_matches(name.lower(), CATALOGUE, n=1, cutoff=0.7)), None)
