@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import vesicle
+from vesicle.errors import VesicleError
 from vesicle.evaluation.execution.language_modelling import load_windows
-from vesicle.files import write_json
+from vesicle.files import check_target, write_json
 from vesicle.plan import FFN_SKIP, SITES, Plan, Replay, StandIns
 from vesicle.shapes import ModelShape
 
@@ -114,18 +116,26 @@ def measure(model: str, text: Path, n_windows: int, length: int) -> dict[str, An
 
 
 @torch.inference_mode()
-def main() -> None:
-    """Measure, print and save."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print and save; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", required=True, help="as --model of vesicle run")
-    parser.add_argument("--text", type=Path, required=True, help="JSON lines with a field 'text'")
+    parser.add_argument(
+        "--text", type=Path, required=True, help=".txt, or .jsonl with a field 'text'"
+    )
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    results = [measure(m, args.text, args.windows, args.tokens) for m in args.model]
-    write_json(args.out, {"models": results})
+    args = parser.parse_args(arguments)
+    try:
+        check_target(args.out)
+        results = [measure(m, args.text, args.windows, args.tokens) for m in args.model]
+        write_json(args.out, {"models": results})
+    except VesicleError as error:
+        print(f"slack: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

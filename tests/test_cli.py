@@ -168,6 +168,13 @@ def keys(schema: object) -> set[str]:
     return keys(schema[0]) if isinstance(schema, list) else set()
 
 
+def without_template(model: Path, folder: Path) -> Path:
+    """The same model, not made for chats."""
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
 def error_line(status: int, out: str, err: str) -> str:
     assert (status, out) == (2, ""), err
     assert err.startswith("vesicle: error: ")
@@ -185,6 +192,20 @@ def test_answer_on_stdout_report_on_stderr(vesicle: Run):
     assert resting is not None
     assert {"acetylcholine", "noradrenaline"} <= set(resting[1].strip().split(", "))
     assert vesicle("run", "hi", "--budget", "0.5", "--no-report", tiny=True)[1:] == (out, "")
+
+
+def test_without_a_chat_template_the_text_is_continued(vesicle: Run, model: Path, tmp_path: Path):
+    plain = without_template(model, tmp_path / "plain")
+    words = ("run", "hi", "--model", plain, "--max-new-tokens", 4, "--no-report")
+    status, out, err = vesicle(*words)
+    assert status == 0
+    told = "vesicle: this model has no chat template, so the text is continued as it is; --raw "
+    assert err.startswith(told)
+    assert vesicle(*words, "--raw")[:2] == (0, out)
+    assert "chat template" not in vesicle(*words, "--raw")[2]
+    line = error_line(*vesicle(*words, "--system", "Be nice"))
+    assert "--system is given, and this model has no chat template; without one there is" in line
+    assert "chat template" not in vesicle("run", "hi", "--system", "Be nice", tiny=True)[2]
 
 
 def test_json_has_the_documented_schema(vesicle: Run, model: Path, modulator: Path):
@@ -505,6 +526,16 @@ def test_eval(vesicle: Run, model: Path, modulator: Path, tmp_path: Path):
     status, out, err = vesicle(*words)
     assert "20 items were done before" in err
     assert "shuffled" in out
+
+
+def test_eval_tells_a_budget_without_effect(vesicle: Run, model: Path, tmp_path: Path):
+    words = ("eval", "wikitext2", "--data", "sample", "--model", model, "--window", 32)
+    words += ("--limit", 1, "--method", "dense", "--out", tmp_path)
+    told = "vesicle: --budget 0.5 has no effect: dense, which alone is asked for, is run whole\n"
+    for budget, expected in ((("--budget", "0.5"), told), (("--budget", "1"), ""), ((), "")):
+        status, _, err = vesicle(*words, *budget)
+        assert status == 0, err
+        assert ("has no effect" in err, expected in err) == (bool(expected), True)
 
 
 def test_eval_with_an_oracle(vesicle: Run, model: Path, modulator: Path, tmp_path: Path):

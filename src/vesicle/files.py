@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -30,6 +31,7 @@ if sys.platform != "win32":
 
 _TEMPORARY = ".vesicle-tmp-"
 _LOCKED = f"{_TEMPORARY}locked-"
+_TOKEN_BYTES = 4
 _STALE_S = 24 * 3600.0
 _MB = 1_000_000
 _BOM = "\ufeff"
@@ -142,12 +144,15 @@ def check_target(target: str | os.PathLike[str], *, folder: bool = False) -> Non
 
 
 @contextmanager
-def scratch_folder(parent: str | os.PathLike[str], needs_bytes: int = 0) -> Iterator[Path]:
+def scratch_folder(
+    parent: str | os.PathLike[str], needs_bytes: int = 0, name: str = "scratch"
+) -> Iterator[Path]:
     """Give an empty folder inside `parent` that is deleted when the body ends, however it ends.
 
     Args:
         parent: Folder to make it in, itself made if missing.
         needs_bytes: Size to be written, if known; checked against the free space beforehand.
+        name: Of what is made in it: until the body ends, `in_work` tells so of `parent / name`.
 
     Yields:
         An existing, empty folder.
@@ -155,8 +160,30 @@ def scratch_folder(parent: str | os.PathLike[str], needs_bytes: int = 0) -> Iter
     Raises:
         VesicleError: The folder cannot be made or the disk is full.
     """
-    with _temporary_folder(Path(parent).absolute() / "scratch", needs_bytes) as part:
+    with _temporary_folder(Path(parent).absolute() / name, needs_bytes) as part:
         yield part
+
+
+def in_work(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a process makes, replaces or removes a folder, or has scratch for it.
+
+    Args:
+        path: The folder, which need not exist.
+
+    Returns:
+        False also on systems and disks that have no locks.
+    """
+    final = Path(path)
+    # Any token of that length, so that a folder whose name ends as this one's is not meant.
+    pattern = re.compile(f"{re.escape(_LOCKED)}.{{{2 * _TOKEN_BYTES}}}-{re.escape(final.name)}")
+    with suppress(OSError):
+        for name in os.listdir(final.parent):
+            if pattern.fullmatch(name):
+                try:
+                    _unlock(_lock(final.with_name(name)))
+                except BlockingIOError:
+                    return True
+    return False
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
@@ -422,6 +449,21 @@ def cache_root() -> Path:
         ) from error
 
 
+def check_cache() -> None:
+    """Refuse a cache in which no model can be written, and say where it is.
+
+    Raises:
+        VesicleError: Naming the cache and how to have another.
+    """
+    root = cache_root()
+    try:
+        check_target(root / "models", folder=True)
+    except VesicleError as error:
+        raise VesicleError(
+            f"{error}; the cache is {root}: set VESICLE_CACHE to a folder you can write to"
+        ) from error
+
+
 def folder_bytes(path: str | os.PathLike[str]) -> int:
     """Add up the sizes of the files below a folder that may be changing meanwhile.
 
@@ -529,7 +571,7 @@ def _sibling(final: Path, needs_bytes: int, prefix: str = _TEMPORARY) -> Path:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
     if needs_bytes > shutil.disk_usage(final.parent).free:
         raise _no_space(final, needs_bytes)
-    return final.with_name(f"{prefix}{secrets.token_hex(4)}-{final.name}")
+    return final.with_name(f"{prefix}{secrets.token_hex(_TOKEN_BYTES)}-{final.name}")
 
 
 def _replace_folder(part: Path, final: Path) -> None:

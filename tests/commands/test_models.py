@@ -10,7 +10,9 @@ from gguf import GGMLQuantizationType as Kind
 from tests.models.tiny_gguf import write_gguf
 from tests.models.tiny_wheels import tiny_entry
 from vesicle.cli import main
+from vesicle.files import scratch_folder
 from vesicle.models.catalogue import CATALOGUE, Entry
+from vesicle.models.fetch import gguf_of
 from vesicle.models.resolve import resolve_model
 
 ROOT = Path(__file__).parents[2]
@@ -63,11 +65,19 @@ def test_fetch_list_remove(vesicle: Run, cache: Path, tmp_path: Path, tiny: Entr
     assert "none; download 0.1 MB; cached: 0.1 MB, GGUF 0.1 MB\n" in out
     assert f"{own.name}  converted from own.gguf\n" in out
     assert f"gguf-{16 * 'f'}  converted from an unknown file\n" in out
+    with scratch_folder(cache, name="tiny"):
+        status, out, err = vesicle("models", "--remove", "tiny")
+        assert (status, out) == (2, "")
+        assert err.startswith("vesicle: error: tiny is in use: another process")
+    gguf_of(tiny).write_bytes(bytes(50_000))
+    assert "; cached: 0.1 MB, GGUF 0.1 MB (to be fetched anew)\n" in vesicle("models")[1]
     status, out, err = vesicle("models", "--remove", "tiny")
     assert (status, err) == (0, "")
-    assert out == "removed tiny: 0.2 MB\n"
+    assert out.startswith("removed tiny: 0.")
     assert vesicle("models", "--remove", "tiny") == (0, "nothing of tiny is cached\n", "")
     assert vesicle("models", "--remove", own.name)[0] == 0
+    gone = f"nothing of {own.name} is cached\n"
+    assert vesicle("models", "--remove", own.name) == (0, gone, "")
     assert [path.name for path in cache.iterdir()] == ["gguf-" + 16 * "f"]
 
 
@@ -92,6 +102,7 @@ def test_json(vesicle: Run, cache: Path, tmp_path: Path, tiny: Entry):
         "ready": True,
         "folder_bytes": sum(path.stat().st_size for path in (cache / "tiny").iterdir()),
         "gguf_bytes": tiny.gguf_bytes,
+        "gguf_ready": True,
         "parts_bytes": 0,
     }
     (conversion,) = told["conversions"]
@@ -121,6 +132,8 @@ def test_packing(vesicle: Run, tmp_path: Path):
     ("words", "message"),
     [
         ("--packing x --fetch x", "--fetch and --packing are given together; give one"),
+        ("--packing none.gguf", "error: --packing none.gguf: no such file or folder"),
+        ("--packing gemma3_270m", "error: --packing gemma3_270m: did you mean gemma3-270m? Acc"),
         ("--fetch x", "has no 'x'; allowed: smollm2-135m-instruct, gemma3-270m"),
         ("--fetch owner/name", "allowed: smollm2-135m-instruct, gemma3-270m"),
         ("--remove x", "'x' is not a model of the cache; allowed: smollm2-135m-instruct, gemma3"),

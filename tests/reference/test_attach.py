@@ -147,7 +147,7 @@ def test_a_run_is_entered_again(llama: Any, modulator: Modulator, ids: Tensor):
 
 
 def test_what_is_refused(llama: Any, modulator: Modulator, ids: Tensor):
-    with pytest.raises(VesicleError, match="a budget applies to a modulator"):
+    with pytest.raises(VesicleError, match=r"^budget is 0.5, .*, and method is Dense, which"):
         attach(llama, Dense(), 0.5)
     with pytest.raises(VesicleError, match=r"budget is 1.5; allowed: above 0, up to 1"):
         attach(llama, modulator, 1.5)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from vesicle.evaluation.run.subject import Subject
 
 
+_BUDGETS = "1.0,0.8"
+
+
 class Through(StrEnum):
     """Who executes: our engine, the reference in transformers, or transformers as it is."""
 
@@ -53,12 +56,13 @@ def evaluate(
         ),
     ] = None,
     budget: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Shares of the dense FLOPs of generated and scored tokens, or of the cache, with "
-            "commas between."
+            "commas between. \\[default: 1.0,0.8]",
+            show_default=False,
         ),
-    ] = "1.0,0.8",
+    ] = None,
     phase: Annotated[
         list[str] | None, typer.Option(help=PHASE, metavar="WHERE", show_default=False)
     ] = None,
@@ -187,7 +191,7 @@ def evaluate(
     config = TaskConfig(
         tasks=tuple(tasks),
         methods=_names(method or ["learnt"]),
-        budgets=numbers(budget, "--budget"),
+        budgets=numbers(_BUDGETS if budget is None else budget, "--budget"),
         data=data,
         split=split,
         limit=limit or None,
@@ -205,6 +209,8 @@ def evaluate(
         oracle_length=oracle_length,
         phases=phases,
     )
+    if budget is not None and set(config.methods) == {"dense"} and min(config.budgets) < 1:
+        notice(f"--budget {budget} has no effect: dense, which alone is asked for, is run whole")
     check_folder(out)
     check_free(out)
     subject = _subject(model, revision, modulator, through, weights, kv, threads)

@@ -87,9 +87,12 @@ def _print_packing(model: str, as_json: bool) -> None:
     """How the engine packs a model's matrices, in the order of loading."""
     from dataclasses import asdict
 
+    from vesicle.models import resolve_model
+
+    folder = resolve_model(model, option="--packing")
     from vesicle.engine import Engine
 
-    engine = Engine.from_pretrained(model)
+    engine = Engine.from_pretrained(folder)
     if as_json:
         matrices = [asdict(p) for p in engine.packing]
         print_json({"weights": engine.weights_format, "matrices": matrices})
@@ -129,7 +132,8 @@ def _print_json() -> None:
             "terms": entry.terms or None,
             "download_bytes": entry.download_bytes,
         }
-        held = {"gguf_bytes": found.gguf_bytes, "parts_bytes": found.parts_bytes}
+        held = {"gguf_bytes": found.gguf_bytes, "gguf_ready": found.gguf_ready}
+        held["parts_bytes"] = found.parts_bytes
         catalogue.append({**about, **_state(found), **held})
     own = [{"name": c.name, "source": c.source, **_state(c)} for c in conversions()]
     folder = str(cache_root() / "models")
@@ -171,9 +175,10 @@ def _state(found: Cached) -> dict[str, Any]:
 
 def _held(found: Cached) -> str:
     folder = f"{_size(found.folder_bytes)}{'' if found.ready else ' (to be made anew)'}"
+    gguf = f"GGUF {_size(found.gguf_bytes)}{'' if found.gguf_ready else ' (to be fetched anew)'}"
     parts = [
         folder if found.ready or found.folder_bytes else "",
-        f"GGUF {_size(found.gguf_bytes)}" if found.gguf_bytes else "",
+        gguf if found.gguf_bytes else "",
         f"{_size(found.parts_bytes)} of the download" if found.parts_bytes else "",
     ]
     return "cached: " + (", ".join(part for part in parts if part) or "nothing")

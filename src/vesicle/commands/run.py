@@ -282,6 +282,8 @@ def run(
     folder = resolve_model(model, revision=revision)
     with _status("loading", show_progress):
         text = Text.from_folder(folder)
+        if not raw and not text.has_chat_template:
+            _tell_no_template(system)
         encode = _encoder(text, system, raw=raw, control_tokens=control_tokens)
         if not control_tokens:
             _tell_spelt(text, [wanted, system or ""])
@@ -398,6 +400,19 @@ def _encoder(
         return text.chat(prompt, system, control_tokens=control_tokens)
 
     return encode
+
+
+def _tell_no_template(system: str | None) -> None:
+    """Say that a model was not made for chats, and refuse what would be lost on it."""
+    if system is not None:
+        raise DataError(
+            "--system is given, and this model has no chat template; without one there is no "
+            "system turn"
+        )
+    notice(
+        "this model has no chat template, so the text is continued as it is; --raw says that this "
+        "is meant"
+    )
 
 
 def _tell_spelt(text: Text, parts: list[str]) -> None:

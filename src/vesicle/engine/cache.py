@@ -392,7 +392,7 @@ class SequenceCache:
         """
         self.check_open()
         if not 0 <= n_tokens <= self.length:
-            raise ValueError(f"{n_tokens} tokens are to be shared; allowed: 0 to {self.length}")
+            raise ValueError(f"{n_tokens} tokens are to be shared; allowed: {self._shareable}")
         if n_tokens < self._compacted:
             raise ValueError(
                 f"{n_tokens} tokens are to be shared, but entries were forgotten after "
@@ -401,7 +401,7 @@ class SequenceCache:
         if not self.reaches(n_tokens):
             raise ValueError(
                 f"{n_tokens} tokens are to be shared, and a window has left behind what the "
-                f"next sees; allowed: {self.length // BLOCK * BLOCK} to {self.length}"
+                f"next sees; allowed: {self._shareable}"
             )
         lists, edge, rows = self._lists, n_tokens // BLOCK * BLOCK, np.arange(self.n_layers)
         held = np.arange(lists.starts.shape[1]) < lists.n_blocks[:, None]
@@ -432,8 +432,21 @@ class SequenceCache:
 
     def reaches(self, n_tokens: int) -> bool:
         """Whether windowed layers hold all that the query at position `n_tokens` sees."""
-        first = np.maximum(0, n_tokens - self.windows + 1) // BLOCK
-        return n_tokens == 0 or bool((first >= self._left)[self._windowed].all())
+        return n_tokens == 0 or n_tokens >= self._reached_from
+
+    @property
+    def _reached_from(self) -> int:
+        """The least length but 0 whose next query sees nothing that a window has left behind."""
+        passed = self._left > 0
+        return int((self._left * BLOCK + self.windows - 1)[passed].max(initial=0))
+
+    @property
+    def _shareable(self) -> str:
+        """The lengths at which a fork can begin, for messages."""
+        least = max(self._reached_from, self._compacted)
+        if not least:
+            return f"0 to {self.length}"
+        return f"{'' if self._compacted else '0, or '}{least} to {self.length}"
 
     def free(self) -> None:
         """Let go of every block; doing it again does nothing.

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vesicle.errors import DataError, ModelError, VesicleError
-from vesicle.files import cache_root, folder_bytes, read_json, remove_leftovers, remove_whole
+from vesicle.files import (
+    cache_root,
+    folder_bytes,
+    in_work,
+    read_json,
+    remove_leftovers,
+    remove_whole,
+)
 from vesicle.models.catalogue import CATALOGUE, Entry
 from vesicle.models.fetch import folder_of, gguf_of, is_ready, parts_of
 from vesicle.models.gguf import MANIFEST, is_converted
@@ -30,6 +37,7 @@ class Cached:
             the manifest does not say.
         folder_bytes: Size of the folder.
         gguf_bytes: Size of the GGUF file that is kept beside it.
+        gguf_ready: Whether that is the pinned size; if not, the file is fetched anew.
         parts_bytes: Size of what is kept of a download that was interrupted.
     """
 
@@ -39,6 +47,7 @@ class Cached:
     source: str | None = None
     folder_bytes: int
     gguf_bytes: int = 0
+    gguf_ready: bool = False
     parts_bytes: int = 0
 
     @property
@@ -49,12 +58,14 @@ class Cached:
 
 def cached(entry: Entry) -> Cached:
     """What there is of a model of the catalogue; it may be nothing."""
+    gguf_bytes = folder_bytes(gguf_of(entry))
     return Cached(
         name=entry.name,
         folder=folder_of(entry),
         ready=is_ready(entry),
         folder_bytes=folder_bytes(folder_of(entry)),
-        gguf_bytes=folder_bytes(gguf_of(entry)),
+        gguf_bytes=gguf_bytes,
+        gguf_ready=gguf_bytes == entry.gguf_bytes,
         parts_bytes=folder_bytes(parts_of(entry)),
     )
 
@@ -86,7 +97,7 @@ def remove_cached(name: str) -> int:
 
     Raises:
         ModelError: It is neither; the message names those that there are.
-        VesicleError: It cannot be removed.
+        VesicleError: Another process is at work on it, or it cannot be removed.
     """
     models = cache_root() / "models"
     if name in CATALOGUE:
@@ -98,6 +109,11 @@ def remove_cached(name: str) -> int:
         allowed = ", ".join([*CATALOGUE, *(found.name for found in conversions())])
         raise ModelError(f"{name!r} is not a model of the cache; allowed: {allowed}")
     remove_leftovers(models)
+    if in_work(models / name):
+        raise VesicleError(
+            f"{name} is in use: another process is fetching, converting or removing it; wait until "
+            "it ends"
+        )
     n_bytes = sum(folder_bytes(path) for path in paths)
     for path in paths:
         remove_whole(path)

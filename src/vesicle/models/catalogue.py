@@ -4,6 +4,7 @@ Every file is pinned, and nothing of it is shipped. The first entry is the defau
 licence is as free as ours; a model with terms of its own is fetched only when it is named.
 """
 
+import difflib
 from dataclasses import dataclass
 
 from vesicle.errors import ModelError
@@ -106,12 +107,22 @@ CATALOGUE = {entry.name: entry for entry in (SMOLLM2, GEMMA3)}
 DEFAULT_MODEL = SMOLLM2.name
 
 
-def find(name: str) -> Entry:
-    """The entry of a name.
+def find(name: str | None) -> Entry:
+    """The entry of a name; the default model's for None.
 
     Raises:
         ModelError: Naming those that there are.
     """
+    name = DEFAULT_MODEL if name is None else name
     if name not in CATALOGUE:
         raise ModelError(f"the catalogue has no {name!r}; allowed: {', '.join(CATALOGUE)}")
     return CATALOGUE[name]
+
+
+def near_name(name: str) -> str | None:
+    """The name of the catalogue that a mistyped one is near to; None for one that is near to none.
+
+    Args:
+        name: In any case, with other separators, or with a part missing.
+    """
+    return next(iter(difflib.get_close_matches(name.lower(), CATALOGUE, n=1, cutoff=0.7)), None)

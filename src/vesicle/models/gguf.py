@@ -18,6 +18,7 @@ from vesicle.errors import DataError, ModelError, VesicleError
 from vesicle.files import (
     atomic_folder,
     cache_root,
+    check_cache,
     disk_is_full,
     read_json,
     remove_leftovers,
@@ -147,6 +148,7 @@ def convert_once(gguf: Path) -> Path:
     folder = cache_root() / "models" / f"gguf-{sha256[:16]}"
     remove_leftovers(folder.parent)
     if not is_converted(folder, sha256):
+        check_cache()
         convert_gguf(gguf, folder, gguf.name, sha256)
     return folder
 

@@ -112,13 +112,18 @@ def check_magic(path: Path) -> None:
     Raises:
         ModelError: It cannot be read or does not start with the GGUF magic bytes.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(len(MAGIC))
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    head = _magic(path)
     if head != MAGIC:
         raise ModelError(f"{path} is not a GGUF file: it starts with {head!r}, not with {MAGIC!r}")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do, whatever it is called.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    return _magic(path) == MAGIC
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -370,3 +375,11 @@ class _Parser:
 
 def _aligned(at: int, alignment: int) -> int:
     return -(-at // alignment) * alignment
+
+
+def _magic(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC))
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error

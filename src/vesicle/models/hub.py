@@ -51,7 +51,7 @@ def local_path(spec: Path | str, *, lead: str, accepted: str, revision: str | No
         or text.startswith((".", "~", "/", os.sep))
         or text.count("/") > 1
         or "\\" in text
-        or text.lower().endswith(_FILES)
+        or ends_as_files(text)
     ):
         raise ModelError(f"{lead}: no such file or folder")
     first, slash, _ = text.partition("/")
@@ -63,6 +63,11 @@ def local_path(spec: Path | str, *, lead: str, accepted: str, revision: str | No
     if len(text) > _MOST_LETTERS or not _HUB_ID.fullmatch(text) or "--" in text or ".." in text:
         raise ModelError(f"{lead}: it is none of: {accepted}")
     return None
+
+
+def ends_as_files(text: str) -> bool:
+    """Whether a name ends as files of models do."""
+    return text.lower().endswith(_FILES)
 
 
 def fetch(

@@ -3,11 +3,12 @@
 Every problem that can be seen without loading weights is caught here, with one line that names it.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from vesicle.errors import ModelError
-from vesicle.models.catalogue import CATALOGUE, DEFAULT_MODEL
+from vesicle.models.catalogue import CATALOGUE, DEFAULT_MODEL, near_name
 from vesicle.models.checks import (
     INDEX,
     NO_PICKLE,
@@ -18,7 +19,8 @@ from vesicle.models.checks import (
 )
 from vesicle.models.fetch import ensure_model
 from vesicle.models.gguf import convert_once
-from vesicle.models.hub import PICKLES, commit_of, fetch, local_path
+from vesicle.models.gguf_header import is_gguf
+from vesicle.models.hub import PICKLES, commit_of, ends_as_files, fetch, local_path
 
 ACCEPTED = (
     "a model folder (config.json, tokenizer.json, *.safetensors), a .gguf file, a Hugging Face id "
@@ -34,6 +36,7 @@ def resolve_model(
     revision: str | None = None,
     token: str | bool | None = None,
     weights: bool = True,
+    option: str = "--model",
 ) -> Path:
     """Find the model a user means, fetching or converting it if need be, and check it.
 
@@ -43,8 +46,9 @@ def resolve_model(
         progress: Show the progress of downloading a model of the catalogue.
         revision: Branch, tag or commit of a hub id; its main branch by default.
         token: For private and gated models on the hub; by default what its client has saved.
-        weights: Whether weights are needed; without them a hub id's are not fetched, and a folder
-            is not checked.
+        weights: Whether weights are needed; without them a hub id's are not fetched, and those of
+            a folder are not checked.
+        option: What takes it, for messages.
 
     Returns:
         A folder with `config.json` and, if they are needed, whole safetensors weights.
@@ -54,13 +58,22 @@ def resolve_model(
             a revision is given for what is no hub id.
         VesicleError: The cache cannot be written or the disk is full.
     """
+    lead = f"{option} {_quoted(str(spec))}"
     path = None
     if spec is not None:
-        path = local_path(spec, lead=f"--model {spec}", accepted=ACCEPTED, revision=revision)
-    if path is not None and path.is_dir():
-        return check_folder(path) if weights else path
+        if isinstance(spec, str) and revision is None and not os.path.exists(spec):
+            _refuse_near(spec, lead)
+        path = local_path(spec, lead=lead, accepted=ACCEPTED, revision=revision)
     if path is not None:
-        return _from_file(path)
+        try:
+            return _from_path(path, lead, weights)
+        except ModelError as error:
+            if str(spec) not in CATALOGUE:
+                raise
+            raise ModelError(
+                f"{error}; it hides the model of the catalogue that has its name: rename it, or "
+                "work in another folder"
+            ) from error
     name = DEFAULT_MODEL if spec is None else str(spec)
     if name in CATALOGUE:
         if revision is not None:
@@ -69,7 +82,7 @@ def resolve_model(
                 f"revision {revision!r} is given; a revision is of a hub id"
             )
         return ensure_model(name, progress)
-    return _from_hub(name, revision, token, weights)
+    return _from_hub(name, lead, revision, token, weights)
 
 
 def check_folder(folder: Path) -> Path:
@@ -97,24 +110,53 @@ def _need_config(folder: Path) -> None:
         raise ModelError(f"{folder} is not a model: it has no config.json{hint}")
 
 
-def _from_file(path: Path) -> Path:
+def _refuse_near(spec: str, lead: str) -> None:
+    """Refuse a mistyped name of the catalogue, before the hub is asked for it.
+
+    Models of the hub that have no owner are few and old, and none is called so.
+    """
+    is_path = "/" in spec or "\\" in spec or spec.startswith((".", "~")) or ends_as_files(spec)
+    near = None if is_path or spec in CATALOGUE else near_name(spec)
+    if near is not None:
+        raise ModelError(f"{lead}: did you mean {near}? Accepted: {ACCEPTED}")
+
+
+def _from_path(path: Path, lead: str, weights: bool) -> Path:
+    if not path.is_dir():
+        return _from_file(path, lead)
+    if weights:
+        return check_folder(path)
+    _need_config(path)
+    return path
+
+
+def _from_file(path: Path, lead: str) -> Path:
     if path.suffix.lower() == ".gguf":
         return convert_once(path)
+    if is_gguf(path):
+        raise ModelError(f"{path} is a GGUF file, and its name must end in .gguf: rename it")
     if path.suffix.lower() in PICKLES:
         raise ModelError(f"{path}: {NO_PICKLE}")
     if path.suffix.lower() == ".safetensors" or path.name == "config.json":
         raise ModelError(f"{path} is one file of a model: name the folder {path.absolute().parent}")
-    raise ModelError(f"--model {path} is a file, but not a .gguf file; accepted: {ACCEPTED}")
+    raise ModelError(f"{lead} is a file, but not a .gguf file; accepted: {ACCEPTED}")
 
 
-def _from_hub(spec: str, revision: str | None, token: str | bool | None, weights: bool) -> Path:
+def _quoted(spec: str) -> str:
+    """What was given, in quotes where it would not be seen whole without."""
+    return spec if spec.split() == [spec] and spec.isprintable() else repr(spec)
+
+
+def _from_hub(
+    spec: str, lead: str, revision: str | None, token: str | bool | None, weights: bool
+) -> Path:
     """Fetch what is small, refuse what is not supported, and then fetch the weights alone."""
 
     def fetched(files: Sequence[str], revision: str | None) -> Path:
         return fetch(
             spec,
             files,
-            lead=f"--model {spec}",
+            lead=lead,
             accepted=ACCEPTED,
             revision=revision,
             token=token,

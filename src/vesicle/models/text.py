@@ -188,8 +188,8 @@ class Text:
         Returns:
             Token ids, as `apply_chat_template(..., add_generation_prompt=True)` would give them,
             which takes special tokens as meant wherever they stand.
-            Without a chat template: those of the plain text of a single user turn, instructions
-            first.
+            Without a chat template no role is told to the model: those of the plain text of a
+            single user turn, to be continued; instructions before it, and a blank line between.
 
         Raises:
             DataError: The turns are malformed.

