@@ -1,5 +1,6 @@
 """A NAMM at work in the engine: what it holds, what it costs, and that text cuts do not matter."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -55,13 +56,37 @@ def test_layers_hold_their_parts(llama: Any):
     held = [sequence.cache.held(layer).shape[1] for layer in range(engine.shape.n_layers)]
     expected = np.full(engine.shape.n_layers, 0)
     for length in (32, 64, 96, 128):  # what is gone does not come back
-        expected = np.minimum(expected + 32, allot(namm.profile, 0.5, length, 18))
+        expected = np.minimum(expected + 32, allot(namm.profile, 0.5 * length, length, 18))
     assert held == expected.tolist()
     assert len(set(held)) > 1
     assert sum(held) <= 0.5 * 128 * len(held)
     for layer in range(engine.shape.n_layers):
         for head in sequence.cache.held(layer).tolist():
             assert {0, 1, *range(112, 128)} <= set(head)
+
+
+def test_a_prompts_share_is_of_its_end(llama: Any):
+    """A layer that may hold all of a prompt loses nothing on the way, and the peak is the same."""
+    engine = Engine.from_model(llama)
+    n = engine.shape.n_layers
+    profile = np.full(n, -4.0, np.float32)
+    profile[1] = 0
+    namm = replace(Namm.fresh(SETTINGS), profile=profile)
+    sequence = engine.start(NammMemory(namm, memory=0.5))
+    sequence.begin_prompt(128)
+    fork = None
+    for i in range(0, 128, 16):
+        engine.forward([(sequence, IDS[i : i + 16])], "none")
+        if i == 48:
+            fork = engine.fork(sequence)
+    assert sequence.cache.held(1).shape[1] == 128
+    whole = 128 * n * engine.shape.position_bytes
+    assert sequence.kv_bytes_peak <= 0.5 * whole + 32 * n * engine.shape.position_bytes
+    engine.forward([(fork, IDS[64:128])], "none")
+    assert fork.cache.held(1).shape[1] == 128
+    with attach(llama, NammMemory(namm, memory=0.5), prompt_tokens=128) as run:
+        llama(torch.tensor([IDS[:128]]))
+    assert run.plans[0].equals(sequence.plan)
 
 
 def test_without_a_share_scores_below_zero_go(llama: Any):

@@ -123,6 +123,8 @@ class Sequence:
         stop = self.length + n_tokens - scored
         self.prompts.add(self.length, stop)
         self.author.prompt(self.length, stop)
+        if self.forgetter is not None:
+            self.forgetter.prompt(self.length, stop)
 
     def phase(self, name: str) -> NDArray[np.bool_]:
         """(T,) which of its tokens are of a phase: `prompt`, `generated` or `all`."""

@@ -126,7 +126,7 @@ class Context:
         """What layers hold of it."""
         settings, profile = namm.settings, namm.layer_profile(self._engine.shape.n_layers)
         always = settings.sinks + settings.recent
-        return allot(profile[self._layers], memory, self._length, always)
+        return allot(profile[self._layers], memory * self._length, self._length, always)
 
     def _forked(self, namm: Namm, counts: list[int]) -> EngineSequence:
         """The context once more, with the best entries of each layer by a NAMM's scores."""

@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 from vesicle.plan import BLOCK
 
 
-def allot(profile: NDArray[np.floating], memory: float, length: int, least: int) -> list[int]:
-    """Entries that layers hold after `length` tokens, in whole blocks, all of them within the rest.
+def allot(profile: NDArray[np.floating], entries: float, length: int, least: int) -> list[int]:
+    """Entries that layers hold after `length` tokens, in whole blocks.
 
     Args:
         profile: (L,) of the layers that forget.
-        memory: Share of all entries, above 0 and up to 1.
+        entries: A layer's, on average; they are not more in all but where `least` asks for it.
         length: Tokens read.
-        least: Entries that every layer holds, whatever the memory.
+        least: Entries that every layer holds, whatever the others need.
 
     Returns:
         (L,) multiples of 16; `least` and `length` are rounded up to them.
     """
     most = -(-length // BLOCK) * BLOCK
     least = min(most, -(-least // BLOCK) * BLOCK)
-    budget = memory * len(profile) * length
+    budget = entries * len(profile)
     parts = np.exp(np.clip(profile - np.max(profile), -30, 0))  # the largest is 1
     low, high = 0.0, most / parts.min()
     for _ in range(60):

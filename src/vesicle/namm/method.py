@@ -29,9 +29,9 @@ class NammMemory(Forgetful):
 
         Args:
             namm: Which one.
-            memory: Share of all entries to hold, above 0 and up to 1: of each layer's, those of
-                highest scores, as many as its part allows. None, the default, keeps those whose
-                score is not below 0, however many they are.
+            memory: Share of all entries to hold, of a prompt's at its end, above 0 and up to 1: of
+                each layer's, those of highest scores, as many as its part allows. None, the
+                default, keeps those whose score is not below 0, however many they are.
             interval: Tokens after which entries are forgotten; the NAMM's own by default.
             inner: Decides everything else; `Dense` by default.
 
@@ -69,6 +69,12 @@ class _NammForgetter(Forgetter):
         self._averages = [a.fork() for a in averages]
         self._profile = method.namm.layer_profile(shape.n_layers)
         self._forgets = np.nonzero(shape.layer_windows == 0)[0]
+        self._stop = 0  # of the prompt
+
+    def prompt(self, start: int, stop: int) -> None:
+        # Its share of a prompt's end is held from the beginning: the peak is the same, and layers
+        # that are to hold all of it lose nothing on the way.
+        self._stop = max(self._stop, stop)
 
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
         namm, positions = self._method.namm, evidence.positions
@@ -84,14 +90,17 @@ class _NammForgetter(Forgetter):
         return all_but(layer, length, positions, stays)
 
     def fork(self, n_tokens: int) -> Forgetter:
-        return _NammForgetter(self._method, self._shape, self._averages)
+        fork = _NammForgetter(self._method, self._shape, self._averages)
+        fork._stop = self._stop
+        return fork
 
     def _allotted(self, layer: int, length: int) -> int:
         """Entries that a layer may hold now."""
         settings, memory = self._method.namm.settings, self._method.memory
         assert memory is not None
         profile = self._profile[self._forgets]
-        counts = allot(profile, memory, length, settings.sinks + settings.recent)
+        entries = memory * max(length, self._stop)
+        counts = allot(profile, entries, length, settings.sinks + settings.recent)
         return counts[int(np.searchsorted(self._forgets, layer))]
 
 

@@ -87,6 +87,13 @@ class Forgetter(ABC):
             Events of kind `FORGET` of this layer at this position; an empty table for none.
         """
 
+    def prompt(self, start: int, stop: int) -> None:
+        """Be told that the coming tokens `start` to `stop` are prompt, as an author is.
+
+        Forgetters to whom it does not matter how long a text will be have no use for it.
+        """
+        return None
+
     def fork(self, n_tokens: int) -> Forgetter:
         """A forgetter of its own that knows what this one knew after `n_tokens`.
 

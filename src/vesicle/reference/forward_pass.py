@@ -109,7 +109,10 @@ class ForwardPass:
             if run.soft is None:
                 builder.add(table)
         for author, offset in zip(run.authors, self.offsets, strict=run.soft is None):
-            author.prompt(max(0, past - offset), run.prompt_slots - offset)
+            start, stop = max(0, past - offset), run.prompt_slots - offset
+            author.prompt(start, stop)
+            if author.forgetter is not None:
+                author.forgetter.prompt(start, stop)
         if run.soft is not None:
             method = run.method
             assert isinstance(method, ModulatorMethod)
