@@ -215,3 +215,37 @@ def test_packed_weights_write_nearly_the_text_of_dense_ones(default, packed):
     assert torch.cat(alike).mean() >= LEAST_AGREEMENT
     rise = torch.cat([packed_loss - loss for packed_loss, loss in losses])
     assert abs(rise.mean()) < LOSS_TOLERANCE
+
+
+@pytest.mark.model
+def test_a_quarter_of_the_cache_finds_pass_keys():
+    """The shipped NAMM, where the newest entries in every layer at the same share do not do."""
+    from vesicle.engine import Engine
+    from vesicle.models import Text, ensure_default_model
+    from vesicle.namm import Namm, NammMemory
+    from vesicle.shipped import shipped_namm
+    from vesicle.tasks.base import Settings
+    from vesicle.tasks.registry import find_task
+    from vesicle.tasks.sources import load_items
+
+    folder = ensure_default_model(progress=False)
+    engine, text = Engine.from_pretrained(folder), Text.from_folder(folder)
+    source = shipped_namm()
+    assert source is not None
+    settings = Settings(
+        seed=3, encode=text.encode, lengths=(1024,), depths=(0.25, 0.5, 0.75), per_cell=1
+    )
+    items = load_items(find_task("needle"), data="sample", split=None, settings=settings, limit=3)
+
+    def found(namm: Namm) -> int:
+        right = 0
+        for item in items.items:
+            ids = text.encode(item.prompt, control_tokens=False)
+            method = NammMemory(namm, memory=0.25)
+            result = engine.generate(ids, method=method, max_new_tokens=8, stop=())
+            assert result.sequence.cache.bytes_held < 0.3 * result.sequence.dense_cost.kv_bytes_held
+            right += item.references[0] in text.decode(result.ids)
+        return right
+
+    assert found(Namm.load(source)) == 3
+    assert found(Namm.fresh()) < 3

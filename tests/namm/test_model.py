@@ -8,6 +8,7 @@ import pytest
 
 from vesicle.errors import VesicleError
 from vesicle.namm import Namm, NammSettings
+from vesicle.shipped import shipped_namm
 
 
 def some(network: str = "mlp") -> Namm:
@@ -78,3 +79,11 @@ def test_a_damaged_one_is_told_in_one_line(tmp_path: Path, fault: str):
     with pytest.raises(VesicleError) as caught:
         Namm.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_one_fits_the_default_model_and_is_small():
+    folder = shipped_namm()
+    assert folder is not None
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
+    profile = Namm.load(folder).layer_profile(30)
+    assert int(profile.argmax()) == 18  # where pass keys are found
