@@ -677,6 +677,7 @@ _LONG_GABA = ("--transmitters", "gaba", "--long-windows", "1")
         (["evolve", "--out", "y", "--memory", "a"], "--memory is 'a'"),
         (["evolve", "--out", "y", "--network", "cnn"], "allowed: bam, mlp, linear"),
         (["evolve", "--out", "y", "--start", "missing"], "missing holds no namm.json"),
+        (["evolve", "--out", "y", "--start", "x", "--network", "mlp"], "has its own network"),
         (["evolve", "--out", "y", "--tasks", ""], "--tasks and --text name nothing"),
         (["evolve", "--out", "y", "--tasks", "nedle"], "nedle"),
         (["evolve", "--out", "y", "--tasks", "race"], "kind 'choose'"),

@@ -1,6 +1,5 @@
 """Runs of evolution on a tiny model: contexts that are read once, folders that are gone on with."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from vesicle.engine import Engine
 from vesicle.errors import DataError, VesicleError
+from vesicle.evaluation.run.lines import JsonLines
 from vesicle.evolution import EvolveConfig, Question, evolve
 from vesicle.evolution.contexts import Context
 from vesicle.namm import Namm, NammMemory, NammSettings
@@ -95,7 +95,7 @@ def test_all_of_the_cache_loses_nothing(engine: Engine):
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    found = JsonLines(out / "generations.jsonl").found
     for line in found:
         line.pop("elapsed_s", None)
     return found

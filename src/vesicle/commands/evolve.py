@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,8 +80,13 @@ def evolve(
         typer.Option(help="Go on from this NAMM instead of a new one.", rich_help_panel=_NAMM),
     ] = None,
     network: Annotated[
-        str, typer.Option(help="bam, mlp or linear.", rich_help_panel=_NAMM)
-    ] = "bam",
+        str | None,
+        typer.Option(
+            help="Of a new one: bam, mlp or linear. \\[default: bam]",
+            show_default=False,
+            rich_help_panel=_NAMM,
+        ),
+    ] = None,
     evolves: Annotated[
         str,
         typer.Option(
@@ -143,10 +149,15 @@ def evolve(
             held_out_every=held_out_every,
             seed=seed,
         )
-        settings = NammSettings(network=network)
+        settings = NammSettings(network=network or "bam")
     except ValueError as error:
         raise VesicleError(str(error)) from error
-    begin = Namm.load(start) if start is not None else None
+    begin = None
+    if start is not None:
+        if network is not None:
+            raise DataError("--start and --network are both given; a NAMM has its own network")
+        begin = Namm.load(start)
+        settings = begin.settings
     sizes = [int(n) for n in numbers(lengths, "--lengths")]
     if not sizes or min(sizes) < settings.observes:
         raise DataError(f"--lengths is {lengths}; allowed: {settings.observes} tokens and more")
@@ -176,17 +187,20 @@ def evolve(
     if begin is None:
         begin = Namm.fresh(settings, n_layers)
     elif not len(begin.profile) and evolves != "network":
-        begin = Namm(
-            settings=begin.settings,
-            parameters=begin.parameters,
-            profile=Namm.fresh(n_layers=n_layers).profile,
-        )
-    begin.layer_profile(n_layers)
+        begin = replace(begin, profile=begin.layer_profile(n_layers))
+    begin.layer_profile(n_layers)  # refuses another model's
     from vesicle.evolution import evolve as run
-    from vesicle.evolution.display import progress_bar
+    from vesicle.training.display import progress_bar
 
-    with progress_bar(generations, sys.stderr.isatty() and not as_json) as show:
-        found = run(engine, begin, train, judges, config, out, say=notice, show=show)
+    with progress_bar("evolving", generations, 0, sys.stderr.isatty() and not as_json) as show:
+
+        def tell(line: dict[str, Any]) -> None:
+            losses, judged = line["losses"], line.get("held_out")
+            note = f"best {min(losses):.3f}  mean {sum(losses) / len(losses):.3f}"
+            note += "" if judged is None else f"  held out {judged:.3f}"
+            show(line["generation"], note)
+
+        found = run(engine, begin, train, judges, config, out, say=notice, show=tell)
     if as_json:
         print_json(
             {

@@ -8,7 +8,6 @@ had not been, to the last digit: its lines are told again, and nothing is tried 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ import numpy as np
 
 from vesicle.engine import Engine
 from vesicle.errors import DataError, VesicleError
+from vesicle.evaluation.run.lines import JsonLines
 from vesicle.evolution.ablation import by_ablation
 from vesicle.evolution.config import EvolveConfig
 from vesicle.evolution.contexts import Context
@@ -86,7 +86,8 @@ def evolve(
             f"there are {len(questions)} contexts to train on and {len(held_out)} held out; "
             f"needed: {config.contexts} and 1"
         )
-    lines = _begin(out, config, start, questions, held_out)
+    file = _begin(out, config, start, questions, held_out)
+    lines: list[dict[str, Any]] = list(file.found)
     train: list[Context] = []
     judges: list[Context] = []
     if lines:
@@ -99,8 +100,7 @@ def evolve(
         judges = [Context(engine, question, settings) for question in held_out]
     try:
         if not lines:
-            lines.append(_first(start, train, judges, config, say))
-            _write(out, lines[0])
+            lines.append(file.append(_first(start, train, judges, config, say)))
         begin = replace(start, profile=np.array(lines[0]["profile"], np.float32))
         search, best = Search(begin, config), _Best(begin)
         for line in lines:  # told again, without trying anything; the start was told nothing
@@ -122,8 +122,7 @@ def evolve(
             if generation % config.held_out_every == 0 or generation == config.generations:
                 line["held_out"] = _mean(judges, search.mean, config)
             line["elapsed_s"] = round(time.perf_counter() - begun, 3)
-            lines.append(line)
-            _write(out, line)
+            lines.append(file.append(line))
             if best.see(line, search.mean):
                 best.save(out, config)
             show(line)
@@ -207,21 +206,17 @@ def _begin(
     start: Namm,
     questions: Sequence[Question],
     held_out: Sequence[Question],
-) -> list[dict[str, Any]]:
+) -> JsonLines:
     """The lines of the run in a folder, which must be this one; none of a new one."""
-    digest = sha256()
-    for part in (start.parameters, start.profile):
-        digest.update(part.tobytes())
-    digest.update(repr([asdict(start.settings), questions, held_out]).encode())
+    begins = sha256(repr([start.digest(), questions, held_out]).encode()).hexdigest()
     # More generations only go on with it.
-    ours = asdict(config) | {"generations": None, "begins": digest.hexdigest()}
+    ours = asdict(config) | {"generations": None, "begins": begins}
     ours = json.loads(json.dumps(ours))
     out.mkdir(parents=True, exist_ok=True)
     path = out / SETTINGS
     if not path.is_file():
         write_json(path, ours)
-        (out / LINES).unlink(missing_ok=True)
-        return []
+        return JsonLines(out / LINES, restart=True)
     theirs = read_json(path)
     if theirs != ours:
         names = sorted(n for n in ours if not isinstance(theirs, dict) or theirs.get(n) != ours[n])
@@ -229,31 +224,8 @@ def _begin(
             f"{out} holds a run of other settings ({', '.join(names)}); go on with those, or give "
             "another folder"
         )
-    return _read(out / LINES)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; one that was cut off is dropped, in the file too."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
-    lines: list[dict[str, Any]] = []
-    for number, text in enumerate(whole.splitlines()):
-        try:
-            line = json.loads(text)
-            if line["generation"] != number:
-                raise ValueError
-        except (ValueError, KeyError, TypeError) as error:
-            raise VesicleError(f"{path}, line {number + 1}, is no generation {number}") from error
-        lines.append(line)
-    return lines
-
-
-def _write(out: Path, line: dict[str, Any]) -> None:
-    with (out / LINES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    file = JsonLines(out / LINES)
+    for number, line in enumerate(file.found):
+        if not isinstance(line, dict) or line.get("generation") != number:
+            raise VesicleError(f"{file.path}, line {number + 1}, is no generation {number}")
+    return file

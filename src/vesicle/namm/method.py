@@ -70,6 +70,7 @@ class _NammForgetter(Forgetter):
         self._profile = method.namm.layer_profile(shape.n_layers)
         self._forgets = np.nonzero(shape.layer_windows == 0)[0]
         self._stop = 0  # of the prompt
+        self._counts: dict[int, list[int]] = {}  # at the length of the last layer asked about
 
     def prompt(self, start: int, stop: int) -> None:
         # Its share of a prompt's end is held from the beginning: the peak is the same, and layers
@@ -96,12 +97,13 @@ class _NammForgetter(Forgetter):
 
     def _allotted(self, layer: int, length: int) -> int:
         """Entries that a layer may hold now."""
-        settings, memory = self._method.namm.settings, self._method.memory
-        assert memory is not None
-        profile = self._profile[self._forgets]
-        entries = memory * max(length, self._stop)
-        counts = allot(profile, entries, length, settings.sinks + settings.recent)
-        return counts[int(np.searchsorted(self._forgets, layer))]
+        if length not in self._counts:  # layers are asked about one after another
+            settings, memory = self._method.namm.settings, self._method.memory
+            assert memory is not None
+            entries, least = memory * max(length, self._stop), settings.sinks + settings.recent
+            counts = allot(self._profile[self._forgets], entries, length, least)
+            self._counts = {length: counts}
+        return self._counts[length][int(np.searchsorted(self._forgets, layer))]
 
 
 def protected(settings: NammSettings, positions: IntArray, length: int) -> NDArray[np.bool_]:
@@ -109,13 +111,13 @@ def protected(settings: NammSettings, positions: IntArray, length: int) -> NDArr
     return (positions < settings.sinks) | (positions >= length - settings.recent)
 
 
-def best(scores: NDArray[np.floating], protected: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
+def best(scores: NDArray[np.floating], always: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
     """(G, n_entries) which `n` entries of each KV head stay: the protected, then by score.
 
     Of equal scores the newer one stays.
     """
     held = scores.shape[1]
-    ranked = np.where(protected, np.inf, scores)
+    ranked = np.where(always, np.inf, scores)
     order = held - 1 - np.argsort(-ranked[:, ::-1], axis=1, kind="stable")
     stays = np.zeros(scores.shape, bool)
     np.put_along_axis(stays, order[:, : min(n, held)], True, axis=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -42,19 +42,22 @@ def curves(
 
 
 @contextmanager
-def progress_bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A progress bar on standard error with the time left, loss and share.
+def progress_bar(
+    title: str, total: int, done: int, wanted: bool
+) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on standard error, with the time left and a note.
 
     Args:
+        title: What is going on, in one word.
         total: Steps in all.
         done: Steps done already.
         wanted: Whether to show it.
 
     Yields:
-        Takes a step's line of metrics.
+        Takes the number of a step that is done, and what is to be told of it.
     """
     if not wanted:
-        yield lambda line: None
+        yield lambda step, note: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -66,20 +69,12 @@ def progress_bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[dict
     )
 
     with Progress(
-        TextColumn("training"),
+        TextColumn(title),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
     ) as bar:
-        task = bar.add_task("training", total=total, completed=done, note="")
-
-        def show(line: dict[str, Any]) -> None:
-            note = (
-                f"loss {line['loss']:.4f}  KL {line['kl']:.4f}  "
-                f"share {line['share']:.3f} of {line['budget']:.3f}"
-            )
-            bar.update(task, completed=line["step"], note=note)
-
-        yield show
+        task = bar.add_task(title, total=total, completed=done, note="")
+        yield lambda step, note: bar.update(task, completed=step, note=note)

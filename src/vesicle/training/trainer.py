@@ -154,7 +154,7 @@ def _loop(run: _Run, tensorboard: bool, progress: bool, speak: Callable[[str], N
     config = run.config
     with (
         curves(run.folder / _TENSORBOARD, run.step, tensorboard, speak) as writer,
-        progress_bar(config.steps, run.step, progress) as show,
+        progress_bar("training", config.steps, run.step, progress) as show,
         (run.folder / _METRICS).open("a", encoding="utf-8") as file,
     ):
         while run.step < config.steps and not run.out_of_patience:
@@ -167,13 +167,20 @@ def _loop(run: _Run, tensorboard: bool, progress: bool, speak: Callable[[str], N
                     if writer is not None and name in line:
                         writer.add_scalar(f"{line['event']}/{name}", line[name], run.step)
             file.flush()
-            show(lines[0])
+            show(run.step, _note(lines[0]))
             last = run.step == config.steps or run.out_of_patience
             if last or run.step % config.checkpoint_every == 0:
                 # The curve must be on disk before a checkpoint that counts on it.
                 os.fsync(file.fileno())
                 run.save()
     return run.out_of_patience
+
+
+def _note(line: dict[str, Any]) -> str:
+    return (
+        f"loss {line['loss']:.4f}  KL {line['kl']:.4f}  "
+        f"share {line['share']:.3f} of {line['budget']:.3f}"
+    )
 
 
 class _Run:

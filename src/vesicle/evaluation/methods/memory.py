@@ -10,7 +10,6 @@ context once, when all of it and nothing else was read.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 from vesicle.errors import VesicleError
@@ -25,7 +24,12 @@ NAMES = (NAMM, RECENCY, HEAVY)
 
 def holds_share(name: str) -> bool:
     """Whether a method is one of these."""
-    return name in NAMES or name.startswith(f"{NAMM}:")
+    return name in NAMES or is_namm(name)
+
+
+def is_namm(name: str) -> bool:
+    """Whether a method is a NAMM, the shipped one or another."""
+    return name.partition(":")[0] == NAMM
 
 
 def memory_method(name: str, share: float, n_tokens: int) -> Method:
@@ -41,7 +45,6 @@ def memory_method(name: str, share: float, n_tokens: int) -> Method:
     return NammMemory(find_namm(name), memory=share)
 
 
-@lru_cache(maxsize=8)
 def find_namm(name: str) -> Namm:
     """The NAMM of a method `namm` or `namm:FOLDER`.
 

@@ -40,13 +40,11 @@ def check_methods(names: Sequence[str]) -> tuple[str, ...]:
             from vesicle.integrations.kvpress import check_press
 
             check_press(name.removeprefix(PRESS))
-        elif name.startswith(f"{memory.NAMM}:"):
+        elif memory.is_namm(name):
             memory.find_namm(name)
         else:
             beyond = f", {memory.NAMM}:FOLDER, and {PRESS}NAME for a press of kvpress"
             check_name(name, (*NAMES, *memory.NAMES), beyond)
-            if name == memory.NAMM:
-                memory.find_namm(name)
     ours = [name for name in NAMES if name in names]
     return (*ours, *dict.fromkeys(name for name in names if name not in NAMES))
 

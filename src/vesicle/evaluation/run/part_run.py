@@ -21,7 +21,7 @@ from vesicle.evaluation.execution.items import Prepared
 from vesicle.evaluation.methods.controls import FROM_LEARNT, Control, control
 from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.evaluation.methods.matching import TOLERANCE
-from vesicle.evaluation.methods.memory import NAMM, find_namm, holds_share, memory_method
+from vesicle.evaluation.methods.memory import find_namm, holds_share, is_namm, memory_method
 from vesicle.evaluation.methods.names import ORACLE, PRESS, saves_memory
 from vesicle.evaluation.methods.tuning import NEAR, tune_dial
 from vesicle.evaluation.report.results import Key, TaskRow
@@ -56,8 +56,7 @@ class Chosen:
 
 def _namms(methods: Sequence[str]) -> dict[str, Any]:
     """What the record says of NAMMs, where there are any."""
-    named = [m for m in methods if m == NAMM or m.startswith(f"{NAMM}:")]
-    found = {m: find_namm(m).digest() for m in named}
+    found = {name: find_namm(name).digest() for name in methods if is_namm(name)}
     return {"namms": found} if found else {}
 
 
