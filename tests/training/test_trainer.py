@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -136,6 +137,31 @@ def test_another_configuration_is_refused_until_restart(tmp_path):
         run(tmp_path, short, "mlp")
     run(tmp_path, replace(short, price=7.0), restart=True)
     assert len(curve(tmp_path)) == 2
+
+
+def test_the_loss_is_that_of_the_positions_drawn(tmp_path):
+    config = replace(CONFIG, steps=1, accumulation=1, loss_positions=5, eval_every=0)
+    run(tmp_path, config)
+    line = curve(tmp_path)[0]
+    model = tiny_model()
+    modulator = tiny_modulator(model)
+    window = tiny_windows()[int(np.random.default_rng((config.seed, 0)).permutation(7)[0])][None]
+    with torch.no_grad():
+        dense = model(window).logits
+        with attach(model, ModulatorMethod(modulator, config.budget(0)), soft=Soft()) as attached:
+            modulated = model(window).logits
+    drawn = np.random.default_rng((config.seed, 0, 1)).choice(LENGTH, 5, replace=False)
+    some = divergence(dense[:, drawn], modulated[:, drawn]).item()
+    assert line["kl"] == pytest.approx(some, rel=1e-4)
+    assert some != pytest.approx(divergence(dense, modulated).item(), rel=1e-2)
+    assert line["share"] == pytest.approx(attached.soft_cost.share.item(), rel=1e-6)
+
+
+def test_more_positions_than_a_window_has_are_refused():
+    with pytest.raises(
+        ValueError, match="loss_positions is 49; allowed: up to sequence_length, 48"
+    ):
+        replace(CONFIG, loss_positions=49)
 
 
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path):

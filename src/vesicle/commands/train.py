@@ -84,6 +84,13 @@ def train(
     accumulation: Annotated[
         int, typer.Option(help="Micro-steps in a step.", rich_help_panel=_TRAINING)
     ] = 4,
+    loss_positions: Annotated[
+        int,
+        typer.Option(
+            help="Positions of a window that the loss compares; 0: all.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 0,
     learning_rate: Annotated[
         float, typer.Option(help="Of the predictor's weights.", rich_help_panel=_TRAINING)
     ] = 3e-3,

@@ -27,6 +27,8 @@ class TrainConfig:
         sequence_length: Tokens in a window.
         batch_size: Windows in a micro-step; they share a budget.
         accumulation: Micro-steps in an optimizer step.
+        loss_positions: Positions of a window whose next-token distributions are compared, drawn
+            anew for each micro-step; 0 for all. The LM head runs for these alone.
         learning_rate: Of the predictor's weights, at its peak (Adam).
         scale_learning_rate: The same for `offset`, `log_slope` and `position_weight`.
         warm_up: Steps of linear warm-up; a cosine then falls to 0.
@@ -50,6 +52,7 @@ class TrainConfig:
     sequence_length: int = 512
     batch_size: int = 1
     accumulation: int = 4
+    loss_positions: int = 0
     learning_rate: float = 3e-3
     scale_learning_rate: float = 2e-2
     warm_up: int = 20
@@ -79,6 +82,7 @@ class TrainConfig:
             "sequence_length": 2,
             "batch_size": 1,
             "accumulation": 1,
+            "loss_positions": 0,
             "warm_up": 0,
             "checkpoint_every": 1,
             "eval_every": 0,
@@ -90,6 +94,11 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value}; allowed: whole numbers from {least}")
+        if self.loss_positions > self.sequence_length:
+            raise ValueError(
+                f"loss_positions is {self.loss_positions}; allowed: up to sequence_length, "
+                f"{self.sequence_length}"
+            )
         for name in ("learning_rate", "scale_learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: above 0")

@@ -1,6 +1,6 @@
 """The training loop: a modulator learns to spend a budget where it matters.
 
-The base model stays frozen. For each micro-step one window of text and one budget b, the dense
+The base model stays frozen. For each micro-step some windows of text and one budget b, the dense
 model's logits without gradient, then a pass with the modulator at dial b and differentiable masks:
 
     loss = KL(dense || modulated) + price (share - b)^2
@@ -242,13 +242,30 @@ class _Run:
             rows.append(self.windows[int(self._order[1][place])])
         return torch.stack(rows).to(self.config.device)
 
-    def losses(self, tokens: Tensor, budget: float, temperature: float) -> tuple[Tensor, ...]:
-        """KL, penalty and share of windows (B, T) at a budget, each a scalar."""
+    def positions(self, micro_step: int) -> Tensor | None:
+        """The positions (n,), rising, whose distributions a micro-step compares; None for all."""
+        n = self.config.loss_positions
+        if n == 0:
+            return None
+        # The third number keeps these draws apart from the order of the windows.
+        generator = np.random.default_rng((self.config.seed, micro_step, 1))
+        chosen = generator.choice(self.config.sequence_length, n, replace=False)
+        return torch.from_numpy(np.sort(chosen)).to(self.config.device)
+
+    def losses(
+        self, tokens: Tensor, budget: float, temperature: float, positions: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """KL, penalty and share of windows (B, T) at a budget, each a scalar.
+
+        The KL is the mean over `positions` (n,), or over all. The share is of all, head included.
+        """
+        # transformers takes 0 for all of them.
+        keep = 0 if positions is None else positions
         with torch.no_grad():
-            dense = self.model(tokens, use_cache=False).logits
+            dense = self.model(tokens, use_cache=False, logits_to_keep=keep).logits
         method = ModulatorMethod(self.modulator, budget)
         with attach(self.model, method, soft=Soft(temperature=temperature)) as attached:
-            modulated = self.model(tokens, use_cache=False).logits
+            modulated = self.model(tokens, use_cache=False, logits_to_keep=keep).logits
         assert attached.soft_cost is not None
         share = attached.soft_cost.share
         config = self.config
@@ -264,7 +281,9 @@ class _Run:
         for i in range(config.accumulation):
             micro_step = self.step * config.accumulation + i
             budget = config.budget(micro_step)
-            kl, penalty, share = self.losses(self.batch(micro_step), budget, temperature)
+            kl, penalty, share = self.losses(
+                self.batch(micro_step), budget, temperature, self.positions(micro_step)
+            )
             loss = (kl + penalty) / config.accumulation
             loss.backward()
             values = {"loss": kl + penalty, "kl": kl, "penalty": penalty, "share": share}
