@@ -285,7 +285,8 @@ def test_by_hand_forgotten_entries():
     costs = price_tokens(plan, shape)
     assert (costs["flops_attention"] == 4 * shape.query_width * visited).all()
     assert (costs["kv_bytes_read"] == shape.position_bytes * visited).all()
-    assert held_before(plan)[:, 0].tolist() == (visited - 1).tolist()
+    for head in range(2):
+        assert held_before(plan, shape)[:, 0, head].tolist() == (visited - 1).tolist()
     assert price(plan, shape).kv_bytes_held == 8 * shape.position_bytes
     assert price(plan.tokens(0, 39), shape).kv_bytes_held == 23 * shape.position_bytes
     assert kv_bytes_peak(plan, shape) == 35 * shape.position_bytes
@@ -304,7 +305,26 @@ def test_blocks_are_chosen_among_what_is_left():
         plan = rest.with_fields(kv_blocks=blocks_read[:, None])
         read = price_tokens(plan, shape)["kv_bytes_read"][69]
         visited = 16 * (blocks - 1) + 6
-        assert read == shape.position_bytes * visited + shape.summary_vector_bytes * summaries
+        assert read == 2 * (shape.entry_bytes * visited + shape.summary_vector_bytes * summaries)
+
+
+def test_heads_that_hold_less_read_less():
+    """By hand: one of two heads forgets 32 of 64 entries, and three blocks are asked for."""
+    shape = replace(SHAPE, n_layers=1)
+    evict_after = np.full((70, 1, 2), FOREVER, np.int32)
+    evict_after[:32, 0, 1] = 63
+    rest = Plan.rest(shape, 70).with_fields(evict_after=evict_after)
+    rest.check(shape)
+    blocks = np.where(np.arange(70) == 69, 3, rest.kv_blocks[:, 0])
+    plan = rest.with_fields(kv_blocks=blocks[:, None])
+    costs = price_tokens(plan, shape)
+    # Both read three blocks, the last one 6 entries; the first has chosen them among 4.
+    assert costs["flops_attention"][69] == 2 * 4 * (shape.query_width // 2) * 38
+    assert costs["flops_selection"][69] == 2 * (shape.query_width // 2) * 4
+    assert price(plan, shape).kv_bytes_held == (70 + 38) * shape.entry_bytes
+    # A Plan that names one head alone says nothing of the others.
+    wide = replace(shape, n_heads=6, n_kv_heads=3)
+    assert price(plan, wide).kv_bytes_held == (70 + 38 + 70) * wide.entry_bytes
 
 
 def test_entries_of_before_the_first_position_are_taken_to_be_held():

@@ -334,7 +334,7 @@ def test_a_plan_that_forgets_nothing_is_saved_as_before(plan: Plan, tmp_path: Pa
     ("where", "value", "line"),
     [
         ((np.s_[17], 0, 1), 30, r"'evict_after' is 30 at \(17, 0, 1\); allowed: 31 and above"),
-        ((np.s_[:16], 0, 1), 25, "'evict_after' does not fit pages in layer 0; allowed: at a time"),
+        ((np.s_[:15], 0, 1), 25, "'evict_after' does not fit pages in layer 0; allowed: at a time"),
         ((np.s_[:15], 2, np.s_[:]), 35, "'evict_after' does not fit pages in layer 2"),
         ((np.s_[:1], 2, np.s_[:]), 35, "'evict_after' does not fit pages in layer 2"),
     ],
@@ -349,8 +349,7 @@ def test_check_refuses_what_pages_cannot_do(
 
 
 def test_check_refuses_other_heads(plan: Plan, forgetful: Plan, shape: ModelShape):
-    with pytest.raises(VesicleError, match="'evict_after' does not fit pages in layer 2"):
-        forgetful.check(replace(shape, n_kv_heads=4))
+    forgetful.check(replace(shape, n_kv_heads=4))  # the others forget nothing
     with pytest.raises(VesicleError, match=r"plan event 'kv_head' is 1 at \d; allowed: -1 to 0"):
         forgetful.check(replace(shape, n_kv_heads=1))
     with pytest.raises(VesicleError, match=r"plan field 'evict_after' has shape \(39, 3, 1\)"):

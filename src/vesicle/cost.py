@@ -13,9 +13,9 @@ for the dense model:
   fp16 numbers for 32 weights) and is read in planes of four bits: 5 bits for the leading plane, 9
   for both. Of a dense weight, fewer than 16 bits are charged as b + 1.
 - KV bytes read are the keys and values of visited blocks, with their scales, and the summaries read
-  to choose them; KV bytes held are those of the whole cache after the last token. Entries that the
-  Plan has forgotten, or a layer's window has left behind, are neither read nor held: a query visits
-  and chooses among what is left.
+  to choose them, head by head; KV bytes held are those of the whole cache after the last token.
+  Entries that the Plan has forgotten, or a layer's window has left behind, are neither read nor
+  held: a query visits and chooses among what is left, in each KV head.
 - Where a forgetter reads attention, scores are worked out and keys read a second time. A query that
   it observes is charged, once it was asked, with scores against all entries that were held up to
   the query's own, and with their keys.
@@ -38,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesicle.plan import BLOCK, FFN_BIG, FFN_SMALL, Plan
+from vesicle.plan.events import evict_after_of
 from vesicle.plan.windows import seen, visible_blocks, whole_blocks
 from vesicle.shapes import ModelShape, Overhead
 
@@ -113,24 +114,32 @@ def visited_positions(
     return ((kv_blocks.astype(np.int64) - 1) * BLOCK + positions % BLOCK + 1).astype(np.int64)
 
 
-def held_before(plan: Plan, first_position: int = 0) -> NDArray[np.int64]:
-    """(T, L) entries of each KV head that are held when a token's own entry is added.
+def held_before(plan: Plan, shape: ModelShape, first_position: int = 0) -> NDArray[np.int64]:
+    """(T, L, G or 1) entries of each KV head that are held when a token's own entry is added.
 
-    Entries of before `first_position` are taken to be held.
+    Entries of before `first_position` are taken to be held. 1 where heads do not differ.
     """
     t = plan.n_tokens
-    held = np.broadcast_to(first_position + np.arange(t, dtype=np.int64)[:, None], plan.ffn.shape)
-    return held - _forgotten(plan, first_position)[:t] if plan.forgets else held
+    places = first_position + np.arange(t, dtype=np.int64)[:, None, None]
+    held = np.broadcast_to(places, (*plan.ffn.shape, 1))
+    return held - _forgotten(plan, shape, first_position)[:t] if plan.forgets else held
 
 
-def _forgotten(plan: Plan, first_position: int) -> NDArray[np.int64]:
-    """(T + 1, L) of the Plan's entries, those gone before each token, and after the last."""
-    t, n_layers = plan.ffn.shape
-    # All KV heads hold as many. An entry is gone for the first query after the last that reads it.
-    gone = np.minimum(plan.evict_after[:, :, 0].astype(np.int64) + 1 - first_position, t + 1)
-    ends = np.zeros((t + 2, n_layers), np.int64)
-    np.add.at(ends, (np.maximum(gone, 0), np.arange(n_layers)), 1)
+def _forgotten(plan: Plan, shape: ModelShape, first_position: int) -> NDArray[np.int64]:
+    """(T + 1, L, G or 1) of the Plan's entries, those gone before each token and after the last."""
+    size = plan.n_tokens, plan.n_layers, shape.n_kv_heads
+    evict_after = evict_after_of(plan.events, *size).astype(np.int64)
+    t, n_layers, heads = evict_after.shape
+    # An entry is gone for the first query after the last that reads it.
+    gone = np.clip(evict_after + 1 - first_position, 0, t + 1)
+    ends = np.zeros((t + 2, n_layers, heads), np.int64)
+    np.add.at(ends, (gone, np.arange(n_layers)[:, None], np.arange(heads)), 1)
     return ends[: t + 1].cumsum(0)
+
+
+def _of_all_heads(counts: NDArray[np.int64], shape: ModelShape) -> NDArray[np.int64]:
+    """(T,) or (T, L), of counts (T, ..., G or 1), the sum over all KV heads."""
+    return counts.sum(-1) * (shape.n_kv_heads // counts.shape[-1])
 
 
 def _observed(overhead: Overhead, first_position: int, n_tokens: int) -> NDArray[np.bool_]:
@@ -187,31 +196,34 @@ def price_tokens(
     whole = shape.charged_head_bits * shape.vocabulary
     bits_read += shape.width * np.where(survivors > 0, screened, whole * heads)
 
-    held = held_before(plan, first_position)  # (T, L)
-    windows = shape.layer_windows
-    chooses = plan.kv_blocks < visible_blocks(held, windows)
-    complete = np.where(chooses, whole_blocks(held, windows), 0) * runs
-    visited = np.where(chooses, visited_positions(plan.kv_blocks, held), seen(held, windows)) * runs
+    held = held_before(plan, shape, first_position)  # (T, L, G or 1)
+    windows, blocks = shape.layer_windows[:, None], plan.kv_blocks[..., None]
+    chooses = blocks < visible_blocks(held, windows)
+    complete = np.where(chooses, whole_blocks(held, windows), 0)
+    complete = _of_all_heads(complete, shape) * runs  # (T, L)
+    visited = np.where(chooses, visited_positions(blocks, held), seen(held, windows))
+    visited = _of_all_heads(visited, shape) * runs
     instead = small.sum(1) * overhead.small_ffn_weights
     instead += (1 - runs).sum(1) * overhead.small_attention_weights
-    vectors, told = overhead.selection_vectors, overhead.reads_attention * (windows == 0)
-    observed = _observed(overhead, first_position, t)[:, None] & (windows == 0)
-    rescored = (visited * told + (held + 1) * runs * observed).sum(1)
+    full = shape.layer_windows == 0  # layers whose forgetters are told
+    vectors, told = overhead.selection_vectors, overhead.reads_attention * full
+    observed = _observed(overhead, first_position, t)[:, None] & full
+    rescored = (visited * told + _of_all_heads(held + 1, shape) * runs * observed).sum(1)
     releases = plan.n_layers * (np.ones(t, np.int64) if released is None else released)
     weight_bytes = (
         bits_read // 8 + instead * shape.weight_bytes + overhead.modulator_bytes * releases
     )
     return {
         "flops_linear": 2 * weights.sum((1, 2)),
-        "flops_attention": 4 * shape.query_width * visited.sum(1),
-        "flops_selection": 2 * vectors * shape.query_width * complete.sum(1),
-        "flops_evidence": 2 * shape.query_width * rescored,
+        "flops_attention": 4 * shape.queries_of_a_head * visited.sum(1),
+        "flops_selection": 2 * vectors * shape.queries_of_a_head * complete.sum(1),
+        "flops_evidence": 2 * shape.queries_of_a_head * rescored,
         "flops_standin": 2 * instead,
         "flops_modulator": overhead.modulator_flops * releases,
         "flops_head": head_flops,
         "weight_bytes": weight_bytes,
-        "kv_bytes_read": shape.position_bytes * visited.sum(1)
-        + shape.position_bytes // 2 * rescored
+        "kv_bytes_read": shape.entry_bytes * visited.sum(1)
+        + shape.entry_bytes // 2 * rescored
         + shape.summary_vector_bytes * vectors * complete.sum(1),
     }
 
@@ -254,19 +266,19 @@ def price(
         with_logits=with_logits,
         released=released,
     )
-    held = shape.entries_held(first_position + plan.n_tokens)
+    held = shape.entries_held(first_position + plan.n_tokens) * shape.n_kv_heads
     if plan.forgets:
-        held -= int(_forgotten(plan, first_position)[-1].sum())
+        held -= int(_of_all_heads(_forgotten(plan, shape, first_position)[-1], shape).sum())
     return Cost(
-        kv_bytes_held=held * shape.position_bytes,
+        kv_bytes_held=held * shape.entry_bytes,
         **{name: int(v.sum()) for name, v in tokens.items()},
     )
 
 
 def kv_bytes_peak(plan: Plan, shape: ModelShape) -> int:
     """The most bytes of keys and values that a Plan ever holds, from position 0 on."""
-    held = seen(held_before(plan), shape.layer_windows).sum(1)  # with the token's own
-    return int(held.max(initial=0)) * shape.position_bytes
+    held = seen(held_before(plan, shape), shape.layer_windows[:, None])  # with the token's own
+    return int(_of_all_heads(held, shape).sum(1).max(initial=0)) * shape.entry_bytes
 
 
 def price_dense(

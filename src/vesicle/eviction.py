@@ -127,11 +127,12 @@ class _SinksAndRecent(Forgetter):
         self._policy, self.interval = policy, policy.interval
 
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
-        policy, positions = self._policy, evidence.positions
-        stays = positions < policy.sinks
-        recent = policy.entries - policy.sinks
-        stays[:, max(0, positions.shape[1] - recent) :] = True
-        return all_but(layer, length, positions, stays)
+        policy, stays = self._policy, []
+        for positions in evidence.positions:
+            row = positions < policy.sinks
+            row[max(0, len(positions) - (policy.entries - policy.sinks)) :] = True
+            stays.append(row)
+        return all_but(layer, length, evidence.positions, stays)
 
     def fork(self, n_tokens: int) -> Forgetter:
         return self
@@ -170,23 +171,24 @@ class _HeavyHitters(Forgetter):
         self._sums = sums  # of each layer, (G, tokens read) by position
 
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
-        positions, sums = evidence.positions, self._sums[layer]
-        heads = np.arange(len(positions))[:, None]
+        held, sums = evidence.positions, self._sums[layer]
         if sums.shape[1] < length:  # unless it is asked again
             sums = np.pad(sums, ((0, 0), (0, length - sums.shape[1])))
-            sums[heads, positions] += evidence.received
+            for row, positions, received in zip(sums, held, evidence.received, strict=True):
+                row[positions] += received
             self._sums[layer] = sums
-        return all_but(layer, length, positions, self._stays(sums[heads, positions]))
+        rows = zip(sums, held, strict=True)
+        stays = [self._stays(row[positions]) for row, positions in rows]
+        return all_but(layer, length, held, stays)
 
     def _stays(self, sums: FloatArray) -> NDArray[np.bool_]:
-        """(G, n) of the entries that have received these sums (G, n)."""
-        policy, n = self._policy, sums.shape[1]
-        old = max(0, n - policy.recent)
-        stays = np.ones(sums.shape, bool)
-        stays[:, :old] = False
-        order = np.argsort(-sums[:, :old], axis=1, kind="stable")
-        best = order[:, : policy.entries - policy.recent]
-        np.put_along_axis(stays, best, True, axis=1)
+        """(n,) of the entries that have received these sums (n,)."""
+        policy = self._policy
+        old = max(0, len(sums) - policy.recent)
+        stays = np.ones(len(sums), bool)
+        stays[:old] = False
+        order = np.argsort(-sums[:old], kind="stable")
+        stays[order[: policy.entries - policy.recent]] = True
         return stays
 
     def fork(self, n_tokens: int) -> Forgetter:

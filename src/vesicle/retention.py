@@ -6,15 +6,15 @@ else is at rest, or as another method decides. Whoever chooses (a compression me
 oracle) need only say which: the engine frees the memory, the reference hides the keys, and the
 ledger prices what is left.
 
-The cache lies in pages of 16 positions of one layer for all its KV heads, and a page is freed as a
-whole. So what is kept is rounded up to what pages can hold:
+The cache lies in pages of 16 positions of one KV head of a layer, and a page is freed as a whole.
+So what is kept is rounded up to what pages can hold:
 
 - the incomplete last block of the first `at` tokens stays;
-- in the complete blocks all KV heads of a layer keep as many entries, the most that any of them
-  was to keep, rounded up to a multiple of 16; the most recent entries not chosen fill a head up.
+- in the complete blocks a KV head keeps a multiple of 16 entries; the most recent ones not chosen
+  fill it up.
 
-Which entries they are may differ from head to head, and how many from layer to layer. A layer that
-attends through a window holds what its window shows, whatever is chosen.
+Which entries they are, and how many, may differ from head to head. A layer that attends through a
+window holds what its window shows, whatever is chosen.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Retention(Method):
                 for row, positions in zip(chosen, heads, strict=True):
                     row[positions[positions < complete]] = True
                 if not shape.layer_windows[layer]:
-                    stays[:complete, layer] = rounded_up(chosen).T
+                    stays[:complete, layer] = np.stack([rounded_up(row) for row in chosen], 1)
             self._evict_after = np.where(stays, FOREVER, self.at - 1).astype(np.int32)
         return self._evict_after
 
@@ -118,8 +118,8 @@ def eviction_lengths(evict_after: IntArray | None) -> list[int]:
     return [int(last) + 1 for last in np.unique(evict_after) if last != FOREVER]
 
 
-def held_entries(evict_after: IntArray, layer: int, length: int) -> IntArray:
-    """(G, n) positions below `length`, rising, whose entries the query at `length` may read.
+def held_entries(evict_after: IntArray, layer: int, length: int) -> list[IntArray]:
+    """For each KV head the positions (n,) below `length`, rising, that the query there may read.
 
     Args:
         evict_after: (S, L, G) as an author has it.
@@ -129,7 +129,7 @@ def held_entries(evict_after: IntArray, layer: int, length: int) -> IntArray:
     n_heads = evict_after.shape[2]
     stays = np.ones((length, n_heads), bool)
     stays[: len(evict_after)] = evict_after[:length, layer] >= length
-    return np.nonzero(stays.T)[1].reshape(n_heads, -1).astype(np.int32)
+    return [np.nonzero(head)[0].astype(np.int32) for head in stays.T]
 
 
 def _positions(head: ArrayLike, at: int) -> IntArray:

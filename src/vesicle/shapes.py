@@ -138,10 +138,20 @@ class ModelShape:
         return 2 * (self.kv_width * self.kv_bytes + self.n_kv_heads * self.kv_scale_bytes)
 
     @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry: a key and a value of one KV head, and their scales."""
+        return self.position_bytes // self.n_kv_heads
+
+    @property
+    def queries_of_a_head(self) -> int:
+        """Width of the queries that share a KV head."""
+        return self.query_width // self.n_kv_heads
+
+    @property
     def summary_vector_bytes(self) -> int:
-        """Bytes of one vector of a block's summary, all KV heads together."""
+        """Bytes of one vector of the summary of a KV head's block."""
         size = self.kv_bytes if self.summary_bytes is None else self.summary_bytes
-        return self.kv_width * size
+        return self.head_size * size
 
     def charged_bits(self, bits: NDArray[np.integer]) -> NDArray[np.int64]:
         """Bits that reading one weight of a projection takes, group scales included.

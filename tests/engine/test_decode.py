@@ -396,8 +396,10 @@ def test_blocks_that_were_not_chosen_are_not_read(kv: str):
     def spoilt(sequence: Sequence) -> None:
         for layer in range(engine.shape.n_layers):
             # Summaries are read to choose, and are kept apart.
-            sequence.cache.summaries(layer, "bounds")
-            unread, pool = torch.from_numpy(sequence.cache.tables[layer, 1:4]).long(), engine.pool
+            for head in range(engine.shape.n_kv_heads):
+                sequence.cache.summaries(layer, head, "bounds")
+            pool, tables = engine.pool, sequence.cache.tables[layer]
+            unread = torch.from_numpy(tables[:, 1:4]).long().ravel()
             stores = (pool.key_scales, pool.value_scales) if kv == "int8" else ()
             for store in stores or (pool.keys, pool.values):
                 store[unread] = torch.nan
@@ -423,13 +425,14 @@ def test_what_a_window_leaves_behind_is_not_read(kv: str, company: int):
         engine.forward([(sequence, IDS[:100])], "none")
         cache, pool = sequence.cache, engine.pool
         for layer in range(engine.shape.n_layers):
-            starts = cache.starts[layer, : cache.n_blocks[layer]]
-            for block, start in zip(cache.tables[layer], starts, strict=False):
+            n_blocks = int(cache.n_blocks[layer, 0])
+            tables, starts = (x[layer, :, :n_blocks].ravel() for x in (cache.tables, cache.starts))
+            for block, start in zip(tables.tolist(), starts.tolist(), strict=True):
                 n = int(np.clip(spoil - start, 0, 16))
                 if kv == "int8":
-                    pool.key_scales[block, :, :n] = pool.value_scales[block, :, :n] = torch.nan
+                    pool.key_scales[block, :n] = pool.value_scales[block, :n] = torch.nan
                 else:
-                    pool.keys[block, :, :, :n] = pool.values[block, :, :n] = torch.nan
+                    pool.keys[block, :, :n] = pool.values[block, :n] = torch.nan
         return engine.forward([(sequence, IDS[100 : 100 + company])], "all")[0]
 
     first = 100 - window + 1

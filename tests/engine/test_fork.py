@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import vesicle
+from tests.engine.caching import heads_of
 from tests.engine.decoding import IDS, method_for, native
 from tests.tiny import random_plan, tiny_control, tiny_model, tiny_modulator, tokens
 from vesicle.engine import Engine, Sequence
@@ -161,11 +162,11 @@ def test_a_fork_that_does_not_fit_takes_nothing():
     engine = Engine.from_model(tiny_model("llama"))
     tight = Engine.from_model(
         tiny_model("llama"),
-        kv_capacity=4 * engine.shape.n_layers * engine.pool.bytes_per_block,
+        kv_capacity=4 * heads_of(engine) * engine.pool.bytes_per_block,
     )
     source = read_all(tight)
     first, used = tight.fork(source), tight.pool.blocks_in_use
-    with pytest.raises(CacheFullError, match="3 blocks needed, 0 of 12 free"):
+    with pytest.raises(CacheFullError, match="6 blocks needed, 0 of 24 free"):
         tight.fork(source)
     assert tight.pool.blocks_in_use == used
     first.close()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engine.caching import heads_of
 from tests.engine.decoding import IDS, native
 from tests.tiny import random_plan, tiny_model, tiny_modulator, tokens
 from vesicle.engine import Engine, Sampling, Sequence
@@ -207,7 +208,7 @@ def test_the_cache_that_others_filled_fails_the_last_one():
     """Those that fit go on, as they would alone."""
     model = tiny_model("llama", dtype=torch.float32)
     whole = Engine.from_model(model)
-    block = whole.shape.n_layers * whole.pool.bytes_per_block
+    block = heads_of(whole) * whole.pool.bytes_per_block
     engine = Engine.from_model(model, kv_capacity=6 * block)
     scheduler = Scheduler(engine, prefix_bytes=0)
     requests = [Request(prompt=text(14, seed), max_new_tokens=12) for seed in range(3)]

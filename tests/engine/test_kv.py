@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.caching import drop_blocks
+from tests.engine.caching import drop_blocks, heads_of
 from tests.tiny import random_plan, tiny_model, tiny_modulator
 from vesicle.cost import price
 from vesicle.engine import Engine, Sequence
@@ -94,7 +94,7 @@ def test_a_token_after_eviction_sees_what_is_left(ids: Tensor):
     engine.forward([(sequence, row[:65])])
     before = engine.pool.blocks_in_use
     without(sequence, [1, 2])
-    assert engine.pool.blocks_in_use == before - 2 * engine.shape.n_layers
+    assert engine.pool.blocks_in_use == before - 2 * heads_of(engine)
     logits = torch.cat(
         [engine.forward([(sequence, part)], "all")[0] for part in (row[65:69], row[69:])]
     )
@@ -128,20 +128,20 @@ def test_blocks_are_chosen_among_those_held(ids: Tensor, native: bool):
     for other in logits[1:]:
         assert (other - logits[0]).abs().max() < 1e-4
     shape = engine.shape
-    summary = shape.n_layers * shape.summary_vector_bytes
+    summary = heads_of(engine) * shape.summary_vector_bytes
     assert [a - read[-1] for a in read] == [4 * summary, 2 * summary, 0, 0]
 
 
 def test_a_full_pool_refuses_before_anything_is_touched(ids: Tensor):
     model, row = tiny_model("llama"), ids[0].tolist()
     shape = Engine.from_model(model).shape
-    engine = Engine.from_model(model, kv_capacity=6 * shape.n_layers * block_bytes(shape, "fp64"))
+    engine = Engine.from_model(model, kv_capacity=6 * 6 * block_bytes(shape, "fp64"))
     expected = executed(engine, ids, Dense())[0]
     a, b = engine.start(), engine.start()
     (first,) = engine.forward([(a, row[:40])], "all")
     engine.forward([(b, row[:20])])
     used, plan = engine.pool.blocks_in_use, a.plan
-    line = "the KV cache is full: 9 blocks needed, 3 of 18 free; close sequences, or raise kv_cap"
+    line = "the KV cache is full: 18 blocks needed, 6 of 36 free; close sequences, or raise kv_cap"
     with pytest.raises(CacheFullError, match=line):
         engine.forward([(b, row[20:32]), (a, row[40:]), (engine.start(), [1])])
     assert engine.pool.blocks_in_use == used
@@ -178,7 +178,7 @@ def test_a_closed_sequence_keeps_its_record_and_frees_its_blocks(ids: Tensor):
     engine = Engine.from_model(tiny_model("llama"))
     _, sequence = executed(engine, ids, Dense())
     flops, used = sequence.cost.flops_total, engine.pool.bytes_in_use
-    assert used == 5 * engine.shape.n_layers * engine.pool.bytes_per_block
+    assert used == 5 * heads_of(engine) * engine.pool.bytes_per_block
     sequence.close()
     sequence.close()
     assert engine.pool.bytes_in_use == 0
@@ -195,7 +195,7 @@ def test_dropped_sequences_free_their_blocks():
         engine.generate([1, 2, 3] * 10, max_new_tokens=8)
     stream = engine.stream(engine.start(), [1, 2, 3], max_new_tokens=8)
     next(stream)
-    assert engine.pool.blocks_in_use == engine.shape.n_layers
+    assert engine.pool.blocks_in_use == heads_of(engine)
     stream.close()
     del stream
     gc.collect()

@@ -95,8 +95,9 @@ def test_bytes_are_those_of_the_tensors(kv: str):
     assert sum(p.nbytes for p in parts if p is not None) == pool.capacity * pool.bytes_per_block
     assert (pool.key_scales is None) == (kv != "int8")
     shape = with_kv(SHAPE, kv)
-    assert pool.bytes_per_block == block_bytes(SHAPE, kv) == 16 * shape.position_bytes
-    assert summary_dtype(kv).itemsize == shape.summary_vector_bytes // shape.kv_width
+    assert pool.bytes_per_block == block_bytes(SHAPE, kv) == 16 * shape.entry_bytes
+    assert shape.entry_bytes * shape.n_kv_heads == shape.position_bytes
+    assert summary_dtype(kv).itemsize == shape.summary_vector_bytes // shape.head_size
     assert summary_dtype(kv) == (torch.float16 if kv == "int8" else FORMATS[kv])
 
 
@@ -104,7 +105,7 @@ def test_bytes_are_those_of_the_tensors(kv: str):
 def test_numbers_come_back_as_close_as_the_format_allows(kv: str):
     pool = pool_of(kv)
     keys, values = rows(3 * 16)
-    blocks = np.array([7, 2, 11], np.int32)
+    blocks = np.array([[7, 2, 11], [3, 17, 5]], np.int32)
     pool.write(blocks, keys, values)
     for name, numbers in (("read_keys", keys), ("read_values", values)):
         back = getattr(pool, name)(blocks, torch.float64)
@@ -112,44 +113,46 @@ def test_numbers_come_back_as_close_as_the_format_allows(kv: str):
         assert back.is_contiguous()
         assert ((back - numbers).abs() <= ERROR[kv] * numbers.abs().amax(-1, True)).all()
         assert torch.equal(getattr(pool, name)(blocks, torch.float32), back.float())
-        alone = getattr(pool, name)(blocks[1:2], torch.float64)
-        assert torch.equal(alone, back[:, 16:32])
+        alone = getattr(pool, name)(blocks[1, 1:2], torch.float64)
+        assert torch.equal(alone, back[1, 16:32])
 
 
 @pytest.mark.parametrize("kv", FORMATS)
 def test_a_part_of_a_block_is_written_as_the_whole(kv: str):
     whole, parts = pool_of(kv), pool_of(kv)
     keys, values = rows(16)
-    block = np.array([3], np.int32)
-    whole.write(block, keys, values)
+    blocks = np.array([3, 8], np.int32)
+    whole.write(blocks[:, None], keys, values)
     for first, stop in ((0, 1), (1, 5), (5, 16)):
-        parts.write_part(3, first, keys[:, first:stop], values[:, first:stop])
+        parts.write_part(blocks, first, keys[:, first:stop], values[:, first:stop])
     for name in ("keys", "values", "key_scales", "value_scales"):
         if getattr(whole, name) is not None:
-            assert torch.equal(getattr(whole, name)[3], getattr(parts, name)[3])
+            assert torch.equal(getattr(whole, name)[blocks], getattr(parts, name)[blocks])
 
 
 def test_the_layout_is_the_one_that_kernels_read():
     pool = pool_of()
     keys, values = (x.float() for x in rows(16))
-    pool.write(np.array([5], np.int32), keys, values)
-    assert pool.keys.shape == (40, 2, 8, 16)
-    assert pool.values.shape == (40, 2, 16, 8)
-    assert torch.equal(pool.keys[5], keys.transpose(1, 2))
-    assert torch.equal(pool.values[5], values)
+    pool.write(np.array([[5], [9]], np.int32), keys, values)
+    assert pool.keys.shape == (40, 8, 16)
+    assert pool.values.shape == (40, 16, 8)
+    assert torch.equal(pool.keys[[5, 9]], keys.transpose(1, 2))
+    assert torch.equal(pool.values[[5, 9]], values)
 
 
 def test_an_int8_scale_is_rounded_before_codes_are_made():
     pool = pool_of("int8")
     keys, values = (x.float() for x in rows(16))
     keys[0, 3] = 0
-    pool.write(np.array([5], np.int32), keys, values)
+    blocks = np.array([[5], [9]], np.int32)
+    pool.write(blocks, keys, values)
     assert pool.key_scales is not None
     scale = (keys.abs().amax(-1) / 127).half()
-    assert torch.equal(pool.key_scales[5], scale)
+    assert torch.equal(pool.key_scales[[5, 9]], scale)
     codes = (keys / scale.float().clamp(min=1e-9)[..., None]).round().clamp(-127, 127)
-    assert (pool.keys[5].transpose(1, 2).float() - codes).abs().max() <= 1  # ties of rounding
-    assert torch.equal(pool.read_keys(np.array([5], np.int32), torch.float32)[0, 3], keys[0, 3])
+    written = pool.keys[[5, 9]].transpose(1, 2).float()
+    assert (written - codes).abs().max() <= 1  # ties of rounding
+    assert torch.equal(pool.read_keys(blocks, torch.float32)[0, 3], keys[0, 3])
 
 
 @pytest.mark.parametrize("kv", ["fp16", "int8"])
@@ -157,8 +160,9 @@ def test_numbers_beyond_the_format_are_kept_finite(kv: str):
     pool = pool_of(kv)
     keys, values = rows(16)
     keys[0, 0, 0], keys[1, 2, 3] = 1e9, -1e30
-    pool.write(np.array([0], np.int32), keys, values)
-    back = pool.read_keys(np.array([0], np.int32), torch.float32)
+    blocks = np.array([[0], [1]], np.int32)
+    pool.write(blocks, keys, values)
+    back = pool.read_keys(blocks, torch.float32)
     assert torch.isfinite(back).all()
     assert back[0, 0, 0] >= 65504
     assert back[1, 2, 3] <= -65504
@@ -167,11 +171,11 @@ def test_numbers_beyond_the_format_are_kept_finite(kv: str):
 def test_what_is_refused():
     with pytest.raises(VesicleError, match="kv is 'fp8'; allowed: fp64, fp32, bf16, fp16, int8"):
         BlockPool(SHAPE, "fp8", 1 << 20)
-    least = SHAPE.n_layers * block_bytes(SHAPE, "fp32")
+    least = SHAPE.n_layers * SHAPE.n_kv_heads * block_bytes(SHAPE, "fp32")
     for capacity in (-1, 0, least - 1):
         with pytest.raises(VesicleError, match=f"{capacity} bytes; allowed: at least {least}"):
             BlockPool(SHAPE, "fp32", capacity)
-    assert BlockPool(SHAPE, "fp32", least).capacity == 3
+    assert BlockPool(SHAPE, "fp32", least).capacity == 6
     with pytest.raises(VesicleError, match="which the system does not grant"):
         BlockPool(SHAPE, "int8", 1 << 60)
 
@@ -180,11 +184,11 @@ def test_the_default_capacity_is_that_of_16_full_contexts_or_half_of_memory(monk
     from vesicle.engine import pool
 
     block = block_bytes(SHAPE, "fp16")
-    for memory, expected in ((1 << 40, 16 * 3 * 7 * block), (6 * block, 3 * block), (0, block)):
+    for memory, expected in ((1 << 40, 16 * 3 * 2 * 7 * block), (6 * block, 3 * block), (0, block)):
         monkeypatch.setattr(pool, "available_memory", lambda memory=memory: memory)
         assert default_capacity(SHAPE, "fp16", 100) == expected
     monkeypatch.setattr(pool, "available_memory", lambda: None)
-    assert default_capacity(SHAPE, "fp16", 100) == 16 * 3 * 7 * block
+    assert default_capacity(SHAPE, "fp16", 100) == 16 * 3 * 2 * 7 * block
 
 
 def test_available_memory_is_plausible():

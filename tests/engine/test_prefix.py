@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.caching import drop_blocks
+from tests.engine.caching import drop_blocks, heads_of
 from tests.tiny import random_plan, tiny_control, tiny_model, tiny_modulator, tokens
 from vesicle.engine import Engine, Sequence
 from vesicle.engine.prefix import PrefixIndex
@@ -68,8 +68,8 @@ def close(first: Tensor, second: Tensor) -> None:
 
 
 def blocks(engine: Engine, n: int) -> int:
-    """Bytes of n blocks of every layer."""
-    return n * engine.shape.n_layers * engine.pool.bytes_per_block
+    """Bytes of n blocks of every KV head."""
+    return n * heads_of(engine) * engine.pool.bytes_per_block
 
 
 @pytest.mark.parametrize("kind", ["dense", "rest", "linear", "mlp", *CONTROLS])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.caching import drop_blocks, gather
+from tests.engine.caching import drop_blocks, gather, heads_of
 from tests.engine.decoding import IDS, method_for, native
 from tests.parity.test_retention import random_kept
 from tests.tiny import tiny_model, tiny_modulator, tokens
@@ -40,19 +40,19 @@ def recent(engine: Engine, at: int, n: int, inner: Any = None) -> Retention:
 
 def test_memory_comes_back(engine: Engine, rng: np.random.Generator):
     """In blocks, in bytes, and never a block more than the dense cache had."""
-    layers = engine.shape.n_layers
+    layers, heads = engine.shape.n_layers, heads_of(engine)
     with closing(engine.start(recent(engine, 100, 36))) as sequence:
         engine.forward([(sequence, ROW[:99])])
-        assert engine.pool.blocks_in_use == 7 * layers
+        assert engine.pool.blocks_in_use == 7 * heads
         engine.forward([(sequence, ROW[99:100])])
         # 32 of the 96 complete ones, and the last block's 4
-        assert engine.pool.blocks_in_use == 3 * layers
+        assert engine.pool.blocks_in_use == 3 * heads
         assert sequence.cost.kv_bytes_held == 36 * layers * engine.shape.position_bytes
         assert sequence.kv_bytes_peak == 100 * layers * engine.shape.position_bytes
         assert sequence.kv_bytes_peak == kv_bytes_peak(sequence.plan, engine.shape)
         engine.forward([(sequence, ROW[100:113])])
-        assert engine.pool.blocks_in_use == 4 * layers
-        assert engine.pool._fresh == 7 * layers  # blocks that were ever given out
+        assert engine.pool.blocks_in_use == 4 * heads
+        assert engine.pool._fresh == 7 * heads  # blocks that were ever given out
 
 
 def test_keeping_nothing_of_the_complete_blocks(engine: Engine):
@@ -126,11 +126,11 @@ def test_room_to_copy_shared_pages_is_asked_for_first():
     model = tiny_model("llama")
     layers = Engine.from_model(model).shape.n_layers
     size = Engine.from_model(model).pool.bytes_per_block
-    tight = Engine.from_model(model, kv_capacity=8 * layers * size)
+    tight = Engine.from_model(model, kv_capacity=8 * 2 * layers * size)
     source = tight.start(Retention([[range(8, 40)] * 2] * layers, 68))
     tight.forward([(source, ROW[:67])])
     fork = tight.fork(source)  # 4 shared, 2 tails: 2 are free, 4 may be needed
-    with pytest.raises(CacheFullError, match="12 blocks needed, 6 of 24 free"):
+    with pytest.raises(CacheFullError, match="24 blocks needed, 12 of 48 free"):
         tight.forward([(fork, ROW[67:69])])
     assert fork.length == source.length == 67
     source.close()
@@ -138,17 +138,17 @@ def test_room_to_copy_shared_pages_is_asked_for_first():
     alone = tight.start(fork.method)
     tight.forward([(alone, ROW[:67])])
     assert torch.equal(logits, tight.forward([(alone, ROW[67:69])])[0])
-    assert tight.pool.blocks_in_use == 2 * 3 * layers
+    assert tight.pool.blocks_in_use == 2 * 3 * 2 * layers
 
 
 def test_compacting_needs_no_room_of_its_own():
     model = tiny_model("llama")
     layers = Engine.from_model(model).shape.n_layers
     size = Engine.from_model(model).pool.bytes_per_block
-    tight = Engine.from_model(model, kv_capacity=4 * layers * size)
+    tight = Engine.from_model(model, kv_capacity=4 * 2 * layers * size)
     sequence = tight.start(Retention([[range(1, 33)] * 2] * layers, 64))
     tight.forward([(sequence, ROW[:64])])
-    assert tight.pool.blocks_free == 2 * layers
+    assert tight.pool.blocks_free == 2 * 2 * layers
     tight.forward([(sequence, ROW[64:96])])
     with pytest.raises(CacheFullError):
         tight.forward([(sequence, ROW[96:97])])

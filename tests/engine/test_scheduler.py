@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.caching import heads_of
 from tests.tiny import random_plan, tiny_model, tiny_modulator, tokens
 from vesicle.engine import Engine, Sampling, core
 from vesicle.engine.scheduler import Event, Failed, Finished, Request, Scheduler, Token
@@ -21,11 +22,11 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
 
 def small_engine(n_blocks: int | None = None, dtype: torch.dtype = torch.float64) -> Engine:
-    """With room for n blocks of every layer."""
+    """With room for n blocks of every KV head."""
     engine = Engine.from_model(tiny_model("llama", dtype=dtype))
     if n_blocks is None:
         return engine
-    capacity = n_blocks * engine.shape.n_layers * engine.pool.bytes_per_block
+    capacity = n_blocks * heads_of(engine) * engine.pool.bytes_per_block
     return Engine.from_model(tiny_model("llama", dtype=dtype), kv_capacity=capacity)
 
 
@@ -303,8 +304,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "pool": (
         {"prompt": text(100), "max_new_tokens": 30},
-        "100 prompt tokens and 30 new ones need 27 blocks of KV cache; "
-        "allowed: 24, all that the pool has",
+        "100 prompt tokens and 30 new ones need 54 blocks of KV cache; "
+        "allowed: 48, all that the pool has",
     ),
     "budget alone": ({"budget": 0.5}, "budget is 0.5, which applies to a modulator, and there is"),
     "budget": (
@@ -377,7 +378,7 @@ def test_blocks_that_others_hold(engine: Engine):
     assert isinstance(event, Failed)
     assert event.request_id == number
     assert isinstance(event.error, CacheFullError)
-    assert "15 blocks of KV cache are needed, 12 are free" in str(event.error)
+    assert "30 blocks of KV cache are needed, 24 are free" in str(event.error)
 
     first, second = (
         scheduler.add(Request(prompt=text(14, i), max_new_tokens=n)) for i, n in ((1, 3), (2, 30))

@@ -37,8 +37,13 @@ def engine(llama: Any) -> Engine:
     return Engine.from_model(llama)
 
 
+def size_of(engine: Engine) -> tuple[int, int]:
+    """(L, G)."""
+    return engine.shape.n_layers, engine.shape.n_kv_heads
+
+
 def start(engine: Engine) -> Namm:
-    return Namm.fresh(SETTINGS, engine.shape.n_layers)
+    return Namm.fresh(SETTINGS, engine.shape)
 
 
 def drawn(engine: Engine, seed: int) -> Namm:
@@ -46,7 +51,7 @@ def drawn(engine: Engine, seed: int) -> Namm:
     return Namm(
         settings=SETTINGS,
         parameters=rng.normal(size=SETTINGS.n_parameters).astype(np.float32),
-        profile=rng.normal(size=engine.shape.n_layers).astype(np.float32),
+        profile=rng.normal(size=size_of(engine)).astype(np.float32),
     )
 
 
@@ -125,30 +130,30 @@ def test_gone_on_with_as_if_it_had_not_been_cut_off(engine: Engine, tmp_path: Pa
 
 
 def test_a_profile_by_ablation(engine: Engine, tmp_path: Path):
-    """A layer's part is what answers lose where it alone forgets, measured as a candidate is."""
+    """A head's part is what answers lose where it alone forgets, measured as a candidate is."""
     from dataclasses import replace
 
     from vesicle.evolution.ablation import by_ablation
 
-    n = engine.shape.n_layers
+    size = size_of(engine)
     contexts = [Context(engine, question, None) for question in questions(3)]
-    namm = Namm.fresh(SETTINGS, n)
-    lost = np.zeros(n)
-    for layer in range(n):
-        others = np.full(n, 40.0, np.float32)
-        others[layer] = -40  # as good as nothing: what always stays
-        alone, full = replace(namm, profile=others), 1 - 1 / n + 32 / 80 / n
-        lost[layer] = np.mean([c.excess([alone], full)[0] for c in contexts])
+    namm, lost = start(engine), np.zeros(size)
+    for head in np.ndindex(size):
+        others = np.full(size, 40.0, np.float32)
+        others[head] = -40  # as good as nothing: what always stays
+        alone, full = replace(namm, profile=others), 1 - (1 - 32 / 80) / lost.size
+        lost[head] = np.mean([c.excess([alone], full)[0] for c in contexts])
     found = np.mean([c.excess_without(namm) for c in contexts], axis=0)
     assert found == pytest.approx(lost, abs=1e-5)
     profile = by_ablation(namm, contexts, 100.0).profile
-    assert (np.argsort(profile) == np.argsort(np.maximum(lost, 0.01 * lost.max()))).all()
+    expected = np.log(np.maximum(lost, 0.01 * lost.max()))
+    assert profile == pytest.approx(expected, abs=1e-3)
     for context in contexts:
         context.close()
     train, judges = questions(4), questions(2, 9)
     config = replace(CONFIG, evolves="profile", ablate=True)
     once = evolve(engine, start(engine), train, judges, config, tmp_path)
-    assert any(once.lines[0]["profile"])
+    assert np.array(once.lines[0]["profile"]).any()
     again = evolve(engine, start(engine), train, judges, replace(config, generations=5), tmp_path)
     assert again.lines[:5] == once.lines
 

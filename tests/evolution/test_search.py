@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
+from tests.engine.test_pool import SHAPE
 from vesicle.evolution.config import EvolveConfig
 from vesicle.evolution.search import Search
 from vesicle.namm import Namm, NammSettings
 
 
 def start(network: str = "linear") -> Namm:
-    return Namm.fresh(NammSettings(network=network, hidden=4), n_layers=5)
+    return Namm.fresh(NammSettings(network=network, hidden=4), SHAPE)
 
 
 @pytest.mark.parametrize("evolves", ["profile", "network", "both"])
@@ -20,7 +21,7 @@ def test_goes_where_losses_are_less(evolves: str, network: str):
 
     def loss(namm: Namm) -> float:
         both = {"network": namm.parameters, "profile": namm.profile}
-        numbers = np.concatenate([v for k, v in both.items() if evolves in (k, "both")])
+        numbers = np.concatenate([v.ravel() for k, v in both.items() if evolves in (k, "both")])
         return float(((numbers - target) ** 2).sum())
 
     first = loss(search.mean)

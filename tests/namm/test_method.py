@@ -19,6 +19,7 @@ from vesicle.namm.allotment import allot
 from vesicle.namm.method import best
 from vesicle.plan import Replay
 from vesicle.reference.attach import attach
+from vesicle.shapes import ModelShape
 
 SETTINGS = NammSettings(network="bam", hidden=4, interval=32, observes=32, sinks=2, recent=16)
 
@@ -29,13 +30,13 @@ def _no_gradients():
         yield
 
 
-def drawn(n_layers: int, seed: int = 0, **settings: Any) -> Namm:
+def drawn(shape: ModelShape, seed: int = 0, **settings: Any) -> Namm:
     rng = np.random.default_rng(seed)
     made = NammSettings(**{**SETTINGS.__dict__, **settings})
     return Namm(
         settings=made,
         parameters=rng.normal(size=made.n_parameters).astype(np.float32),
-        profile=rng.normal(size=n_layers).astype(np.float32),
+        profile=rng.normal(size=(shape.n_layers, shape.n_kv_heads)).astype(np.float32),
     )
 
 
@@ -49,28 +50,34 @@ def read(engine: Engine, method: Any, ids: list[int], cuts: tuple[int, ...] = ()
 IDS = np.random.default_rng(5).integers(1, 97, 150).tolist()
 
 
-def test_layers_hold_their_parts(llama: Any):
+def held_of(sequence: Any) -> list[list[int]]:
+    """(L, G) entries that KV heads hold."""
+    cache = sequence.cache
+    return [[len(head) for head in cache.held(layer)] for layer in range(cache.n_layers)]
+
+
+def test_heads_hold_their_parts(llama: Any):
     engine = Engine.from_model(llama)
-    namm = drawn(engine.shape.n_layers)
+    namm = drawn(engine.shape)
     _, sequence = read(engine, NammMemory(namm, memory=0.5), IDS[:128])
-    held = [sequence.cache.held(layer).shape[1] for layer in range(engine.shape.n_layers)]
-    expected = np.full(engine.shape.n_layers, 0)
+    held, flat = np.array(held_of(sequence)), namm.profile.ravel()
+    expected = np.zeros(held.size, int)
     for length in (32, 64, 96, 128):  # what is gone does not come back
-        expected = np.minimum(expected + 32, allot(namm.profile, 0.5 * length, length, 18))
-    assert held == expected.tolist()
-    assert len(set(held)) > 1
-    assert sum(held) <= 0.5 * 128 * len(held)
+        expected = np.minimum(expected + 32, allot(flat, 0.5 * length, length, 18))
+    assert held.ravel().tolist() == expected.tolist()
+    assert (held[:, 0] != held[:, 1]).any()
+    assert held.sum() <= 0.5 * 128 * held.size
     for layer in range(engine.shape.n_layers):
-        for head in sequence.cache.held(layer).tolist():
-            assert {0, 1, *range(112, 128)} <= set(head)
+        for head in sequence.cache.held(layer):
+            assert {0, 1, *range(112, 128)} <= set(head.tolist())
 
 
 def test_a_prompts_share_is_of_its_end(llama: Any):
-    """A layer that may hold all of a prompt loses nothing on the way, and the peak is the same."""
+    """A head that may hold all of a prompt loses nothing on the way, and the peak is the same."""
     engine = Engine.from_model(llama)
     n = engine.shape.n_layers
-    profile = np.full(n, -4.0, np.float32)
-    profile[1] = 0
+    profile = np.full((n, engine.shape.n_kv_heads), -4.0, np.float32)
+    profile[1, 1] = 0
     namm = replace(Namm.fresh(SETTINGS), profile=profile)
     sequence = engine.start(NammMemory(namm, memory=0.5))
     sequence.begin_prompt(128)
@@ -79,11 +86,11 @@ def test_a_prompts_share_is_of_its_end(llama: Any):
         engine.forward([(sequence, IDS[i : i + 16])], "none")
         if i == 48:
             fork = engine.fork(sequence)
-    assert sequence.cache.held(1).shape[1] == 128
+    assert held_of(sequence)[1][1] == 128 > held_of(sequence)[1][0]
     whole = 128 * n * engine.shape.position_bytes
     assert sequence.kv_bytes_peak <= 0.5 * whole + 32 * n * engine.shape.position_bytes
     engine.forward([(fork, IDS[64:128])], "none")
-    assert fork.cache.held(1).shape[1] == 128
+    assert held_of(fork)[1][1] == 128
     with attach(llama, NammMemory(namm, memory=0.5), prompt_tokens=128) as run:
         llama(torch.tensor([IDS[:128]]))
     assert run.plans[0].equals(sequence.plan)
@@ -91,17 +98,13 @@ def test_a_prompts_share_is_of_its_end(llama: Any):
 
 def test_without_a_share_scores_below_zero_go(llama: Any):
     engine = Engine.from_model(llama)
-    n = engine.shape.n_layers
-    keeps = Namm(
-        settings=SETTINGS,
-        parameters=drawn(n).parameters,
-        profile=np.array([1e6, -1e6, 0][:n], np.float32),
-    )
+    profile = np.array([[1e6, 1e6], [-1e6, 1e6], [0, -1e6]], np.float32)
+    keeps = Namm(settings=SETTINGS, parameters=drawn(engine.shape).parameters, profile=profile)
     _, sequence = read(engine, NammMemory(keeps), IDS[:128])
-    held = [sequence.cache.held(layer).shape[1] for layer in range(n)]
-    assert held[0] == 128
-    assert held[1] == 32  # 18 that always stay, in whole blocks
-    assert 32 <= held[2] <= 128
+    held = held_of(sequence)
+    assert held[0] == [128, 128]
+    assert held[1] == [32, 128]  # 18 that always stay, in whole blocks
+    assert held[2][1] == 32 <= held[2][0] <= 128
 
 
 def test_one_that_prefers_nothing_holds_what_is_first_and_newest(llama: Any):
@@ -111,7 +114,8 @@ def test_one_that_prefers_nothing_holds_what_is_first_and_newest(llama: Any):
     _, other = read(engine, SinksAndRecent(64, sinks=2, interval=32), IDS[:128])
     assert sequence.observed is None  # it need not see anything
     for layer in range(engine.shape.n_layers):
-        assert (sequence.cache.held(layer) == other.cache.held(layer)).all()
+        pairs = zip(sequence.cache.held(layer), other.cache.held(layer), strict=True)
+        assert all((mine == theirs).all() for mine, theirs in pairs)
 
 
 CUTS = {"chunks": (1, 17, 48, 64, 100), "tokens": tuple(range(1, 150))}
@@ -121,7 +125,7 @@ CUTS = {"chunks": (1, 17, 48, 64, 100), "tokens": tuple(range(1, 150))}
 @pytest.mark.parametrize("memory", [None, 0.4])
 def test_cuts_of_the_text_change_nothing(llama: Any, cuts: tuple[int, ...], memory: float | None):
     engine = Engine.from_model(llama)
-    method = NammMemory(drawn(engine.shape.n_layers), memory=memory)
+    method = NammMemory(drawn(engine.shape), memory=memory)
     whole, sequence = read(engine, method, IDS)
     parts, other = read(engine, method, IDS, cuts)
     assert other.plan.equals(sequence.plan)
@@ -132,7 +136,7 @@ def test_cuts_of_the_text_change_nothing(llama: Any, cuts: tuple[int, ...], memo
 @pytest.mark.skipif(not core.available(), reason="the native core is not built here")
 def test_priced_as_counted_and_replayed(weights: str):
     engine = native(weights)
-    method = NammMemory(drawn(engine.shape.n_layers, interval=48, observes=32), memory=0.4)
+    method = NammMemory(drawn(engine.shape, interval=48, observes=32), memory=0.4)
     ids = (IDS * 2)[:200]
     ids = [i % engine.shape.vocabulary for i in ids]
     logits, sequence = read(engine, method, ids, (64, 65, 66, 130))
@@ -146,7 +150,7 @@ def test_priced_as_counted_and_replayed(weights: str):
 
 def test_the_reference_decides_the_same(llama: Any):
     engine = Engine.from_model(llama)
-    method = NammMemory(drawn(engine.shape.n_layers), memory=0.4)
+    method = NammMemory(drawn(engine.shape), memory=0.4)
     logits, sequence = read(engine, method, IDS)
     with attach(llama, method) as run:
         expected = llama(torch.tensor([IDS])).logits[0]
@@ -177,5 +181,7 @@ def test_what_is_not_allowed(given: dict[str, Any], message: str):
 
 def test_another_models_profile_is_refused(llama: Any):
     engine = Engine.from_model(llama)
-    with pytest.raises(VesicleError, match="profile of 30 layers; this model has 3"):
-        engine.start(NammMemory(Namm.fresh(SETTINGS, 30), memory=0.5))
+    other = replace(engine.shape, n_layers=30)
+    line = "profile of 30 layers of 2 KV heads; this model has 3 layers of 2 KV heads"
+    with pytest.raises(VesicleError, match=line):
+        engine.start(NammMemory(Namm.fresh(SETTINGS, other), memory=0.5))

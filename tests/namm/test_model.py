@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.engine.test_pool import SHAPE
 from vesicle.errors import VesicleError
 from vesicle.namm import Namm, NammSettings
 from vesicle.shipped import shipped_namm
@@ -17,7 +18,7 @@ def some(network: str = "mlp") -> Namm:
     return Namm(
         settings=settings,
         parameters=rng.normal(size=settings.n_parameters).astype(np.float32),
-        profile=rng.normal(size=3).astype(np.float32),
+        profile=rng.normal(size=(3, 2)).astype(np.float32),
         info={"of": "a test"},
     )
 
@@ -51,14 +52,18 @@ def test_another_feature_size_is_refused():
     with pytest.raises(VesicleError, match="has 5 parameters; a 'linear' network of 18 features"):
         Namm(settings=NammSettings(network="linear"), parameters=np.zeros(5, np.float32))
     with pytest.raises(VesicleError, match="not all finite"):
-        replace(some(), profile=np.array([np.nan], np.float32))
+        replace(some(), profile=np.array([[np.nan]], np.float32))
+    with pytest.raises(VesicleError, match=r"has shape \(3,\); allowed: \(layers, KV heads\)"):
+        replace(some(), profile=np.zeros(3, np.float32))
 
 
-def test_a_profile_fits_its_own_layers_alone():
-    namm = some()
-    with pytest.raises(VesicleError, match="profile of 3 layers; this model has 30"):
-        namm.layer_profile(30)
-    assert (namm.without_profile().layer_profile(30) == 0).all()
+def test_a_profile_fits_its_own_heads_alone():
+    namm, shape = some(), replace(SHAPE, n_layers=3)
+    assert (namm.profile_of(shape) == namm.profile).all()
+    line = "profile of 3 layers of 2 KV heads; this model has 3 layers of 4 KV heads"
+    with pytest.raises(VesicleError, match=line):
+        namm.profile_of(replace(shape, n_kv_heads=4))
+    assert (namm.without_profile().profile_of(shape) == np.zeros((3, 2))).all()
 
 
 @pytest.mark.parametrize("fault", ["missing", "format", "settings", "numbers", "short"])
@@ -85,5 +90,6 @@ def test_the_shipped_one_fits_the_default_model_and_is_small():
     folder = shipped_namm()
     assert folder is not None
     assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
-    profile = Namm.load(folder).layer_profile(30)
-    assert int(profile.argmax()) == 18  # where pass keys are found
+    profile = Namm.load(folder).profile
+    assert profile.shape == (30, 3)
+    assert int(profile.max(1).argmax()) == 18  # where pass keys are found

@@ -3,8 +3,10 @@
 // What is not a number must come out of the kernels that it went into. A token's results must be finite and depend on
 // its own sequence alone: the same bits come out whether a text is read at once, in pieces or token by token, by itself
 // or beside pieces of others, in one call or stage by stage, for any number of threads (the same number each time).
-// Every instruction set of this processor is run and compared with the first one. Meant for sanitizers, which want
-// neither Python nor PyTorch around them, and for processors that are only emulated.
+// KV heads of a layer without a window may hold different numbers of blocks. What a token reads is counted here once
+// more, and what it makes of it is worked out slowly. Every instruction set of this processor is run and compared with
+// the first one. Meant for sanitizers, which want neither Python nor PyTorch around them, and for processors that are
+// only emulated.
 //
 //   driver [models [first seed [instruction set ...]]]
 
@@ -21,6 +23,10 @@
 
 #include "interface.h"
 #include "kernels.h"
+
+namespace vesicle {
+void embed(const VesicleProjection& w, int64_t row, float* out);
+}
 
 namespace {
 
@@ -64,6 +70,24 @@ uint16_t half(float x) {  // cut off; zero below the normal numbers
 float from_half(uint16_t x) {  // of a number that `half` made
   const float size = std::ldexp(static_cast<float>(1024 + (x & 1023)), (x >> 10 & 31) - 25);
   return x & 0x7fff ? (x & 0x8000 ? -size : size) : 0.0f;
+}
+
+// The i-th number of a KV format.
+double number_of(const char* numbers, int64_t i, int64_t format) {
+  if (format == vesicle::kI8) return reinterpret_cast<const int8_t*>(numbers)[i];
+  float wide;
+  if (format == vesicle::kF32) {
+    std::memcpy(&wide, numbers + 4 * i, sizeof wide);
+    return wide;
+  }
+  uint16_t small;
+  std::memcpy(&small, numbers + 2 * i, sizeof small);
+  const bool tiny = !(small & 0x7c00);
+  if (format == vesicle::kF16 && tiny) return std::ldexp(small & 0x8000 ? -(small & 1023) : small & 1023, -24);
+  if (format == vesicle::kF16) return from_half(small);
+  const uint32_t bits = static_cast<uint32_t>(small) << 16;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
 }
 
 uint16_t bf16(float x) {
@@ -188,6 +212,16 @@ std::vector<float> unpacked(const VesicleProjection& w) {
   return out;
 }
 
+// A dense projection's.
+std::vector<float> dense(const VesicleProjection& w) {
+  std::vector<float> out;
+  const int64_t format = w.format == kDense32 ? vesicle::kF32 : vesicle::kBf16;
+  for (int64_t i = 0; i < w.n_in; ++i)
+    for (int64_t o = 0; o < w.n_out; ++o)
+      out.push_back(static_cast<float>(number_of(static_cast<const char*>(w.data), i * w.stride + o, format)));
+  return out;
+}
+
 // Numbers of a KV format.
 std::vector<char> stored(Random& r, int64_t n, int64_t format) {
   std::vector<char> out(n * (format == vesicle::kF32 ? 4 : format == vesicle::kI8 ? 1 : 2));
@@ -281,7 +315,7 @@ struct Model {
   Weight embedding, head;
   SmallStorage small_ffns[2], small_attention;
   ScreenStorage screen;
-  std::vector<char> pages;  // (blocks, KV heads, keys then values)
+  std::vector<char> pages;  // (blocks, keys then values), each block of one KV head
   std::vector<uint16_t> key_scales, value_scales;
   int64_t blocks = 0;
 
@@ -353,28 +387,50 @@ struct Model {
     small_attention.fill(r, m, false);
     m.kv_format = r.between(0, 3);
     m.summary_format = m.kv_format == vesicle::kI8 ? static_cast<int64_t>(vesicle::kF16) : m.kv_format;
-    for (const Extent& extent : extents) blocks += m.n_layers * extent.visible();
-    pages = stored(r, blocks * 2 * kv * kBlock, m.kv_format);
+    for (const Extent& extent : extents) blocks += m.n_layers * m.kv_heads * extent.visible();
+    pages = stored(r, blocks * 2 * m.size * kBlock, m.kv_format);
     if (m.kv_format == vesicle::kI8)
-      for (int64_t i = 0; i < blocks * m.kv_heads * kBlock; ++i) {
+      for (int64_t i = 0; i < blocks * kBlock; ++i) {
         key_scales.push_back(half(r.uniform(0.005f, 0.01f)));
         value_scales.push_back(half(r.uniform(0.005f, 0.01f)));
       }
     m.page_stride = 2 * m.size * kBlock;
     m.keys = pages.data();
-    m.values = pages.data() + pages.size() / (blocks * m.kv_heads * 2);
+    m.values = pages.data() + pages.size() / (blocks * 2);
     m.key_scales = key_scales.empty() ? nullptr : key_scales.data();
     m.value_scales = value_scales.empty() ? nullptr : value_scales.data();
   }
 
-  // Makes a position of a head's page one that has not been written.
-  void forget(int64_t page, int64_t slot) {
+  // Makes a position of a block one that has not been written.
+  void forget(int64_t block, int64_t slot) {
     const VesicleModel& m = view;
     for (int64_t d = 0; d < m.size; ++d) {
-      poison(pages, page * m.page_stride + d * kBlock + slot, m.kv_format);
-      poison(pages, page * m.page_stride + m.size * kBlock + slot * m.size + d, m.kv_format);
+      poison(pages, block * m.page_stride + d * kBlock + slot, m.kv_format);
+      poison(pages, block * m.page_stride + m.size * kBlock + slot * m.size + d, m.kv_format);
     }
-    if (m.kv_format == vesicle::kI8) key_scales[page * kBlock + slot] = value_scales[page * kBlock + slot] = 0x7e00;
+    if (m.kv_format == vesicle::kI8) key_scales[block * kBlock + slot] = value_scales[block * kBlock + slot] = 0x7e00;
+  }
+
+  static double scale_of(const std::vector<uint16_t>& scales, int64_t i) {
+    return number_of(reinterpret_cast<const char*>(scales.data()), i, vesicle::kF16);
+  }
+  // Keys and values (16 n, size) of n blocks, as they are read back.
+  std::vector<double> keys(const int32_t* blocks, int64_t n) const {
+    return entries(blocks, n, 0, 1, kBlock, key_scales);
+  }
+  std::vector<double> values(const int32_t* blocks, int64_t n) const {
+    return entries(blocks, n, view.size * kBlock, view.size, 1, value_scales);
+  }
+  std::vector<double> entries(const int32_t* blocks, int64_t n, int64_t first, int64_t by_slot, int64_t by_channel,
+                              const std::vector<uint16_t>& scales) const {
+    std::vector<double> out;
+    for (int64_t i = 0; i < n * kBlock; ++i) {
+      const int64_t block = blocks[i / kBlock], at = block * view.page_stride + first + i % kBlock * by_slot;
+      const double scale = scales.empty() ? 1 : scale_of(scales, block * kBlock + i % kBlock);
+      for (int64_t d = 0; d < view.size; ++d)
+        out.push_back(scale * number_of(pages.data(), at + d * by_channel, view.kv_format));
+    }
+    return out;
   }
 };
 
@@ -446,12 +502,13 @@ struct ModulatorStorage {
   }
 };
 
-// One sequence: what lies in its cache, its lists of blocks, of which each layer may have lost some, and the text that
-// it reads next, with what each token does.
+// One sequence: what lies in its cache, its lists of blocks, of which each KV head of each layer may have lost some,
+// and the text that it reads next, with what each token does.
 struct Sequence {
-  int64_t position, n, room, vectors, room_summaries;
+  int64_t kv_heads, position, n, room, vectors, room_summaries;
   std::vector<int32_t> ids;
-  std::vector<int32_t> tables, starts, before;  // `before`: blocks of a layer that are older than the text's
+  // (L, KV heads, room) twice, (L, KV heads): blocks of a head that are older than the text's.
+  std::vector<int32_t> tables, starts, before;
   std::vector<std::vector<char>> summaries;
   std::vector<void*> summary_pointers;
   bool summarised;
@@ -466,46 +523,58 @@ struct Sequence {
   std::vector<VesiclePlanRow> plan;  // (n, L)
 
   bool releases(int64_t place) const { return !modulator.empty() && acting[place]; }
-  // Blocks that the token at a place of the text sees in a layer.
-  int64_t held(int64_t l, int64_t place) const {
-    return before[l] + (position + place) / kBlock - position / kBlock + 1;
+  // A KV head's among those of all layers.
+  int64_t row_of(int64_t l, int64_t g) const { return l * kv_heads + g; }
+  const int32_t* table(int64_t l, int64_t g) const { return &tables[row_of(l, g) * room]; }
+  // Blocks that a KV head holds up to that of the token at a place of the text.
+  int64_t held(int64_t l, int64_t g, int64_t place) const {
+    return before[row_of(l, g)] + (position + place) / kBlock - position / kBlock + 1;
+  }
+  // Whether the KV heads of a layer hold different numbers of blocks.
+  bool uneven(int64_t l) const {
+    return std::any_of(&before[l * kv_heads], &before[l * kv_heads] + kv_heads,
+                       [&](int32_t blocks) { return blocks != before[l * kv_heads]; });
   }
 
   Sequence(Random& r, Model& model, const Extent& extent, std::vector<int32_t>& free)
-      : position(extent.position), n(extent.n) {
+      : kv_heads(model.view.kv_heads), position(extent.position), n(extent.n) {
     const VesicleModel& m = model.view;
-    const int64_t L = m.n_layers, visible = extent.visible(), first = position / kBlock;
+    const int64_t L = m.n_layers, G = kv_heads, visible = extent.visible(), first = position / kBlock;
     for (int64_t i = 0; i < n; ++i) ids.push_back(static_cast<int32_t>(r.between(0, m.vocabulary - 1)));
     room = visible + r.between(0, 3);
     vectors = r.between(1, 2);
     room_summaries = padded(visible + r.between(0, 3), 16);
-    tables.assign(L * room, 0);
-    starts.assign(L * room, 0);
+    tables.assign(L * G * room, 0);
+    starts.assign(L * G * room, 0);
     for (int64_t l = 0; l < L; ++l) {
       // A windowed layer has left nothing but blocks behind that no token of the text sees.
       const int64_t window = m.layers[l].window;
       const int64_t left = window ? r.between(0, std::max<int64_t>(0, first * kBlock - window + 1) / kBlock) : 0;
-      const bool evicts = !window && r.chance(0.4);
-      int32_t listed = 0;
-      for (int64_t b = left; b < visible; ++b) {
-        if (b < first && evicts && r.chance(0.3)) continue;
-        if (b == first) before.push_back(listed);
-        tables[l * room + listed] = free.back();
-        starts[l * room + listed++] = static_cast<int32_t>(b * kBlock);
-        free.pop_back();
-      }
+      const bool evicts = !window && r.chance(0.6);
       // (KV heads, room / 16, vectors, size, 16): nothing is known of blocks that are yet to be completed.
-      summaries.push_back(stored(r, m.kv_heads * room_summaries * vectors * m.size, m.summary_format));
+      summaries.push_back(stored(r, G * room_summaries * vectors * m.size, m.summary_format));
       const int64_t group = vectors * m.size * 16;
-      for (int64_t g = 0; g < m.kv_heads; ++g)
-        for (int64_t b = before[l]; b < room_summaries; ++b)
+      for (int64_t g = 0; g < G; ++g) {
+        // Each head forgets what it will: much, all or nothing.
+        const float shares[] = {0.0f, 0.1f, 0.3f, 0.3f, 0.6f, 0.9f, 1.0f};
+        const float forgets = evicts ? shares[r.between(0, 6)] : 0.0f;
+        int32_t* const list = &tables[row_of(l, g) * room];
+        int32_t listed = 0;
+        for (int64_t b = left; b < visible; ++b) {
+          if (b < first && r.chance(forgets)) continue;
+          if (b == first) before.push_back(listed);
+          starts[row_of(l, g) * room + listed] = static_cast<int32_t>(b * kBlock);
+          list[listed++] = free.back();
+          free.pop_back();
+        }
+        const int64_t older = before.back();
+        for (int64_t b = older; b < room_summaries; ++b)
           for (int64_t i = 0; i < vectors * m.size; ++i)
             poison(summaries.back(), (g * room_summaries / 16 + b / 16) * group + i * 16 + b % 16, m.summary_format);
-      // Nor have the text's positions, and what follows them, been written.
-      for (int64_t b = before[l]; b < listed; ++b)
-        for (int64_t g = 0; g < m.kv_heads; ++g)
-          for (int64_t slot = b == before[l] ? position % kBlock : 0; slot < kBlock; ++slot)
-            model.forget(tables[l * room + b] * m.kv_heads + g, slot);
+        // Nor have the text's positions, and what follows them, been written.
+        for (int64_t b = older; b < listed; ++b)
+          for (int64_t slot = b == older ? position % kBlock : 0; slot < kBlock; ++slot) model.forget(list[b], slot);
+      }
     }
     for (auto& s : summaries) summary_pointers.push_back(s.data());
     for (int64_t t = 0; t < n; ++t)
@@ -519,7 +588,7 @@ struct Sequence {
     small_attention = r.chance(0.5);
     reads = r.chance(0.5);
     received.resize(L * m.kv_heads * room * kBlock);
-    observes = r.chance(0.5) ? r.between(1, 2 * n) : 0;
+    observes = r.chance(0.6) ? r.between(r.chance(0.5) ? n : 1, 2 * n) : 0;
     queries.resize(L * observes * m.heads * m.size);
     const bool reads_all = r.chance(0.2);
     if (!reads_all && r.chance(0.4)) modulator.emplace_back(r, m);
@@ -662,10 +731,10 @@ struct Chunk {
     if (!s.modulator.empty()) acting = part(s.acting, at, n, 1);
     tables = s.tables;
     starts = s.starts;
-    for (int64_t l = 0; l < L; ++l) {
-      held.push_back(static_cast<int32_t>(s.held(l, at + n - 1)));
-      std::fill(&tables[l * s.room] + held[l], &tables[l * s.room] + s.room, INT32_MAX);
-      std::fill(&starts[l * s.room] + held[l], &starts[l * s.room] + s.room, INT32_MAX);
+    for (int64_t row = 0; row < L * m.kv_heads; ++row) {
+      held.push_back(static_cast<int32_t>(s.held(row / m.kv_heads, row % m.kv_heads, at + n - 1)));
+      std::fill(&tables[row * s.room] + held[row], &tables[row * s.room] + s.room, INT32_MAX);
+      std::fill(&starts[row * s.room] + held[row], &starts[row * s.room] + s.room, INT32_MAX);
     }
     levels.assign(n * L * kLevels, 1.0);
     rows.assign(n * L * 4, 0);
@@ -800,18 +869,19 @@ struct Reading {
 // What a sequence leaves in its cache.
 std::vector<char> kept(const Model& model, const Sequence& s, std::vector<bool>& written) {
   std::vector<char> out;
-  const int64_t page = model.pages.size() / model.blocks, scales = model.view.kv_heads * kBlock;
+  const int64_t page = model.pages.size() / model.blocks;
   for (int64_t l = 0; l < model.view.n_layers; ++l) {
-    for (int64_t b = s.before[l]; b < s.held(l, s.n - 1); ++b) {
-      const int64_t block = s.tables[l * s.room + b];
-      written[block] = true;
-      out.insert(out.end(), &model.pages[block * page], &model.pages[block * page] + page);
-      for (const auto* pool : {&model.key_scales, &model.value_scales}) {
-        if (pool->empty()) continue;
-        const char* from = reinterpret_cast<const char*>(&(*pool)[block * scales]);
-        out.insert(out.end(), from, from + scales * 2);
+    for (int64_t g = 0; g < s.kv_heads; ++g)
+      for (int64_t b = s.before[s.row_of(l, g)]; b < s.held(l, g, s.n - 1); ++b) {
+        const int64_t block = s.table(l, g)[b];
+        written[block] = true;
+        out.insert(out.end(), &model.pages[block * page], &model.pages[block * page] + page);
+        for (const auto* pool : {&model.key_scales, &model.value_scales}) {
+          if (pool->empty()) continue;
+          const char* from = reinterpret_cast<const char*>(&(*pool)[block * kBlock]);
+          out.insert(out.end(), from, from + kBlock * 2);
+        }
       }
-    }
     out.insert(out.end(), s.summaries[l].begin(), s.summaries[l].end());
   }
   return out;
@@ -822,7 +892,8 @@ void check_summaries(const VesicleModel& m, Sequence& s, const std::vector<std::
                      int64_t threads) {
   const auto made = s.summaries;
   std::vector<int32_t> held;
-  for (int64_t l = 0; l < m.n_layers; ++l) held.push_back(static_cast<int32_t>(s.held(l, s.n - 1)));
+  for (int64_t row = 0; row < m.n_layers * m.kv_heads; ++row)
+    held.push_back(static_cast<int32_t>(s.held(row / m.kv_heads, row % m.kv_heads, s.n - 1)));
   VesicleChunk chunk{};
   chunk.room = s.room;
   chunk.vectors = s.vectors;
@@ -832,18 +903,18 @@ void check_summaries(const VesicleModel& m, Sequence& s, const std::vector<std::
   chunk.summaries = s.summary_pointers.data();
   vesicle_summarise(&m, &chunk, threads);
   const int64_t bytes = m.summary_format == vesicle::kF32 ? 4 : 2, group = s.vectors * m.size * 16;
-  for (int64_t l = 0; l < m.n_layers; ++l) {
-    const int64_t complete = s.before[l] + (s.position + s.n) / kBlock - s.position / kBlock;
+  for (int64_t l = 0; l < m.n_layers; ++l)
     for (int64_t i = 0; i < m.kv_heads * s.room_summaries * s.vectors * m.size; ++i) {
+      const int64_t row = s.row_of(l, i / (s.room_summaries * s.vectors * m.size));
+      const int64_t complete = s.before[row] + (s.position + s.n) / kBlock - s.position / kBlock;
       const int64_t b = i / group % (s.room_summaries / 16) * 16 + i % 16;
-      const bool is_new = b >= s.before[l] && b < complete;
+      const bool is_new = b >= s.before[row] && b < complete;
       const auto& expected = is_new ? s.summaries[l] : before[l];
       // What is summarised afterwards leaves the newest block out.
-      if (!is_new || b + 1 < held[l])
-        CHECK(!std::memcmp(&made[l][i * bytes], &expected[i * bytes], bytes), "block %lld of layer %lld", (long long)b,
-              (long long)l);
+      if (!is_new || b + 1 < held[row])
+        CHECK(!std::memcmp(&made[l][i * bytes], &expected[i * bytes], bytes), "block %lld of head %lld of layer %lld",
+              (long long)b, (long long)(row - l * m.kv_heads), (long long)l);
     }
-  }
 }
 
 // The newest tokens' queries of a text that was read, of those that attend; nothing of a windowed layer is kept.
@@ -861,8 +932,142 @@ std::vector<float> kept_queries(const VesicleModel& m, const Sequence& s, const 
   return out;
 }
 
+// How much was checked slowly: slots for what they received; outputs of attention; tokens of which some KV heads chose
+// and others did not. And layers whose heads hold different numbers of blocks.
+struct Checked {
+  int64_t received = 0, outputs = 0, mixed = 0, uneven = 0;
+} checked;
+
+// The places that a token reads of a KV head's list when it reads `most`: its own, the first, and those of the largest
+// estimated mass. Empty where nearly equal ones leave it open which these are.
+std::vector<int64_t> places_read(const VesicleModel& m, const Sequence& s, int64_t l, int64_t g, int64_t own,
+                                 int64_t most, const float* query) {
+  std::vector<int64_t> places;
+  if (most > own) {
+    for (int64_t b = 0; b <= own; ++b) places.push_back(b);
+    return places;
+  }
+  const int64_t ratio = m.heads / m.kv_heads, group = s.vectors * m.size * 16;
+  std::vector<double> mass(own);
+  for (int64_t i = 0; i < ratio; ++i) {
+    std::vector<double> scores(own);
+    for (int64_t b = 0; b < own; ++b)
+      for (int64_t d = 0; d < m.size; ++d) {
+        const double x = query[i * m.size + d];
+        const int64_t vector = s.vectors == 2 && x > 0;  // of bounds the one that makes the score largest
+        const int64_t at = (g * s.room_summaries / 16 + b / 16) * group + (vector * m.size + d) * 16 + b % 16;
+        scores[b] += x * number_of(s.summaries[l].data(), at, m.summary_format) * m.scale;
+      }
+    const double top = *std::max_element(scores.begin(), scores.end());
+    double total = 0;
+    for (double& x : scores) total += x = std::exp(x - top);
+    for (int64_t b = 0; b < own; ++b) mass[b] += scores[b] / total;
+  }
+  for (int64_t b = 1; b < own; ++b) places.push_back(b);
+  std::stable_sort(places.begin(), places.end(), [&](int64_t a, int64_t b) { return mass[a] > mass[b]; });
+  const int64_t chosen = most - 2;
+  if (chosen > 0) {
+    const double last = mass[places[chosen - 1]], next = mass[places[chosen]];
+    if (last < 1e-30 || last - next < 1e-3 * last) return {};
+  }
+  places.resize(chosen);
+  places.push_back(0);
+  places.push_back(own);
+  std::sort(places.begin(), places.end());
+  return places;
+}
+
+// What lies in a cache that was read to its end, and the queries that were kept, say what each slot has received, and
+// what the first layer's attention has added to the residual stream.
+void check_attention(const Model& model, const Sequence& s, const std::vector<Said>& said) {
+  const VesicleModel& m = model.view;
+  const int64_t ratio = m.heads / m.kv_heads, width = m.heads * m.size, slots = s.room * kBlock;
+  std::vector<float> plain;
+  for (int64_t l = 0; s.observes && l < m.n_layers; ++l) {
+    if (m.layers[l].window) continue;
+    const int64_t first = std::max<int64_t>(0, s.n - s.observes);
+    std::vector<std::vector<double>> keys, values;
+    for (int64_t g = 0; g < m.kv_heads; ++g) {
+      keys.push_back(model.keys(s.table(l, g), s.held(l, g, s.n - 1)));
+      values.push_back(model.values(s.table(l, g), s.held(l, g, s.n - 1)));
+    }
+    std::vector<double> sums(m.kv_heads * slots), mixed(s.n * width);
+    std::vector<bool> read(m.kv_heads * slots), known(m.kv_heads, !first), clear(s.n, true);
+    for (int64_t t = first; t < s.n; ++t) {
+      const VesiclePlanRow& row = said[t].plan[l];
+      if (!row.attention) continue;
+      int64_t choosing = 0;
+      for (int64_t g = 0; g < m.kv_heads; ++g) {
+        const int64_t own = s.held(l, g, t) - 1;
+        choosing += row.kv_blocks <= own;
+        const float* query = &s.queries[(l * s.observes + (s.position + t) % s.observes) * width + g * ratio * m.size];
+        const std::vector<int64_t> places = places_read(m, s, l, g, own, row.kv_blocks, query);
+        if (places.empty()) {
+          known[g] = clear[t] = false;
+          continue;
+        }
+        const int64_t n = static_cast<int64_t>(places.size() - 1) * kBlock + (s.position + t) % kBlock + 1;
+        for (int64_t h = 0; h < ratio; ++h) {
+          double* out = &mixed[t * width + (g * ratio + h) * m.size];
+          std::vector<double> scores(n);
+          for (int64_t i = 0; i < n; ++i) {
+            const int64_t slot = places[i / kBlock] * kBlock + i % kBlock;
+            for (int64_t d = 0; d < m.size; ++d) scores[i] += query[h * m.size + d] * keys[g][slot * m.size + d];
+            scores[i] *= m.scale;
+          }
+          const double top = *std::max_element(scores.begin(), scores.end());
+          double total = 0;
+          for (double& x : scores) total += x = std::exp(x - top);
+          for (int64_t i = 0; i < n; ++i) {
+            const int64_t slot = places[i / kBlock] * kBlock + i % kBlock;
+            sums[g * slots + slot] += scores[i] / total;
+            read[g * slots + slot] = true;
+            for (int64_t d = 0; d < m.size; ++d) out[d] += scores[i] / total * values[g][slot * m.size + d];
+          }
+        }
+      }
+      checked.mixed += clear[t] && choosing && choosing < m.kv_heads;
+    }
+    for (int64_t i = 0; s.reads && i < m.kv_heads * slots; ++i) {
+      if (!known[i / slots]) continue;
+      const float found = s.received[l * m.kv_heads * slots + i];
+      CHECK(read[i] ? std::abs(found - sums[i]) <= 1e-5 + 1e-3 * sums[i] : found == 0,
+            "slot %lld of head %lld of layer %lld: %g, not %g", (long long)(i % slots), (long long)(i / slots),
+            (long long)l, found, sums[i]);
+      ++checked.received;
+    }
+    if (l || m.layers[0].attention_post_norm.gain) continue;
+    const VesicleProjection& w = m.layers[0].attention_out;
+    for (int64_t t = first; t < s.n; ++t) {
+      const VesiclePlanRow& row = said[t].plan[0];
+      if (!row.attention || !clear[t] || said[t].halves.empty()) continue;
+      if (row.channels[1] < width || (w.format >= kPacked4 && row.bits[1] < 16)) continue;
+      if (plain.empty()) plain = w.format < kPacked4 ? dense(w) : unpacked(w);
+      std::vector<float> before(m.width);
+      vesicle::embed(m.embedding, s.ids[t], before.data());
+      double error = 0, size = 1e-20, beside = 0;
+      for (int64_t o = 0; o < m.width; ++o) {
+        double expected = w.bias ? w.bias[o] : 0;
+        for (int64_t i = 0; i < width; ++i) {
+          const double product = mixed[t * width + i] * plain[i * m.width + o];
+          expected += product;
+          size += product * product;
+        }
+        const double from = m.embedding_scale * before[o], apart = said[t].halves[o] - from - expected;
+        error += apart * apart;
+        beside += from * from + expected * expected;
+      }
+      const double allowed = (w.format >= kPacked4 ? 0.02 : 1e-4) * std::sqrt(size) + 1e-5 * std::sqrt(beside);
+      CHECK(std::sqrt(error) <= allowed, "attention of token %lld: %g apart, of %g; format %lld", (long long)t,
+            std::sqrt(error), std::sqrt(size), (long long)w.format);
+      ++checked.outputs;
+    }
+  }
+}
+
 // Reads all texts, from a cache as it was at the start.
-Reading read(Random& r, Model& model, std::vector<Sequence>& sequences, const Passes& passes, int64_t threads) {
+Reading read(Random& r, Model& model, std::vector<Sequence>& sequences, const Passes& passes, int64_t threads,
+             bool sound = true) {
   const VesicleModel& m = model.view;
   const auto pages = model.pages;
   const auto key_scales = model.key_scales, value_scales = model.value_scales;
@@ -902,18 +1107,19 @@ Reading read(Random& r, Model& model, std::vector<Sequence>& sequences, const Pa
     reading.received.push_back(s.received);
     reading.queries.push_back(kept_queries(m, s, reading.said[reading.queries.size()]));
   }
-  const int64_t page = pages.size() / model.blocks, scales = m.kv_heads * kBlock;
+  const int64_t page = pages.size() / model.blocks;
   for (int64_t block = 0; block < model.blocks; ++block) {
     if (written[block]) continue;
     CHECK(!std::memcmp(&pages[block * page], &model.pages[block * page], page), "block %lld", (long long)block);
     if (key_scales.empty()) continue;
     const auto same = [&](const std::vector<uint16_t>& a, const std::vector<uint16_t>& b) {
-      return !std::memcmp(&a[block * scales], &b[block * scales], scales * sizeof a[0]);
+      return !std::memcmp(&a[block * kBlock], &b[block * kBlock], kBlock * sizeof a[0]);
     };
     CHECK(same(key_scales, model.key_scales) && same(value_scales, model.value_scales), "block %lld", (long long)block);
   }
   for (size_t i = 0; i < sequences.size(); ++i) {
     Sequence& s = sequences[i];
+    if (sound) check_attention(model, s, reading.said[i]);
     if (s.summarised && r.chance(0.3)) check_summaries(m, s, summaries[i], threads);
     for (int64_t l = 0; l < m.n_layers; ++l)
       std::copy(summaries[i][l].begin(), summaries[i][l].end(), s.summaries[l].begin());
@@ -970,8 +1176,24 @@ void check_heads(const VesicleModel& m, const std::vector<Sequence>& sequences, 
     }
 }
 
-// What small modules and gathering are said to have cost is what was decided, and every query that attends gives away
-// a probability of 1.
+// Entries of all KV heads of a layer that a token reads, and summaries that it compares to choose among their blocks.
+void count_read(const VesicleModel& m, const Sequence& s, int64_t l, int64_t t, const VesiclePlanRow& row,
+                int64_t* visited, int64_t* compared) {
+  const int64_t position = s.position + t, window = m.layers[l].window;
+  const int64_t unseen = window ? std::max<int64_t>(0, position + 1 - window) : 0;  // positions
+  *visited = *compared = 0;
+  for (int64_t g = 0; row.attention && g < m.kv_heads; ++g) {
+    // In a windowed layer nothing is forgotten that is seen.
+    const int64_t blocks = window ? position / kBlock - unseen / kBlock + 1 : s.held(l, g, t);
+    const int64_t entries = window ? position + 1 - unseen : (blocks - 1) * kBlock + position % kBlock + 1;
+    const bool chooses = row.kv_blocks < blocks;
+    *visited += chooses ? (row.kv_blocks - 1) * kBlock + position % kBlock + 1 : entries;
+    if (chooses) *compared += s.vectors * (blocks - 1 - (unseen % kBlock != 0));
+  }
+}
+
+// What attention, small modules and gathering are said to have cost is what was decided, and every query that attends
+// gives away a probability of 1.
 void check_received(const Model& model, const std::vector<Sequence>& sequences, const Reading& reading) {
   const VesicleModel& m = model.view;
   for (size_t who = 0; who < sequences.size(); ++who) {
@@ -984,8 +1206,12 @@ void check_received(const Model& model, const std::vector<Sequence>& sequences, 
         if (row.ffn == 1 && s.small_ffn >= 0) small += model.small_ffns[s.small_ffn].weights_read(m);
         if (!row.attention && s.small_attention) small += model.small_attention.weights_read(m);
         attending[l] += row.attention;
+        int64_t visited, compared;
+        count_read(m, s, l, &said - reading.said[who].data(), row, &visited, &compared);
+        CHECK(said.visited[l] == visited, "%lld, not %lld", (long long)said.visited[l], (long long)visited);
+        CHECK(said.compared[l] == compared, "%lld, not %lld", (long long)said.compared[l], (long long)compared);
         const bool told = s.reads && !m.layers[l].window;  // nothing but its window forgets there
-        const int64_t expected = told && row.attention ? said.visited[l] : 0;
+        const int64_t expected = told ? visited : 0;
         CHECK(said.summed[l] == expected, "%lld, not %lld", (long long)said.summed[l], (long long)expected);
       }
       CHECK(said.small[0] == small, "%lld, not %lld", (long long)said.small[0], (long long)small);
@@ -1013,7 +1239,7 @@ void damaged_text(Random& r, Model& model, std::vector<Sequence>& sequences, con
   model.embedding.swap_first(id, &bits);
   for (const bool whole : {true, false}) {
     const Passes passes = whole ? at_once(sequences, kLikeliest) : in_pieces(r, sequences);
-    const Reading reading = read(r, model, sequences, passes, threads);
+    const Reading reading = read(r, model, sequences, passes, threads, false);
     for (size_t who = 0; who < sequences.size(); ++who) {
       const auto& ids = sequences[who].ids;
       const int64_t n = sequences[who].n, first = std::find(ids.begin(), ids.end(), id) - ids.begin();
@@ -1093,29 +1319,28 @@ void readers(const char* set, int64_t tokens, int64_t ratio) {
     std::vector<char> pages(2 * kBlocks * kKvHeads * page * bytes);
     std::vector<uint16_t> scales(2 * kBlocks * kKvHeads * kBlock);
     const vesicle::KvView kv{pages.data(),  pages.data() + kBlocks * kKvHeads * page * bytes,  page,
-                             scales.data(), scales.data() + kBlocks * kKvHeads * kBlock,       kKvHeads,
-                             kSize};
-    for (int64_t i = 0; i < kBlocks * kBlock; ++i)
-      for (int64_t g = 0; g < kKvHeads; ++g)
-        k->store(&kv, format, g, i / kBlock, i % kBlock, floats(r, kSize, -1, 1).data(),
-                 floats(r, kSize, -1, 1).data());
+                             scales.data(), scales.data() + kBlocks * kKvHeads * kBlock, kSize};
+    for (int64_t i = 0; i < kBlocks * kKvHeads * kBlock; ++i)
+      k->store(&kv, format, i / kBlock, i % kBlock, floats(r, kSize, -1, 1).data(), floats(r, kSize, -1, 1).data());
     const std::vector<float> query = floats(r, tokens * kKvHeads * ratio * kSize, -3, 3);
     const int64_t rows = tokens * ratio;
     std::vector<const float*> queries(tokens);
     std::vector<int64_t> tails(tokens);
-    std::vector<std::vector<int32_t>> lists(tokens);
-    std::vector<int32_t> blocks;
-    std::vector<uint16_t> readers;
     for (auto& tail : tails) tail = r.between(1, kBlock);
-    for (int32_t b = 0; b < kBlocks; ++b) {
-      uint16_t these = 0;
-      for (int64_t t = 0; t < tokens; ++t)
-        if (b + 1 == kBlocks || r.chance(0.4)) these |= 1 << t, lists[t].push_back(kBlocks - 1 - b);
-      if (!these) continue;
-      blocks.push_back(kBlocks - 1 - b);
-      readers.push_back(these);
-    }
     for (int64_t g = 0; g < kKvHeads; ++g) {
+      // Each head has blocks of its own, as many as it likes.
+      std::vector<std::vector<int32_t>> lists(tokens);
+      std::vector<int32_t> blocks;
+      std::vector<uint16_t> readers;
+      for (int64_t left = r.between(1, kBlocks); left; --left) {
+        const int32_t block = static_cast<int32_t>((left - 1) * kKvHeads + g);
+        uint16_t these = 0;
+        for (int64_t t = 0; t < tokens; ++t)
+          if (left == 1 || r.chance(0.4)) these |= 1 << t, lists[t].push_back(block);
+        if (!these) continue;
+        blocks.push_back(block);
+        readers.push_back(these);
+      }
       // Results lie apart, with something else between that stays.
       constexpr int64_t kStep = kSize + 5;
       std::vector<float> parts(rows * kStep, 77), room(kBlock * rows);
@@ -1128,20 +1353,19 @@ void readers(const char* set, int64_t tokens, int64_t ratio) {
       const vesicle::Shared shared{queries.data(), part.data(), kStep, tokens, ratio, blocks.data(),
                                    static_cast<int64_t>(blocks.size()), readers.data(), tails.data(),
                                    nullptr, 0};
-      k->attend_shared(&kv, format, g, &shared, 0.2f, room.data(), row.data());
+      k->attend_shared(&kv, format, &shared, 0.2f, room.data(), row.data());
       for (int64_t t = 0; t < tokens; ++t) {
-        const int64_t heads = kKvHeads * ratio, n = static_cast<int64_t>(lists[t].size());
-        std::vector<float> alone(heads * kSize), top(heads), total(heads), its_room(kBlock * heads);
-        const int32_t* const both[] = {lists[t].data(), lists[t].data()};
-        k->attend(&kv, format, query.data() + t * heads * kSize, ratio, 0.2f, both, n, n, 0, tails[t], alone.data(),
-                  top.data(), total.data(), its_room.data());
+        const int64_t n = static_cast<int64_t>(lists[t].size());
+        std::vector<float> alone(ratio * kSize), top(ratio), total(ratio), its_room(kBlock * ratio);
+        const int64_t read = k->attend(&kv, format, queries[t], ratio, 0.2f, lists[t].data(), n, n, 0, tails[t],
+                                       alone.data(), top.data(), total.data(), its_room.data());
+        CHECK(read == (n - 1) * kBlock + tails[t], "%s, format %d: %lld", set, format, (long long)read);
         for (int64_t i = 0; i < ratio; ++i) {
           const float* p = part[t] + i * kStep;
-          const int64_t h = g * ratio + i;
-          CHECK(!std::memcmp(&alone[h * kSize], p, kSize * sizeof(float)) && p[kSize] == top[h] &&
-                    p[kSize + 1] == total[h] && p[kSize + 2] == 77,
-                "%s, format %d, token %lld of %lld, head %lld", set, format, (long long)t, (long long)tokens,
-                (long long)h);
+          CHECK(!std::memcmp(&alone[i * kSize], p, kSize * sizeof(float)) && p[kSize] == top[i] &&
+                    p[kSize + 1] == total[i] && p[kSize + 2] == 77,
+                "%s, format %d, token %lld of %lld, head %lld of KV head %lld", set, format, (long long)t,
+                (long long)tokens, (long long)i, (long long)g);
         }
       }
     }
@@ -1161,15 +1385,13 @@ void damage(const char* set) {
         std::vector<char> pages(2 * 2 * kBlock * kSize * bytes);
         std::vector<uint16_t> scales(4 * kBlock);
         const vesicle::KvView kv{pages.data(),  pages.data() + kBlock * kSize * bytes, 2 * kBlock * kSize,
-                                 scales.data(), scales.data() + 2 * kBlock,            1,
-                                 kSize};
+                                 scales.data(), scales.data() + 2 * kBlock,            kSize};
         for (int64_t i = 0; i < kPositions; ++i) {
           std::vector<float> key = floats(r, kSize, -1, 1), value = floats(r, kSize, -1, 1);
           if (i == 7) (in_key ? key : value)[kSize - 1] = bad;
-          k->store(&kv, format, 0, i / kBlock, i % kBlock, key.data(), value.data());
+          k->store(&kv, format, i / kBlock, i % kBlock, key.data(), value.data());
         }
         const int32_t list[] = {0, 1};
-        const int32_t* const lists[] = {list};
         constexpr int64_t kRows = kTokens * kHeads;
         std::vector<float> out(kRows * kSize), top(kRows), total(kRows), room(32 * (kSize + kRows));
         // An infinite key gives scores of either infinity; an infinite one spoils the value that it is in.
@@ -1180,7 +1402,7 @@ void damage(const char* set) {
           CHECK((sees && nothing) || std::isfinite(last) != sees, "%s, format %d, %g in a %s, %s, row %lld", set,
                 format, bad, in_key ? "key" : "value", how, (long long)row);
         };
-        k->attend(&kv, format, query.data(), kHeads, 0.2f, lists, 2, 2, 0, kPositions - kBlock, out.data(), top.data(),
+        k->attend(&kv, format, query.data(), kHeads, 0.2f, list, 2, 2, 0, kPositions - kBlock, out.data(), top.data(),
                   total.data(), room.data());
         for (int64_t h = 0; h < kHeads; ++h) check(h, true, "alone");
         // Tokens of one block do not see the positions after theirs.
@@ -1196,7 +1418,7 @@ void damage(const char* set) {
           const vesicle::Shared shared{queries, parts, kSize + 2, kTokens, kHeads, list, blocks, nullptr,
                                        blocks == 1 ? tails : later, nullptr, 0};
           std::vector<vesicle::Row> row(kRows);
-          k->attend_shared(&kv, format, 0, &shared, 0.2f, room.data(), row.data());
+          k->attend_shared(&kv, format, &shared, 0.2f, room.data(), row.data());
           for (int64_t i = 0; i < kRows; ++i) {
             const float* p = &results[i * (kSize + 2)];
             std::copy(p, p + kSize, &out[i * kSize]);
@@ -1207,7 +1429,7 @@ void damage(const char* set) {
         if (!in_key) continue;
         for (int64_t vectors : {1, 2}) {
           std::vector<float> group(vectors * kSize * kBlock), scores(kHeads * kBlock), mass(kBlock), scratch(kBlock);
-          k->summarise(&kv, format, 0, 0, vectors, group.data(), 3);
+          k->summarise(&kv, format, 0, vectors, group.data(), 3);
           const int32_t held = format == vesicle::kI8 ? static_cast<int32_t>(vesicle::kF16) : format;
           k->estimate(group.data(), held, 0, 1, vectors, query.data(), kHeads, kSize, scores.data(), kBlock);
           for (int64_t h = 0; h < kHeads; ++h)
@@ -1320,6 +1542,7 @@ int main(int argc, char** argv) {
     std::vector<Sequence> sequences;
     for (const Extent& text : texts) {
       sequences.emplace_back(r, model, text, free);
+      for (int64_t l = 0; l < model.view.n_layers; ++l) checked.uneven += sequences.back().uneven(l);
       run += text.n * static_cast<int64_t>(sets.size());
     }
     // More threads than processors wait for each other most of the time.
@@ -1365,6 +1588,13 @@ int main(int argc, char** argv) {
   std::printf("%lld tokens", (long long)run);
   for (const std::string& set : sets) std::printf(" %s", set.c_str());
   std::printf(": %lld of %lld apart from %s\n", (long long)apart, (long long)compared, sets[0].c_str());
+  std::printf("%lld uneven layers; checked slowly: %lld slots, %lld outputs, %lld tokens some of whose heads choose\n",
+              (long long)checked.uneven, (long long)checked.received, (long long)checked.outputs,
+              (long long)checked.mixed);
+  if (models >= 100 && !(checked.uneven && checked.received && checked.outputs && checked.mixed)) {
+    std::printf("too little was checked\n");
+    return 1;
+  }
   if (apart * 10 > compared) {
     std::printf("instruction sets disagree\n");
     return 1;

@@ -15,7 +15,7 @@ from vesicle.engine.linear import ChannelMajor
 from vesicle.engine.packed import PackedHead, PackedPair, PackedWeight
 from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorMethod
-from vesicle.plan import Plan, Replay
+from vesicle.plan import BLOCK, Plan, Replay
 
 pytestmark = pytest.mark.skipif(not core.available(), reason="the native core is not built here")
 
@@ -70,6 +70,15 @@ def damage(weight: Any, bad: float) -> None:
 
 def _scale(high: Tensor, at: int, bad: float) -> None:
     high[at : at + 2] = torch.tensor([bad], dtype=torch.float16).view(torch.uint8)
+
+
+def forget(sequence: Sequence, layer: int, head: int, blocks: int) -> None:
+    """Let a KV head keep no more than some of its first complete blocks; the others keep all."""
+    cache = sequence.cache
+    kept = [entries[: len(entries) // BLOCK * BLOCK] for entries in cache.held(layer)]
+    kept[head] = kept[head][: BLOCK * blocks]
+    cache.compact(layer, kept)
+    assert len({*cache.n_blocks[layer].tolist()}) > 1
 
 
 def told(engine: Engine, sequence: Sequence) -> None:
@@ -127,27 +136,31 @@ def test_a_damaged_bias_is_told(weights: str, bad: float):
     ids=str,
 )
 @pytest.mark.parametrize("kv", KV)
-def test_a_damaged_cache_is_told(kv: str, store: str, bad: float):
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+def test_a_damaged_cache_is_told(uneven: bool, kv: str, store: str, bad: float):
     """Infinite keys are left out: a score of minus infinity is a weight of nothing."""
     for _ in instruction_sets():
         engine = native("fp32", kv)
         sequence = engine.start(method_for(engine, "dense"))
         engine.forward([(sequence, IDS[:20])], "none")
-        block, pool = int(sequence.cache.tables[2, 0]), engine.pool
+        if uneven:
+            forget(sequence, layer=2, head=0, blocks=0)
+        block, pool = int(sequence.cache.tables[2, 1, 0]), engine.pool
         if kv == "int8":
             scales = pool.key_scales if store == "keys" else pool.value_scales
-            scales[block, 1, 5] = bad
+            scales[block, 5] = bad
         elif store == "keys":
-            pool.keys[block, 1, 3, 5] = bad
+            pool.keys[block, 3, 5] = bad
         else:
-            pool.values[block, 1, 5, 3] = bad
+            pool.values[block, 5, 3] = bad
         told(engine, sequence)
 
 
 @pytest.mark.parametrize("path", ["core", "torch"])
 @pytest.mark.parametrize("summary", ["mean", "bounds"])
-def test_a_damaged_block_is_chosen_and_told(summary: str, path: str):
-    """What cannot be estimated is read, before all that can be."""
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+def test_a_damaged_block_is_chosen_and_told(uneven: bool, summary: str, path: str):
+    """What cannot be estimated is read before all that can be, beside a head that reads all too."""
     for _ in instruction_sets():
         engine = native("fp32")
         plan = Plan.rest(engine.shape, 82)
@@ -158,9 +171,10 @@ def test_a_damaged_block_is_chosen_and_told(summary: str, path: str):
             sequence = engine.start(Replay(plan, stand_ins))
             engine.forward([(sequence, IDS[:80])], "none")
             for layer in range(engine.shape.n_layers):
-                engine.pool.keys[int(sequence.cache.tables[layer, 2]), 1, 3, 5] = (
-                    torch.nan if damaged else 0.0
-                )
+                if uneven:
+                    forget(sequence, layer, head=0, blocks=1)
+                block = int(sequence.cache.tables[layer, 1, 2])
+                engine.pool.keys[block, 3, 5] = torch.nan if damaged else 0.0
             ids = IDS[80:81]
             with in_torch(engine, path == "torch"):
                 results += engine.forward([(sequence, ids)])

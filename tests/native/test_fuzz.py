@@ -14,10 +14,9 @@ import pytest
 import torch
 import transformers
 
-from tests.engine.caching import drop_blocks
 from tests.tiny import randomise
 from vesicle.engine import Engine, Sequence, core
-from vesicle.plan import Plan, Replay, StandIns, visible_blocks
+from vesicle.plan import BLOCK, Plan, Replay, StandIns, visible_blocks
 from vesicle.shapes import ModelShape
 from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
 
@@ -137,19 +136,29 @@ def without_native(disabled: bool) -> Iterator[None]:
 
 
 def evict(sequence: Sequence, rng: np.random.Generator) -> None:
-    """Drop some complete blocks of some layers, and some entries of each KV head of others."""
+    """Drop some complete blocks, or entries, of some layers: of each KV head its own.
+
+    Heads that held as many do so afterwards in some layers, and not in others.
+    """
     cache = sequence.cache
     for layer in np.nonzero(cache.windows == 0)[0].tolist():
-        held = cache.held(layer)
-        complete = held.shape[1] // 16
-        if rng.random() < 0.2:
-            n = 16 * int(rng.integers(complete + 1))
-            chosen = [np.sort(row[rng.permutation(16 * complete)[:n]]) for row in held]
-            cache.compact(layer, np.array(chosen, np.int32))
+        if rng.random() < 0.3:
             continue
-        dropped = np.nonzero(rng.random(complete) < 0.3)[0]
-        if rng.integers(2):
-            drop_blocks(cache, layer, dropped)
+        complete = [entries[: len(entries) // BLOCK * BLOCK] for entries in cache.held(layer)]
+        scattered, alike = rng.random(2) < 0.3
+        shares = rng.choice([0.1, 0.7, 0.9, 1.0], len(complete))
+        if alike:
+            shares[:] = shares[0]
+        kept = []
+        for entries, share in zip(complete, shares, strict=True):
+            n = len(entries) // BLOCK
+            stays = int(share * n)
+            if scattered:
+                chosen = entries[np.sort(rng.permutation(BLOCK * n)[: BLOCK * stays])]
+            else:
+                chosen = entries.reshape(n, BLOCK)[np.sort(rng.permutation(n)[:stays])].ravel()
+            kept.append(chosen)
+        cache.compact(layer, kept)
 
 
 @dataclass
@@ -202,7 +211,7 @@ class Case:
     def step(self) -> list[float]:
         """Decode one token of some sequences both ways; relative differences of logits."""
         for sequence in self.sequences:
-            if self.rng.random() < 0.3:
+            if self.rng.random() < 0.6:
                 evict(sequence, self.rng)
         batch, greedy = self.batch(), bool(self.rng.integers(2))
         beside = [(self.twin(self.other, sequence), ids) for sequence, ids in batch]

@@ -316,8 +316,9 @@ def test_skipped_blocks_are_not_read(ids: Tensor, dtype: torch.dtype):
         if poison:
             for layer in range(engine.shape.n_layers):
                 # Summaries are read to choose, and are kept apart.
-                sequence.cache.summaries(layer, "mean")
-                unread = torch.from_numpy(sequence.cache.tables[layer, 1:4])
+                for head in range(engine.shape.n_kv_heads):
+                    sequence.cache.summaries(layer, head, "mean")
+                unread = torch.from_numpy(sequence.cache.tables[layer, :, 1:4]).ravel()
                 engine.pool.keys[unread] = torch.nan
                 engine.pool.values[unread] = torch.nan
         logits += engine.forward([(sequence, ids[0, 69:].tolist())])

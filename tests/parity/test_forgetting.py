@@ -76,6 +76,14 @@ class Saying(Forgetter):
         return self._method.make(layer, length, evidence)
 
 
+def close_evidence(mine: Evidence, other: Evidence, rtol: float = 0, atol: float = 0) -> None:
+    """The same entries in each KV head, which received as much."""
+    assert len(mine.positions) == len(other.positions)
+    for head, positions in enumerate(mine.positions):
+        assert np.array_equal(positions, other.positions[head])
+        np.testing.assert_allclose(mine.received[head], other.received[head], rtol=rtol, atol=atol)
+
+
 CUTS = {"whole": (), "chunks": (1, 17, 48, 64), "tokens": tuple(range(1, 70))}
 
 
@@ -132,8 +140,7 @@ def test_together_with_a_modulator(llama: Any, ids: Tensor, cuts, summary: str):
     assert (plan.attention == 0).any()
     assert method.seen.keys() == other.seen.keys()
     for key, evidence in method.seen.items():
-        assert np.array_equal(evidence.positions, other.seen[key].positions)
-        np.testing.assert_allclose(evidence.received, other.seen[key].received, atol=1e-4)
+        close_evidence(evidence, other.seen[key], atol=1e-4)
 
 
 def test_evidence_is_attention_summed(llama: Any, ids: Tensor):
@@ -192,8 +199,7 @@ def test_pieces_change_no_bit(weights: str, kv: str, kind: str, pieces: list[int
         == {(i, n) for i in range(4) for n in range(32, 161, 32)}
     )
     for key, evidence in first.seen.items():
-        assert np.array_equal(evidence.positions, second.seen[key].positions)
-        assert np.array_equal(evidence.received, second.seen[key].received)
+        close_evidence(evidence, second.seen[key])
     counted(whole, engine)
     for name, values in whole.token_costs.items():
         np.testing.assert_array_equal(cut.token_costs[name], values, err_msg=name)
@@ -214,7 +220,7 @@ def test_threads_change_no_bit(threads: int):
         torch.set_num_threads(before)
     assert torch.equal(logits, expected)
     for key, evidence in first.seen.items():
-        assert np.array_equal(evidence.received, second.seen[key].received)
+        close_evidence(evidence, second.seen[key])
 
 
 @needs_core
@@ -230,9 +236,7 @@ def test_the_core_gathers_what_pytorch_does(kind: str, kv: str):
     exact = kv == "fp32"
     for (layer, length), evidence in first.seen.items():
         if exact or layer == 0:
-            other = second.seen[layer, length]
-            assert np.array_equal(evidence.positions, other.positions)
-            np.testing.assert_allclose(evidence.received, other.received, rtol=2e-3, atol=2e-4)
+            close_evidence(evidence, second.seen[layer, length], rtol=2e-3, atol=2e-4)
     assert mine.cost == theirs.cost
     if exact:
         assert mine.plan.equals(theirs.plan)
@@ -265,7 +269,8 @@ def test_memory_is_bounded(policy: Any, entries: int, interval: int):
             held = min(entries, asked) + stop - asked
             assert {len(row) for i in range(4) for row in sequence.cache.held(i)} == {held}
             assert sequence.cost.kv_bytes_held == held * 4 * engine.shape.position_bytes
-            assert engine.pool.blocks_in_use == 4 * -(-held // 16)
+            heads = 4 * engine.shape.n_kv_heads
+            assert engine.pool.blocks_in_use == heads * -(-held // 16)
 
 
 def test_which_entries_stay():
@@ -276,10 +281,9 @@ def test_which_entries_stay():
     method = Watched(32, 32)
     with closing(engine.start(method)) as sequence:
         engine.forward([(sequence, IDS[:64])], "none")
-        sums = method.seen[1, 32].received + 0.0
-        sums += method.seen[1, 64].received[:, :32]
         for head, held in enumerate(sequence.cache.held(1)):
-            old = np.concatenate([sums[head], method.seen[1, 64].received[head, 32:48]])
+            later = method.seen[1, 64].received[head]
+            old = np.concatenate([method.seen[1, 32].received[head] + later[:32], later[32:48]])
             best = np.sort(np.argsort(-old, kind="stable")[:16])
             assert held.tolist() == [*best.tolist(), *range(48, 64)]
 
@@ -336,8 +340,7 @@ def stays(n: int) -> Any:
     """Keeps the first n entries."""
 
     def make(layer: int, length: int, evidence: Evidence) -> Events:
-        keep = np.zeros(evidence.positions.shape, bool)
-        keep[:, :n] = True
+        keep = [np.arange(len(positions)) < n for positions in evidence.positions]
         return all_but(layer, length, evidence.positions, keep)
 
     return make
@@ -361,8 +364,8 @@ WRONG = [
     (changed(first=-1), "first -1; allowed: 0 to 15"),
     (changed(last=16), "last 16; allowed: 0 to 15"),
     (changed(kv_head=2), "kv_head 2; allowed: -1 to 1"),
-    (changed(kv_head=0), "leaves .0, 16. entries in the KV heads of layer 0"),
-    (changed(last=3), "leaves .12, 12. entries"),
+    (changed(last=3), "leaves .12, 12. entries in the KV heads of layer 0; allowed: multiples"),
+    (changed(kv_head=1, last=3), "leaves .16, 12. entries"),
     (changed(first=8, last=4), "last 4; allowed: 8 and above"),
     (changed(value=7), "value 7; allowed: 0"),
 ]
@@ -380,7 +383,7 @@ def test_events_are_checked_before_anything_is_freed(make: Any, line: str, run: 
     sequence = engine.start(method)
     with pytest.raises(VesicleError, match=line):
         engine.forward([(sequence, IDS[:20])])
-    assert (sequence.length, engine.pool.blocks_in_use) == (16, 4)
+    assert (sequence.length, engine.pool.blocks_in_use) == (16, 4 * engine.shape.n_kv_heads)
     method.make = stays(16)  # it is asked once more
     expected = engine.start()
     engine.forward([(expected, IDS[:16])])
@@ -518,9 +521,9 @@ def test_what_it_is_given_and_gives_is_its_own():
     assert sorted(set(sequence.plan.events["position"].tolist())) == [16, 32, 48, 64]
     for evidence in seen:
         with pytest.raises(ValueError, match="read-only"):
-            evidence.positions[:] = 0
+            evidence.positions[1][:] = 0
         with pytest.raises(ValueError, match="read-only"):
-            evidence.received[:] = 0
+            evidence.received[0][:] = 0
 
 
 def test_what_is_read_once_may_not_change_on_the_way(llama: Any, ids: Tensor):
@@ -637,8 +640,14 @@ def test_a_fork_of_a_forgetter_must_be_one(what: Any):
 
 
 @pytest.mark.parametrize(
-    "wrong", [np.ones((1, 16), bool), np.ones((2, 16)), np.ones(16, bool), 3, torch.ones(2, 16)]
+    ("wrong", "line"),
+    [
+        (np.ones((1, 16), bool), "of 1 KV heads; allowed: 2"),
+        (np.ones((2, 16)), "float64 of .16,. in a KV head; allowed: an array of bool of .16,."),
+        (np.ones((2, 15), bool), "bool of .15,. in a KV head; allowed: an array of bool of .16,."),
+        (torch.ones(2, 16), "allowed: an array of bool of"),
+    ],
 )
-def test_masks_of_all_but_are_checked(wrong: Any):
-    with pytest.raises(VesicleError, match=r"stays is .*; allowed: an array of bool of"):
+def test_masks_of_all_but_are_checked(wrong: Any, line: str):
+    with pytest.raises(VesicleError, match=f"stays is .*{line}"):
         all_but(0, 16, np.zeros((2, 16), np.int32), wrong)

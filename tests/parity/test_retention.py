@@ -16,6 +16,7 @@ from vesicle.cost import kv_bytes_peak, price
 from vesicle.engine import Engine, Sequence
 from vesicle.families import cache_argument, find_cache
 from vesicle.plan import FOREVER, Dense, Method, Plan, Replay
+from vesicle.plan.events import evict_after_of
 from vesicle.reference.attach import attach
 from vesicle.retention import Retention
 from vesicle.shapes import ModelShape
@@ -233,7 +234,9 @@ def test_native_decoding(weights: str, kv: str, kind: str, rng: np.random.Genera
         for name, values in twin.token_costs.items():
             assert not same or values[-1] == sequence.token_costs[name][-1], name
         twin.close()
-        held = (sequence.plan.evict_after[:, :, 0] >= sequence.length).sum(0)
+        ends = evict_after_of(sequence.plan.events, sequence.length, 4, engine.shape.n_kv_heads)
+        stays = np.broadcast_to(ends >= sequence.length, (*ends.shape[:2], engine.shape.n_kv_heads))
+        held = stays.sum(0)
         assert engine.pool.blocks_in_use == (-(-held // 16)).sum()
     # One channel or block nearly equal to another may be swapped by a rounding.
     assert far <= 3

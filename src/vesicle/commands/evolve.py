@@ -90,7 +90,7 @@ def evolve(
     evolves: Annotated[
         str,
         typer.Option(
-            help="profile (how much each layer holds), network (what of it) or both.",
+            help="profile (how much each KV head holds), network (what of it) or both.",
             rich_help_panel=_NAMM,
         ),
     ] = "both",
@@ -98,7 +98,7 @@ def evolve(
         bool,
         typer.Option(
             "--ablate",
-            help="Begin the profile at what is lost where each layer alone forgets.",
+            help="Begin the profile at what is lost where each KV head alone forgets.",
             rich_help_panel=_NAMM,
         ),
     ] = False,
@@ -183,12 +183,11 @@ def evolve(
         train += _running(text, "train", sizes, questions, text_weight, codec)
         judges += _running(text, "held-out", sizes, held_out, text_weight, codec)
     engine = Engine.from_pretrained(folder)
-    n_layers = engine.shape.n_layers
     if begin is None:
-        begin = Namm.fresh(settings, n_layers)
-    elif not len(begin.profile) and evolves != "network":
-        begin = replace(begin, profile=begin.layer_profile(n_layers))
-    begin.layer_profile(n_layers)  # refuses another model's
+        begin = Namm.fresh(settings, engine.shape)
+    elif not begin.profile.size and evolves != "network":
+        begin = replace(begin, profile=begin.profile_of(engine.shape))
+    begin.profile_of(engine.shape)  # refuses another model's
     from vesicle.evolution import evolve as run
     from vesicle.training.display import progress_bar
 

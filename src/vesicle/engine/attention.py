@@ -5,7 +5,8 @@ first. Blocks that no query chose are never touched: their keys and values are n
 multiplied.
 
 Places are counted in slots (see `engine.cache`): where blocks were evicted, a query sees those that
-are left, and a Plan that asks for more of them reads them all.
+are left, and a Plan that asks for more of them reads them all. KV heads side by side that hold as
+many blocks are worked out together.
 """
 
 from __future__ import annotations
@@ -64,25 +65,62 @@ def attend(
         window: Newest entries that a query sees; 0 for all.
 
     Returns:
-        (T, H K) output; (T,) positions read; (T,) block summaries read to choose, 0 where nothing
-        was chosen.
+        (T, H K) output; (T,) entries read of all KV heads; (T,) block summaries of all KV heads
+        read to choose, 0 where nothing was chosen.
     """
-    slots = cache.slots(layer, positions)
+    ratio = query.shape[1] // cache.n_heads
+    outs, visited, compared = [], np.zeros_like(positions), np.zeros_like(positions)
+    for heads in cache.alike(layer):
+        out, read, among = _attend_alike(
+            query[:, heads.start * ratio : heads.stop * ratio],
+            cache,
+            layer,
+            heads,
+            positions,
+            kv_blocks,
+            scale,
+            summary,
+            masks,
+            None if received is None else received[heads],
+            window,
+        )
+        outs.append(out)
+        n = heads.stop - heads.start
+        visited, compared = visited + n * read, compared + n * among
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1), visited, compared
+
+
+def _attend_alike(
+    query: Tensor,
+    cache: SequenceCache,
+    layer: int,
+    heads: slice,
+    positions: IntArray,
+    kv_blocks: IntArray,
+    scale: float,
+    summary: str,
+    masks: Masks | None,
+    received: FloatArray | None,
+    window: int,
+) -> tuple[Tensor, IntArray, IntArray]:
+    """`attend` of some KV heads, which hold as many blocks; counts are of each of them."""
+    slots = cache.slots(layer, heads.start, positions)
     visible = visible_blocks(slots, window)
     chooses = kv_blocks < visible
     # Of those who choose, every chosen block but the own one is seen whole.
     firsts = np.where(chooses, 0, first_seen(slots, window)).astype(np.int32)
     if not chooses.any():
-        out = _dense(query, cache, layer, slots, firsts, scale, masks)
+        out = _dense(query, cache, layer, heads, slots, firsts, scale, masks)
         if received is not None:
-            _receive(query, cache, layer, slots, scale, received)
+            _receive(query, cache, layer, heads, slots, scale, received)
         return out, seen(slots, window).astype(np.int32), np.zeros_like(slots)
     # Blocks are chosen and read in fp32, whatever they are stored in: that is what the kernels do.
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, n_blocks = query.to(exact), np.minimum(kv_blocks, visible)
+    summaries = [cache.summaries(layer, g, summary) for g in range(heads.start, heads.stop)]
     rank = rank_blocks(
         q.transpose(0, 1)[None],
-        cache.summaries(layer, summary).to(exact)[None],
+        torch.stack(summaries).to(exact)[None],
         torch.from_numpy(slots)[None],
         scale,
         window=window,
@@ -91,7 +129,7 @@ def attend(
     listed = _listed(rank, n_blocks)
     compared = np.where(chooses, whole_blocks(slots, window), 0).astype(np.int32)
     blocks, listed, slots, firsts = _used(listed, slots, firsts, n_blocks)
-    keys, values = cache.read(layer, blocks, exact)
+    keys, values = cache.read(layer, heads, blocks, exact)
     own = np.zeros((len(keys), len(blocks) * BLOCK), np.float64)
     out, visited = _blockwise(q, keys, values, listed, n_blocks, slots, firsts, scale, own)
     if received is not None:
@@ -137,6 +175,7 @@ def _dense(
     query: Tensor,
     cache: SequenceCache,
     layer: int,
+    heads: slice,
     slots: IntArray,
     firsts: IntArray,
     scale: float,
@@ -148,7 +187,7 @@ def _dense(
     blocks = np.arange(start // BLOCK, -(-stop // BLOCK))
     start -= start % BLOCK
     length, slots, firsts = stop - start, slots - start, firsts - start
-    keys, values = (x[:, :length] for x in cache.read(layer, blocks, query.dtype))
+    keys, values = (x[:, :length] for x in cache.read(layer, heads, blocks, query.dtype))
     q = query.transpose(0, 1)  # (H, T, K)
     if t == 1:
         # Query heads that share a KV head become its rows: no repeated keys, no mask.
@@ -176,13 +215,14 @@ def _receive(
     query: Tensor,
     cache: SequenceCache,
     layer: int,
+    heads: slice,
     slots: IntArray,
     scale: float,
     received: FloatArray,
 ) -> None:
     """Add the probabilities of queries (T, H, K) that read all that they see."""
     length = int(slots[-1]) + 1
-    keys = cache.read(layer, np.arange(-(-length // BLOCK)), query.dtype)[0][:, :length]
+    keys = cache.read(layer, heads, np.arange(-(-length // BLOCK)), query.dtype)[0][:, :length]
     grouped = query.unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3)  # (G, R, T, K)
     scores = (grouped @ keys[:, None].transpose(2, 3)).to(_exact(query.dtype)) * scale
     hidden = torch.arange(length) > torch.from_numpy(slots)[:, None]

@@ -1,9 +1,9 @@
-"""The key-value cache of one sequence: for each layer, a list of blocks of 16 positions.
+"""The key-value cache of one sequence: for each layer and KV head, a list of blocks of 16 entries.
 
-The blocks lie in the engine's pool (`engine.pool`). Each layer has its own list, because what is
-forgotten in one layer may be kept in another. Compacting keeps chosen positions, other ones for
-each KV head: they are copied, as they are stored, into as few blocks. Keys keep the rotary phases
-of their own positions.
+The blocks lie in the engine's pool (`engine.pool`). Each head has its own list, because what is
+forgotten in one may be kept in another, and one may hold more than another. Compacting keeps chosen
+positions: they are copied, as they are stored, into as few blocks. Keys keep the rotary phases of
+their own positions.
 
 A windowed layer holds what its window shows, and lets go of a block when no later query sees it.
 Its list then begins at a later position.
@@ -17,7 +17,9 @@ throughout.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -36,20 +38,33 @@ _ROOM = 16
 
 @dataclass
 class _Lists:
-    """The lists of all layers, kept apart from the cache so that they can be freed after it."""
+    """The lists of all heads, kept apart from the cache so that they can be freed after it."""
 
-    tables: IntArray  # (L, room) block numbers
-    starts: IntArray  # (L, room) first position of each block
-    n_blocks: IntArray  # (L,) entries of each list
+    tables: IntArray  # (L, G, room) block numbers
+    starts: IntArray  # (L, G, room) first position of each block
+    n_blocks: IntArray  # (L, G) entries of each list
 
 
 @dataclass
 class _Summaries:
-    """Summaries (G, room, V, K) of the complete blocks of one layer, the first `count` made."""
+    """Summaries (room, V, K) of the complete blocks of one head, the first `count` made."""
 
     kind: str
     room: Tensor
     count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Moves:
+    """How the complete blocks of one head are compacted."""
+
+    old: IntArray  # what was listed
+    new: IntArray  # (n,) what is listed in its place; those that are `moved` are to be named yet
+    moved: NDArray[np.intp]  # which of the new ones are filled with entries from several
+    mine: IntArray  # blocks that nobody else holds, to be filled
+    more: int  # blocks needed beside these
+    blocks: IntArray  # (16 moved) where their entries lie
+    places: NDArray[np.int64]  # (16 moved) in these blocks
 
 
 class SequenceCache:
@@ -66,13 +81,18 @@ class SequenceCache:
     """
 
     def __init__(
-        self, pool: BlockPool, n_layers: int, windows: NDArray[np.int64] | None = None
+        self,
+        pool: BlockPool,
+        n_layers: int,
+        n_heads: int,
+        windows: NDArray[np.int64] | None = None,
     ) -> None:
         """Start at length 0 in all layers, without any block of `pool`.
 
         Args:
             pool: Of the engine.
             n_layers: L.
+            n_heads: G, KV heads.
             windows: (L,) newest positions that queries of each layer see; 0 for all, as by default.
         """
         self.pool = pool
@@ -80,17 +100,18 @@ class SequenceCache:
         self.windows = np.zeros(n_layers, np.int64) if windows is None else windows
         self._windowed = np.nonzero(self.windows)[0]
         self._lists = _Lists(
-            tables=np.zeros((n_layers, _ROOM), np.int32),
-            starts=np.zeros((n_layers, _ROOM), np.int32),
-            n_blocks=np.zeros(n_layers, np.int32),
+            tables=np.zeros((n_layers, n_heads, _ROOM), np.int32),
+            starts=np.zeros((n_layers, n_heads, _ROOM), np.int32),
+            n_blocks=np.zeros((n_layers, n_heads), np.int32),
         )
         self._room_end = 0  # a multiple of 16: positions below it have, or had, a block
         self._ends = np.zeros(n_layers, np.int64)  # positions written; ahead of `length` in a pass
-        self._evicted = np.zeros(n_layers, np.int64)  # blocks
-        self._chosen: list[IntArray | None] = [None] * n_layers  # (G, 16 n) of the first n blocks
+        self._evicted = np.zeros((n_layers, n_heads), np.int64)  # blocks
+        # (16 n,) of the first n blocks of each head
+        self._chosen: list[list[IntArray | None] | None] = [None] * n_layers
         self._compacted = 0  # length at which positions were last chosen
         self._left = np.zeros(n_layers, np.int64)  # blocks that a window has left behind
-        self._summaries: list[_Summaries | None] = [None] * n_layers
+        self._summaries: list[list[_Summaries | None]] = [[None] * n_heads] * n_layers
         self.evictions = 0
         self._open = True
         self._freer = weakref.finalize(self, _release, pool, self._lists)
@@ -102,8 +123,13 @@ class SequenceCache:
         return len(self._ends)
 
     @property
+    def n_heads(self) -> int:
+        """G, the KV heads of each layer."""
+        return self._evicted.shape[1]
+
+    @property
     def tables(self) -> IntArray:
-        """(L, room) numbers of the blocks in the pool, in the order of positions.
+        """(L, G, room) numbers of the blocks in the pool, in the order of positions.
 
         The array is replaced when room grows, which only `reserve` does.
         """
@@ -111,7 +137,7 @@ class SequenceCache:
 
     @property
     def starts(self) -> IntArray:
-        """(L, room) first position of each block, a multiple of 16, rising.
+        """(L, G, room) first position of each block, a multiple of 16, rising.
 
         Of blocks that hold chosen positions, any such numbers below those of the others.
         """
@@ -119,7 +145,7 @@ class SequenceCache:
 
     @property
     def n_blocks(self) -> IntArray:
-        """(L,) blocks in each layer's list.
+        """(L, G) blocks in each head's list.
 
         After `reserve(n)` the last is the one of position length + n - 1.
         """
@@ -142,14 +168,15 @@ class SequenceCache:
         """
         more = max(0, _blocks(self.length + n_tokens) - self._room_end // BLOCK)
         if n_tokens <= MOST_TOKENS or not len(self._windowed):
-            return self.n_layers * more
-        # Those of a window, of a pass, and the edges of both.
-        most = (self.windows - 1) // BLOCK + MOST_TOKENS // BLOCK + 3 - self._lists.n_blocks
+            return self.n_layers * self.n_heads * more
+        # Those of a window, of a pass, and the edges of both. Heads of windowed layers are alike.
+        listed = self._lists.n_blocks[:, 0]
+        most = (self.windows - 1) // BLOCK + MOST_TOKENS // BLOCK + 3 - listed
         each = np.where(self.windows > 0, np.clip(most, 0, more), more)
-        return int(each.sum())
+        return int(each.sum()) * self.n_heads
 
     def reserve(self, n_tokens: int) -> None:
-        """Make room in every layer for exactly `n_tokens` more, or in none.
+        """Make room in every head for exactly `n_tokens` more, or in none.
 
         Room left over from a pass that was broken off goes back, and so does what it wrote.
 
@@ -164,19 +191,20 @@ class SequenceCache:
         n = (end - self._room_end) // BLOCK
         if n == 0:
             return
-        lists, rows = self._lists, np.arange(self.n_layers)[:, None]
+        lists = self._lists
         if n > 0:
-            # A layer's blocks lie side by side: a chunk is read layer by layer.
-            blocks = self.pool.allocate(self.n_layers * n).reshape(-1, n)
+            # A head's blocks lie side by side: a chunk is read layer by layer, head by head.
+            blocks = self.pool.allocate(self.n_layers * self.n_heads * n)
             self._grow(int(lists.n_blocks.max()) + n)
-            places = lists.n_blocks[:, None] + np.arange(n)
-            lists.tables[rows, places] = blocks
-            lists.starts[rows, places] = self._room_end + BLOCK * np.arange(n)
+            places = lists.n_blocks[..., None] + np.arange(n)
+            np.put_along_axis(lists.tables, places, blocks.reshape(places.shape), axis=2)
+            starts = (self._room_end + BLOCK * np.arange(n, dtype=np.int32))[None, None]
+            np.put_along_axis(lists.starts, places, starts, axis=2)
             lists.n_blocks += n
         else:
-            places = lists.n_blocks[:, None] + np.arange(n, 0)
+            places = lists.n_blocks[..., None] + np.arange(n, 0)
             lists.n_blocks += n
-            self.pool.release(lists.tables[rows, places].ravel())
+            self.pool.release(np.take_along_axis(lists.tables, places, axis=2).ravel())
         self._room_end = end
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -189,7 +217,8 @@ class SequenceCache:
         if end > self._room_end:
             raise ValueError(f"room ends at position {self._room_end}; {end} are to be written")
         table, pool = self.tables[layer], self.pool
-        index = int(self.n_blocks[layer]) - (self._room_end // BLOCK - first // BLOCK)
+        heads = np.arange(len(table))
+        index = self.n_blocks[layer] - (self._room_end // BLOCK - first // BLOCK)
         at = 0
         while at < end - first:
             offset, left = (first + at) % BLOCK, end - first - at
@@ -197,13 +226,14 @@ class SequenceCache:
             if whole:
                 n = whole * BLOCK
                 part = slice(at, at + n)
-                pool.write(table[index : index + whole], keys[:, part], values[:, part])
-                index += whole
+                blocks = table[heads[:, None], index[:, None] + np.arange(whole)]
+                pool.write(blocks, keys[:, part], values[:, part])
+                index = index + whole
             else:
                 n = min(left, BLOCK - offset)
                 part = slice(at, at + n)
-                pool.write_part(int(table[index]), offset, keys[:, part], values[:, part])
-                index += 1
+                pool.write_part(table[heads, index], offset, keys[:, part], values[:, part])
+                index = index + 1
             at += n
         self._ends[layer] = end
 
@@ -230,12 +260,12 @@ class SequenceCache:
         lists, whole = self._lists, self.length // BLOCK * BLOCK
         for layer in self._windowed.tolist():
             first = max(0, whole - int(self.windows[layer]) + 1) // BLOCK
-            gone, n = first - int(self._left[layer]), int(lists.n_blocks[layer])
+            gone, n = first - int(self._left[layer]), int(lists.n_blocks[layer, 0])
             if gone <= 0:
                 continue
-            self.pool.release(lists.tables[layer, :gone])
+            self.pool.release(lists.tables[layer, :, :gone].ravel())
             for column in (lists.tables, lists.starts):
-                column[layer, : n - gone] = column[layer, gone:n].copy()
+                column[layer, :, : n - gone] = column[layer, :, gone:n].copy()
             lists.n_blocks[layer] -= gone
             self._evicted[layer] += gone
             self._left[layer] = first
@@ -243,11 +273,11 @@ class SequenceCache:
 
     def _forget_summaries(self, layer: int, gone: int) -> None:
         """Drop the first `gone` of a layer's summaries."""
-        made = self._summaries[layer]
-        if made is not None:
-            kept = max(0, made.count - gone)
-            made.room[:, :kept] = made.room[:, gone : gone + kept].clone()
-            made.count = kept
+        for made in self._summaries[layer]:
+            if made is not None:
+                kept = max(0, made.count - gone)
+                made.room[:kept] = made.room[gone : gone + kept].clone()
+                made.count = kept
 
     def begins(self, layer: int) -> bool:
         """Whether a layer's list begins where the text does."""
@@ -258,57 +288,66 @@ class SequenceCache:
         """(L,) blocks at the beginning that windows have left behind."""
         return self._left
 
-    def held(self, layer: int) -> IntArray:
-        """(G, n) the positions that each KV head of a layer holds in its blocks, rising."""
-        n, chosen = self._held(layer), self._chosen[layer]
-        first = 0 if chosen is None else chosen.shape[1] // BLOCK
-        starts = self.starts[layer, first : _blocks(n), None]
-        whole = (starts + np.arange(BLOCK, dtype=np.int32)).ravel()[: n - first * BLOCK]
-        every: IntArray = np.broadcast_to(whole, (self.pool.keys.shape[1], len(whole)))
-        return every if chosen is None else np.concatenate([chosen, every], axis=1)
+    def held(self, layer: int) -> list[IntArray]:
+        """For each KV head of a layer the positions (n,) that it holds in its blocks, rising."""
+        chosen = self._chosen[layer] or [None] * self.n_heads
+        found: list[IntArray] = []
+        for head, (n, first) in enumerate(zip(self._held(layer).tolist(), chosen, strict=True)):
+            begin = 0 if first is None else len(first) // BLOCK
+            starts = self.starts[layer, head, begin : _blocks(n), None]
+            places = (starts + np.arange(BLOCK, dtype=np.int32)).ravel()
+            whole = places[: n - begin * BLOCK].astype(np.int32)
+            found.append(whole if first is None else np.concatenate([first, whole]))
+        return found
 
-    def slots(self, layer: int, positions: IntArray) -> IntArray:
-        """Slots of positions (T,) in blocks of 16 positions that the layer holds."""
-        if not self._evicted[layer]:
+    def alike(self, layer: int) -> list[slice]:
+        """The KV heads of a layer, those side by side that hold as many blocks together."""
+        edges = np.flatnonzero(np.diff(self.n_blocks[layer])) + 1
+        return [slice(*pair) for pair in pairwise([0, *edges.tolist(), self.n_heads])]
+
+    def slots(self, layer: int, head: int, positions: IntArray) -> IntArray:
+        """Slots of positions (T,) in blocks of 16 positions that a head holds."""
+        if not self._evicted[layer, head]:
             return positions
-        starts = self.starts[layer, : self.n_blocks[layer]]
+        starts = self.starts[layer, head, : self.n_blocks[layer, head]]
         index = np.searchsorted(starts, positions // BLOCK * BLOCK)
         return (index * BLOCK + positions % BLOCK).astype(np.int32)
 
     def read(
-        self, layer: int, blocks: NDArray[np.integer], dtype: torch.dtype
+        self, layer: int, heads: slice, blocks: NDArray[np.integer], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (G, 16 N, K) of the blocks at N indices, contiguous.
+        """Keys and values (heads, 16 N, K) of some KV heads' blocks at N indices, contiguous.
 
         Positions of a block that were not written hold anything.
         """
-        numbers = self.tables[layer, blocks]
+        numbers = self.tables[layer, heads][:, blocks]
         return self.pool.read_keys(numbers, dtype), self.pool.read_values(numbers, dtype)
 
-    def summaries(self, layer: int, summary: str) -> Tensor:
-        """Summaries (G, N, V, K) of the N complete blocks of a layer.
+    def summaries(self, layer: int, head: int, summary: str) -> Tensor:
+        """Summaries (N, V, K) of the N complete blocks of a head.
 
-        They are made once, as blocks complete, from the keys as they are read back. The stride of
-        a KV head leaves room for more blocks; the rest is contiguous.
+        They are made once, as blocks complete, from the keys as they are read back.
         """
-        complete, made = self._complete(layer), self._summaries[layer]
+        complete, made = int(self._complete(layer)[head]), self._summaries[layer][head]
         most = max(_ROOM, int(self._ends.max()) // BLOCK - int(self._evicted.min()))
         room = 1 << (most - 1).bit_length()
         if made is None or made.kind != summary:
             made = _Summaries(summary, self._summary_room(summary, room), 0)
-        if room != made.room.shape[1]:
+        if room != len(made.room):
             moved = self._summary_room(summary, room)
-            moved[:, : made.count] = made.room[:, : made.count]
+            moved[: made.count] = made.room[: made.count]
             made.room = moved
         if complete > made.count:
-            fresh = self.tables[layer, made.count : complete]
+            fresh = self.tables[layer, head, made.count : complete]
             keys = self.pool.read_keys(fresh, _exact(made.room.dtype))
-            made.room[:, made.count : complete] = summarise(keys, summary)
+            made.room[made.count : complete] = summarise(keys, summary)
             made.count = complete
-        self._summaries[layer] = made
-        return made.room[:, :complete]
+        if self._summaries[layer][head] is not made:
+            others = self._summaries[layer]
+            self._summaries[layer] = [*others[:head], made, *others[head + 1 :]]
+        return made.room[:complete]
 
-    def compact(self, layer: int, kept: IntArray) -> None:
+    def compact(self, layer: int, kept: Sequence[IntArray]) -> None:
         """Keep chosen positions of a layer's complete blocks and let go of the others for good.
 
         Blocks that stay as they are stay where they are; the others' entries are copied as they are
@@ -316,8 +355,9 @@ class SequenceCache:
         shared. The incomplete last block stays.
 
         Args:
-            layer: Whose list.
-            kept: (G, n) positions that each KV head keeps, rising; n a multiple of 16.
+            layer: Whose lists.
+            kept: For each of G KV heads the positions (n,) that it keeps, rising; n a multiple
+                of 16, another one for each head.
 
         Raises:
             CacheFullError: If the pool has no room for the copies of shared blocks, of which at
@@ -327,56 +367,98 @@ class SequenceCache:
         """
         if self.windows[layer]:
             raise ValueError(f"layer {layer} is windowed, and positions of it are to be kept")
-        lists, complete = self._lists, self._evictable(layer)
-        held, n = self.held(layer)[:, : complete * BLOCK], kept.shape[1] // BLOCK
-        if kept.shape != (len(held), n * BLOCK):
+        held, complete = self.held(layer), self._evictable(layer).tolist()
+        if len(kept) != len(held):
+            raise ValueError(f"{len(kept)} KV heads are to keep positions; allowed: {len(held)}")
+        slots = [
+            self._slots_of(stays, entries[: n * BLOCK], layer)
+            for stays, entries, n in zip(kept, held, complete, strict=True)
+        ]
+        changed = [g for g, n in enumerate(complete) if len(slots[g]) != n * BLOCK]
+        if not changed:
+            return
+        lists = self._lists
+        moves = [self._moves(lists.tables[layer, g, : complete[g]], slots[g]) for g in changed]
+        # All that are needed, or none.
+        more = self.pool.allocate(sum(move.more for move in moves))
+        for move in moves:
+            taken, more = more[: move.more], more[move.more :]
+            move.new[move.moved] = np.concatenate([move.mine[: len(move.moved)], taken])
+        self.pool.regroup(
+            np.concatenate([move.blocks for move in moves]),
+            np.concatenate([move.places for move in moves]),
+            np.concatenate([move.new[move.moved] for move in moves]),
+        )
+        for g, move in zip(changed, moves, strict=True):
+            self._relist(layer, g, complete[g], move.new)
+            self.pool.release(np.setdiff1d(move.old, move.new))
+        chosen = self._chosen[layer]
+        before = [None] * len(held) if chosen is None else chosen
+        self._chosen[layer] = [
+            kept[g].astype(np.int32) if g in changed else before[g] for g in range(len(held))
+        ]
+        self._compacted = self.length
+        self._summaries[layer] = [None] * len(held)
+        self.evictions += 1
+
+    def _slots_of(self, positions: IntArray, entries: IntArray, layer: int) -> NDArray[np.int64]:
+        """Where the entries (n,) of one head that are to stay lie among those held, rising.
+
+        Raises:
+            ValueError: If they are no whole blocks, not held, or do not rise.
+        """
+        if positions.ndim != 1 or len(positions) % BLOCK:
             raise ValueError(
-                f"positions of shape {kept.shape} are to be kept; allowed: ({len(held)}, n), n a "
-                f"multiple of {BLOCK}"
+                f"positions of shape {positions.shape} are to be kept; allowed: (n,), n a multiple "
+                f"of {BLOCK}"
             )
-        here = np.zeros((len(held), self.length), bool)
-        wanted = here.copy()
-        heads = np.arange(len(held))[:, None]
-        here[heads, held], wanted[heads, kept] = True, True
-        if (wanted & ~here).any() or (np.diff(kept) <= 0).any():
+        slots = np.searchsorted(entries, positions)
+        there = slots < len(entries)
+        if not there.all() or (entries[slots] != positions).any() or (np.diff(slots) <= 0).any():
             raise ValueError(
                 f"positions that layer {layer} does not hold in complete blocks are to be kept, or "
                 "they do not rise"
             )
-        if n == complete:
-            return
-        slots = np.nonzero(np.take_along_axis(wanted, held, axis=1))[1].reshape(kept.shape)
-        old = lists.tables[layer, :complete].copy()
-        own, within = slots // BLOCK, slots % BLOCK
+        return slots
+
+    def _moves(self, blocks: IntArray, slots: NDArray[np.int64]) -> _Moves:
+        """How one head's complete `blocks` come to hold the entries of some slots alone."""
+        old = blocks.copy()
         # A block all of whose entries stay together is not touched, and may be shared.
-        pages = slots.reshape(len(slots), n, BLOCK)
-        first = pages[:1, :, :1]
-        same = (first[0, :, 0] % BLOCK == 0) & (pages == first + np.arange(BLOCK)).all((0, 2))
-        new = old[first[0, :, 0] // BLOCK]
-        mine = np.setdiff1d(old[self.pool.holders(old) == 1], new[same])
+        pages = slots.reshape(-1, BLOCK)
+        first = pages[:, 0]
+        same = (first % BLOCK == 0) & (pages == first[:, None] + np.arange(BLOCK)).all(1)
+        new = old[first // BLOCK]
         moved = np.nonzero(~same)[0]
-        more = max(0, len(moved) - len(mine))
-        new[moved] = np.concatenate([mine[: len(moved)], self.pool.allocate(more)])
-        if len(moved):
-            columns = (moved[:, None] * BLOCK + np.arange(BLOCK)).ravel()
-            self.pool.regroup(old[own[:, columns]], within[:, columns], new[moved])
-        total = int(lists.n_blocks[layer])
+        places = pages[moved].ravel()
+        mine = np.setdiff1d(old[self.pool.holders(old) == 1], new[same])
+        return _Moves(
+            old=old,
+            new=new,
+            moved=moved,
+            mine=mine,
+            more=max(0, len(moved) - len(mine)),
+            blocks=old[places // BLOCK],
+            places=places % BLOCK,
+        )
+
+    def _relist(self, layer: int, head: int, complete: int, new: IntArray) -> None:
+        """Put `new` blocks in the place of the first, complete ones of a list."""
+        lists, n = self._lists, len(new)
+        total = int(lists.n_blocks[layer, head])
         left = total - complete + n
-        lists.tables[layer, n:left] = lists.tables[layer, complete:total].copy()
-        lists.starts[layer, n:left] = lists.starts[layer, complete:total].copy()
-        lists.tables[layer, :n], lists.starts[layer, :n] = new, BLOCK * np.arange(n)
-        lists.n_blocks[layer] = left
-        self._evicted[layer] += complete - n
-        self._chosen[layer], self._compacted = kept.copy(), self.length
-        self._summaries[layer] = None
-        self.evictions += 1
-        self.pool.release(np.setdiff1d(old, new))
+        for column in (lists.tables, lists.starts):
+            column[layer, head, n:left] = column[layer, head, complete:total].copy()
+        lists.tables[layer, head, :n] = new
+        lists.starts[layer, head, :n] = BLOCK * np.arange(n)
+        lists.n_blocks[layer, head] = left
+        self._evicted[layer, head] += complete - n
 
     @property
     def n_shared(self) -> int:
         """Blocks that other sequences hold as well."""
         lists = self._lists
-        listed = np.arange(lists.tables.shape[1]) < lists.n_blocks[:, None]
+        listed = np.arange(lists.tables.shape[2]) < lists.n_blocks[..., None]
         return int((self.pool.holders(lists.tables[listed]) > 1).sum())
 
     def fork(self, n_tokens: int) -> SequenceCache:
@@ -403,25 +485,27 @@ class SequenceCache:
                 f"{n_tokens} tokens are to be shared, and a window has left behind what the "
                 f"next sees; allowed: {self._shareable}"
             )
-        lists, edge, rows = self._lists, n_tokens // BLOCK * BLOCK, np.arange(self.n_layers)
-        held = np.arange(lists.starts.shape[1]) < lists.n_blocks[:, None]
-        shared = (held & (lists.starts < edge)).sum(1)  # (L,) leading entries
-        fork, n = SequenceCache(self.pool, self.n_layers, self.windows), int(shared.max())
+        lists, edge = self._lists, n_tokens // BLOCK * BLOCK
+        places = np.arange(lists.starts.shape[2])
+        held = places < lists.n_blocks[..., None]
+        shared = (held & (lists.starts < edge)).sum(2)  # (L, G) leading entries
+        fork = SequenceCache(self.pool, self.n_layers, self.n_heads, self.windows)
+        n = int(shared.max())
         fork._grow(n + 1)
         mine = fork._lists
-        mine.tables[:, :n], mine.starts[:, :n] = lists.tables[:, :n], lists.starts[:, :n]
+        mine.tables[..., :n], mine.starts[..., :n] = lists.tables[..., :n], lists.starts[..., :n]
         if n_tokens > edge:
-            there = (held & (lists.starts == edge)).any(1)
+            there = (held & (lists.starts == edge)).any(2)
             if not there.all():
                 raise ValueError(
-                    f"{n_tokens} tokens are to be shared, but layer {np.argmin(there)} has evicted "
-                    f"the block of positions {edge} to {edge + BLOCK - 1}"
+                    f"{n_tokens} tokens are to be shared, but layer {np.argmin(there.all(1))} has "
+                    f"evicted the block of positions {edge} to {edge + BLOCK - 1}"
                 )
-            tail = self.pool.allocate(self.n_layers)
-            self.pool.copy(lists.tables[rows, shared], tail)
-            mine.tables[rows, shared], mine.starts[rows, shared] = tail, edge
-        for layer, count in enumerate(shared.tolist()):
-            self.pool.retain(lists.tables[layer, :count])
+            tail, last = self.pool.allocate(shared.size), shared[..., None]
+            self.pool.copy(np.take_along_axis(lists.tables, last, axis=2).ravel(), tail)
+            np.put_along_axis(mine.tables, last, tail.reshape(last.shape), axis=2)
+            np.put_along_axis(mine.starts, last, edge, axis=2)
+        self.pool.retain(lists.tables[places < shared[..., None]])
         mine.n_blocks[:] = shared + (n_tokens > edge)
         fork.length, fork._room_end = n_tokens, _blocks(n_tokens) * BLOCK
         fork._ends[:] = n_tokens
@@ -455,16 +539,16 @@ class SequenceCache:
         """
         self._open = False
         self._freer()
-        self._summaries = [None] * self.n_layers
+        self._summaries = [[None] * self.n_heads] * self.n_layers
 
     @property
     def bytes_held(self) -> int:
         """Bytes of the positions held, as `cost.Cost` prices them."""
         if not self._open:
             return 0
-        forgotten = BLOCK * (self._evicted - self._left)
+        forgotten = BLOCK * (self._evicted - self._left[:, None])
         seen = np.where(self.windows > 0, np.minimum(self.windows, self.length), self.length)
-        return int((seen - forgotten).sum()) * self.pool.bytes_per_block // BLOCK
+        return int((seen[:, None] - forgotten).sum()) * self.pool.bytes_per_block // BLOCK
 
     @property
     def bytes_allocated(self) -> int:
@@ -474,41 +558,45 @@ class SequenceCache:
     @property
     def summary_bytes(self) -> int:
         """Bytes that the summaries take, room to grow included."""
-        return sum(s.room.nbytes for s in self._summaries if s is not None)
+        every = (made for heads in self._summaries for made in heads)
+        return sum(made.room.nbytes for made in every if made is not None)
 
-    def _held(self, layer: int) -> int:
-        """Positions that a layer holds."""
-        return int(self._ends[layer] - BLOCK * self._evicted[layer]) if self._open else 0
+    def _held(self, layer: int) -> NDArray[np.int64]:
+        """(G,) positions that heads hold."""
+        return (self._ends[layer] - BLOCK * self._evicted[layer]) * self._open
 
-    def _complete(self, layer: int) -> int:
-        """Complete blocks in a layer's list."""
+    def _complete(self, layer: int) -> NDArray[np.int64]:
+        """(G,) complete blocks in lists."""
         return self._held(layer) // BLOCK
 
-    def _evictable(self, layer: int) -> int:
-        """Complete blocks but for those that a pass under way has written: it may be broken off."""
-        return min(self._complete(layer), self.length // BLOCK - int(self._evicted[layer]))
+    def _evictable(self, layer: int) -> NDArray[np.int64]:
+        """(G,) complete blocks but for those that a pass under way has written.
+
+        It may be broken off.
+        """
+        return np.minimum(self._complete(layer), self.length // BLOCK - self._evicted[layer])
 
     def _grow(self, n: int) -> None:
         """Make room for `n` entries in each list."""
-        lists, room = self._lists, self._lists.tables.shape[1]
+        lists, room = self._lists, self._lists.tables.shape[2]
         if n <= room:
             return
-        more = np.zeros((self.n_layers, max(n, 2 * room) - room), np.int32)
-        lists.tables = np.concatenate([lists.tables, more], axis=1)
-        lists.starts = np.concatenate([lists.starts, more], axis=1)
+        more = np.zeros((self.n_layers, self.n_heads, max(n, 2 * room) - room), np.int32)
+        lists.tables = np.concatenate([lists.tables, more], axis=2)
+        lists.starts = np.concatenate([lists.starts, more], axis=2)
 
     def _rewind(self) -> None:
         """Forget what a pass that was broken off has written beyond `length`."""
         self._ends[:] = self.length
-        for layer, made in enumerate(self._summaries):
-            if made is not None:
-                made.count = min(made.count, self._complete(layer))
+        for layer, heads in enumerate(self._summaries):
+            for made, complete in zip(heads, self._complete(layer).tolist(), strict=True):
+                if made is not None:
+                    made.count = min(made.count, complete)
 
     def _summary_room(self, summary: str, n: int) -> Tensor:
         pool, vectors = self.pool, 1 if summary == "mean" else 2
-        _, g, _, k = pool.values.shape
         with torch.inference_mode(False):
-            size = (g, n, vectors, k)
+            size = (n, vectors, pool.values.shape[2])
             return torch.empty(size, dtype=summary_dtype(pool.kv), device=pool.values.device)
 
 
@@ -523,6 +611,5 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 
 
 def _release(pool: BlockPool, lists: _Lists) -> None:
-    for layer, n in enumerate(lists.n_blocks.tolist()):
-        pool.release(lists.tables[layer, :n])
+    pool.release(lists.tables[np.arange(lists.tables.shape[2]) < lists.n_blocks[..., None]])
     lists.n_blocks[:] = 0

@@ -224,7 +224,7 @@ class ChunkBuffer:
         if tables is not self._tables:
             self._tables = tables
             chunk.tables, chunk.starts = tables.ctypes.data, cache.starts.ctypes.data
-            chunk.room = tables.shape[1]
+            chunk.room = tables.shape[2]
         chunk.held = cache.n_blocks.ctypes.data
         if sequence.received is not None:
             sums = sequence.received.sums

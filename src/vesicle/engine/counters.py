@@ -15,10 +15,10 @@ _ALL = slice(None)
 
 
 def rescored(shape: ModelShape, entries: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-    """Fields of `cost.Cost` for scores of `entries` (T,) that are worked out again."""
+    """Fields of `cost.Cost` for scores of `entries` (T,) of KV heads that are worked out again."""
     return {
-        "flops_evidence": 2 * shape.query_width * entries,
-        "kv_bytes_read": shape.position_bytes // 2 * entries,
+        "flops_evidence": 2 * shape.queries_of_a_head * entries,
+        "kv_bytes_read": shape.entry_bytes // 2 * entries,
     }
 
 
@@ -60,12 +60,12 @@ class Counters:
     def attention(
         self, layer: int, tokens: IntArray, visited: IntArray, compared: IntArray, vectors: int
     ) -> None:
-        """Positions read by queries, and block summaries compared to choose them."""
+        """Entries read by queries, and block summaries compared to choose them; of all KV heads."""
         self._visited[layer, tokens] = visited
         self._compared[layer, tokens] = compared.astype(np.int64) * vectors
 
     def summed(self, layer: int, tokens: IntArray, positions: IntArray) -> None:
-        """Positions whose attention probability was added to what entries have received."""
+        """Entries, of all KV heads, to whose sums attention probability was added."""
         self._summed[layer, tokens] = positions
 
     def adopt(
@@ -119,8 +119,8 @@ class Counters:
         small, again = self._small[rows], rescored(shape, summed)
         return {
             "flops_linear": 2 * numbers.sum((0, 1)),
-            "flops_attention": 4 * shape.query_width * visited,
-            "flops_selection": 2 * shape.query_width * compared,
+            "flops_attention": 4 * shape.queries_of_a_head * visited,
+            "flops_selection": 2 * shape.queries_of_a_head * compared,
             "flops_evidence": again["flops_evidence"],
             "flops_standin": 2 * small,
             "flops_modulator": self._modulator_flops[rows],
@@ -128,7 +128,7 @@ class Counters:
             "weight_bytes": bits_read // 8
             + small * shape.weight_bytes
             + self._modulator_bytes[rows],
-            "kv_bytes_read": shape.position_bytes * visited
+            "kv_bytes_read": shape.entry_bytes * visited
             + again["kv_bytes_read"]
             + shape.summary_vector_bytes * compared,
         }

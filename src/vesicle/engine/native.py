@@ -104,7 +104,7 @@ class NativeCore:
             kv_format=core.KV_FORMATS[pool.keys.dtype],
             summary_format=_summary_format(pool),
             # Keys, then values. Strides say nothing about an axis of one head.
-            page_stride=2 * pool.keys[0, 0].numel(),
+            page_stride=2 * pool.keys[0].numel(),
         )
         self.screening = Screening(weights.head, shape.width)
         self._frames: list[_Frame] = []

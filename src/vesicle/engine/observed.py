@@ -28,8 +28,8 @@ class Observed:
 
     Attributes:
         queries: (L, w, H, K) fp32, rotated and not scaled, at their positions modulo w.
-        entries: (L, w) the entries against which each query was scored when it was asked about
-            last, in order of position.
+        entries: (L, w) the entries, of all KV heads, against which each query was scored when it
+            was asked about last, in order of position.
     """
 
     def __init__(self, shape: ModelShape, n_queries: int) -> None:
@@ -46,8 +46,8 @@ class Observed:
 
     def attention(
         self, cache: SequenceCache, layer: int, runs: NDArray[np.bool_], scale: float
-    ) -> NDArray[np.float32]:
-        """(G, w, n) as `Evidence` has it, of the queries before the cache's length.
+    ) -> list[NDArray[np.float32]]:
+        """For each KV head (w, n) as `Evidence` has it, of the queries before the cache's length.
 
         Args:
             cache: Of the sequence.
@@ -56,20 +56,24 @@ class Observed:
             scale: Of the attention logits.
         """
         held, w = cache.held(layer), self.queries.shape[1]
-        (g, n), rows = held.shape, np.nonzero(runs)[0]
+        rows = np.nonzero(runs)[0]
         positions = cache.length - w + rows
-        chances = np.zeros((g, w, n), np.float32)
-        queries = torch.from_numpy(self.queries[layer, positions % w]).unflatten(1, (g, -1))
-        keys = cache.pool.read_keys(cache.tables[layer, : -(-n // BLOCK)], torch.float32)
-        # All but the newest w entries lie before all of the queries.
-        later = torch.from_numpy(held[:, None, -w:] > positions[:, None])  # (G, rows, w)
-        for head in range(g):  # scores of one at a time lie in memory
-            scores = (queries[:, head] * scale) @ keys[head, :n].T  # (rows, R, n)
-            scores[..., -w:].masked_fill_(later[head, :, None], -torch.inf)
-            chances[head, rows] = scores.softmax(-1).mean(1)
-        self.entries[layer] = 0
-        self.entries[layer, rows] = n - later[0].sum(1).numpy()
-        return chances
+        queries = torch.from_numpy(self.queries[layer, positions % w])
+        queries = queries.unflatten(1, (len(held), -1)) * scale
+        self.entries[layer], found = 0, []
+        for head, entries in enumerate(held):  # scores of one at a time lie in memory
+            n = len(entries)
+            blocks = cache.tables[layer, head, : -(-n // BLOCK)]
+            keys = cache.pool.read_keys(blocks, torch.float32)[:n]
+            # All but the newest w entries lie before all of the queries.
+            later = torch.from_numpy(entries[-w:] > positions[:, None])  # (rows, w or n)
+            scores = queries[:, head] @ keys.T  # (rows, R, n)
+            scores[..., -w:].masked_fill_(later[:, None], -torch.inf)
+            chances = np.zeros((w, n), np.float32)
+            chances[rows] = scores.softmax(-1).mean(1)
+            self.entries[layer, rows] += n - later.sum(1).numpy()
+            found.append(chances)
+        return found
 
     def fork(self) -> Observed:
         """The same queries, to go on by themselves."""

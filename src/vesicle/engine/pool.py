@@ -1,6 +1,6 @@
 """The KV memory of an engine: blocks of 16 positions that all its sequences draw from.
 
-One block holds the keys and values of 16 positions of one layer of one sequence, for every KV head.
+One block holds the keys and values of 16 positions of one KV head of one layer of one sequence.
 Keys lie transposed, (K, 16), so that one vector instruction multiplies a channel of 16 positions;
 values lie (16, K), so that one weight multiplies a position's row. Blocks are counted: a block that
 several sequences share goes back when the last of them lets go of it.
@@ -9,7 +9,7 @@ The pool asks for address space, not for memory: the operating system commits a 
 first written. Blocks of the lowest free number are given out first, so that what was touched stays
 dense; `trim` hands pages of free blocks back.
 
-In `int8` each position and KV head has its own scale, amax / 127, kept in fp16. The scale is
+In `int8` each entry has its own scale, amax / 127, kept in fp16. The scale is
 rounded before codes are made from it, so that code times scale is all there is to know.
 """
 
@@ -78,7 +78,7 @@ def summary_dtype(kv: str) -> torch.dtype:
 
 def default_capacity(shape: ModelShape, kv: str, context_window: int) -> int:
     """Bytes for 16 sequences of full context, but at most half of the memory that is available."""
-    blocks = -(-context_window // BLOCK) * SEQUENCES * shape.n_layers
+    blocks = -(-context_window // BLOCK) * SEQUENCES * shape.n_layers * shape.n_kv_heads
     block = block_bytes(shape, kv)
     available = available_memory()
     wanted = blocks * block
@@ -86,8 +86,8 @@ def default_capacity(shape: ModelShape, kv: str, context_window: int) -> int:
 
 
 def block_bytes(shape: ModelShape, kv: str) -> int:
-    """Bytes of one block: 16 positions of one layer."""
-    return BLOCK * with_kv(shape, kv).position_bytes
+    """Bytes of one block: 16 positions of one KV head of one layer."""
+    return BLOCK * with_kv(shape, kv).entry_bytes
 
 
 def available_memory() -> int | None:
@@ -103,15 +103,15 @@ def available_memory() -> int | None:
 
 
 class BlockPool:
-    """Blocks of 16 positions of one layer: keys, values, and who holds them.
+    """Blocks of 16 positions of one KV head: keys, values, and who holds them.
 
     Addresses never change while the pool lives. Positions of a block that were not written hold
     anything, NaN included.
 
     Attributes:
-        keys: (capacity, G, K, 16).
-        values: (capacity, G, 16, K).
-        key_scales: (capacity, G, 16) fp16, for `int8` only.
+        keys: (capacity, K, 16).
+        values: (capacity, 16, K).
+        key_scales: (capacity, 16) fp16, for `int8` only.
         value_scales: The same for values.
         capacity: Blocks in all.
         bytes_per_block: Of keys, values and scales.
@@ -140,26 +140,26 @@ class BlockPool:
         dtype = kv_dtype(kv)
         self.kv = kv
         self.bytes_per_block = block_bytes(shape, kv)
-        least = shape.n_layers * self.bytes_per_block
+        least = shape.n_layers * shape.n_kv_heads * self.bytes_per_block
         if capacity_bytes < least:
             raise VesicleError(
                 f"kv_capacity is {capacity_bytes} bytes; allowed: at least {least}, one block of "
-                f"{BLOCK} positions for each of the model's {shape.n_layers} layers"
+                f"{BLOCK} positions for each KV head of the model's {shape.n_layers} layers"
             )
         self.capacity = min(capacity_bytes // self.bytes_per_block, 2**31 - 1)
-        n, g, k = self.capacity, shape.n_kv_heads, shape.head_size
+        n, k = self.capacity, shape.head_size
         # Made outside inference mode, so that they may be written inside and outside of it.
         with torch.inference_mode(False):
             try:
-                # A head's keys and values side by side: 4 KiB in fp16 with heads of 64, which is
-                # as far as processors read ahead by themselves.
-                pages = torch.empty(n, g, 2, k * BLOCK, dtype=dtype, device=device)
-                self.keys = pages[:, :, 0].unflatten(-1, (k, BLOCK))
-                self.values = pages[:, :, 1].unflatten(-1, (BLOCK, k))
+                # Keys and values side by side: 4 KiB in fp16 with heads of 64, which is as far as
+                # processors read ahead by themselves.
+                pages = torch.empty(n, 2, k * BLOCK, dtype=dtype, device=device)
+                self.keys = pages[:, 0].unflatten(-1, (k, BLOCK))
+                self.values = pages[:, 1].unflatten(-1, (BLOCK, k))
                 self.key_scales: Tensor | None = None
                 self.value_scales: Tensor | None = None
                 if dtype == torch.int8:
-                    scales = (n, g, BLOCK)
+                    scales = (n, BLOCK)
                     self.key_scales = torch.empty(scales, dtype=torch.float16, device=device)
                     self.value_scales = torch.empty(scales, dtype=torch.float16, device=device)
             except RuntimeError as error:
@@ -245,35 +245,33 @@ class BlockPool:
             raise ValueError("a block that nobody holds was retained or released")
 
     def write(self, blocks: IntArray, keys: Tensor, values: Tensor) -> None:
-        """Fill whole blocks with keys and values (G, N * 16, K), N blocks."""
-        n, (g, _, k) = len(blocks), keys.shape
+        """Fill whole blocks (G, N), each of one KV head, with keys and values (G, 16 N, K)."""
         index = torch.from_numpy(blocks).long()
         for source, store, scales in self._stores(keys, values):
             numbers, scale = self._stored(source)
-            split = numbers.view(g, n, BLOCK, k)
-            order = (1, 0, 3, 2) if store is self.keys else (1, 0, 2, 3)
-            store[index] = split.permute(order)
+            split = numbers.unflatten(1, (-1, BLOCK))
+            store[index] = split.transpose(2, 3) if store is self.keys else split
             if scales is not None and scale is not None:
-                scales[index] = scale.view(g, n, BLOCK).transpose(0, 1)
+                scales[index] = scale.unflatten(1, (-1, BLOCK))
 
-    def write_part(self, block: int, first: int, keys: Tensor, values: Tensor) -> None:
-        """Fill positions `first` and on of one block with keys and values (G, T, K)."""
-        stop = first + keys.shape[1]
+    def write_part(self, blocks: IntArray, first: int, keys: Tensor, values: Tensor) -> None:
+        """Fill positions `first` and on of a block of each KV head, (G,), with (G, T, K)."""
+        stop, index = first + keys.shape[1], torch.from_numpy(blocks).long()
         for source, store, scales in self._stores(keys, values):
             numbers, scale = self._stored(source)
             if store is self.keys:
-                store[block, :, :, first:stop] = numbers.transpose(1, 2)
+                store[index, :, first:stop] = numbers.transpose(1, 2)
             else:
-                store[block, :, first:stop] = numbers
+                store[index, first:stop] = numbers
             if scales is not None and scale is not None:
-                scales[block, :, first:stop] = scale
+                scales[index, first:stop] = scale
 
     def read_keys(self, blocks: IntArray, dtype: torch.dtype) -> Tensor:
-        """(G, N * 16, K) keys of N blocks, contiguous, in a dtype to compute in."""
+        """(..., 16 N, K) keys of blocks (..., N), contiguous, in a dtype to compute in."""
         return self._read(self.keys, self.key_scales, blocks, dtype)
 
     def read_values(self, blocks: IntArray, dtype: torch.dtype) -> Tensor:
-        """(G, N * 16, K) values of N blocks, contiguous, in a dtype to compute in."""
+        """(..., 16 N, K) values of blocks (..., N), contiguous, in a dtype to compute in."""
         return self._read(self.values, self.value_scales, blocks, dtype)
 
     def copy(self, source: IntArray, target: IntArray) -> None:
@@ -285,26 +283,24 @@ class BlockPool:
     def regroup(
         self, blocks: NDArray[np.integer], places: NDArray[np.integer], target: IntArray
     ) -> None:
-        """Fill whole blocks with stored entries from anywhere, those of each KV head its own.
+        """Fill whole blocks with stored entries from anywhere.
 
         Nothing is converted. All entries are read before any is written.
 
         Args:
-            blocks: (G, 16 N) where each head's entries lie now.
-            places: (G, 16 N) their places in these blocks.
+            blocks: (16 N,) where the entries lie now.
+            places: (16 N,) their places in these blocks.
             target: (N,) blocks to fill.
         """
-        block, place = (torch.from_numpy(x).long() for x in (blocks, places))
-        head, index = torch.arange(len(block))[:, None], torch.from_numpy(target).long()
-        found: list[tuple[Tensor, Tensor, tuple[int, ...]]] = [
-            (self.keys, self.keys[block, head, :, place], (1, 0, 3, 2)),
-            (self.values, self.values[block, head, place], (1, 0, 2, 3)),
-        ]
+        block, place, index = (torch.from_numpy(x).long() for x in (blocks, places, target))
+        found = [(self.values, self.values[block, place])]
         for scales in (self.key_scales, self.value_scales):
             if scales is not None:
-                found.append((scales, scales[block, head, place], (1, 0, 2)))
-        for store, entries, order in found:
-            store[index] = entries.unflatten(1, (len(target), BLOCK)).permute(order)
+                found.append((scales, scales[block, place]))
+        keys = self.keys[block, :, place].unflatten(0, (len(target), BLOCK))
+        for store, entries in found:
+            store[index] = entries.unflatten(0, (len(target), BLOCK))
+        self.keys[index] = keys.transpose(1, 2)
 
     def _stores(
         self, keys: Tensor, values: Tensor
@@ -330,14 +326,12 @@ class BlockPool:
     def _read(
         self, store: Tensor, scales: Tensor | None, blocks: IntArray, dtype: torch.dtype
     ) -> Tensor:
-        index = torch.from_numpy(blocks).long()
-        n, g, k = len(blocks), store.shape[1], self.values.shape[3]
-        numbers = store.index_select(0, index)  # (N, G, K, 16) or (N, G, 16, K)
-        order = (1, 0, 3, 2) if store is self.keys else (1, 0, 2, 3)
+        index, k = torch.from_numpy(blocks).long().flatten(), self.values.shape[2]
+        numbers = store.index_select(0, index)  # (N, K, 16) or (N, 16, K)
         exact = dtype if scales is None else torch.promote_types(dtype, torch.float32)
         # One pass turns and converts at once.
-        out = torch.empty(g, n, BLOCK, k, dtype=exact, device=store.device)
-        out.copy_(numbers.permute(order))
+        out = torch.empty(len(index), BLOCK, k, dtype=exact, device=store.device)
+        out.copy_(numbers.transpose(1, 2) if store is self.keys else numbers)
         if scales is not None:
-            out *= scales.index_select(0, index).transpose(0, 1)[..., None].to(exact)
-        return out.view(g, n * BLOCK, k).to(dtype)
+            out *= scales.index_select(0, index)[..., None].to(exact)
+        return out.view(*blocks.shape[:-1], blocks.shape[-1] * BLOCK, k).to(dtype)

@@ -103,7 +103,8 @@ class PrefixIndex:
         """
         key, n = _identity(sequence.method), _alike(sequence) // BLOCK
         if self.limit_bytes is not None:
-            column = self.engine.shape.n_layers * self.engine.pool.bytes_per_block
+            shape = self.engine.shape
+            column = shape.n_layers * shape.n_kv_heads * self.engine.pool.bytes_per_block
             n = min(n, self.limit_bytes // column)
         cache = sequence.cache
         if key is None or not n or not _whole(sequence) or not cache.reaches(n * BLOCK):
@@ -173,7 +174,7 @@ def _whole(sequence: Sequence) -> bool:
     """
     cache = sequence.cache
     return not sequence.author.carries_state and bool(
-        (cache.n_blocks + cache.left == -(-sequence.length // BLOCK)).all()
+        (cache.n_blocks + cache.left[:, None] == -(-sequence.length // BLOCK)).all()
     )
 
 
@@ -187,5 +188,5 @@ def _common(first: IntArray, second: IntArray) -> int:
 def _blocks(sequence: Sequence) -> list[int]:
     """The numbers of its blocks in the pool, of all layers."""
     cache = sequence.cache
-    held = np.arange(cache.tables.shape[1]) < cache.n_blocks[:, None]
+    held = np.arange(cache.tables.shape[2]) < cache.n_blocks[..., None]
     return cache.tables[held].tolist()

@@ -62,11 +62,15 @@ class Sequence:
                 self.received = Received(shape)
             if self.forgetter.observes:
                 self.observed = Observed(shape, self.forgetter.observes)
-        self._answers: list[tuple[Events, IntArray]] = []  # of the first of them, at this length
-        self._left: list[IntArray] | None = None  # (G, n) of each of them, told but not done yet
+        # Of the first of them, at this length.
+        self._answers: list[tuple[Events, list[IntArray]]] = []
+        # (n,) of each KV head of each of them, told but not done yet.
+        self._left: list[list[IntArray]] | None = None
         self.asking = False
         self.builder = PlanBuilder(shape, self.author.evict_after)
-        self.cache = SequenceCache(engine.pool, shape.n_layers, shape.layer_windows)
+        self.cache = SequenceCache(
+            engine.pool, shape.n_layers, shape.n_kv_heads, shape.layer_windows
+        )
         self._full = np.nonzero(shape.layer_windows == 0)[0].tolist()  # layers that may forget
         self.prompts = Spans()
         self.taken_over = 0
@@ -163,16 +167,16 @@ class Sequence:
             self.received.clear()
         self.await_eviction()
 
-    def _known(self) -> list[IntArray]:
-        """(G, n) positions of complete blocks that layers keep, as known beforehand."""
+    def _known(self) -> list[list[IntArray]]:
+        """(n,) positions of complete blocks that heads of layers keep, as known beforehand."""
         evict_after, length = self.author.evict_after, self.cache.length
         assert evict_after is not None
         held = [held_entries(evict_after, layer, length) for layer in self._full]
-        # As many in each head.
-        return [entries[:, entries[0] < length // BLOCK * BLOCK] for entries in held]
+        complete = length // BLOCK * BLOCK
+        return [[entries[entries < complete] for entries in heads] for heads in held]
 
-    def _asked(self) -> list[IntArray]:
-        """(G, n) positions that layers keep, as the forgetter decides; the Plan takes note."""
+    def _asked(self) -> list[list[IntArray]]:
+        """(n,) positions that heads of layers keep, as the forgetter decides; the Plan is told."""
         assert self.forgetter is not None
         self.check_not_asking("read")
         self.flush()
@@ -184,7 +188,8 @@ class Sequence:
             for layer in self._full[len(self._answers) :]:
                 held, received, attention = self.cache.held(layer), None, None
                 if self.received is not None:
-                    received = self.received.sums[layer, :, : held.shape[1]]
+                    sums = self.received.sums[layer]
+                    received = [row[: len(head)] for row, head in zip(sums, held, strict=True)]
                 if self.observed is not None:
                     attention = self.observed.attention(self.cache, layer, runs[:, layer], scale)
                 answer = ask(self.forgetter, layer, self.length, held, received, attention)

@@ -1,4 +1,4 @@
-"""A profile by ablation: a layer's part is what is lost where it alone forgets."""
+"""A profile by ablation: a KV head's part is what is lost where it alone forgets."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _FLOOR = 0.01
 
 
 def by_ablation(start: Namm, contexts: Sequence[Context], most_excess: float) -> Namm:
-    """A NAMM whose profile is the logarithm of what contexts lose where a layer alone forgets.
+    """A NAMM whose profile is the logarithm of what contexts lose where a head alone forgets.
 
     Args:
         start: Whose network it has, with room for a profile.
         contexts: By whose answers losses are measured; weighed by their weights.
         most_excess: Nats a token beyond which more does not count.
     """
-    lost = np.zeros(len(start.profile))
+    lost = np.zeros(start.profile.shape)
     for context in contexts:
         excess = np.minimum(context.excess_without(start), most_excess)
         lost += context.question.weight * excess / len(contexts)

@@ -12,8 +12,8 @@ class EvolveConfig:
     """Settings of a run of evolution.
 
     Attributes:
-        evolves: `profile` (how much each layer holds), `network` (what of it) or `both`.
-        ablate: Whether the profile begins at what is lost where each layer alone forgets.
+        evolves: `profile` (how much each KV head holds), `network` (what of it) or `both`.
+        ablate: Whether the profile begins at what is lost where each KV head alone forgets.
         memory: Shares of the cache at which candidates are tried, by turns.
         generations: How many.
         population: Candidates in each; the paper has 32.

@@ -33,22 +33,30 @@ class _Listening(Forgetful):
     def __init__(self, settings: NammSettings) -> None:
         super().__init__(interval=settings.interval)
         self.observes = settings.observes
-        self.averages: list[Averages] = []
+        self.averages: list[list[Averages]] = []
 
-    def spectral(self, sequence: EngineSequence, layers: list[int]) -> list[NDArray[np.float16]]:
-        """(G, n, 17) features of each layer's entries, as if it were asked where it stands now."""
+    def spectral(
+        self, sequence: EngineSequence, layers: list[int]
+    ) -> list[list[NDArray[np.float16]]]:
+        """(n, 17) features of each head's entries, as if it were asked where it stands now."""
         observed, scale = sequence.observed, sequence.engine.config.attention_scale
         assert observed is not None
         ran, found = np.ones(self.observes, bool), []
         for layer in layers:
-            positions = sequence.cache.held(layer)
+            held = sequence.cache.held(layer)
             attention = observed.attention(sequence.cache, layer, ran, scale)
-            features = self.averages[layer].update(positions, attention, sequence.length)
-            found.append(features.astype(np.float16))
+            features = [
+                averages.update(positions, paid, sequence.length).astype(np.float16)
+                for averages, positions, paid in zip(
+                    self.averages[layer], held, attention, strict=True
+                )
+            ]
+            found.append(features)
         return found
 
     def forgetter(self, shape: ModelShape) -> Forgetter:
-        self.averages = [Averages(shape.n_kv_heads) for _ in range(shape.n_layers)]
+        heads = range(shape.n_kv_heads)
+        self.averages = [[Averages() for _ in heads] for _ in range(shape.n_layers)]
         return _Listener(self)
 
 
@@ -58,9 +66,11 @@ class _Listener(Forgetter):
         self._averages = method.averages
 
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
-        positions = evidence.positions
-        self._averages[layer].update(positions, evidence.attention, length)
-        return all_but(layer, length, positions, np.ones(positions.shape, bool))
+        rows = zip(self._averages[layer], evidence.positions, evidence.attention, strict=True)
+        for averages, positions, attention in rows:
+            averages.update(positions, attention, length)
+        every = [np.ones(positions.shape, bool) for positions in evidence.positions]
+        return all_but(layer, length, evidence.positions, every)
 
 
 class Context:
@@ -84,11 +94,11 @@ class Context:
         before = min(len(question.context), len(question.context) + len(question.lead) - 1)
         self._length = before // BLOCK * BLOCK
         self._layers = np.nonzero(engine.shape.layer_windows == 0)[0].tolist()
-        self._spectral: list[NDArray[np.float16]] = []
+        self._spectral: list[list[NDArray[np.float16]]] = []
         method = None if settings is None else _Listening(settings)
         sequence = engine.start(method or Dense())
         engine.forward([(sequence, question.context[: self._length])], "none")
-        self._positions: IntArray = sequence.cache.held(self._layers[0])  # the same in all layers
+        self._positions: IntArray = sequence.cache.held(self._layers[0])[0]  # the same in all heads
         if method is not None:
             self._spectral = method.spectral(sequence, self._layers)
         self._source = engine.fork(sequence, method=Dense())
@@ -100,48 +110,47 @@ class Context:
         return self._excess([(namm, self._counts(namm, memory)) for namm in candidates])
 
     def excess_without(self, namm: Namm) -> NDArray[np.float64]:
-        """(L,) the same where one layer after another holds what always stays, and all others all.
+        """(L, G) the same where one head after another holds what always stays, and all others all.
 
-        0 for layers that never forget.
+        0 in layers that never forget.
         """
         least = -(-(namm.settings.sinks + namm.settings.recent) // BLOCK) * BLOCK
-        whole = [self._length] * len(self._layers)
-        found = np.zeros(self._engine.shape.n_layers)
-        found[self._layers] = self._excess(
-            [
-                (namm, [*whole[:i], min(least, self._length), *whole[i + 1 :]])
-                for i in range(len(whole))
-            ]
-        )
+        shape = self._engine.shape
+        size = len(self._layers), shape.n_kv_heads
+        alone = np.full((size[0] * size[1], *size), self._length)
+        alone.reshape(len(alone), -1)[np.diag_indices(len(alone))] = min(least, self._length)
+        found = np.zeros((shape.n_layers, shape.n_kv_heads))
+        found[self._layers] = self._excess([(namm, counts) for counts in alone]).reshape(size)
         return found
 
-    def _excess(self, candidates: list[tuple[Namm, list[int]]]) -> NDArray[np.float64]:
+    def _excess(self, candidates: list[tuple[Namm, NDArray[np.int_]]]) -> NDArray[np.float64]:
         nats: list[float] = []
         for first in range(0, len(candidates), _TOGETHER):
             forks = [self._forked(*c) for c in candidates[first : first + _TOGETHER]]
             nats += self._nats(forks)
         return (np.array(nats) - self.full) / len(self.question.answer)
 
-    def _counts(self, namm: Namm, memory: float) -> list[int]:
-        """What layers hold of it."""
-        settings, profile = namm.settings, namm.layer_profile(self._engine.shape.n_layers)
-        always = settings.sinks + settings.recent
-        return allot(profile[self._layers], memory * self._length, self._length, always)
+    def _counts(self, namm: Namm, memory: float) -> NDArray[np.int_]:
+        """(layers, G) what heads of the layers that forget hold of it."""
+        profile = namm.profile_of(self._engine.shape)[self._layers]
+        always = namm.settings.sinks + namm.settings.recent
+        counts = allot(profile.ravel(), memory * self._length, self._length, always)
+        return np.array(counts).reshape(profile.shape)
 
-    def _forked(self, namm: Namm, counts: list[int]) -> EngineSequence:
-        """The context once more, with the best entries of each layer by a NAMM's scores."""
+    def _forked(self, namm: Namm, counts: NDArray[np.int_]) -> EngineSequence:
+        """The context once more, with the best entries of each head by a NAMM's scores."""
         fork, settings = self._engine.fork(self._source), namm.settings
         positions = self._positions
         always = protected(settings, positions, self._length)
         scores = np.zeros(positions.shape, np.float32)
-        for i, (layer, count) in enumerate(zip(self._layers, counts, strict=True)):
-            if count >= self._length:
-                continue
-            if self._spectral:
-                spectral = self._spectral[i].astype(np.float32)
-                scores = namm.scores(spectral, positions, self._length)
-            stays = best(scores, always, count)
-            fork.cache.compact(layer, positions[stays].reshape(len(positions), -1))
+        for i, (layer, heads) in enumerate(zip(self._layers, counts.tolist(), strict=True)):
+            kept = []
+            for head, count in enumerate(heads):
+                if self._spectral and count < self._length:
+                    spectral = self._spectral[i][head].astype(np.float32)
+                    scores = namm.scores(spectral, positions, self._length)
+                kept.append(positions[best(scores, always, count)])
+            fork.cache.compact(layer, kept)
         return fork
 
     def _nats(self, forks: list[EngineSequence]) -> list[float]:

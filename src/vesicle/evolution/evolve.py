@@ -30,7 +30,7 @@ from vesicle.namm import Namm
 
 LINES, SETTINGS = "generations.jsonl", "evolution.json"
 _ABLATED = 8
-"""Contexts by which a profile begins, at most: each is tried once for every layer."""
+"""Contexts by which a profile begins, at most: each is tried once for every KV head."""
 Say = Callable[[str], None]
 Show = Callable[[dict[str, Any]], None]
 
@@ -149,7 +149,7 @@ def _first(
     """The line of the start, which is no generation: nobody is told its loss."""
     if config.ablate:
         few = train[:: -(-len(train) // _ABLATED)]
-        say(f"measuring what each layer loses alone, on {len(few)} contexts")
+        say(f"measuring what each KV head loses alone, on {len(few)} contexts")
         start = by_ablation(start, few, config.most_excess)
     return {
         "generation": 0,

@@ -37,7 +37,8 @@ class Search:
         profile = config.evolves != "network"
         spread = spread_of(settings.network, settings.n_features, settings.hidden)
         parts = [(start.parameters, spread)] if network else []
-        parts += [(start.profile, np.ones(len(start.profile), np.float32))] if profile else []
+        flat = start.profile.ravel()
+        parts += [(flat, np.ones(len(flat), np.float32))] if profile else []
         mean = np.concatenate([values / scale for values, scale in parts]).astype(np.float64)
         self._spread = np.concatenate([scale for _, scale in parts])
         self._n_network = len(start.parameters) if network else 0
@@ -72,5 +73,5 @@ class Search:
         return replace(
             start,
             parameters=values[:n] if n else start.parameters,
-            profile=values[n:] if n < len(values) else start.profile,
+            profile=values[n:].reshape(start.profile.shape) if n < len(values) else start.profile,
         )

@@ -1,8 +1,8 @@
-"""How many entries each layer may hold, of a memory that all layers share.
+"""How many entries each KV head may hold, of a memory that all heads of all layers share.
 
-Layers need it unequally: in the default model two or three KV heads find a pass key, and the other
-eighty-odd read what is near. A *profile* has one number for each layer, the logarithm of its part;
-parts are held between what every layer must have and all that there is.
+Heads need it unequally: in the default model two or three find a pass key, and the other eighty-odd
+read what is near. A *profile* has one number for each head, the logarithm of its part; parts are
+held between what every head must have and all that there is.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from vesicle.plan import BLOCK
 
 
 def allot(profile: NDArray[np.floating], entries: float, length: int, least: int) -> list[int]:
-    """Entries that layers hold after `length` tokens, in whole blocks.
+    """Entries that KV heads hold after `length` tokens, in whole blocks.
 
     Args:
-        profile: (L,) of the layers that forget.
-        entries: A layer's, on average; they are not more in all but where `least` asks for it.
+        profile: (N,) of the heads that forget.
+        entries: A head's, on average; they are not more in all but where `least` asks for it.
         length: Tokens read.
-        least: Entries that every layer holds, whatever the others need.
+        least: Entries that every head holds, whatever the others need.
 
     Returns:
-        (L,) multiples of 16; `least` and `length` are rounded up to them.
+        (N,) multiples of 16; `least` and `length` are rounded up to them.
     """
     most = -(-length // BLOCK) * BLOCK
     least = min(most, -(-least // BLOCK) * BLOCK)
@@ -37,7 +37,9 @@ def allot(profile: NDArray[np.floating], entries: float, length: int, least: int
     whole = np.clip(low * parts, least, most)
     counts = np.maximum(least, whole // BLOCK * BLOCK).astype(int)
     # What rounding left over goes to those that lost most by it.
-    for layer in np.argsort(counts - whole, kind="stable").tolist():
-        if counts.sum() + BLOCK <= budget and counts[layer] < most:
-            counts[layer] += BLOCK
+    left = int(budget - counts.sum()) // BLOCK
+    for head in np.argsort(counts - whole, kind="stable").tolist():
+        if left > 0 and counts[head] < most:
+            counts[head] += BLOCK
+            left -= 1
     return [int(count) for count in counts]

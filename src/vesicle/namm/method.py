@@ -30,7 +30,7 @@ class NammMemory(Forgetful):
         Args:
             namm: Which one.
             memory: Share of all entries to hold, of a prompt's at its end, above 0 and up to 1: of
-                each layer's, those of highest scores, as many as its part allows. None, the
+                each KV head's, those of highest scores, as many as its part allows. None, the
                 default, keeps those whose score is not below 0, however many they are.
             interval: Tokens after which entries are forgotten; the NAMM's own by default.
             inner: Decides everything else; `Dense` by default.
@@ -54,23 +54,28 @@ class NammMemory(Forgetful):
         """Remembers averages of what entries received.
 
         Raises:
-            VesicleError: If the NAMM has a profile of another model's layers.
+            VesicleError: If the NAMM has a profile of another model's heads.
         """
-        return _NammForgetter(self, shape, [Averages(shape.n_kv_heads)] * shape.n_layers)
+        averages = [[Averages() for _ in range(shape.n_kv_heads)] for _ in range(shape.n_layers)]
+        return _NammForgetter(self, shape, averages)
 
 
 class _NammForgetter(Forgetter):
-    def __init__(self, method: NammMemory, shape: ModelShape, averages: list[Averages]) -> None:
+    def __init__(
+        self, method: NammMemory, shape: ModelShape, averages: list[list[Averages]]
+    ) -> None:
         self.interval = method.interval
         # A network that prefers nothing need not see anything.
         self._sees = bool(method.namm.parameters.any())
         self.observes = method.namm.settings.observes if self._sees else 0
         self._method, self._shape = method, shape
-        self._averages = [a.fork() for a in averages]
-        self._profile = method.namm.layer_profile(shape.n_layers)
+        self._averages = [[a.fork() for a in heads] for heads in averages]
+        self._profile = method.namm.profile_of(shape)
         self._forgets = np.nonzero(shape.layer_windows == 0)[0]
         self._stop = 0  # of the prompt
-        self._counts: dict[int, list[int]] = {}  # at the length of the last layer asked about
+        self._counts: dict[
+            int, NDArray[np.int64]
+        ] = {}  # (layers, G) at the length asked about last
 
     def prompt(self, start: int, stop: int) -> None:
         # Its share of a prompt's end is held from the beginning: the peak is the same, and layers
@@ -78,47 +83,51 @@ class _NammForgetter(Forgetter):
         self._stop = max(self._stop, stop)
 
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
-        namm, positions = self._method.namm, evidence.positions
-        scores = np.zeros(positions.shape, np.float32)
-        if self._sees:
-            spectral = self._averages[layer].update(positions, evidence.attention, length)
-            scores = namm.scores(spectral, positions, length)
-        always = protected(namm.settings, positions, length)
-        if self._method.memory is None:
-            stays = always | (scores + self._profile[layer] >= 0)
-        else:
-            stays = best(scores, always, self._allotted(layer, length))
-        return all_but(layer, length, positions, stays)
+        namm, stays = self._method.namm, []
+        for head, positions in enumerate(evidence.positions):
+            scores = np.zeros(positions.shape, np.float32)
+            if self._sees:
+                averages = self._averages[layer][head]
+                spectral = averages.update(positions, evidence.attention[head], length)
+                scores = namm.scores(spectral, positions, length)
+            always = protected(namm.settings, positions, length)
+            if self._method.memory is None:
+                stays.append(always | (scores + self._profile[layer, head] >= 0))
+            else:
+                stays.append(best(scores, always, self._allotted(layer, length)[head]))
+        return all_but(layer, length, evidence.positions, stays)
 
     def fork(self, n_tokens: int) -> Forgetter:
         fork = _NammForgetter(self._method, self._shape, self._averages)
         fork._stop = self._stop
         return fork
 
-    def _allotted(self, layer: int, length: int) -> int:
-        """Entries that a layer may hold now."""
+    def _allotted(self, layer: int, length: int) -> list[int]:
+        """(G,) entries that KV heads of a layer may hold now."""
         if length not in self._counts:  # layers are asked about one after another
             settings, memory = self._method.namm.settings, self._method.memory
             assert memory is not None
             entries, least = memory * max(length, self._stop), settings.sinks + settings.recent
-            counts = allot(self._profile[self._forgets], entries, length, least)
-            self._counts = {length: counts}
-        return self._counts[length][int(np.searchsorted(self._forgets, layer))]
+            profile = self._profile[self._forgets]
+            counts = allot(profile.ravel(), entries, length, least)
+            self._counts = {length: np.array(counts).reshape(profile.shape)}
+        row: list[int] = self._counts[length][np.searchsorted(self._forgets, layer)].tolist()
+        return row
 
 
 def protected(settings: NammSettings, positions: IntArray, length: int) -> NDArray[np.bool_]:
-    """(G, n) which entries stay whatever their scores."""
+    """(..., n) which entries stay whatever their scores."""
     return (positions < settings.sinks) | (positions >= length - settings.recent)
 
 
 def best(scores: NDArray[np.floating], always: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
-    """(G, n_entries) which `n` entries of each KV head stay: the protected, then by score.
+    """(..., n_entries) which `n` entries of a KV head stay: the protected, then by score.
 
     Of equal scores the newer one stays.
     """
-    held = scores.shape[1]
+    held = scores.shape[-1]
     ranked = np.where(always, np.inf, scores)
-    order = held - 1 - np.argsort(-ranked[:, ::-1], axis=1, kind="stable")
+    order = held - 1 - np.argsort(-ranked[..., ::-1], axis=-1, kind="stable")
     stays = np.zeros(scores.shape, bool)
-    np.put_along_axis(stays, order[:, : min(n, held)], True, axis=1)
+    np.put_along_axis(stays, order[..., : min(n, held)], True, axis=-1)
     return stays

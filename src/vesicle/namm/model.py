@@ -1,4 +1,4 @@
-"""A NAMM: settings, the numbers of its network, a profile of layers; and how it is kept on disk."""
+"""A NAMM: settings, numbers of its network, a profile of KV heads; and how it is kept on disk."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from vesicle.files import atomic_path, read_json, write_json
 from vesicle.namm.networks import KINDS, score, size_of
 from vesicle.namm.spectrogram import HOP, N_FFT, N_FREQUENCIES
 from vesicle.plan import BLOCK, IntArray
+from vesicle.shapes import ModelShape
 
 Array = NDArray[np.float32]
-FORMAT = "vesicle-namm-1"
+FORMAT = "vesicle-namm-2"
 _CONFIG, _NUMBERS = "namm.json", "namm.safetensors"
 
 
@@ -81,20 +82,20 @@ class NammSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Namm:
-    """Scores the entries that a layer holds; below 0 they are to go.
+    """Scores the entries that a KV head holds; below 0 they are to go.
 
     Attributes:
         settings: What it looks at.
         parameters: (P,) of its network.
-        profile: (L,) added to the scores of each layer of one model, and the logarithm of the
-            layer's part where memory is a fixed share (see `allotment`); empty for no preference,
-            which fits any model.
+        profile: (L, G) added to the scores of each KV head of one model, and the logarithm of its
+            part where memory is a fixed share (see `allotment`); empty for no preference, which
+            fits any model.
         info: What is worth knowing of how it came to be.
     """
 
     settings: NammSettings = field(default_factory=NammSettings)
     parameters: Array
-    profile: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    profile: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,45 +110,60 @@ class Namm:
                 f"a NAMM has {self.parameters.size} parameters; a {self.settings.network!r} "
                 f"network of {self.settings.n_features} features has {wanted}"
             )
+        if self.profile.ndim != 2:
+            raise VesicleError(
+                f"profile of a NAMM has shape {self.profile.shape}; allowed: (layers, KV heads)"
+            )
         for name in ("parameters", "profile"):
             if not np.isfinite(getattr(self, name)).all():
                 raise VesicleError(f"{name} of a NAMM are not all finite")
 
     @classmethod
-    def fresh(cls, settings: NammSettings | None = None, n_layers: int = 0) -> Namm:
-        """One that prefers nothing: every entry has the score 0, and the newest stay."""
+    def fresh(cls, settings: NammSettings | None = None, shape: ModelShape | None = None) -> Namm:
+        """One that prefers nothing: every entry has the score 0, and the newest stay.
+
+        Args:
+            settings: What it looks at; the defaults if none.
+            shape: Of the model that it is to have room for a profile of; none by default.
+        """
         settings = settings or NammSettings()
         return cls(
             settings=settings,
             parameters=np.zeros(settings.n_parameters, np.float32),
-            profile=np.zeros(n_layers, np.float32),
+            profile=np.zeros(
+                (0, 0) if shape is None else (shape.n_layers, shape.n_kv_heads), np.float32
+            ),
         )
 
     def without_profile(self) -> Namm:
         """The same network for another model."""
-        return replace(self, profile=np.zeros(0, np.float32))
+        return replace(self, profile=np.zeros((0, 0), np.float32))
 
-    def layer_profile(self, n_layers: int) -> Array:
-        """(L,) the profile of a model's layers.
+    def profile_of(self, shape: ModelShape) -> Array:
+        """(L, G) the profile of a model's KV heads.
 
         Raises:
-            VesicleError: If it has one, of another number of layers.
+            VesicleError: If it has one, of another number of layers or KV heads.
         """
-        if not len(self.profile):
-            return np.zeros(n_layers, np.float32)
-        if len(self.profile) != n_layers:
+        size = shape.n_layers, shape.n_kv_heads
+        if not self.profile.size:
+            return np.zeros(size, np.float32)
+        if self.profile.shape != size:
+            theirs, ours = (
+                f"{layers} layers of {heads} KV heads"
+                for layers, heads in (self.profile.shape, size)
+            )
             raise VesicleError(
-                f"a NAMM has a profile of {len(self.profile)} layers; this model has {n_layers}: "
-                "use it without_profile()"
+                f"a NAMM has a profile of {theirs}; this model has {ours}: use it without_profile()"
             )
         return self.profile
 
     def scores(self, spectral: Array, positions: IntArray, length: int) -> Array:
-        """(G, n) of entries, the layer's profile left out.
+        """(..., n) of entries, the profile left out.
 
         Args:
-            spectral: (G, n, 17) as `spectrogram.Averages` has them.
-            positions: (G, n) of the entries, rising.
+            spectral: (..., n, 17) as `spectrogram.Averages` has them.
+            positions: (..., n) of the entries, rising.
             length: Tokens read.
         """
         features = spectral

@@ -55,12 +55,12 @@ def spread_of(kind: str, n_features: int, hidden: int) -> Array:
 
 
 def score(kind: str, parameters: Array, features: Array, hidden: int) -> Array:
-    """(G, n) scores of entries.
+    """(..., n) scores of entries.
 
     Args:
         kind: One of `KINDS`.
         parameters: (P,) numbers, as `shapes_of` orders them.
-        features: (G, n, F) of the entries that each KV head holds, in order of position.
+        features: (..., n, F) of the entries that a KV head holds, in order of position.
         hidden: Units.
     """
     given, x, at = {}, torch.from_numpy(np.ascontiguousarray(features)), 0
@@ -85,14 +85,14 @@ def _score(kind: str, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def _looking_back(w: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """(G, n, H) what each entry finds among itself and the newer ones."""
+    """(..., n, H) what each entry finds among itself and the newer ones."""
     query, key, value = x @ w["query"], x @ w["key"], x @ w["value"]
-    n, scale = x.shape[1], 1 / math.sqrt(query.shape[2])
+    n, scale = x.shape[-2], 1 / math.sqrt(query.shape[-1])
     found = torch.empty_like(value)
     places = torch.arange(n)
     for first in range(0, n, _ROWS):
         last = min(first + _ROWS, n)
-        scores = query[:, first:last] @ key[:, first:].transpose(1, 2) * scale
+        scores = query[..., first:last, :] @ key[..., first:, :].mT * scale
         scores.masked_fill_(places[first:last, None] > places[None, first:], -torch.inf)
-        found[:, first:last] = scores.softmax(-1) @ value[:, first:]
+        found[..., first:last, :] = scores.softmax(-1) @ value[..., first:, :]
     return found

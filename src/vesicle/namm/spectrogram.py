@@ -30,55 +30,52 @@ _BASIS = np.concatenate(
 
 
 def spectrogram(attention: Array) -> Array:
-    """(G, F, n, 17) magnitudes of each window of 32 queries.
+    """(F, n, 17) magnitudes of each window of 32 queries.
 
     Args:
-        attention: (G, w, n) paid by w queries to n entries, w a multiple of 16 from 32 on.
+        attention: (w, n) paid by w queries to n entries, w a multiple of 16 from 32 on.
     """
-    g, w, n = attention.shape
+    w, n = attention.shape
     frames = (w - N_FFT) // HOP + 1
-    found = np.empty((g, frames, n, N_FREQUENCIES), np.float32)
+    found = np.empty((frames, n, N_FREQUENCIES), np.float32)
     for frame in range(frames):
-        window = attention[:, frame * HOP : frame * HOP + N_FFT]
-        parts = window.transpose(0, 2, 1) @ _BASIS  # (G, n, 34)
-        real, imaginary = parts[..., :N_FREQUENCIES], parts[..., N_FREQUENCIES:]
-        np.sqrt(real * real + imaginary * imaginary, out=found[:, frame])
+        window = attention[frame * HOP : frame * HOP + N_FFT]
+        parts = window.T @ _BASIS  # (n, 34)
+        real, imaginary = parts[:, :N_FREQUENCIES], parts[:, N_FREQUENCIES:]
+        np.sqrt(real * real + imaginary * imaginary, out=found[frame])
     return found
 
 
 class Averages:
-    """Fading averages of the magnitudes of entries that a layer holds."""
+    """Fading averages of the magnitudes of entries that a KV head holds."""
 
-    def __init__(self, n_heads: int) -> None:
+    def __init__(self) -> None:
         """Of no entries yet."""
-        self._positions: IntArray = np.zeros((n_heads, 0), np.int32)
-        self._sums: Array = np.zeros((n_heads, 0, N_FREQUENCIES), np.float32)
-        self._weights: Array = np.zeros((n_heads, 0), np.float32)
+        self._positions: IntArray = np.zeros(0, np.int32)
+        self._sums: Array = np.zeros((0, N_FREQUENCIES), np.float32)
+        self._weights: Array = np.zeros(0, np.float32)
         self._length = 0
 
     def update(self, positions: IntArray, attention: Array, length: int) -> Array:
-        """Take what entries received and give their features (G, n, 17).
+        """Take what entries received and give their features (n, 17).
 
         Entries that are no longer there are dropped. The same length again changes nothing.
 
         Args:
-            positions: (G, n) of the entries held, rising.
-            attention: (G, w, n) paid to them by the newest queries.
+            positions: (n,) of the entries held, rising.
+            attention: (w, n) paid to them by the newest queries.
             length: Tokens read.
         """
         if length != self._length:
             sums = np.zeros((*positions.shape, N_FREQUENCIES), np.float32)
             weights = np.zeros(positions.shape, np.float32)
-            for head, (new, old) in enumerate(zip(positions, self._positions, strict=True)):
-                # What is held was held before, or is new.
-                at = np.searchsorted(new, old)
-                there = at < len(new)
-                there[there] = new[at[there]] == old[there]
-                sums[head, at[there]] = self._sums[head, there]
-                weights[head, at[there]] = self._weights[head, there]
-            frames = spectrogram(attention)
-            for frame in range(frames.shape[1]):
-                sums = np.float32(DECAY) * sums + frames[:, frame]
+            # What is held was held before, or is new.
+            at = np.searchsorted(positions, self._positions)
+            there = at < len(positions)
+            there[there] = positions[at[there]] == self._positions[there]
+            sums[at[there]], weights[at[there]] = self._sums[there], self._weights[there]
+            for frame in spectrogram(attention):
+                sums = np.float32(DECAY) * sums + frame
                 weights = np.float32(DECAY) * weights + np.float32(1)
             self._positions, self._sums, self._weights = positions.copy(), sums, weights
             self._length = length
@@ -87,7 +84,7 @@ class Averages:
 
     def fork(self) -> Averages:
         """The same averages, to go on by themselves: arrays are replaced, never written."""
-        fork = Averages(len(self._positions))
+        fork = Averages()
         fork._positions, fork._sums = self._positions, self._sums
         fork._weights, fork._length = self._weights, self._length
         return fork

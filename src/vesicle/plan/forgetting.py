@@ -16,11 +16,12 @@ raised an error, or was interrupted, is it asked once more about a layer at the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from vesicle.errors import VesicleError
 from vesicle.plan.events import ALL_HEADS, EVENT, FORGET, Events, table_of
@@ -34,24 +35,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What is known of the n entries that each of G KV heads of a layer holds.
+    """What is known of the entries that each of the KV heads of a layer holds, n of them in each.
+
+    Heads may hold different numbers, so that there is one array for each.
 
     Attributes:
-        positions: (G, n) of the entries, rising.
-        received: (G, n) fp32, attention probability that each received since the layer was last
-            asked about, summed over the queries and over the query heads of each KV head; zeros
-            unless the forgetter `reads_attention`. Queries that skip the layer's attention, and
-            blocks that a query did not read, add nothing.
-        attention: (G, w, n) fp32, attention probability that each of the newest w queries, in order
-            of position, pays to each entry, mean over the query heads of each KV head; w is what
-            the forgetter `observes`. Of entries after the query's own it is 0, and of queries that
+        positions: (n,) of a head's entries, rising.
+        received: (n,) fp32, attention probability that each received since the layer was last asked
+            about, summed over the queries and over the query heads of the KV head; zeros unless the
+            forgetter `reads_attention`. Queries that skip the layer's attention, and blocks that a
+            query did not read, add nothing.
+        attention: (w, n) fp32, attention probability that each of the newest w queries, in order of
+            position, pays to each entry, mean over the query heads of the KV head; w is what the
+            forgetter `observes`. Of entries after the query's own it is 0, and of queries that
             skipped the layer's attention. It is what a query pays that reads all that is held: one
             that chose blocks has read fewer.
     """
 
-    positions: IntArray
-    received: NDArray[np.float32]
-    attention: NDArray[np.float32]
+    positions: Sequence[IntArray]
+    received: Sequence[NDArray[np.float32]]
+    attention: Sequence[NDArray[np.float32]]
 
 
 class Forgetter(ABC):
@@ -75,8 +78,7 @@ class Forgetter(ABC):
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
         """Which entries of a layer no query from here on may read.
 
-        At a time all KV heads of a layer forget as many, and a multiple of 16 stay: `all_but`
-        makes such events.
+        A multiple of 16 stays in each KV head: `all_but` makes such events.
 
         Args:
             layer: Its number.
@@ -178,37 +180,51 @@ def ask(
     forgetter: Forgetter,
     layer: int,
     length: int,
-    positions: IntArray,
-    received: NDArray[np.floating] | None,
-    attention: NDArray[np.floating] | None,
-) -> tuple[Events, IntArray]:
-    """Ask about a layer; the events, checked, and what is left (G, n') of `positions` (G, n).
+    positions: Sequence[IntArray],
+    received: Sequence[NDArray[np.floating]] | None,
+    attention: Sequence[NDArray[np.floating]] | None,
+) -> tuple[Events, list[IntArray]]:
+    """Ask about a layer; the events, checked, and what is left of the `positions` of each KV head.
 
     Args:
         forgetter: Whom.
         layer: Of the entries.
         length: Tokens read.
-        positions: Of the entries held, rising.
-        received: (G, n) as `Evidence` has it; None if nobody gathered it.
-        attention: (G, w, n) likewise.
+        positions: (n,) of the entries held by each KV head, rising.
+        received: As `Evidence` has it; None if nobody gathered it.
+        attention: Likewise.
 
     Raises:
         VesicleError: If the events are of another layer or position, or do not fit pages.
     """
-    told = np.zeros(positions.shape, np.float32)
-    if received is not None:
-        told[:] = received
-    shown, (g, n) = positions.copy(), positions.shape
-    paid = np.zeros((g, 0, n), np.float32) if attention is None else attention.astype(np.float32)
-    told.flags.writeable = shown.flags.writeable = paid.flags.writeable = False
-    evidence = Evidence(positions=shown, received=told, attention=paid)
+    if received is None:
+        received = [np.zeros(head.shape, np.float32) for head in positions]
+    if attention is None:
+        attention = [np.zeros((0, len(head)), np.float32) for head in positions]
+    evidence = Evidence(
+        positions=[_shown(head, np.int32) for head in positions],
+        received=[_shown(head, np.float32) for head in received],
+        attention=[_shown(head, np.float32) for head in attention],
+    )
     events = forgetter.forget(layer, length, evidence)
     if isinstance(events, np.ndarray):
         events = events.copy()  # the forgetter's own may change
     return events, _left(events, layer, length, positions)
 
 
-def all_but(layer: int, length: int, positions: IntArray, stays: NDArray[np.bool_]) -> Events:
+def _shown(numbers: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
+    """A copy that nobody can write to."""
+    copy = numbers.astype(dtype)
+    copy.flags.writeable = False
+    return copy
+
+
+def all_but(
+    layer: int,
+    length: int,
+    positions: Sequence[IntArray],
+    stays: Sequence[NDArray[np.bool_]],
+) -> Events:
     """Events by which a layer forgets its entries but for those that are to stay.
 
     What stays is rounded up to what pages can hold (see `rounded_up`).
@@ -216,46 +232,49 @@ def all_but(layer: int, length: int, positions: IntArray, stays: NDArray[np.bool
     Args:
         layer: Of the entries.
         length: Tokens read, the events' position.
-        positions: (G, n) of the entries held, rising; n a multiple of 16.
-        stays: (G, n) bool, which of them stay.
+        positions: (n,) of the entries held by each KV head, rising; n a multiple of 16.
+        stays: (n,) bool for each KV head, which of them stay.
 
     Raises:
         VesicleError: If `stays` is of another shape or kind.
     """
-    if not isinstance(stays, np.ndarray) or stays.dtype != bool or stays.shape != positions.shape:
-        kind = f"{stays.dtype} of {stays.shape}" if isinstance(stays, np.ndarray) else repr(stays)
-        raise VesicleError(f"stays is {kind}; allowed: an array of bool of {positions.shape}")
-    gone = ~rounded_up(stays)
-    together = len(gone) == 1 or bool(
-        (gone == gone[:1]).all() and (positions == positions[:1]).all()
+    if len(stays) != len(positions):
+        raise VesicleError(f"stays is of {len(stays)} KV heads; allowed: {len(positions)}")
+    for held, row in zip(positions, stays, strict=True):
+        if not isinstance(row, np.ndarray) or row.dtype != bool or row.shape != held.shape:
+            kind = f"{row.dtype} of {row.shape}" if isinstance(row, np.ndarray) else repr(row)
+            raise VesicleError(
+                f"stays is {kind} in a KV head; allowed: an array of bool of {held.shape}"
+            )
+    runs = []
+    for held, row in zip(positions, stays, strict=True):
+        edges = np.diff((~rounded_up(row)).astype(np.int8), prepend=0, append=0)
+        runs.append((held[np.nonzero(edges == 1)[0]], held[np.nonzero(edges == -1)[0] - 1]))
+    together = all(
+        np.array_equal(first, runs[0][0]) and np.array_equal(last, runs[0][1])
+        for first, last in runs
     )
-    tables = []
-    for head in range(1 if together else len(gone)):
-        edges = np.diff(gone[head].astype(np.int8), prepend=0, append=0)
-        first, last = np.nonzero(edges == 1)[0], np.nonzero(edges == -1)[0] - 1
-        which = ALL_HEADS if together else head
-        tables.append((positions[head, first], positions[head, last], np.full(len(first), which)))
-    firsts, lasts, heads = (np.concatenate(column) for column in zip(*tables, strict=True))
-    return table_of(position=length, layer=layer, first=firsts, last=lasts, kv_head=heads)
+    heads = [ALL_HEADS] if together else list(range(len(runs)))
+    tables = [(*runs[max(0, head)], head) for head in heads]
+    return table_of(
+        position=length,
+        layer=layer,
+        first=np.concatenate([first for first, _, _ in tables]),
+        last=np.concatenate([last for _, last, _ in tables]),
+        kv_head=np.concatenate([np.full(len(first), head) for first, _, head in tables]),
+    )
 
 
 def rounded_up(stays: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(G, n) what stays, as many in each KV head and a multiple of 16.
-
-    The most that any head was to keep, rounded up; the last entries that were to go fill a head up.
-    """
-    n = stays.shape[1]
-    counts = stays.sum(1)
-    target = min(n, -(-int(counts.max(initial=0)) // BLOCK) * BLOCK)
-    stays = stays.copy()
-    for row, count in zip(stays, counts.tolist(), strict=True):
-        spare = np.nonzero(~row)[0]
-        row[spare[len(spare) - (target - count) :]] = True
+    """(n,) what stays in a KV head, a multiple of 16: the last that were to go fill it up."""
+    count = int(stays.sum())
+    stays, spare = stays.copy(), np.nonzero(~stays)[0]
+    stays[spare[len(spare) - min(len(spare), -count % BLOCK) :]] = True
     return stays
 
 
-def _left(events: Events, layer: int, length: int, positions: IntArray) -> IntArray:
-    """What is left (G, n') of the entries held, once events that may happen here have happened."""
+def _left(events: Events, layer: int, length: int, positions: Sequence[IntArray]) -> list[IntArray]:
+    """What is left (n',) of each head's entries, once events that may happen here have happened."""
     if not isinstance(events, np.ndarray) or events.dtype != EVENT or events.ndim != 1:
         raise VesicleError(
             f"forget gives {type(events).__name__}; allowed: a table of events, as all_but makes it"
@@ -281,16 +300,17 @@ def _left(events: Events, layer: int, length: int, positions: IntArray) -> IntAr
     if len(falls):
         first, last = int(falls["first"][0]), int(falls["last"][0])
         raise VesicleError(f"an event of forget has last {last}; allowed: {first} and above")
-    gone = np.zeros((len(positions), positions.shape[1] + 1), np.int64)
-    for head, row in enumerate(gone):
+    left = []
+    for head, held in enumerate(positions):
         mine = events[(events["kv_head"] == ALL_HEADS) | (events["kv_head"] == head)]
-        np.add.at(row, np.searchsorted(positions[head], mine["first"]), 1)
-        np.add.at(row, np.searchsorted(positions[head], mine["last"], "right"), -1)
-    stays = gone.cumsum(1)[:, :-1] <= 0
-    counts = stays.sum(1)
-    if (counts != counts[0]).any() or counts[0] % BLOCK:
+        gone = np.zeros(len(held) + 1, np.int64)
+        np.add.at(gone, np.searchsorted(held, mine["first"]), 1)
+        np.add.at(gone, np.searchsorted(held, mine["last"], "right"), -1)
+        left.append(held[gone.cumsum()[:-1] <= 0])
+    counts = [len(head) for head in left]
+    if any(count % BLOCK for count in counts):
         raise VesicleError(
-            f"forget leaves {counts.tolist()} entries in the KV heads of layer {layer}; allowed: "
-            f"as many in each, a multiple of {BLOCK}"
+            f"forget leaves {counts} entries in the KV heads of layer {layer}; allowed: multiples "
+            f"of {BLOCK}"
         )
-    return positions[stays].reshape(len(positions), -1)
+    return left

@@ -8,17 +8,19 @@ between calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks, selected_blocks, summarise
 from vesicle.effectors import GabaSparsity
-from vesicle.plan import BLOCK, visible_blocks
+from vesicle.plan import BLOCK, IntArray, visible_blocks
 from vesicle.reference.memory import Memory
 
 PREFIX = "vesicle_"
@@ -137,27 +139,39 @@ def _forgetful(
     start, stop = int(positions.clamp(min=0).min()), int(positions.max()) + 1
     for first, last in memory.periods(start, stop):
         chosen = (positions.clamp(min=0) >= first) & (positions < last)
-        held = torch.from_numpy(memory.held(first)).to(positions.device)
-        later = torch.arange(first, last, device=positions.device).expand(len(held), -1)
-        entries = torch.cat([held, later], dim=1)
-        places = entries[None, :, :, None].expand(-1, -1, -1, key.shape[3]).long()
-        slots = positions[chosen] - first + held.shape[1]
-        part = replace(
-            rule,
-            positions=torch.where(positions[chosen] < 0, positions[chosen], slots)[None],
-            kv_blocks=rule.kv_blocks[rows][:, chosen],
-        )
-        left, q = (key.gather(2, places), value.gather(2, places)), query[:, :, chosen]
-        out[:, chosen] = _one_offset(q, *left, part, scale, 0, slice(None))
-        if memory.reads_attention:
-            assert rule.attends is not None
-            received = _received(q, left[0], part, scale, rule.attends[rows][:, chosen])
-            memory.receive(entries.cpu().numpy(), received.cpu().numpy())
+        later = torch.arange(first, last, device=positions.device)
+        held = memory.held(first)
+        ratio = query.shape[1] // len(held)
+        for heads in _alike(held):
+            before = torch.from_numpy(np.stack(held[heads])).to(positions.device)
+            entries = torch.cat([before, later.expand(len(before), -1)], dim=1)
+            places = entries[None, :, :, None].expand(-1, -1, -1, key.shape[3]).long()
+            slots = positions[chosen] - first + before.shape[1]
+            part = replace(
+                rule,
+                positions=torch.where(positions[chosen] < 0, positions[chosen], slots)[None],
+                kv_blocks=rule.kv_blocks[rows][:, chosen],
+            )
+            k, v = (x[:, heads].gather(2, places) for x in (key, value))
+            asking = slice(heads.start * ratio, heads.stop * ratio)
+            q = query[:, asking, chosen]
+            out[:, chosen, asking] = _one_offset(q, k, v, part, scale, 0, slice(None))
+            if memory.reads_attention:
+                assert rule.attends is not None
+                received = _received(q, k, part, scale, rule.attends[rows][:, chosen])
+                memory.receive(heads, entries.cpu().numpy(), received.cpu().numpy())
         if memory.observes:
             assert rule.attends is not None
             told = chosen & (positions >= 0)
             memory.observe(query[0, :, told], rule.attends[rows][0, told], key[0], scale)
     return out
+
+
+def _alike(held: list[IntArray]) -> Iterator[slice]:
+    """KV heads side by side that hold as many entries."""
+    counts = [len(entries) for entries in held]
+    edges = [g for g in range(1, len(held)) if counts[g] != counts[g - 1]]
+    yield from (slice(*pair) for pair in pairwise([0, *edges, len(held)]))
 
 
 @torch.no_grad()

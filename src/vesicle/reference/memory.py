@@ -64,17 +64,20 @@ class Memory:
             if self._forgetter is not None and last % self._interval == 0:
                 self._ask(self._forgetter, last)
 
-    def held(self, length: int) -> IntArray:
-        """(G, n) positions below `length`, rising, that the query at `length` sees."""
+    def held(self, length: int) -> list[IntArray]:
+        """For each KV head the positions (n,) below `length`, rising, that the query there sees."""
         return held_entries(self._evict_after[:, None], 0, length)
 
-    def receive(self, entries: IntArray, received: NDArray[np.floating]) -> None:
-        """Add what entries (G, n) received (G, n)."""
-        more = int(entries.max()) + 1 - self._sums.shape[1]
+    def receive(self, heads: slice, entries: IntArray, received: NDArray[np.floating]) -> None:
+        """Add what entries (heads, n) of some KV heads received."""
+        self._make_room(int(entries.max(initial=-1)) + 1)
+        rows = np.arange(heads.start, heads.stop)[:, None]
+        self._sums[rows, entries] += received
+
+    def _make_room(self, length: int) -> None:
+        more = length - self._sums.shape[1]
         if more > 0:
             self._sums = np.pad(self._sums, ((0, 0), (0, more)))
-        heads = np.arange(len(entries))[:, None]
-        self._sums[heads, entries] += received
 
     @torch.no_grad()
     def observe(self, queries: Tensor, attends: Tensor, keys: Tensor, scale: float) -> None:
@@ -97,8 +100,8 @@ class Memory:
     def _ask(self, forgetter: Forgetter, length: int) -> None:
         held, received, attention = self.held(length), None, None
         if self.reads_attention:
-            self.receive(held, np.zeros(held.shape))  # room for all
-            received = np.take_along_axis(self._sums, held, axis=1)
+            self._make_room(length)
+            received = [sums[head] for sums, head in zip(self._sums, held, strict=True)]
             self._sums[:] = 0
         if self._newest is not None:
             attention = self._newest.attention(held, length)
@@ -124,15 +127,16 @@ class _Newest:
     scale: float
 
     @torch.no_grad()
-    def attention(self, held: IntArray, length: int) -> NDArray[np.floating]:
-        """(G, w, n) as `Evidence` has it, of entries held (G, n), queries before `length`."""
-        places = torch.from_numpy(held).to(self.keys.device).long()  # (G, n)
-        keys = self.keys.gather(1, places[..., None].expand(-1, -1, self.keys.shape[2]))
-        grouped = self.queries.unflatten(0, (len(keys), -1))  # (G, R, w, K)
-        scores = (grouped @ keys[:, None].transpose(2, 3)) * self.scale
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        positions = torch.arange(length - len(self.attends), length, device=places.device)
-        later = places[:, None] > positions[:, None]  # (G, w, n)
-        chances = scores.masked_fill(later[:, None], -torch.inf).softmax(-1).mean(1)
-        found: NDArray[np.floating] = (chances * self.attends[:, None]).cpu().numpy()
+    def attention(self, held: list[IntArray], length: int) -> list[NDArray[np.floating]]:
+        """For each KV head (w, n) as `Evidence` has it, of the entries it holds at `length`."""
+        device = self.keys.device
+        positions = torch.arange(length - len(self.attends), length, device=device)
+        found = []
+        for head, queries in enumerate(self.queries.unflatten(0, (len(held), -1))):  # (R, w, K)
+            places = torch.from_numpy(held[head]).to(device).long()
+            scores = (queries @ self.keys[head, places].T) * self.scale  # (R, w, n)
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            later = places > positions[:, None]  # (w, n)
+            chances = scores.masked_fill(later, -torch.inf).softmax(-1).mean(0)
+            found.append((chances * self.attends[:, None]).cpu().numpy())
         return found

@@ -96,15 +96,17 @@ struct Summaries {
 
   void run(int64_t thread) {
     const int64_t size = model->size, bytes = chunk->vectors * size * (model->summary_format == kF32 ? 4 : 2);
-    const KvView view{model->keys,         model->values,   model->page_stride, model->key_scales,
-                      model->value_scales, model->kv_heads, size};
+    const KvView view{model->keys,       model->values, model->page_stride, model->key_scales,
+                      model->value_scales, size};
     for (int64_t l = thread; l < model->n_layers; l += pool->threads())
-      for (int64_t index = 0; chunk->summaries[l] && index + 1 < chunk->held[l]; ++index)
-        for (int64_t g = 0; g < model->kv_heads; ++g)
-          k->summarise(&view, static_cast<int32_t>(model->kv_format), g, chunk->tables[l * chunk->room + index],
+      for (int64_t g = 0; chunk->summaries[l] && g < model->kv_heads; ++g) {
+        const int64_t row = l * model->kv_heads + g;
+        for (int64_t index = 0; index + 1 < chunk->held[row]; ++index)
+          k->summarise(&view, static_cast<int32_t>(model->kv_format), chunk->tables[row * chunk->room + index],
                        chunk->vectors,
                        static_cast<char*>(chunk->summaries[l]) + (g * chunk->room_summaries + index / kBlock * kBlock) * bytes,
                        index % kBlock);
+      }
   }
 };
 

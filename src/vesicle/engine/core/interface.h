@@ -98,8 +98,8 @@ struct VesicleChunk {
   int64_t n, position, room, vectors, room_summaries;
   int64_t recorded;  // tokens before these in `acting`, in the arrays from `plan` to `small`, and in `summed`
   const float *cosine[2], *sine[2];        // (n, rotated) of each of the rotary phases
-  const int32_t *tables, *starts, *held;   // (L, room), (L, room), (L): the block of the last token included; of a
-                                           // windowed layer from the first block on that any of the tokens sees
+  const int32_t *tables, *starts, *held;   // (L, G, room), (L, G, room), (L, G): the block of the last token included; of
+                                           // a windowed layer from the first block on that any of the tokens sees
   void* const* summaries;  // (L) of complete blocks (G, room_summaries / 16, vectors, K, 16), kept up to date; or null
   const VesicleModulator* modulator;                      // null: nothing is released
   const int64_t* acting;                                  // (n) bit a: transmitter a acts; the others rest
@@ -109,7 +109,7 @@ struct VesicleChunk {
   int64_t *rows, *outputs, *visited, *compared, *small;  // (n, L, 4), (n, L, 4), (n, L), (n, L), (n): weights of small modules
   float* received;        // (L, G, room_received) attention probability that each slot received, added to; or null
   int64_t room_received;  // slots
-  int64_t* summed;        // (n, L) positions of a KV head whose probabilities were added
+  int64_t* summed;        // (n, L) entries of all KV heads whose probabilities were added
   float* queries;         // (L, room_queries, heads * size) queries, unscaled, at their positions modulo room; or null
   int64_t room_queries;   // of the newest tokens; what lies there of those that skip attention, or in a windowed layer,
                           // stays

@@ -41,10 +41,10 @@ struct Precision {
 };
 
 struct KvView {
-  const char *keys, *values;  // of the pool: keys (blocks, G, K, 16), values (blocks, G, 16, K)
-  int64_t stride;             // numbers from one head's page to the next head's
-  const uint16_t *key_scales, *value_scales;  // (blocks, G, 16) for int8
-  int64_t kv_heads, size;
+  const char *keys, *values;  // of the pool, each block of one KV head: keys (blocks, K, 16), values (blocks, 16, K)
+  int64_t stride;             // numbers from one block's to the next one's
+  const uint16_t *key_scales, *value_scales;  // (blocks, 16) for int8
+  int64_t size;
 };
 
 // A query head of a token, and what it has attended to so far.
@@ -107,30 +107,28 @@ struct Kernels {
   void (*activate)(int64_t kind, float* x, const float* up, int64_t n);
   // The leading `rotated` numbers of each head.
   void (*rotate)(float* x, int64_t heads, int64_t size, int64_t rotated, const float* cosine, const float* sine);
-  // Unnormalised attention of all query heads, `ratio` to a KV head, over n listed blocks of each KV head.
-  //   blocks (KV heads): lists of pool blocks, `listed` long, to be read next beyond n; all positions of a block
-  //   count but in the n-th, where the first `tail` do, and in the first, where the first `hidden` do not.
-  //   out (heads, size), top (heads), total (heads), room (16, heads). Returns positions read by one head.
+  // Unnormalised attention of the query heads of one KV head, `ratio` of them, over n of its blocks.
+  //   blocks: of the pool, `listed` long, to be read next beyond n; all positions of a block count but in the n-th,
+  //   where the first `tail` do, and in the first, where the first `hidden` do not.
+  //   out (ratio, size), top (ratio), total (ratio), room (16, ratio). Returns positions read.
   int64_t (*attend)(const KvView* kv, int32_t format, const float* query, int64_t ratio, float scale,
-                    const int32_t* const* blocks, int64_t n, int64_t listed, int64_t hidden, int64_t tail, float* out,
+                    const int32_t* blocks, int64_t n, int64_t listed, int64_t hidden, int64_t tail, float* out,
                     float* top, float* total, float* room);
-  // The same of several tokens in KV head g, which share the reading of blocks.
+  // The same of several tokens, which share the reading of blocks.
   //   room (16 tokens ratio), row (tokens ratio)
-  void (*attend_shared)(const KvView* kv, int32_t format, int64_t g, const Shared* shared, float scale, float* room,
-                        Row* row);
+  void (*attend_shared)(const KvView* kv, int32_t format, const Shared* shared, float scale, float* room, Row* row);
   // received[0:16] += the attention probabilities of a block's positions, the first tails[t] for a token (all where
   // `tails` is null), of the query heads of one KV head, row after row. Of each row the largest score and the inverse
   // of its total are known.
   //   query (tokens, ratio, size); top, inverse (tokens, ratio); room (16 (size + tokens ratio))
-  void (*receive)(const KvView* kv, int32_t format, int64_t g, int64_t block, const float* query, int64_t tokens,
+  void (*receive)(const KvView* kv, int32_t format, int64_t block, const float* query, int64_t tokens,
                   int64_t ratio, float scale, const int64_t* tails, const float* top, const float* inverse,
                   float* received, float* room);
-  // Writes one position's key and value (K) of KV head g into a page.
-  void (*store)(const KvView* kv, int32_t format, int64_t g, int64_t block, int64_t slot, const float* key,
+  // Writes one position's key and value (K) into a block.
+  void (*store)(const KvView* kv, int32_t format, int64_t block, int64_t slot, const float* key,
                 const float* value);
   // Writes the summary of a complete block's keys into a column of a group (vectors, K, 16) of summaries.
-  void (*summarise)(const KvView* kv, int32_t format, int64_t g, int64_t block, int64_t vectors, void* out,
-                    int64_t column);
+  void (*summarise)(const KvView* kv, int32_t format, int64_t block, int64_t vectors, void* out, int64_t column);
   // Estimated scores (ratio, row) of blocks in groups [first, last) of 16 for the query heads of one KV head.
   //   summaries (groups, vectors, K, 16) of `format`.
   void (*estimate)(const void* summaries, int32_t format, int64_t first, int64_t last, int64_t vectors,

@@ -22,7 +22,7 @@ void Pass::attention_decision(Lane& lane, const Token& token, int64_t l) {
   std::copy(planned.channels, planned.channels + 2, lane.row.channels);
   std::copy(planned.bits, planned.bits + 2, lane.row.bits);
   lane.row.attention = planned.attention;
-  lane.blocks = std::min<int32_t>(planned.kv_blocks, static_cast<int32_t>(token.seen(l, window(l))));
+  lane.blocks = planned.kv_blocks;
 }
 
 // The linear predictor and the effectors' rules, as in predictors/ and effectors/rules.py: the FFN of layer l and the
@@ -62,10 +62,8 @@ void Pass::release(Lane& lane, Token& token, int64_t l, bool reports) {
     reinterpret_cast<int32_t*>(&lane.row)[r->number] = value;
     if (reports && !r->last) reinterpret_cast<int32_t*>(&token.plan[layer])[r->number] = value;
   }
-  if (next < model->n_layers)
-    lane.blocks = std::min<int32_t>(lane.row.kv_blocks, static_cast<int32_t>(token.seen(next, window(next))));
-  else
-    lane.head = token.wants == kLikeliest ? lane.row.head : 0;
+  if (next < model->n_layers) lane.blocks = lane.row.kv_blocks;
+  else lane.head = token.wants == kLikeliest ? lane.row.head : 0;
 }
 
 // The tokens for which `f` holds, and their activations.
@@ -330,7 +328,7 @@ void Pass::prepare(const Kernels* kernels, ThreadPool* threads, const VesicleMod
     for (int64_t i = 0; i < c->n; ++i) {
       const int64_t position = c->position + i, last = i + 1 == c->n, all = c->wants == kAllLogits;
       const int64_t r = c->recorded + i, acting = c->modulator ? c->acting[r] : 0;
-      Token token{c, acting ? c->modulator : nullptr, acting, c->ids[i], position, newest - position / kBlock};
+      Token token{c, acting ? c->modulator : nullptr, acting, c->ids[i], position, newest - position / kBlock, m->kv_heads};
       token.place = std::log2(static_cast<double>(position + 1) / kBlock) / 8;
       for (int which = 0; which < 2 && c->cosine[which]; ++which) {
         token.cosine[which] = c->cosine[which] + i * m->rotated;

@@ -24,6 +24,7 @@ struct Token {
   VesicleChunk* chunk;
   const VesicleModulator* modulator;  // null where none of its transmitters acts
   int64_t acting, id, position, behind;  // `behind`: blocks of later tokens of the chunk
+  int64_t heads;                         // KV heads
   double place;
   const float *cosine[2], *sine[2];
   VesiclePlanRow* plan;
@@ -33,8 +34,8 @@ struct Token {
   float* kept;  // where its queries of the first layer are kept; or null
   int64_t wants;
 
-  // Blocks of a layer's list up to its own, which is the last of them.
-  int64_t held(int64_t l) const { return chunk->held[l] - behind; }
+  // Blocks of a KV head's list up to its own, which is the last of them.
+  int64_t held(int64_t l, int64_t g) const { return chunk->held[l * heads + g] - behind; }
   // Of a windowed layer: the first block of which it sees anything; the first that any token of its own block sees, from
   // which on segments are counted; the first that it sees whole. Otherwise 0.
   int64_t first(int64_t l, int64_t window) const { return place_of(l, window, first_seen(position, window)); }
@@ -47,20 +48,22 @@ struct Token {
   // Leading positions of the first block that it does not see.
   int64_t cut(int64_t window) const { return first_seen(position, window) % kBlock; }
   // Blocks that it sees, its own included.
-  int64_t seen(int64_t l, int64_t window) const { return held(l) - first(l, window); }
-  // Whether its list in a layer begins where the text does.
-  bool begins(int64_t l) const { return chunk->starts[l * chunk->room] == 0; }
-  const int32_t* table(int64_t l) const { return chunk->tables + l * chunk->room; }
+  int64_t seen(int64_t l, int64_t g, int64_t window) const { return held(l, g) - first(l, window); }
+  // Whether its lists in a layer begin where the text does.
+  bool begins(int64_t l, int64_t window) const { return !window || starts(l)[0] == 0; }
+  const int32_t* table(int64_t l, int64_t g) const { return chunk->tables + (l * heads + g) * chunk->room; }
   // Its place in its own block.
-  int64_t offset(int64_t l) const { return position - chunk->starts[l * chunk->room + held(l) - 1]; }
+  int64_t offset() const { return position % kBlock; }
 
   static int64_t first_seen(int64_t position, int64_t window) {
     return window ? std::max<int64_t>(0, position - window + 1) : 0;
   }
 
  private:
+  // Of the first KV head: those of a windowed layer are alike.
+  const int32_t* starts(int64_t l) const { return chunk->starts + l * heads * chunk->room; }
   int64_t place_of(int64_t l, int64_t window, int64_t at) const {
-    return window ? at / kBlock - chunk->starts[l * chunk->room] / kBlock : 0;
+    return window ? at / kBlock - starts(l)[0] / kBlock : 0;
   }
 };
 
@@ -71,7 +74,7 @@ struct Lane {
   Activation in;
   // Decisions for the layer at hand: attention for this layer, FFN for this layer.
   VesiclePlanRow row;
-  int32_t blocks, head;
+  int32_t blocks, head;  // to be read, of those that are held
   // For a screened head: products of its input with the screen's directions, how far what is left of the input reaches,
   // and what rounding may change.
   Buffer<float> along_;
@@ -147,7 +150,6 @@ class Pass {
   struct Scratch {  // of a thread
     Buffer<float> joint, mixed, choices, together;
     Buffer<uint32_t> chosen;
-    Buffer<const int32_t*> heads_lists;
     Buffer<Row> row;
     Buffer<uint16_t> readers;
     Buffer<int32_t> blocks;
@@ -163,26 +165,29 @@ class Pass {
   float *partial, *scored, *rotated;
   int32_t* lists;
   int64_t blocks_row, part_size;  // room for what is said of each block of a token, and for a segment's results
-  std::vector<int64_t> visits_, sums_;  // positions that a thread read, and added to `received`, of the first KV head
+  std::vector<int64_t> visits_, sums_;  // entries of all KV heads that a thread read, and added to `received`
 
   void prepare_attention();
   int64_t counter(int64_t thread, int64_t t, int64_t l) const { return (thread * n + t) * model->n_layers + l; }
   int64_t& visits(int64_t thread, int64_t t, int64_t l) { return visits_[counter(thread, t, l)]; }
   KvView view() const;
   char* summaries(const VesicleChunk& chunk, int64_t l, int64_t g);
-  void store(int64_t thread, int64_t l, int64_t t);
+  void store(int64_t thread, int64_t l, int64_t t, int64_t g);
+  void store_all(int64_t thread, int64_t l, int64_t t);
   float* queries(int64_t thread, int64_t t);
   void rotate_queries(int64_t thread, int64_t l, int64_t t);
+  bool chooses(int64_t thread, int64_t t, int64_t l, int64_t g);
   bool chooses(int64_t thread, int64_t t, int64_t l);
+  int64_t reads(int64_t thread, int64_t t, int64_t l, int64_t g);
   float* estimates(int64_t t) { return scored + t * model->heads * blocks_row; }
-  void estimate(int64_t thread, int64_t l, int64_t t, int64_t first, int64_t last);
+  void estimate(int64_t thread, int64_t l, int64_t t, int64_t g, int64_t first, int64_t last);
   void choose_blocks(int64_t thread, int64_t l, int64_t t);
   int32_t* chosen(int64_t thread, int64_t t, int64_t g);
   void list_chosen(int64_t thread, int64_t l);
   static int64_t segment(int64_t n);
   int64_t window(int64_t l) const { return model->layers[l].window; }
-  int64_t span(int64_t t, int64_t l) const { return tokens[t].held(l) - tokens[t].base(l, window(l)); }
-  int64_t segments(int64_t t, int64_t l);
+  int64_t span(int64_t t, int64_t l, int64_t g) const { return tokens[t].held(l, g) - tokens[t].base(l, window(l)); }
+  int64_t segments(int64_t t, int64_t l, int64_t g);
   float* part(int64_t t, int64_t h, int64_t s);
   void attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int64_t first, int64_t last);
   void attend_whole(int64_t thread, int64_t l, const std::vector<int64_t>& members, int64_t unit, int64_t first,

@@ -7,8 +7,7 @@ wrappers and presses that read the context twice included, so long as it *select
 
 Some presses (AdaKV and its kin) leave the cache whole and mark entries that later attention must
 not see, `masked_key_indices`, because a tensor cannot hold another number of entries for each head.
-Neither can the engine's blocks: `Retention` fills heads that keep fewer than the layer's largest up
-with their most recent entries, so that such presses hold more than they ask for.
+The engine's blocks can, and free them.
 
 Refused, because a list of kept positions cannot say it: presses that change keys or values (channel
 pruning, new rotary phases, merging) or the tokens, and presses that go on dropping while tokens are
