@@ -158,6 +158,31 @@ def test_the_reference_decides_the_same(llama: Any):
     assert (logits - expected).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("prefers", [False, True])
+def test_spans_stay_in_every_head_within_the_share(llama: Any, prefers: bool):
+    engine = Engine.from_model(llama)
+    namm = drawn(engine.shape) if prefers else Namm.fresh(SETTINGS)
+    spans = [(10, 22), (40, 45)]
+    _, sequence = read(engine, NammMemory(namm, memory=0.5, protects=spans), IDS[:128])
+    wanted = {0, 1, *range(10, 22), *range(40, 45), *range(112, 128)}
+    for layer in range(engine.shape.n_layers):
+        for head in sequence.cache.held(layer):
+            assert wanted <= set(head.tolist())
+    whole = 128 * engine.shape.n_layers * engine.shape.position_bytes
+    assert sequence.cache.bytes_held <= 0.5 * whole
+
+
+def test_spans_that_have_no_room_are_refused(llama: Any):
+    engine = Engine.from_model(llama)
+    method = NammMemory(Namm.fresh(SETTINGS), memory=0.25, protects=[(0, 33)])
+    sequence = engine.start(method)
+    line = "33 entries are to be protected, and 0.25 of a prompt of 128 tokens is 32"
+    with pytest.raises(VesicleError, match=line):
+        sequence.begin_prompt(128, scored=False)
+    engine.start(method).begin_prompt(31)  # nothing is forgotten so early
+    engine.start(method).begin_prompt(140)
+
+
 def test_best_keeps_what_is_protected_and_the_newer_of_equals():
     scores = np.array([[3.0, 1, 1, 2, 0, 0]])
     always = np.array([[False, False, False, False, True, False]])
@@ -172,6 +197,7 @@ def test_best_keeps_what_is_protected_and_the_newer_of_equals():
         ({"memory": 1.5}, "memory is 1.5; allowed: above 0 and up to 1"),
         ({"interval": 40}, "interval of NammMemory is 40; allowed: multiples of 16"),
         ({"interval": 16}, "interval is 16; allowed: 32 and above, the queries"),
+        ({"protects": [(5, 5)]}, "a protected span is 5 to 5; allowed: rising, from 0 on"),
     ],
 )
 def test_what_is_not_allowed(given: dict[str, Any], message: str):

@@ -199,7 +199,10 @@ def evolve(
             note += "" if judged is None else f"  held out {judged:.3f}"
             show(line["generation"], note)
 
-        found = run(engine, begin, train, judges, config, out, say=notice, show=tell)
+        def wait(note: str) -> None:
+            show(0, note)
+
+        found = run(engine, begin, train, judges, config, out, say=notice, show=tell, wait=wait)
     if as_json:
         print_json(
             {

@@ -300,7 +300,10 @@ def run(
             budget = loaded.default_budget(phases)
         if loaded is not None and budget is not None and saved is None:
             _tell_reach(loaded, budget, phases)
-        method = _remembering(_method(loaded, saved, budget, phases), memory, namm, folder)
+        method = _method(loaded, saved, budget, phases)
+        if memory is not None and memory < 1:
+            opening = 0 if system is None else _common(ids, encode("\n"), encode("a"))
+            method = _remembering(method, memory, namm, folder, len(ids), opening)
         if compare and isinstance(method, Dense):
             raise VesicleError(
                 "--compare has nothing to compare: without a modulator the run is dense"
@@ -376,17 +379,39 @@ def _check_memory(memory: float | None, namm: Path | None, replay: Path | None) 
         raise DataError(f"--namm: {namm} holds no namm.json; a NAMM is a folder with one")
 
 
-def _remembering(method: Method, memory: float | None, namm: Path | None, folder: Path) -> Method:
-    """A method that holds a share of the cache; as it is if all of it is to be held."""
-    if memory is None or memory == 1:
-        return method
+def _common(*prompts: list[int]) -> int:
+    """Leading tokens that prompts share."""
+    columns = zip(*prompts, strict=False)
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), 0)
+
+
+def _remembering(
+    method: Method, memory: float, namm: Path | None, folder: Path, n_tokens: int, opening: int
+) -> Method:
+    """A method that holds a share of the cache.
+
+    Args:
+        method: Decides everything else.
+        memory: The share, below 1.
+        namm: Whose; the model's shipped one if none.
+        folder: Of the model.
+        n_tokens: Of the prompt.
+        opening: Of these, tokens up to the end of the system turn, which stay where there is room.
+    """
     from vesicle.namm import Namm, NammMemory
 
     source = namm or (shipped_namm() if is_default_model(folder) else None)
     if source is None:
         notice("no NAMM is shipped for this model: the first and the newest entries stay")
-        return NammMemory(Namm.fresh(), memory=memory, inner=method)
-    return NammMemory(Namm.load(source), memory=memory, inner=method)
+    found = Namm.fresh() if source is None else Namm.load(source)
+    if opening > memory * n_tokens:
+        notice(
+            f"the system turn has {opening} tokens, more than {memory:g} of the prompt's "
+            f"{n_tokens}: it may be forgotten"
+        )
+        opening = 0
+    spans = [(0, opening)] if opening else []
+    return NammMemory(found, memory=memory, protects=spans, inner=method)
 
 
 def _encoder(

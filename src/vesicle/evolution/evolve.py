@@ -64,6 +64,7 @@ def evolve(
     *,
     say: Say = lambda line: None,
     show: Show = lambda line: None,
+    wait: Say = lambda note: None,
 ) -> Evolved:
     """Evolve a NAMM, and write the best mean so far to `out`.
 
@@ -76,6 +77,7 @@ def evolve(
         out: Folder of the run; one that was cut off there is gone on with.
         say: Takes one-line notices.
         show: Takes a generation's line.
+        wait: Takes a note of what is done before the first generation, context by context.
 
     Raises:
         DataError: If there are fewer questions than a generation is tried on, or none held out.
@@ -96,11 +98,13 @@ def evolve(
         say(f"reading {len(questions) + len(held_out)} contexts once")
         sees = config.evolves != "profile" or start.parameters.any()
         settings = start.settings if sees else None
-        train = [Context(engine, question, settings) for question in questions]
-        judges = [Context(engine, question, settings) for question in held_out]
+        for n, question in enumerate((*questions, *held_out)):
+            wait(f"reading context {n + 1} of {len(questions) + len(held_out)}")
+            read = train if n < len(questions) else judges
+            read.append(Context(engine, question, settings))
     try:
         if not lines:
-            lines.append(file.append(_first(start, train, judges, config, say)))
+            lines.append(file.append(_first(start, train, judges, config, say, wait)))
         begin = replace(start, profile=np.array(lines[0]["profile"], np.float32))
         search, best = Search(begin, config), _Best(begin)
         for line in lines:  # told again, without trying anything; the start was told nothing
@@ -145,12 +149,13 @@ def _first(
     judges: Sequence[Context],
     config: EvolveConfig,
     say: Say,
+    wait: Say,
 ) -> dict[str, Any]:
     """The line of the start, which is no generation: nobody is told its loss."""
     if config.ablate:
         few = train[:: -(-len(train) // _ABLATED)]
         say(f"measuring what each KV head loses alone, on {len(few)} contexts")
-        start = by_ablation(start, few, config.most_excess)
+        start = by_ablation(start, few, config.most_excess, wait)
     return {
         "generation": 0,
         "profile": start.profile.tolist(),

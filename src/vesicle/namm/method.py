@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +25,7 @@ class NammMemory(Forgetful):
         *,
         memory: float | None = None,
         interval: int | None = None,
+        protects: Sequence[tuple[int, int]] = (),
         inner: Method | None = None,
     ) -> None:
         """Forget by a NAMM's scores.
@@ -33,11 +36,13 @@ class NammMemory(Forgetful):
                 each KV head's, those of highest scores, as many as its part allows. None, the
                 default, keeps those whose score is not below 0, however many they are.
             interval: Tokens after which entries are forgotten; the NAMM's own by default.
+            protects: Spans of positions, each from its first to before its last, that stay whatever
+                their scores, in every KV head and within the share: instructions, a system turn.
             inner: Decides everything else; `Dense` by default.
 
         Raises:
             VesicleError: If `memory` is outside (0, 1], `interval` is below what the NAMM observes
-                or no multiple of 16, or `inner` no method.
+                or no multiple of 16, a span is none, or `inner` no method.
         """
         if memory is not None and not 0 < memory <= 1:
             raise VesicleError(f"memory is {memory}; allowed: above 0 and up to 1")
@@ -48,7 +53,42 @@ class NammMemory(Forgetful):
                 f"interval is {interval}; allowed: {namm.settings.observes} and above, the queries "
                 "that the NAMM observes"
             )
-        self.namm, self.memory = namm, memory
+        for first, stop in protects:
+            if not 0 <= first < stop:
+                raise VesicleError(
+                    f"a protected span is {first} to {stop}; allowed: rising, from 0 on"
+                )
+        self.namm, self.memory, self.protects = namm, memory, tuple(protects)
+
+    def protected(self, positions: IntArray, length: int) -> NDArray[np.bool_]:
+        """(n,) which entries stay whatever their scores."""
+        return protected(self.namm.settings, positions, length) | self._spanned(positions)
+
+    def n_protected(self, length: int) -> int:
+        """How many entries of a KV head that are after `length` tokens."""
+        return int(self.protected(np.arange(length, dtype=np.int32), length).sum())
+
+    def check_room(self, length: int) -> None:
+        """Refuse spans that a prompt of `length` tokens has no room for.
+
+        Raises:
+            VesicleError: Naming how many entries they are, and how many may be held.
+        """
+        if self.memory is None or length < self.interval:  # nothing is forgotten before
+            return
+        n = int(self._spanned(np.arange(length, dtype=np.int32)).sum())
+        most = int(self.memory * length)
+        if n > most:
+            raise VesicleError(
+                f"{n} entries are to be protected, and {self.memory:g} of a prompt of {length} "
+                f"tokens is {most}; protect less, or hold more"
+            )
+
+    def _spanned(self, positions: IntArray) -> NDArray[np.bool_]:
+        stays = np.zeros(positions.shape, bool)
+        for first, stop in self.protects:
+            stays |= (positions >= first) & (positions < stop)
+        return stays
 
     def forgetter(self, shape: ModelShape) -> Forgetter:
         """Remembers averages of what entries received.
@@ -81,6 +121,7 @@ class _NammForgetter(Forgetter):
         # Its share of a prompt's end is held from the beginning: the peak is the same, and layers
         # that are to hold all of it lose nothing on the way.
         self._stop = max(self._stop, stop)
+        self._method.check_room(self._stop)
 
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
         namm, stays = self._method.namm, []
@@ -90,7 +131,7 @@ class _NammForgetter(Forgetter):
                 averages = self._averages[layer][head]
                 spectral = averages.update(positions, evidence.attention[head], length)
                 scores = namm.scores(spectral, positions, length)
-            always = protected(namm.settings, positions, length)
+            always = self._method.protected(positions, length)
             if self._method.memory is None:
                 stays.append(always | (scores + self._profile[layer, head] >= 0))
             else:
@@ -105,9 +146,9 @@ class _NammForgetter(Forgetter):
     def _allotted(self, layer: int, length: int) -> list[int]:
         """(G,) entries that KV heads of a layer may hold now."""
         if length not in self._counts:  # layers are asked about one after another
-            settings, memory = self._method.namm.settings, self._method.memory
+            memory = self._method.memory
             assert memory is not None
-            entries, least = memory * max(length, self._stop), settings.sinks + settings.recent
+            entries, least = memory * max(length, self._stop), self._method.n_protected(length)
             profile = self._profile[self._forgets]
             counts = allot(profile.ravel(), entries, length, least)
             self._counts = {length: np.array(counts).reshape(profile.shape)}

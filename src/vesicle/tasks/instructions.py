@@ -95,6 +95,7 @@ class Instructions(GeneratedTask):
         return Item(
             id=f"{length}-{number}",
             context=context,
+            preamble=rules,
             question=question,
             max_new_tokens=200,
             group=f"{length} tokens" if length else "no document",

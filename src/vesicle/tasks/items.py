@@ -17,6 +17,8 @@ class Item:
         id: Unique within the task's split.
         context: What is read first: a document, a passage, a haystack. The only part that may be
             shortened to fit a window.
+        preamble: How the context begins, where that is instructions: what methods that forget may
+            be told to protect.
         question: The rest of the prompt.
         opening: How the answer begins, put before the model's own words; in a chat it is the
             beginning of the assistant's turn.
@@ -32,6 +34,7 @@ class Item:
 
     id: str
     context: str
+    preamble: str = ""
     question: str = ""
     opening: str = ""
     references: tuple[str, ...] = ()

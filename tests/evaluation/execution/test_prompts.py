@@ -1,6 +1,7 @@
 """Prompts as token ids: shortened to fit, with a context that ends where it says."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -125,6 +126,13 @@ def test_context_ends_where_the_question_begins():
     item = Item(id="a", context="abc", question="?")
     assert make_prompt(item, Letters(), "plain", 9).n_context == 3
     assert make_prompt(item, Letters(), "chat", 9).n_context == 4  # the template's < as well
+
+
+def test_a_preamble_ends_where_the_rest_of_the_context_begins():
+    item = Item(id="a", context="abcdef", preamble="abc", question="?")
+    assert make_prompt(item, Letters(), "plain", 9).n_preamble == 3
+    assert make_prompt(item, Letters(), "chat", 9).n_preamble == 4  # the template's < as well
+    assert make_prompt(replace(item, preamble=""), Letters(), "plain", 9).n_preamble == 0
 
 
 def test_a_token_across_the_boundary_belongs_to_the_question():

@@ -46,11 +46,14 @@ class Prompt:
         ids: Token ids.
         n_context: Leading tokens that hold nothing but template and context.
         shortened: Tokens of context that were left out.
+        n_preamble: Leading tokens that hold nothing but template and the context's preamble; 0
+            where it has none.
     """
 
     ids: list[int]
     n_context: int
     shortened: int = 0
+    n_preamble: int = 0
 
 
 def make_prompt(
@@ -73,8 +76,14 @@ def make_prompt(
             f"item {item.id!r} needs more than {most_tokens} tokens without any of its "
             "context; raise --max-length"
         )
-    n_context = _n_context(codec, style, found.text, found.ids)
-    return Prompt(ids=found.ids, n_context=n_context, shortened=found.n_left_out)
+    n_context = _n_opening(codec, style, found.text, found.ids)
+    preamble = item.preamble
+    return Prompt(
+        ids=found.ids,
+        n_context=n_context,
+        shortened=found.n_left_out,
+        n_preamble=_n_opening(codec, style, preamble, found.ids) if preamble else 0,
+    )
 
 
 def continuation(prompt: str, choice: str, codec: Codec) -> tuple[list[int], list[int]]:
@@ -102,7 +111,8 @@ def _encoder(
     return lambda context: codec.chat(context + item.question) + opening
 
 
-def _n_context(codec: Codec, style: Literal["chat", "plain"], context: str, ids: list[int]) -> int:
+def _n_opening(codec: Codec, style: Literal["chat", "plain"], context: str, ids: list[int]) -> int:
+    """Leading tokens that a prompt shares with one that has nothing behind `context`."""
     plain = style == "plain"
     alone = codec.encode(context, control_tokens=False) if plain else codec.chat(context)
     n = 0

@@ -3,6 +3,8 @@
 - `namm`, or `namm:FOLDER`: a NAMM, the shipped one by default.
 - `recency`: the first and the newest entries (StreamingLLM, Xiao et al. 2023).
 - `heavy-hitters`: the newest, and those that have received most attention (H2O, Zhang et al. 2023).
+- `namm-protected`, `namm-protected:FOLDER` and `recency-protected`: the same, and an item's
+  preamble (the rules of `instructions`) stays whatever else is forgotten, within the same share.
 
 They forget as a text is read and written. That is not to be confused with presses, which compress a
 context once, when all of it and nothing else was read.
@@ -19,7 +21,8 @@ from vesicle.plan import BLOCK, Method
 from vesicle.shipped import shipped_namm
 
 NAMM, RECENCY, HEAVY = "namm", "recency", "heavy-hitters"
-NAMES = (NAMM, RECENCY, HEAVY)
+PROTECTED = "-protected"
+NAMES = (NAMM, RECENCY, HEAVY, NAMM + PROTECTED, RECENCY + PROTECTED)
 
 
 def holds_share(name: str) -> bool:
@@ -29,29 +32,30 @@ def holds_share(name: str) -> bool:
 
 def is_namm(name: str) -> bool:
     """Whether a method is a NAMM, the shipped one or another."""
-    return name.partition(":")[0] == NAMM
+    return name.partition(":")[0].removesuffix(PROTECTED) == NAMM
 
 
-def memory_method(name: str, share: float, n_tokens: int) -> Method:
-    """The method for a prompt of `n_tokens`.
+def memory_method(name: str, share: float, n_tokens: int, n_preamble: int = 0) -> Method:
+    """The method for a prompt of `n_tokens`, the first `n_preamble` of which are instructions.
 
     Raises:
         VesicleError: If there is no such NAMM.
     """
-    if name == RECENCY:
-        return NammMemory(Namm.fresh(), memory=share)
     if name == HEAVY:
         return HeavyHitters(max(2 * BLOCK, round(share * n_tokens)), interval=128)
-    return NammMemory(find_namm(name), memory=share)
+    kind = name.partition(":")[0]
+    spans = [(0, n_preamble)] if kind.endswith(PROTECTED) and n_preamble else []
+    namm = find_namm(name) if is_namm(name) else Namm.fresh()
+    return NammMemory(namm, memory=share, protects=spans)
 
 
 def find_namm(name: str) -> Namm:
-    """The NAMM of a method `namm` or `namm:FOLDER`.
+    """The NAMM of a method such as `namm` or `namm:FOLDER`.
 
     Raises:
         VesicleError: If there is none, or it cannot be read.
     """
-    folder = name.removeprefix(NAMM).removeprefix(":")
+    folder = name.partition(":")[2]
     found = Path(folder) if folder else shipped_namm()
     if found is None:
         raise VesicleError("no NAMM is shipped with this package; make one: vesicle evolve")

@@ -247,10 +247,12 @@ class PartRun:
         if method.startswith(PRESS):
             return self._press(method, budget)
         if holds_share(method):
-            return Chosen(
-                of=lambda i: memory_method(method, budget, len(self.items[i].prompt.ids)),
-                details={"memory": budget},
-            )
+
+            def remembering(i: int) -> Method:
+                prompt = self.items[i].prompt
+                return memory_method(method, budget, len(prompt.ids), prompt.n_preamble)
+
+            return Chosen(of=remembering, details={"memory": budget})
         modulator = self._subject.modulator
         assert modulator is not None
         if method == "learnt":

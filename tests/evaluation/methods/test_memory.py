@@ -1,0 +1,41 @@
+"""Methods that hold a share of the cache, by name."""
+
+import pytest
+
+from vesicle.errors import VesicleError
+from vesicle.evaluation.methods.memory import NAMES, holds_share, is_namm, memory_method
+from vesicle.evaluation.methods.names import check_methods
+from vesicle.eviction import HeavyHitters
+from vesicle.namm import Namm, NammMemory
+
+
+def test_every_name_is_a_method():
+    for name in (*NAMES, "namm:x", "namm-protected:x"):
+        assert holds_share(name)
+    assert [name for name in NAMES if is_namm(name)] == ["namm", "namm-protected"]
+    assert not holds_share("nammoth")
+    assert isinstance(memory_method("heavy-hitters", 0.5, 200, 30), HeavyHitters)
+    with pytest.raises(VesicleError, match="unknown method 'recency-protect'"):
+        check_methods(["recency-protect"])
+
+
+@pytest.mark.parametrize("kind", ["namm", "recency"])
+def test_a_preamble_is_protected_where_that_is_asked_for(kind: str):
+    for name, n_preamble, spans in (
+        (kind, 30, ()),
+        (f"{kind}-protected", 30, ((0, 30),)),
+        (f"{kind}-protected", 0, ()),
+    ):
+        method = memory_method(name, 0.5, 200, n_preamble)
+        assert isinstance(method, NammMemory)
+        assert (method.memory, method.protects) == (0.5, spans)
+
+
+def test_a_folder_is_named_behind_it(tmp_path):
+    Namm.fresh().save(tmp_path)
+    for name in (f"namm:{tmp_path}", f"namm-protected:{tmp_path}"):
+        assert check_methods([name]) == (name,)
+        assert isinstance(memory_method(name, 0.5, 200, 30), NammMemory)
+    for name in ("namm:nowhere", "namm-protected:nowhere"):
+        with pytest.raises(VesicleError, match=r"nowhere holds no namm\.json"):
+            check_methods([name])
