@@ -261,6 +261,19 @@ def test_rows_of_a_batch_are_chosen_one_by_one():
             assert (layer.keys[row] - own.keys[0]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_number_formats(dtype: torch.dtype):
+    """What is kept has the model's own, and a question reads it."""
+    model, namm = tiny_model("qwen3", dtype=dtype), drawn(3)
+    cache = prefilled(model, press_of(namm, 0.4), tokens(N_CONTEXT))
+    held = [layer.keys.shape[2] for layer in cache.layers]
+    assert held == check_positions(made("qwen3"), namm, 0.4)
+    assert {layer.keys.dtype for layer in cache.layers} == {dtype}
+    where = torch.arange(N_CONTEXT, N_CONTEXT + 4)[None]
+    given = cache_argument(model, cache)
+    assert model(tokens(4), position_ids=where, **given).logits.isfinite().all()
+
+
 def test_short_prompts_stay_whole_and_so_do_all_at_1():
     model, press = made("llama"), press_of(drawn(3), 0.25)
     for cache, n in (
