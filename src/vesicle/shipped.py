@@ -25,8 +25,12 @@ def shipped_modulator() -> Path | None:
 
 def shipped_namm() -> Path | None:
     """The folder of the default model's NAMM, or None if this package ships none."""
-    folder = NAMMS / DEFAULT_MODEL
-    return folder if (folder / "namm.json").is_file() else None
+    return shipped_namms().get(DEFAULT_MODEL)
+
+
+def shipped_namms() -> dict[str, Path]:
+    """Folders of all NAMMs that this package ships, by the names of the models they are for."""
+    return {path.parent.name: path.parent for path in sorted(NAMMS.glob("*/namm.json"))}
 
 
 def is_default_model(folder: Path) -> bool:

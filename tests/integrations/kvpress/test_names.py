@@ -14,7 +14,7 @@ from vesicle.integrations.kvpress import check_press, make_press, names, press_n
 @pytest.fixture
 def kvpress(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = small_kvpress()
-    monkeypatch.setattr(names, "_kvpress", lambda: module)
+    monkeypatch.setattr(names, "find_kvpress", lambda: module)
     return module
 
 

@@ -3,6 +3,9 @@
 A *press* (NVIDIA kvpress) decides which key-value entries of a context are kept. It runs inside one
 forward pass of transformers; `kept_by` reads off which positions survived, and `press_method` hands
 them to the engine, which really frees the rest.
+
+The other way round, `namm_press.NAMMPress` is a NAMM as a press. It is not imported here: it needs
+kvpress, which wraps all attention functions of its process.
 """
 
 from vesicle.integrations.kvpress.kept import kept_by, press_method

@@ -145,7 +145,7 @@ def _unreadable(name: str) -> VesicleError:
 
 def _classes() -> dict[str, type[Any]]:
     """Every press of kvpress by its class's name."""
-    kvpress = _kvpress()
+    kvpress = find_kvpress()
     return {
         name: kind
         for name, kind in inspect.getmembers(kvpress, inspect.isclass)
@@ -153,8 +153,12 @@ def _classes() -> dict[str, type[Any]]:
     }
 
 
-def _kvpress() -> ModuleType:
-    """The package kvpress, unless it cannot work here."""
+def find_kvpress() -> ModuleType:
+    """The package kvpress.
+
+    Raises:
+        VesicleError: If it is missing, or does not work with the transformers that is installed.
+    """
     try:
         needs = metadata.requires("kvpress") or []
     except metadata.PackageNotFoundError:

@@ -1,0 +1,107 @@
+"""Which entries of a prompt that was read at once a NAMM keeps, in one layer.
+
+It is what `NammMemory` keeps in the engine that is asked for the first time when all of the prompt
+has been read: the same features, of the attention that the newest queries paid, the same network,
+the same parts of layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vesicle.families import DecoderConfig
+from vesicle.namm import Namm
+from vesicle.namm.allotment import allot
+from vesicle.namm.method import best, protected
+from vesicle.namm.spectrogram import Averages
+from vesicle.plan import IntArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """A NAMM's, in one model at one share of memory.
+
+    Attributes:
+        namm: Which.
+        memory: Share of the entries to keep, above 0 and up to 1.
+        decoder: Of the model.
+
+    Raises:
+        VesicleError: If the NAMM has a profile of another model's layers.
+    """
+
+    namm: Namm
+    memory: float
+    decoder: DecoderConfig
+
+    def __post_init__(self) -> None:
+        """Check the profile."""
+        self.namm.layer_profile(self.decoder.shape.n_layers)
+
+    @property
+    def observes(self) -> int:
+        """Newest queries that it needs to see; 0 for a network that prefers nothing."""
+        return self.namm.settings.observes if self.namm.parameters.any() else 0
+
+    def forgets(self, layer: int) -> bool:
+        """Whether a layer loses entries: those with a window hold no more than that anyway."""
+        return not self.decoder.shape.layer_windows[layer]
+
+    def kept(self, layer: int, queries: Tensor | None, keys: Tensor) -> IntArray:
+        """(G, n) positions, rising; as many in each KV head.
+
+        Args:
+            layer: One that forgets.
+            queries: (H, observes, K) the newest, rotated and not scaled; None if it observes none.
+            keys: (G, T, K) of the whole prompt, rotated.
+        """
+        (g, length, _), settings = keys.shape, self.namm.settings
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), (g, length))
+        scores = np.zeros((g, length), np.float32)
+        if queries is not None:
+            attention = newest_attention(queries, keys, self.decoder.attention_scale)
+            spectral = Averages(g).update(positions, attention, length)
+            scores = self.namm.scores(spectral, positions, length)
+        stays = best(scores, protected(settings, positions, length), self._allotted(layer, length))
+        return positions[stays].reshape(g, -1)
+
+    def _allotted(self, layer: int, length: int) -> int:
+        """Entries that a layer may keep."""
+        shape, settings = self.decoder.shape, self.namm.settings
+        forgets = np.nonzero(shape.layer_windows == 0)[0]
+        profile = self.namm.layer_profile(shape.n_layers)[forgets]
+        counts = allot(profile, self.memory * length, length, settings.sinks + settings.recent)
+        return counts[int(np.searchsorted(forgets, layer))]
+
+
+def newest_attention(queries: Tensor, keys: Tensor, scale: float) -> NDArray[np.float32]:
+    """(G, w, T) probabilities that the newest queries pay, mean over the query heads of a KV head.
+
+    Args:
+        queries: (H, w, K) of the newest w tokens.
+        keys: (G, T, K) of all tokens.
+        scale: Factor on the products.
+    """
+    (g, t, _), w = keys.shape, queries.shape[1]
+    found = np.empty((g, w, t), np.float32)
+    later = torch.ones(w, w, dtype=torch.bool, device=keys.device).triu(1)
+    # fp32 whatever the model has, as in the engine; the scores of one KV head at a time in memory.
+    for head, rows in enumerate(queries.unflatten(0, (g, -1))):
+        scores = (rows.float() * scale) @ keys[head].float().T  # (H / G, w, T)
+        scores[..., t - w :].masked_fill_(later, -torch.inf)
+        found[head] = scores.softmax(-1).mean(0).cpu().numpy()
+    return found
+
+
+def rotated(queries: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """(H, w, K) queries turned by rotary phases (w, R) in their first R dimensions."""
+    r = cosines.shape[-1]
+    turning, rest = queries[..., :r], queries[..., r:]
+    left, right = turning[..., : r // 2], turning[..., r // 2 :]
+    turned = turning * cosines + torch.cat([-right, left], -1) * sines
+    return torch.cat([turned, rest], -1)

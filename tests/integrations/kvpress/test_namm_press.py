@@ -1,0 +1,421 @@
+"""The press keeps what the engine's NAMM keeps, and transformers goes on as the engine does.
+
+Tiny random models in fp32; with the real kvpress, so not run by default (see docs/kvpress.md).
+"""
+
+import gc
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from tests.tiny import CONFIGS, randomise, tiny_model, tokens
+from vesicle.engine import Engine
+from vesicle.errors import VesicleError
+from vesicle.families import cache_argument, find_family
+from vesicle.integrations.kvpress import kept_by
+from vesicle.namm import Namm, NammMemory, NammSettings
+
+pytestmark = [pytest.mark.kvpress, pytest.mark.filterwarnings("default")]
+
+FAMILIES = [name for name in CONFIGS if not name.startswith("gpt_neox")]  # kvpress has none
+N_CONTEXT, N_MORE = 160, 12
+LOGITS_TOLERANCE = 1e-4
+"""On logits of up to 12, fp32, sums in another order. Measured: 3e-5."""
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def press_of(*given: Any, **named: Any) -> Any:
+    """A NAMMPress, imported late: kvpress marks the modules of all models in its process."""
+    from vesicle.integrations.kvpress.namm_press import NAMMPress
+
+    return NAMMPress(*given, **named)
+
+
+def drawn(n_layers: int, seed: int = 0, **settings: Any) -> Namm:
+    """A random NAMM that observes 48 queries; layers' parts differ about e-fold."""
+    rng = np.random.default_rng(seed)
+    made = NammSettings(
+        **{"network": "bam", "hidden": 4, "observes": 48, "sinks": 2, "recent": 16, **settings}
+    )
+    return Namm(
+        settings=made,
+        parameters=rng.normal(size=made.n_parameters).astype(np.float32),
+        profile=rng.normal(size=n_layers).astype(np.float32),
+    )
+
+
+def made(family: str, attention: str = "sdpa") -> Any:
+    return tiny_model(family, dtype=torch.float32, attention=attention)
+
+
+def first_layer_full(attention: str = "sdpa") -> Any:
+    """Gemma 3 with windows in later layers alone."""
+    config = CONFIGS["gemma3"]()
+    config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    randomise(model, 0)
+    return model.eval()
+
+
+def prefilled(model: Any, press: Any, ids: Tensor, cache: Any = None) -> Any:
+    """The cache that the press leaves."""
+    cache = transformers.DynamicCache() if cache is None else cache
+    with press(model):
+        model.model(ids, **cache_argument(model, cache))
+    return cache
+
+
+def asked_once(model: Any, namm: Namm, memory: float, ids: Tensor) -> tuple[Engine, Any]:
+    """An engine and its sequence, forgotten from at the end of the tokens and not before."""
+    engine = Engine.from_model(model)
+    interval = ids.shape[1]
+    sequence = engine.start(NammMemory(namm, memory=memory, interval=interval))
+    engine.forward([(sequence, ids[0].tolist())], "none")
+    return engine, sequence
+
+
+def windows(model: Any) -> Any:
+    return find_family(model.config).decoder_config(model.config).shape.layer_windows
+
+
+# Parity -----------------------------------------------------------------------------------------
+
+
+def check_positions(model: Any, namm: Namm, memory: float, n: int = N_CONTEXT) -> list[int]:
+    """Compare what is kept with the engine; the entries of each layer that forgets."""
+    ids = tokens(n)
+    kept = kept_by(press_of(namm, memory), model, ids[0].tolist())
+    _, sequence = asked_once(model, namm, memory, ids)
+    counts = []
+    for layer, heads in enumerate(kept):
+        if windows(model)[layer]:
+            assert all(head.tolist() == list(range(n)) for head in heads)
+            continue
+        held = sequence.cache.held(layer)
+        assert [head.tolist() for head in heads] == [row.tolist() for row in held], layer
+        counts.append(len(heads[0]))
+    return counts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_are_the_engines(family: str):
+    model = made(family)
+    namm = drawn(model.config.num_hidden_layers)
+    counts = check_positions(model, namm, 0.4)
+    assert sum(counts) <= 0.4 * N_CONTEXT * len(counts)
+    assert len(set(counts)) > 1 or family == "gemma3"  # one layer of which forgets
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("memory", [0.15, 0.25, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("network", ["bam", "mlp", "linear"])
+def test_positions_at_any_share_by_any_network(network: str, memory: float, attention: str):
+    model = made("llama", attention)
+    check_positions(model, drawn(3, 1, network=network), memory)
+
+
+@pytest.mark.parametrize("n", [48, 64, 96, 256])
+def test_positions_at_any_length(n: int):
+    check_positions(made("llama"), drawn(3, 2), 0.5, n)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_positions_of_many_namms(seed: int):
+    """Without the age, too, and with a profile of steeper parts."""
+    namm = drawn(3, seed, age=bool(seed % 2), observes=32 + 16 * (seed % 3))
+    check_positions(made("llama"), replace(namm, profile=3 * namm.profile), 0.3)
+
+
+def test_positions_where_the_first_layer_is_full():
+    """Parts are those of the layers that forget; the one between them counts for nothing."""
+    namm = replace(drawn(3, 3), profile=np.array([0, 4, -1], np.float32))
+    assert check_positions(first_layer_full(), namm, 0.4) == [96, 32]
+
+
+def test_one_that_prefers_nothing_keeps_what_is_first_and_newest():
+    model = made("llama")
+    namm = replace(Namm.fresh(NammSettings(sinks=2, recent=16)), profile=np.zeros(3, np.float32))
+    check_positions(model, namm, 0.5)
+    (head, *_), *_ = kept_by(press_of(namm, 0.5), model, tokens(N_CONTEXT)[0].tolist())
+    assert head.tolist() == [0, 1, *range(N_CONTEXT - 78, N_CONTEXT)]
+
+
+def test_the_network_matters():
+    """So that the tests above could fail."""
+    model, ids = made("llama"), tokens(N_CONTEXT)[0].tolist()
+    one, other = (kept_by(press_of(drawn(3, seed), 0.4), model, ids) for seed in (0, 7))
+    newest = kept_by(press_of(replace(Namm.fresh(), profile=drawn(3).profile), 0.4), model, ids)
+    for kept in (other, newest):
+        assert any(a.tolist() != b.tolist() for a, b in zip(one[0], kept[0], strict=True))
+    assert one[0][0].tolist() != one[0][1].tolist()  # KV heads choose by themselves
+
+
+# Going on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3, first layer full"])
+def test_transformers_goes_on_as_the_engine_does(family: str, attention: str):
+    """A question in one pass, then token by token, with layers of unlike lengths."""
+    first = family not in FAMILIES
+    model = first_layer_full(attention) if first else made(family, attention)
+    ids, memory = tokens(N_CONTEXT + N_MORE), 0.4
+    context, namm = ids[:, :N_CONTEXT], drawn(3)
+    engine, sequence = asked_once(model, namm, memory, context)
+    (expected,) = engine.forward([(sequence, ids[0, N_CONTEXT:].tolist())], "all")
+    for configured in (False, True):  # a cache that knows of windows holds no more than they are
+        known = {"config": model.config} if configured else {}
+        cache = prefilled(
+            model, press_of(namm, memory), context, transformers.DynamicCache(**known)
+        )
+        found = []
+        for a, b in ((0, 8), (8, 9), (9, 10), (10, N_MORE)):
+            where = torch.arange(N_CONTEXT + a, N_CONTEXT + b)[None]
+            out = model(
+                ids[:, N_CONTEXT + a : N_CONTEXT + b],
+                position_ids=where,
+                **cache_argument(model, cache),
+            )
+            found.append(out.logits[0])
+        assert (torch.cat(found) - expected).abs().max() < LOGITS_TOLERANCE
+    dense = model(ids).logits[0, N_CONTEXT:]
+    assert (dense - expected).abs().max() > 100 * LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generate_inside_the_context(attention: str):
+    model, namm = made("llama", attention), drawn(3)
+    ids = tokens(N_CONTEXT)
+    with press_of(namm, 0.4)(model):
+        found = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
+        )
+    cache, expected, at = transformers.DynamicCache(), [], N_CONTEXT
+    with press_of(namm, 0.4)(model):
+        logits = model(ids, **cache_argument(model, cache)).logits
+    for _ in range(8):
+        expected.append(int(logits[0, -1].argmax()))
+        where = torch.tensor([[at]])
+        logits = model(
+            torch.tensor([expected[-1:]]), position_ids=where, **cache_argument(model, cache)
+        ).logits
+        at += 1
+    assert found[0, N_CONTEXT:].tolist() == expected
+
+
+def tokenizer() -> Any:
+    """One word for each token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<s>" if i == 1 else f"w{i}": i for i in range(97)}
+    plain = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>")
+
+
+def test_the_pipeline_of_kvpress():
+    """Two questions on one context, each as the engine answers it."""
+    model, namm = made("llama"), drawn(3)
+    pipe = transformers.pipeline(
+        "kv-press-text-generation", model=model, tokenizer=tokenizer(), device="cpu"
+    )
+    words = [f"w{i}" for i in tokens(N_CONTEXT - 1, seed=4)[0].clamp(2).tolist()]
+    questions = ["w5 w7 w9 w11 w13", "w20 w21 w22"]
+    found = pipe(
+        " " + " ".join(words),  # after the first token, of id 1
+        questions=questions,
+        press=press_of(namm, 0.4),
+        max_new_tokens=6,
+    )["answers"]
+    context = torch.tensor([[1, *(int(word[1:]) for word in words)]])
+    for question, answer in zip(questions, found, strict=True):
+        engine, sequence = asked_once(model, namm, 0.4, context)
+        steps = [int(word[1:]) for word in question.split()]
+        said = []
+        for _ in range(6):
+            (logits,) = engine.forward([(sequence, steps)], "last")
+            said.append(int(logits[-1].argmax()))
+            steps = said[-1:]
+        assert answer == " ".join(f"w{i}" for i in said)
+
+
+def test_rows_of_a_batch_are_chosen_one_by_one():
+    model, press = made("llama"), press_of(drawn(3), 0.4)
+    both = tokens(N_CONTEXT, batch=2)
+    cache = prefilled(model, press, both)
+    for row in range(2):
+        alone = prefilled(model, press, both[row : row + 1])
+        for layer, own in zip(cache.layers, alone.layers, strict=True):
+            assert (layer.keys[row] - own.keys[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_number_formats(dtype: torch.dtype):
+    """What is kept has the model's own, and a question reads it."""
+    model, namm = tiny_model("qwen3", dtype=dtype), drawn(3)
+    cache = prefilled(model, press_of(namm, 0.4), tokens(N_CONTEXT))
+    held = [layer.keys.shape[2] for layer in cache.layers]
+    assert held == check_positions(made("qwen3"), namm, 0.4)
+    assert {layer.keys.dtype for layer in cache.layers} == {dtype}
+    where = torch.arange(N_CONTEXT, N_CONTEXT + 4)[None]
+    given = cache_argument(model, cache)
+    assert model(tokens(4), position_ids=where, **given).logits.isfinite().all()
+
+
+def test_short_prompts_stay_whole_and_so_do_all_at_1():
+    model, press = made("llama"), press_of(drawn(3), 0.25)
+    for cache, n in (
+        (prefilled(model, press, tokens(47)), 47),
+        (prefilled(model, press_of(drawn(3), 1), tokens(90)), 90),
+    ):
+        assert [cache.get_seq_length(layer) for layer in range(3)] == [n] * 3
+
+
+def test_the_model_is_left_as_it_was():
+    model = made("llama")
+    logits = model(tokens(60)).logits
+    press = press_of(drawn(3), 0.4)
+    cache = prefilled(model, press, tokens(N_CONTEXT))
+    assert torch.equal(model(tokens(60)).logits, logits)
+    del cache
+    gc.collect()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_kvpress_takes_it_for_a_press():
+    import kvpress
+
+    model, press = made("llama"), press_of(drawn(3), 0.4)
+    assert isinstance(press, kvpress.BasePress)
+    assert press.compression_ratio == pytest.approx(0.6)
+    press.compression_ratio = 0.75
+    assert press.memory == 0.25
+    cache = prefilled(model, press, tokens(N_CONTEXT))
+    held = [cache.get_seq_length(layer) for layer in range(3)]
+    assert sum(held) <= 0.25 * N_CONTEXT * 3
+    wrapped = kvpress.PrefillDecodingPress(prefilling_press=press)
+    other = prefilled(model, wrapped, tokens(N_CONTEXT))
+    assert [other.get_seq_length(layer) for layer in range(3)] == held
+
+
+# What is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [0.0, -0.5, 1.5, float("nan")])
+def test_shares_that_are_none(memory: float):
+    with pytest.raises(VesicleError, match=r"memory is \S+; allowed: above 0 and up to 1"):
+        press_of(drawn(3), memory)
+    press = press_of(drawn(3))
+    press.memory = memory
+    with pytest.raises(VesicleError, match="memory is "), press(made("llama")):
+        pass
+
+
+def test_ratios_that_are_none():
+    press = press_of(drawn(3))
+    with pytest.raises(VesicleError, match=r"memory is 0\.0; allowed"):
+        press.compression_ratio = 1.0
+
+
+def test_another_models_profile():
+    press = press_of(drawn(30))
+    with (
+        pytest.raises(VesicleError, match="profile of 30 layers; this model has 3"),
+        press(made("llama")),
+    ):
+        pass
+
+
+def test_the_shipped_one_by_name():
+    assert len(press_of().namm.profile) == 30
+    assert press_of("smollm2-135m-instruct").namm.digest() == press_of().namm.digest()
+    with pytest.raises(VesicleError, match="no NAMM of the name 'gpt2' is shipped; allowed: smol"):
+        press_of("gpt2")
+    with pytest.raises(VesicleError, match="namm is a int; allowed: a Namm"):
+        press_of(3)
+
+
+def test_models_that_it_cannot_choose_for():
+    config = CONFIGS["mistral"]()
+    config.sliding_window = 16
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with (
+        pytest.raises(VesicleError, match="all layers of this model have windows"),
+        press_of(drawn(3))(model),
+    ):
+        pass
+    model = made("llama")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(VesicleError, match="'flex_attention'"), press_of(drawn(3))(model):
+        pass
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding(attention: str):
+    model, ids = made("llama", attention), tokens(N_CONTEXT, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    with pytest.raises(VesicleError, match="have padding"), press_of(drawn(3))(model):
+        model(ids, attention_mask=mask)
+
+
+def test_after_another_press():
+    import kvpress
+
+    press = kvpress.ComposedPress([kvpress.KnormPress(0.5), press_of(drawn(3))])
+    with pytest.raises(VesicleError, match="layer 0 holds 80 entries of 160 tokens"):
+        prefilled(made("llama"), press, tokens(N_CONTEXT))
+
+
+@pytest.mark.model
+def test_the_shipped_one_on_the_default_model():
+    """A quarter of 512 tokens, as the engine holds it, and one answer for both."""
+    from tests.default_prompts import PROMPTS
+    from vesicle.models import Text, ensure_default_model
+
+    folder = ensure_default_model(progress=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = Text.from_folder(folder).encode(" ".join(PROMPTS * 4))[: 512 + 8]
+    assert len(ids) == 520
+    engine = Engine.from_pretrained(folder, weights="fp32")
+    press = press_of(memory=0.25)
+    sequence = engine.start(NammMemory(press.namm, memory=0.25, interval=512))
+    engine.forward([(sequence, ids[:512])], "none")
+    kept = kept_by(press, model, ids[:512])
+    for layer, heads in enumerate(kept):
+        assert [h.tolist() for h in heads] == [r.tolist() for r in sequence.cache.held(layer)]
+    counts = [len(heads[0]) for heads in kept]
+    assert sum(counts) <= 0.25 * 512 * 30
+    assert len(set(counts)) > 2
+    (expected,) = engine.forward([(sequence, ids[512:])], "last")
+    cache = prefilled(model, press, torch.tensor([ids[:512]]))
+    where = torch.arange(512, 520)[None]
+    given = cache_argument(model, cache)
+    found = model(torch.tensor([ids[512:]]), position_ids=where, **given).logits[0, -1]
+    assert (found - expected[-1]).abs().max() < 5e-3  # on logits of up to 30, through 30 layers
+
+
+def test_kvpress_is_loaded_for_the_press_alone():
+    """It wraps the attention functions of transformers as soon as it is imported."""
+    code = "import sys, {}; print('kvpress' in sys.modules)"
+    for module, loads in (
+        ("vesicle.cli", "False"),
+        ("vesicle.integrations.kvpress", "False"),
+        ("vesicle.integrations.kvpress.namm_press", "True"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == [loads], module
