@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as who
 from tests.tiny import CONFIGS
 from vesicle.errors import VesicleError
 from vesicle.families import find_family
-from vesicle.integrations.kvpress.namm_kept import Choice, newest_attention, rotated
+from vesicle.integrations.kvpress.namm_kept import Choice, filled, newest_attention, rotated
 from vesicle.namm import Namm, NammSettings
 from vesicle.namm.allotment import allot
 
@@ -46,17 +46,18 @@ def test_rotary_phases_are_those_of_transformers(function: object, r: int):
     assert torch.equal(rotated(queries, cosines, sines), expected[0])
 
 
-def test_layers_get_their_parts_and_those_with_windows_none():
+def test_heads_get_their_parts_and_those_with_windows_none():
     settings = NammSettings(sinks=2, recent=16)
-    profile = np.array([-1, 0, -0.5], np.float32)
+    profile = np.array([[-1, 0], [0, -0.5], [-2, -2]], np.float32)
     namm = replace(Namm.fresh(settings), profile=profile)
     keys = torch.zeros(2, LENGTH, 12)
     whole, windowed = choice("llama", namm), choice("gemma3", namm)
-    found = [whole.kept(layer, None, keys).shape for layer in range(3)]
-    assert found == [(2, n) for n in allot(profile, LENGTH / 2, LENGTH, 18)]
-    assert len(set(found)) == 3
+    found = [len(head) for layer in range(3) for head in whole.kept(layer, None, keys)]
+    assert found == allot(profile.ravel(), LENGTH / 2, LENGTH, 18)
+    assert len(set(found)) >= 3
     assert [windowed.forgets(layer) for layer in range(3)] == [False, True, False]
-    assert windowed.kept(1, None, keys).shape == (2, LENGTH // 2)  # of its own layers alone
+    own = [len(head) for head in windowed.kept(1, None, keys)]  # of its own layers alone
+    assert own == allot(profile[1], LENGTH / 2, LENGTH, 18)
 
 
 def test_what_is_first_and_newest_stays_whatever_the_scores():
@@ -67,15 +68,26 @@ def test_what_is_first_and_newest_stays_whatever_the_scores():
     made = choice("llama", namm, 1 / 3)
     assert made.observes == 32
     kept = made.kept(0, queries, keys)
-    assert kept.shape == (2, 32)
-    for row in kept.tolist():
+    for positions in kept:
+        row = positions.tolist()
+        assert len(row) == 32
         assert row == sorted(set(row))
         assert {0, 1, 2, *range(LENGTH - 20, LENGTH)} <= set(row)
 
 
 def test_a_profile_of_other_layers_is_refused():
-    with pytest.raises(VesicleError, match="profile of 2 layers; this model has 3"):
-        choice("llama", Namm.fresh(n_layers=2))
+    fitting = choice("llama", Namm.fresh()).decoder.shape
+    with pytest.raises(VesicleError, match="profile of 2 layers of 2 KV heads; this model has 3"):
+        choice("llama", Namm.fresh(shape=replace(fitting, n_layers=2)))
+
+
+def test_heads_that_keep_fewer_are_filled_up_and_say_so():
+    kept = [np.array([0, 3, 7], np.int32), np.array([1], np.int32)]
+    places, hidden = filled(kept, 8)
+    assert places.tolist() == [[0, 3, 7], [0, 1, 2]]
+    assert hidden.tolist() == [[False] * 3, [True, False, True]]
+    for head, own in enumerate(kept):
+        assert places[head][~hidden[head]].tolist() == own.tolist()
 
 
 @pytest.mark.skipif(find_spec("kvpress") is not None, reason="kvpress is here")

@@ -2,7 +2,7 @@
 
 It is what `NammMemory` keeps in the engine that is asked for the first time when all of the prompt
 has been read: the same features, of the attention that the newest queries paid, the same network,
-the same parts of layers.
+the same parts of KV heads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Choice:
         decoder: Of the model.
 
     Raises:
-        VesicleError: If the NAMM has a profile of another model's layers.
+        VesicleError: If the NAMM has a profile of another model's KV heads.
     """
 
     namm: Namm
@@ -41,7 +41,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         """Check the profile."""
-        self.namm.layer_profile(self.decoder.shape.n_layers)
+        self.namm.profile_of(self.decoder.shape)
 
     @property
     def observes(self) -> int:
@@ -52,31 +52,54 @@ class Choice:
         """Whether a layer loses entries: those with a window hold no more than that anyway."""
         return not self.decoder.shape.layer_windows[layer]
 
-    def kept(self, layer: int, queries: Tensor | None, keys: Tensor) -> IntArray:
-        """(G, n) positions, rising; as many in each KV head.
+    def kept(self, layer: int, queries: Tensor | None, keys: Tensor) -> list[IntArray]:
+        """(n,) positions for each KV head, rising.
 
         Args:
             layer: One that forgets.
             queries: (H, observes, K) the newest, rotated and not scaled; None if it observes none.
             keys: (G, T, K) of the whole prompt, rotated.
         """
-        (g, length, _), settings = keys.shape, self.namm.settings
-        positions = np.broadcast_to(np.arange(length, dtype=np.int32), (g, length))
-        scores = np.zeros((g, length), np.float32)
+        length = keys.shape[1]
+        positions = np.arange(length, dtype=np.int32)
+        always = protected(self.namm.settings, positions, length)
+        scores, attention = np.zeros(length, np.float32), None
         if queries is not None:
             attention = newest_attention(queries, keys, self.decoder.attention_scale)
-            spectral = Averages(g).update(positions, attention, length)
-            scores = self.namm.scores(spectral, positions, length)
-        stays = best(scores, protected(settings, positions, length), self._allotted(layer, length))
-        return positions[stays].reshape(g, -1)
+        kept = []
+        for head, count in enumerate(self._allotted(layer, length)):
+            if attention is not None:
+                spectral = Averages().update(positions, attention[head], length)
+                scores = self.namm.scores(spectral, positions, length)
+            kept.append(positions[best(scores, always, count)])
+        return kept
 
-    def _allotted(self, layer: int, length: int) -> int:
-        """Entries that a layer may keep."""
+    def _allotted(self, layer: int, length: int) -> list[int]:
+        """(G,) entries that the KV heads of a layer may keep."""
         shape, settings = self.decoder.shape, self.namm.settings
         forgets = np.nonzero(shape.layer_windows == 0)[0]
-        profile = self.namm.layer_profile(shape.n_layers)[forgets]
-        counts = allot(profile, self.memory * length, length, settings.sinks + settings.recent)
-        return counts[int(np.searchsorted(forgets, layer))]
+        profile = self.namm.profile_of(shape)[forgets]
+        always = settings.sinks + settings.recent
+        counts = allot(profile.ravel(), self.memory * length, length, always)
+        g = shape.n_kv_heads
+        row = int(np.searchsorted(forgets, layer)) * g
+        return counts[row : row + g]
+
+
+def filled(kept: list[IntArray], length: int) -> tuple[IntArray, NDArray[np.bool_]]:
+    """(G, n) positions, rising, n the most that any KV head keeps; and which of them none kept.
+
+    Args:
+        kept: (n,) positions of each KV head below `length`, rising; others fill them up.
+        length: Positions there are.
+    """
+    n = max(map(len, kept))
+    places, hidden = np.empty((len(kept), n), np.int32), np.empty((len(kept), n), bool)
+    for head, own in enumerate(kept):
+        others = np.setdiff1d(np.arange(length, dtype=np.int32), own)[: n - len(own)]
+        places[head] = np.sort(np.concatenate([own, others]))
+        hidden[head] = np.isin(places[head], others)
+    return places, hidden
 
 
 def newest_attention(queries: Tensor, keys: Tensor, scale: float) -> NDArray[np.float32]:

@@ -3,10 +3,14 @@
     with NAMMPress(memory=0.25)(model):
         model(ids, past_key_values=cache)
 
-It keeps what the engine's `NammMemory` keeps that is asked once, at the end of the prompt: layers
-get the parts of the memory that the profile says, and in each KV head those entries stay that are
-first, newest, or scored highest. What the network sees is worked out from the newest queries alone,
-so attention may run as it likes. Text that follows is not forgotten from; the engine does that.
+It keeps what the engine's `NammMemory` keeps that is asked once, at the end of the prompt: KV heads
+get the parts of the memory that the profile says, and in each those entries stay that are first,
+newest, or scored highest. What the network sees is worked out from the newest queries alone, so
+attention may run as it likes. Text that follows is not forgotten from; the engine does that.
+
+A cache of transformers holds as many entries in each KV head of a layer. Where heads keep fewer than
+the layer's largest, others fill them up, and kvpress hides these from attention, as for `AdaKVPress`
+(`masked_key_indices`). So the answer is that of the engine, and more memory is held.
 
 kvpress has its own way to hook presses in (`BasePress`); what is ours is the choice, and masks for
 layers that hold unequally many entries (see `uneven`).
@@ -17,13 +21,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vesicle.errors import VesicleError
 from vesicle.families import find_cache, find_family
 from vesicle.integrations.kvpress.names import find_kvpress
-from vesicle.integrations.kvpress.namm_kept import Choice, rotated
+from vesicle.integrations.kvpress.namm_kept import Choice, filled, rotated
 from vesicle.integrations.kvpress.uneven import fit_masks
 from vesicle.models.default import DEFAULT_MODEL
 from vesicle.namm import Namm
@@ -84,7 +89,7 @@ class NAMMPress(BasePress):  # type: ignore[misc]  # kvpress ships no types
 
         Raises:
             VesicleError: If the model's family is not known, all of its layers have windows, its
-                attention is flex attention, or the NAMM has a profile of another model's layers.
+                attention is flex attention, or the NAMM has a profile of another model's KV heads.
         """
         _check_memory(self.memory)
         assert isinstance(self.namm, Namm)
@@ -148,13 +153,14 @@ class NAMMPress(BasePress):  # type: ignore[misc]  # kvpress ships no types
             )
         _check_padding(kwargs.get("attention_mask"))
         queries = _newest_queries(module, hidden_states, kwargs, choice) if w else None
-        kept = torch.stack(
-            [
-                torch.from_numpy(choice.kept(layer, None if queries is None else queries[i], own))
-                for i, own in enumerate(keys)
-            ]
-        )
-        index = kept.long().to(keys.device)[..., None]
+        rows = [
+            filled(choice.kept(layer, None if queries is None else queries[i], own), length)
+            for i, own in enumerate(keys)
+        ]
+        places, hidden = (torch.from_numpy(np.stack(x)) for x in zip(*rows, strict=True))
+        marked: Any = module
+        marked.masked_key_indices = torch.where(hidden.to(keys.device)) if hidden.any() else None
+        index = places.long().to(keys.device)[..., None]
         return (
             keys.gather(2, index.expand(-1, -1, -1, keys.shape[-1])),
             values.gather(2, index.expand(-1, -1, -1, values.shape[-1])),
