@@ -8,9 +8,9 @@ get the parts of the memory that the profile says, and in each those entries sta
 newest, or scored highest. What the network sees is worked out from the newest queries alone, so
 attention may run as it likes. Text that follows is not forgotten from; the engine does that.
 
-A cache of transformers holds as many entries in each KV head of a layer. Where heads keep fewer than
-the layer's largest, others fill them up, and kvpress hides these from attention, as for `AdaKVPress`
-(`masked_key_indices`). So the answer is that of the engine, and more memory is held.
+A cache of transformers holds as many entries in each KV head of a layer. Where heads keep fewer
+than the layer's largest, others fill them up, and kvpress hides these from attention, as for
+`AdaKVPress` (`masked_key_indices`). So the answer is that of the engine, and more memory is held.
 
 kvpress has its own way to hook presses in (`BasePress`); what is ours is the choice, and masks for
 layers that hold unequally many entries (see `uneven`).
