@@ -476,11 +476,12 @@ def test_evolve_and_run_with_it(vesicle: Run, longer: Path, text_file: Path, tmp
     status, out, err = vesicle(*words, "--generations", 2)
     assert (status, out) == (0, ""), err
     assert "held-out loss above the full cache's" in err
-    status, out, err = vesicle(*words, "--generations", 3, "--json")
+    status, out, err = vesicle(*words, "--generations", 3, "--json", "--plot")
     assert status == 0, err
+    assert (tmp_path / "run" / "evolution.png").read_bytes().startswith(b"\x89PNG")
     told = json.loads(out)
     assert [line["generation"] for line in told["generations"]] == [0, 1, 2, 3]
-    assert told["parameters"] == 19 + 2
+    assert told["parameters"] == 19 + 2 * 2  # two KV heads in each of two layers
     assert "going on after generation 2" in err
     assert "another folder" in error_line(*vesicle(*words, "--sigma", 1))
 

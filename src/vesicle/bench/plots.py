@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vesicle.bench.results import Cell, Report, Row, Spread
-from vesicle.errors import VesicleError
-from vesicle.files import atomic_path
+from vesicle.figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,23 +22,16 @@ COLOURS = ("#000000", "#0072B2", "#009E73", "#56B4E9", "#E69F00", "#D55E00", "#C
 PANELS = {"decode": "decode, tokens/s of all sequences", "prefill": "prefill, tokens/s"}
 
 
-class MissingPlots(VesicleError):
-    """Matplotlib is not installed."""
-
-
 def plot(report: Report) -> Figure:
     """Draw a report.
 
     Raises:
         MissingPlots: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise MissingPlots("plots need matplotlib: pip install 'vesicle[plot]'") from error
     batches = sorted({cell.batch for cell in report.cells})
-    figure = Figure(figsize=(11, 1 + 3.2 * max(len(batches), 1)), dpi=160, layout="constrained")
+    figure = new_figure(11, 1 + 3.2 * max(len(batches), 1))
+    from matplotlib.patches import Patch
+
     axes = figure.subplots(max(len(batches), 1), len(PANELS), squeeze=False)
     for line, batch in zip(axes, batches, strict=False):
         for ax, (phase, title) in zip(line, PANELS.items(), strict=True):
@@ -61,9 +53,7 @@ def save_plot(report: Report, path: Path | str) -> None:
         MissingPlots: If matplotlib is not installed.
         VesicleError: The file cannot be written.
     """
-    figure = plot(report)
-    with atomic_path(path) as part:
-        figure.savefig(part, format="png")
+    save_figure(plot(report), path)
 
 
 def _bars(ax: Axes, report: Report, batch: int, phase: str) -> None:

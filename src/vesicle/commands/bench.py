@@ -309,7 +309,8 @@ def _write(report: Report, table: Path | None, plot: Path | None) -> None:
         with atomic_path(table) as part:
             part.write_text(markdown(report), encoding="utf-8")
     if plot is not None:
-        from vesicle.bench.plots import MissingPlots, save_plot
+        from vesicle.bench.plots import save_plot
+        from vesicle.figures import MissingPlots
 
         try:
             save_plot(report, plot)

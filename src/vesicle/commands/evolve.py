@@ -118,6 +118,9 @@ def evolve(
     seed: Annotated[
         int, typer.Option(help="Of candidates and contexts.", rich_help_panel=_SEARCH)
     ] = 0,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Also draw losses and profile, as a PNG file.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evolve a NAMM, which decides what the cache keeps, for a model that stays as it is.
@@ -203,6 +206,10 @@ def evolve(
             show(0, note)
 
         found = run(engine, begin, train, judges, config, out, say=notice, show=tell, wait=wait)
+    if plot:
+        from vesicle.evolution.plots import save_plot
+
+        notice(f"wrote {save_plot(found.lines, found.namm, out)}")
     if as_json:
         print_json(
             {

@@ -20,6 +20,7 @@ from vesicle.evaluation.report import table as task_table
 from vesicle.evaluation.report.results import Score, TaskResult, TaskRow
 from vesicle.evaluation.run import tasks as evaluate_tasks
 from vesicle.evaluation.run.task_config import TaskConfig
+from vesicle.figures import MissingPlots
 
 F1 = {"name": "f1", "title": "F1", "percent": True, "higher_is_better": True, "signature": "v1.1"}
 EXACT = {**F1, "name": "exact", "title": "EM", "signature": ""}
@@ -285,7 +286,7 @@ def test_a_plot_that_cannot_be_written(result: TaskResult, tmp_path: Path):
 
 def test_without_matplotlib(result: TaskResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(task_plots.MissingPlots, match=r"pip install 'vesicle\[plot\]'"):
+    with pytest.raises(MissingPlots, match=r"pip install 'vesicle\[plot\]'"):
         task_plots.save_plots(result, tmp_path)
     assert not list(tmp_path.iterdir())
 

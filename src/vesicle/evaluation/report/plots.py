@@ -10,10 +10,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vesicle.errors import VesicleError
 from vesicle.evaluation.methods.names import saves_memory
 from vesicle.evaluation.report.results import TaskResult, TaskRow
-from vesicle.files import atomic_path
+from vesicle.figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,10 +32,6 @@ STYLES: dict[str, tuple[str, str]] = {
 _LOG_BEYOND, _LOG_BEYOND_RISE = 3.0, 15.0
 
 
-class MissingPlots(VesicleError):
-    """Matplotlib is not installed."""
-
-
 def save_plots(
     result: TaskResult, folder: Path, name: str = "quality_against_cost.png", *, rise: bool = False
 ) -> Path:
@@ -54,14 +49,10 @@ def save_plots(
     Raises:
         MissingPlots: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPlots("plots need matplotlib: pip install 'vesicle[plot]'") from error
     n = len(result.tasks)
     columns = min(n, 3)
     rows = -(-n // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
+    figure = new_figure(5.2 * columns, 3.8 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in panels[n:]:
         panel.set_axis_off()
@@ -76,8 +67,7 @@ def save_plots(
             list(seen.values()), list(seen), loc="outside lower center", ncols=6, frameon=False
         )
     target = folder / name
-    with atomic_path(target) as part:
-        figure.savefig(part, format="png", dpi=120)
+    save_figure(figure, target)
     return target
 
 

@@ -34,7 +34,7 @@ from vesicle.evaluation.execution.language_modelling import Windows, load_window
 from vesicle.evaluation.execution.prompts import Codec
 from vesicle.evaluation.execution.transformers_executor import TransformersExecutor
 from vesicle.evaluation.methods.names import check_trained
-from vesicle.evaluation.report.plots import MissingPlots, save_plots
+from vesicle.evaluation.report.plots import save_plots
 from vesicle.evaluation.report.results import TEXT, TaskResult
 from vesicle.evaluation.report.table import markdown
 from vesicle.evaluation.run.notices import Say, to_standard_error
@@ -47,6 +47,7 @@ from vesicle.evaluation.run.store import RowStore
 from vesicle.evaluation.run.subject import Subject
 from vesicle.evaluation.run.text_config import DTYPES, EvalConfig
 from vesicle.families import find_family
+from vesicle.figures import MissingPlots
 from vesicle.files import atomic_path
 from vesicle.folders import locked
 from vesicle.modulator import Modulator
