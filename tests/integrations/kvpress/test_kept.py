@@ -179,7 +179,7 @@ def test_the_engine_goes_on_from_what_a_press_left_and_its_memory_is_free(llama:
     engine = Engine.from_model(llama)
     sequence = engine.start(press_method(press, llama, ids[:48]))
     engine.forward([(sequence, ids[:48])], "none")
-    dense = 3 * engine.pool.bytes_per_block * 3
+    dense = 3 * 2 * 3 * engine.pool.bytes_per_block  # layers, KV heads, blocks
     assert engine.pool.bytes_in_use == sequence.cost.kv_bytes_held == dense * (32 + 16 + 48) / 144
     for position in range(48, 54):
         with torch.no_grad():
@@ -192,16 +192,21 @@ def test_the_engine_goes_on_from_what_a_press_left_and_its_memory_is_free(llama:
         assert (found - expected).abs().max() < TOLERANCE
 
 
-def test_heads_that_keep_fewer_are_filled_up(llama: Any):
-    """Of 48 tokens head 0 sees 32 and head 1 none: both hold 32, head 1 the latest."""
-    marks = [(0, p) for p in range(16)] + [(1, p) for p in range(48)]
+def test_heads_hold_what_they_keep_filled_up_to_whole_blocks(llama: Any):
+    """Of 48 tokens head 0 sees the last 32; head 1 the first 10, and holds the latest 6 beside."""
+    marks = [*((0, p) for p in range(16)), *((1, p) for p in range(10, 48))]
     heads, places = (torch.tensor(column) for column in zip(*marks, strict=True))
     press = MaskPress(whole, marks=(torch.zeros_like(heads), heads, places))
     ids = tokens(48)[0].tolist()
     engine = Engine.from_model(llama)
     sequence = engine.start(press_method(press, llama, ids))
     engine.forward([(sequence, ids)], "none")
-    assert engine.pool.bytes_in_use == 3 * 2 * engine.pool.bytes_per_block
+    assert engine.pool.bytes_in_use == 3 * (2 + 1) * engine.pool.bytes_per_block
     held = sequence.plan.evict_after == FOREVER
-    assert (held.sum(0) == 32).all()
-    assert held[16:].all()
+    assert (held.sum(0) == [32, 16]).all()
+    assert held[16:, :, 0].all()
+    assert held[[*range(10), *range(42, 48)], :, 1].all()
+    for layer in range(3):
+        first, second = (row.tolist() for row in sequence.cache.held(layer))
+        assert first == list(range(16, 48))
+        assert second == [*range(10), *range(42, 48)]

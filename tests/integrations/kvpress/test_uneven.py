@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from tests.integrations.kvpress.doubles import HookPress, at
 from tests.tiny import tiny_model, tokens
 from vesicle.families import cache_argument, find_family
-from vesicle.integrations.kvpress.uneven import _seen, fit_masks
+from vesicle.integrations.kvpress.uneven import _seen, fit_masks, hide
 
 IDS, N_CONTEXT = tokens(56), 48
 TOLERANCE = 5e-6
@@ -104,6 +104,65 @@ def test_hooks_go_with_the_last_copy_of_the_cache(llama: Any):
     del other
     gc.collect()
     assert n_hooks(llama) == 0
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("step", [8, 4, 1])
+def test_hidden_entries_may_hold_anything(attention: str, step: int):
+    """Two KV heads hide unlike many, or none; each has two query heads."""
+    model = tiny_model("llama", attention=attention)
+    whole = uneven_cache(model, [48, 20, 5])
+    fit(model, whole)
+    dense = go_on(model, copy.deepcopy(whole), step)
+    hidden = [torch.zeros(1, 2, n, dtype=torch.bool) for n in (48, 20, 5)]
+    hidden[0][0, 0, [0, 3, 47]] = hidden[0][0, 1, 10:30] = hidden[2][0, 1, :4] = True
+    for layer, module in enumerate(attention_of(model)):
+        hide(whole, module, layer, hidden[layer])
+    marks = [module.masked_key_indices for module in attention_of(model)]
+    assert [None if own is None else len(own[0]) for own in marks] == [23, None, 4]
+    expected = go_on(model, copy.deepcopy(whole), step)
+    assert all(module.masked_key_indices is None for module in attention_of(model))
+    assert (expected - dense).abs().max() > 1e-3
+    for layer, own in zip(whole.layers, hidden, strict=True):
+        layer.keys[own], layer.values[own] = 1e3, -1e3
+    assert torch.equal(go_on(model, whole, step), expected)
+
+
+def test_hiding_is_leaving_out():
+    """As many entries of each KV head: once left out, once hidden among others."""
+    model = tiny_model("llama")
+    whole = uneven_cache(model, [48, 48, 48])
+    hidden = torch.ones(1, 2, 48, dtype=torch.bool)
+    hidden[0, 0, 5:25] = hidden[0, 1, ::5][:10] = hidden[0, 1, 1::5] = False
+    assert hidden.sum((0, 2)).tolist() == [28, 28]
+    short = copy.deepcopy(whole)
+    for layer in short.layers:
+        layer.keys = layer.keys[~hidden].view(1, 2, 20, -1)
+        layer.values = layer.values[~hidden].view(1, 2, 20, -1)
+    fit(model, whole)
+    fit(model, short)
+    for layer, module in enumerate(attention_of(model)):
+        hide(whole, module, layer, hidden)
+    expected = go_on(model, short, 4)
+    assert (go_on(model, whole, 4) - expected).abs().max() < TOLERANCE
+
+
+def test_marks_of_somebody_else_stay(llama: Any):
+    """Of a press that marks, and that read a text after ours."""
+    cache, other = (uneven_cache(llama, [20, 20, 20]) for _ in range(2))
+    fit(llama, cache)
+    module = attention_of(llama)[0]
+    hide(cache, module, 0, torch.ones(1, 2, 3, dtype=torch.bool))
+    ours = module.masked_key_indices
+    go_on(llama, copy.deepcopy(other), 1)
+    assert module.masked_key_indices is None
+    theirs = module.masked_key_indices = tuple(one.clone() for one in ours)
+    go_on(llama, other, 1)
+    assert module.masked_key_indices is theirs
+    del cache
+    gc.collect()
+    assert module.masked_key_indices is theirs
+    module.masked_key_indices = None
 
 
 def test_other_caches_are_left_alone(llama: Any):

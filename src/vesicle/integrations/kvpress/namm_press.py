@@ -9,11 +9,12 @@ newest, or scored highest. What the network sees is worked out from the newest q
 attention may run as it likes. Text that follows is not forgotten from; the engine does that.
 
 A cache of transformers holds as many entries in each KV head of a layer. Where heads keep fewer
-than the layer's largest, others fill them up, and kvpress hides these from attention, as for
-`AdaKVPress` (`masked_key_indices`). So the answer is that of the engine, and more memory is held.
+than the layer's largest, others fill them up, and these are hidden from attention; they are marked
+as `AdaKVPress` marks them (`masked_key_indices`). So the answer is the engine's, and more memory is
+held.
 
 kvpress has its own way to hook presses in (`BasePress`); what is ours is the choice, and masks for
-layers that hold unequally many entries (see `uneven`).
+layers and heads that hold unequally many entries (see `uneven`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vesicle.errors import VesicleError
 from vesicle.families import find_cache, find_family
 from vesicle.integrations.kvpress.names import find_kvpress
 from vesicle.integrations.kvpress.namm_kept import Choice, filled, rotated
-from vesicle.integrations.kvpress.uneven import fit_masks
+from vesicle.integrations.kvpress.uneven import fit_masks, hide
 from vesicle.models.default import DEFAULT_MODEL
 from vesicle.namm import Namm
 from vesicle.shipped import shipped_namms
@@ -142,7 +143,8 @@ class NAMMPress(BasePress):  # type: ignore[misc]  # kvpress ships no types
         layer: Any = module.layer_idx
         # Layers with windows too: transformers makes their masks by the length of the first layer.
         window = int(choice.decoder.shape.layer_windows[layer])
-        fit_masks(find_cache(kwargs), module, layer, window)
+        cache = find_cache(kwargs)
+        fit_masks(cache, module, layer, window)
         length, w = hidden_states.shape[1], choice.observes
         if not choice.forgets(layer) or length < w:
             return keys, values
@@ -158,8 +160,7 @@ class NAMMPress(BasePress):  # type: ignore[misc]  # kvpress ships no types
             for i, own in enumerate(keys)
         ]
         places, hidden = (torch.from_numpy(np.stack(x)) for x in zip(*rows, strict=True))
-        marked: Any = module
-        marked.masked_key_indices = torch.where(hidden.to(keys.device)) if hidden.any() else None
+        hide(cache, module, layer, hidden.to(keys.device))
         index = places.long().to(keys.device)[..., None]
         return (
             keys.gather(2, index.expand(-1, -1, -1, keys.shape[-1])),
