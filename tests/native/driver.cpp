@@ -1357,7 +1357,8 @@ void readers(const char* set, int64_t tokens, int64_t ratio) {
       for (int64_t t = 0; t < tokens; ++t) {
         const int64_t n = static_cast<int64_t>(lists[t].size());
         std::vector<float> alone(ratio * kSize), top(ratio), total(ratio), its_room(kBlock * ratio);
-        const int64_t read = k->attend(&kv, format, queries[t], ratio, 0.2f, lists[t].data(), n, n, 0, tails[t],
+        const int32_t* list = lists[t].data();
+        const int64_t read = k->attend(&kv, format, 1, queries[t], ratio, 0.2f, &list, n, n, 0, tails[t],
                                        alone.data(), top.data(), total.data(), its_room.data());
         CHECK(read == (n - 1) * kBlock + tails[t], "%s, format %d: %lld", set, format, (long long)read);
         for (int64_t i = 0; i < ratio; ++i) {
@@ -1402,8 +1403,9 @@ void damage(const char* set) {
           CHECK((sees && nothing) || std::isfinite(last) != sees, "%s, format %d, %g in a %s, %s, row %lld", set,
                 format, bad, in_key ? "key" : "value", how, (long long)row);
         };
-        k->attend(&kv, format, query.data(), kHeads, 0.2f, list, 2, 2, 0, kPositions - kBlock, out.data(), top.data(),
-                  total.data(), room.data());
+        const int32_t* both = list;
+        k->attend(&kv, format, 1, query.data(), kHeads, 0.2f, &both, 2, 2, 0, kPositions - kBlock, out.data(),
+                  top.data(), total.data(), room.data());
         for (int64_t h = 0; h < kHeads; ++h) check(h, true, "alone");
         // Tokens of one block do not see the positions after theirs.
         const int64_t tails[kTokens] = {7, 8, kBlock}, later[kTokens] = {1, kPositions - kBlock, 3};

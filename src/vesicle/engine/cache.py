@@ -193,11 +193,13 @@ class SequenceCache:
             return
         lists = self._lists
         if n > 0:
-            # A head's blocks lie side by side: a chunk is read layer by layer, head by head.
+            # A layer's blocks lie side by side, and within it those of one block of tokens: that is
+            # how they are read while nothing is forgotten.
             blocks = self.pool.allocate(self.n_layers * self.n_heads * n)
+            blocks = blocks.reshape(self.n_layers, n, self.n_heads).swapaxes(1, 2)
             self._grow(int(lists.n_blocks.max()) + n)
             places = lists.n_blocks[..., None] + np.arange(n)
-            np.put_along_axis(lists.tables, places, blocks.reshape(places.shape), axis=2)
+            np.put_along_axis(lists.tables, places, blocks, axis=2)
             starts = (self._room_end + BLOCK * np.arange(n, dtype=np.int32))[None, None]
             np.put_along_axis(lists.starts, places, starts, axis=2)
             lists.n_blocks += n

@@ -107,12 +107,12 @@ struct Kernels {
   void (*activate)(int64_t kind, float* x, const float* up, int64_t n);
   // The leading `rotated` numbers of each head.
   void (*rotate)(float* x, int64_t heads, int64_t size, int64_t rotated, const float* cosine, const float* sine);
-  // Unnormalised attention of the query heads of one KV head, `ratio` of them, over n of its blocks.
-  //   blocks: of the pool, `listed` long, to be read next beyond n; all positions of a block count but in the n-th,
-  //   where the first `tail` do, and in the first, where the first `hidden` do not.
-  //   out (ratio, size), top (ratio), total (ratio), room (16, ratio). Returns positions read.
-  int64_t (*attend)(const KvView* kv, int32_t format, const float* query, int64_t ratio, float scale,
-                    const int32_t* blocks, int64_t n, int64_t listed, int64_t hidden, int64_t tail, float* out,
+  // Unnormalised attention of the query heads of some KV heads, `ratio` to each, over n of the blocks of each.
+  //   blocks (KV heads): lists of pool blocks, `listed` long, to be read next beyond n; all positions of a block
+  //   count but in the n-th, where the first `tail` do, and in the first, where the first `hidden` do not.
+  //   query, out (heads, size), top, total (heads), room (16, heads). Returns positions read of one KV head.
+  int64_t (*attend)(const KvView* kv, int32_t format, int64_t kv_heads, const float* query, int64_t ratio, float scale,
+                    const int32_t* const* blocks, int64_t n, int64_t listed, int64_t hidden, int64_t tail, float* out,
                     float* top, float* total, float* room);
   // The same of several tokens, which share the reading of blocks.
   //   room (16 tokens ratio), row (tokens ratio)

@@ -150,6 +150,7 @@ class Pass {
   struct Scratch {  // of a thread
     Buffer<float> joint, mixed, choices, together;
     Buffer<uint32_t> chosen;
+    Buffer<const int32_t*> tables;
     Buffer<Row> row;
     Buffer<uint16_t> readers;
     Buffer<int32_t> blocks;
@@ -172,8 +173,8 @@ class Pass {
   int64_t& visits(int64_t thread, int64_t t, int64_t l) { return visits_[counter(thread, t, l)]; }
   KvView view() const;
   char* summaries(const VesicleChunk& chunk, int64_t l, int64_t g);
-  void store(int64_t thread, int64_t l, int64_t t, int64_t g);
-  void store_all(int64_t thread, int64_t l, int64_t t);
+  void store(int64_t thread, int64_t l, int64_t t, int64_t first, int64_t last);
+  void store(int64_t thread, int64_t l, int64_t t) { store(thread, l, t, 0, model->kv_heads); }
   float* queries(int64_t thread, int64_t t);
   void rotate_queries(int64_t thread, int64_t l, int64_t t);
   bool chooses(int64_t thread, int64_t t, int64_t l, int64_t g);

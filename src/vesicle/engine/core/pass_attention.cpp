@@ -22,7 +22,7 @@ void Pass::prepare_attention() {
   scratch.resize(T);
   for (Scratch& s : scratch) {
     s.joint.get(2 * kv);
-    s.mixed.get(heads / model->kv_heads * (size + 2 + kBlock));
+    s.mixed.get(heads * (size + 2 + kBlock));
   }
   visits_.assign(T * n * model->n_layers, 0);
   sums_.assign(visits_.size(), 0);
@@ -44,27 +44,28 @@ char* Pass::summaries(const VesicleChunk& chunk, int64_t l, int64_t g) {
   return static_cast<char*>(chunk.summaries[l]) + g * chunk.room_summaries * chunk.vectors * model->size * bytes;
 }
 
-// Writes a token's key and value of a KV head, and the summary of the block that they complete.
-void Pass::store(int64_t thread, int64_t l, int64_t t, int64_t g) {
+// Writes a token's keys and values of KV heads [first, last), and the summaries of the blocks that they complete.
+void Pass::store(int64_t thread, int64_t l, int64_t t, int64_t first, int64_t last) {
   const VesicleLayer& w = model->layers[l];
   const Token& token = tokens[t];
-  const int64_t size = model->size, kv = model->kv_heads * size;
-  const int64_t own = token.held(l, g) - 1, slot = token.offset();
-  const int32_t format = static_cast<int32_t>(model->kv_format), block = token.table(l, g)[own];
-  const KvView pages = view();
-  float *vk = scratch[thread].joint.get(0), *key = vk + kv + g * size;
-  value_key.fetch(k, t, n, pool->threads(), 2 * kv, vk);
-  if (w.key_norm.gain) k->normalise(key, w.key_norm.gain, model->eps, size, key);
-  if (w.rotates) k->rotate(key, 1, size, model->rotated, token.cosine[w.rotates - 1], token.sine[w.rotates - 1]);
-  k->store(&pages, format, block, slot, key, vk + g * size);
-  if (!token.chunk->summaries || slot < kBlock - 1) return;
+  const int64_t size = model->size, kv = model->kv_heads * size, slot = token.offset(), heads = last - first;
   const int64_t bytes = model->summary_format == kF32 ? 4 : 2;
-  const int64_t group = own / kBlock * kBlock * token.chunk->vectors * size * bytes;
-  k->summarise(&pages, format, block, token.chunk->vectors, summaries(*token.chunk, l, g) + group, own % kBlock);
-}
-
-void Pass::store_all(int64_t thread, int64_t l, int64_t t) {
-  for (int64_t g = 0; g < model->kv_heads; ++g) store(thread, l, t, g);
+  const int32_t format = static_cast<int32_t>(model->kv_format);
+  const KvView pages = view();
+  float *vk = scratch[thread].joint.get(0), *keys = vk + kv + first * size;
+  value_key.fetch(k, t, n, pool->threads(), 2 * kv, vk);
+  if (w.key_norm.gain)
+    for (int64_t i = 0; i < heads; ++i)
+      k->normalise(keys + i * size, w.key_norm.gain, model->eps, size, keys + i * size);
+  if (w.rotates) k->rotate(keys, heads, size, model->rotated, token.cosine[w.rotates - 1], token.sine[w.rotates - 1]);
+  for (int64_t g = first; g < last; ++g) {
+    const int64_t own = token.held(l, g) - 1;
+    const int32_t block = token.table(l, g)[own];
+    k->store(&pages, format, block, slot, vk + kv + g * size, vk + g * size);
+    if (!token.chunk->summaries || slot < kBlock - 1) continue;
+    const int64_t group = own / kBlock * kBlock * token.chunk->vectors * size * bytes;
+    k->summarise(&pages, format, block, token.chunk->vectors, summaries(*token.chunk, l, g) + group, own % kBlock);
+  }
 }
 
 // The rotated queries of a token: of one that is alone each thread has its own.
@@ -185,33 +186,38 @@ float* Pass::part(int64_t t, int64_t h, int64_t s) {
   return partial + ((t * model->heads + h) * kSegments + s) * part_size;
 }
 
-// The segments that begin in [first, last) of a token that reads all that it sees, counted from `unit`, one KV head after
-// another.
+// The segments that begin in [first, last) of a token that reads all that it sees, counted from `unit`. KV heads side by
+// side that hold as many blocks go together: theirs lie side by side as well.
 void Pass::attend_alone(int64_t thread, int64_t l, int64_t t, int64_t unit, int64_t first, int64_t last) {
   const Token& token = tokens[t];
   const int64_t size = model->size, ratio = model->heads / model->kv_heads, valid = token.offset() + 1;
   const int64_t base = token.base(l, window(l)), begin = token.first(l, window(l)) - base;
   const KvView pages = view();
-  float *sums = scratch[thread].mixed.get(0), *top = sums + ratio * size;
-  for (int64_t g = 0; g < model->kv_heads; ++g) {
+  Scratch& s = scratch[thread];
+  const int32_t** tables = s.tables.get(model->kv_heads);
+  for (int64_t g = 0, next; g < model->kv_heads; g = next) {
     const int64_t blocks = span(t, l, g), step = segment(blocks);
+    for (next = g + 1; next < model->kv_heads && span(t, l, next) == blocks;) ++next;
+    const int64_t kv_heads = next - g, heads = kv_heads * ratio;
+    float *sums = s.mixed.get(0), *top = sums + heads * size;
     for (int64_t from = 0; from < blocks; from += step) {
-      if (unit + from < first || unit + from >= last) continue;
+      if (unit + from * kv_heads < first || unit + from * kv_heads >= last) continue;
       const int64_t to = std::min(blocks, from + step), at = std::max(from, begin);  // nothing is read where at >= to
-      if (to == blocks && alone()) store(thread, l, t, g);  // whoever reads the newest block writes it first
-      visits(thread, t, l) += k->attend(&pages, static_cast<int32_t>(model->kv_format),
-                                        queries(thread, t) + g * ratio * size, ratio, model->scale,
-                                        token.table(l, g) + base + at, std::max<int64_t>(0, to - at), blocks - at,
-                                        at == begin ? token.cut(window(l)) : 0, to == blocks ? valid : kBlock, sums,
-                                        top, top + ratio, top + 2 * ratio);
-      for (int64_t r = 0; r < ratio; ++r) {
-        float* p = part(t, g * ratio + r, from / step);
-        std::memcpy(p, sums + r * size, size * sizeof(float));
-        p[size] = top[r];
-        p[size + 1] = top[ratio + r];
+      if (to == blocks && alone()) store(thread, l, t, g, next);  // whoever reads the newest block writes it first
+      for (int64_t i = 0; i < kv_heads; ++i) tables[i] = token.table(l, g + i) + base + at;
+      const int64_t read = k->attend(&pages, static_cast<int32_t>(model->kv_format), kv_heads,
+                                     queries(thread, t) + g * ratio * size, ratio, model->scale, tables,
+                                     std::max<int64_t>(0, to - at), blocks - at, at == begin ? token.cut(window(l)) : 0,
+                                     to == blocks ? valid : kBlock, sums, top, top + heads, top + 2 * heads);
+      visits(thread, t, l) += kv_heads * read;
+      for (int64_t h = 0; h < heads; ++h) {
+        float* p = part(t, g * ratio + h, from / step);
+        std::memcpy(p, sums + h * size, size * sizeof(float));
+        p[size] = top[h];
+        p[size + 1] = top[heads + h];
       }
     }
-    unit += blocks;
+    unit += blocks * kv_heads;
   }
 }
 
@@ -310,7 +316,7 @@ void Pass::attend_chosen(int64_t thread, int64_t l, const std::vector<int64_t>& 
       }
       if (begin < first || begin >= last) continue;
       const bool newest = to > own;
-      if (newest && alone()) store(thread, l, members[0], g);
+      if (newest && alone()) store(thread, l, members[0], g, g + 1);
       std::memset(readers, 0, step * sizeof *readers);
       for (int64_t i = 0; i < count; ++i) {
         query[i] = queries(thread, members[i]) + g * ratio * size;
@@ -340,7 +346,7 @@ void Pass::attention(int64_t thread, int64_t l) {
     rotate_queries(thread, l, 0);
   } else {  // some may read what others of the pass write; a block is one thread's
     for (int64_t r = thread; r < static_cast<int64_t>(runs.size()); r += threads)
-      for (int64_t t = runs[r].first; t < runs[r].last; ++t) store_all(thread, l, t);
+      for (int64_t t = runs[r].first; t < runs[r].last; ++t) store(thread, l, t);
     for (int64_t t = thread; t < n; t += threads) rotate_queries(thread, l, t);
     pool->barrier();
   }
@@ -362,7 +368,7 @@ void Pass::attention(int64_t thread, int64_t l) {
     choosing.clear();
     for (int64_t t = run.first; t < run.last; ++t) {
       if (lane(thread, t).row.attention) (chooses(thread, t, l) ? choosing : whole).push_back(t);
-      else if (alone() && thread == 0) store_all(thread, l, t);
+      else if (alone() && thread == 0) store(thread, l, t);
     }
     if (whole.size() == 1) attend_alone(thread, l, whole[0], unit, first, last);
     if (whole.size() > 1) attend_whole(thread, l, whole, unit, first, last);
