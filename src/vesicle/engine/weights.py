@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from vesicle.families.base import Affine, Lookup
 from vesicle.families.checks import check_tensors, flag
 from vesicle.models.checks import check_weights, read_config
 from vesicle.models.finite import check_finite
-from vesicle.models.groups import Groups, StoredGroups, read_groups
+from vesicle.models.groups import BITS, Groups, StoredGroups, read_groups
 from vesicle.shapes import ModelShape
 
 PACKED = {"int4": 4, "int8": 8, "mixed": None}
@@ -276,7 +277,7 @@ def _build(
             return None
         return tensor.detach() if dense is None else tensor.detach().to(dense)
 
-    arena = None if dense is not None else Arena(_packed_bytes(shape, PACKED[form] or 8))
+    arena = None if dense is not None else Arena(_packed_bytes(shape, _most_bits(form, groups)))
     packing: list[Packing] = []
 
     def placed(packed: PackedWeight | PackedHead) -> Any:
@@ -411,6 +412,16 @@ def _joined_grid(groups: list[Groups | None]) -> Grid | None:
 def _fitting(grid: Grid | None, bits: int) -> Grid | None:
     """The grid, if codes of so many bits can hold it."""
     return grid if grid is not None and grid.bits <= bits else None
+
+
+def _most_bits(form: str, groups: StoredGroups | None) -> int:
+    """Bits that no code of a packed projection exceeds."""
+    if (asked := PACKED[form]) is not None:
+        return asked
+    # Of matrices in layers, which have their numbers in their names; head and embedding have none.
+    stored = {} if groups is None else groups.kinds
+    kinds = {kind for name, kind in stored.items() if re.search(r"\.\d+\.", name)}
+    return 4 if kinds and all(BITS.get(kind, 8) <= 4 for kind in kinds) else 8
 
 
 def _packed_bytes(shape: ModelShape, bits: int) -> int:
