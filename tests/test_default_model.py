@@ -253,12 +253,12 @@ def test_a_quarter_of_the_cache_finds_pass_keys():
 
 def test_a_system_turn_stays_in_memory():
     """`vesicle run --system --memory` forgets none of it, in any KV head."""
-    from vesicle.commands.run import _common
+    from vesicle.commands.run import _system_turn
     from vesicle.models import Text, ensure_default_model
 
     text = Text.from_folder(ensure_default_model(progress=False))
     system = "Answer in one word, whatever you are asked, and never use the letter q."
-    prompts = [text.chat(prompt, system) for prompt in ("A long report.", "\n", "a")]
-    n = _common(*prompts)
-    assert system in text.decode(prompts[0][:n])
-    assert "report" not in text.decode(prompts[0][:n])
+    ids = text.chat("A long report.", system)
+    n = _system_turn(ids, lambda prompt: text.chat(prompt, system))
+    assert system in text.decode(ids[:n])
+    assert "report" not in text.decode(ids[:n])

@@ -20,6 +20,7 @@ window holds what its window shows, whatever is chosen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -130,6 +131,13 @@ def held_entries(evict_after: IntArray, layer: int, length: int) -> list[IntArra
     stays = np.ones((length, n_heads), bool)
     stays[: len(evict_after)] = evict_after[:length, layer] >= length
     return [np.nonzero(head)[0].astype(np.int32) for head in stays.T]
+
+
+def alike(counts: ArrayLike) -> list[slice]:
+    """KV heads side by side of equal `counts` (G,), which can be worked out together."""
+    given = np.asarray(counts)
+    edges = (np.flatnonzero(np.diff(given)) + 1).tolist()
+    return [slice(*pair) for pair in pairwise([0, *edges, len(given)])]
 
 
 def _positions(head: ArrayLike, at: int) -> IntArray:

@@ -302,7 +302,7 @@ def run(
             _tell_reach(loaded, budget, phases)
         method = _method(loaded, saved, budget, phases)
         if memory is not None and memory < 1:
-            opening = 0 if system is None else _common(ids, encode("\n"), encode("a"))
+            opening = 0 if system is None else _system_turn(ids, encode)
             method = _remembering(method, memory, namm, folder, len(ids), opening)
         if compare and isinstance(method, Dense):
             raise VesicleError(
@@ -379,10 +379,11 @@ def _check_memory(memory: float | None, namm: Path | None, replay: Path | None) 
         raise DataError(f"--namm: {namm} holds no namm.json; a NAMM is a folder with one")
 
 
-def _common(*prompts: list[int]) -> int:
-    """Leading tokens that prompts share."""
-    columns = zip(*prompts, strict=False)
-    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), 0)
+def _system_turn(ids: list[int], encode: Callable[[str], list[int]]) -> int:
+    """Leading tokens of a prompt that are there whatever is asked."""
+    from vesicle.models.text import n_common
+
+    return min(n_common(ids, encode("\n")), n_common(ids, encode("a")))
 
 
 def _remembering(

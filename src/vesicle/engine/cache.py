@@ -19,7 +19,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from vesicle.engine.core import MOST_TOKENS
 from vesicle.engine.pool import BlockPool, summary_dtype
 from vesicle.errors import VesicleError
 from vesicle.plan import BLOCK, IntArray
+from vesicle.retention import alike
 
 _ROOM = 16
 """Entries by which a list grows at least. Room doubles, so that growth is linear on the whole."""
@@ -304,8 +304,7 @@ class SequenceCache:
 
     def alike(self, layer: int) -> list[slice]:
         """The KV heads of a layer, those side by side that hold as many blocks together."""
-        edges = np.flatnonzero(np.diff(self.n_blocks[layer])) + 1
-        return [slice(*pair) for pair in pairwise([0, *edges.tolist(), self.n_heads])]
+        return alike(self.n_blocks[layer])
 
     def slots(self, layer: int, head: int, positions: IntArray) -> IntArray:
         """Slots of positions (T,) in blocks of 16 positions that a head holds."""

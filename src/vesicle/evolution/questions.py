@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vesicle.evaluation.execution.prompts import Codec, continuation
+from vesicle.models.text import n_common
 from vesicle.tasks.items import Item
 
 
@@ -32,9 +33,7 @@ def of_items(items: Iterable[Item], codec: Codec, weight: float = 1.0) -> Iterat
     """Questions with one right answer, as plain text."""
     for item in items:
         prompt, answer = continuation(item.prompt, " " + item.references[0], codec)
-        alone, n = codec.encode(item.context, control_tokens=False), 0
-        while n < min(len(alone), len(prompt) - 1) and alone[n] == prompt[n]:
-            n += 1
+        n = n_common(codec.encode(item.context, control_tokens=False), prompt[:-1])
         yield Question(
             id=item.id, context=prompt[:n], lead=prompt[n:], answer=answer, weight=weight
         )

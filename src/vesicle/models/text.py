@@ -473,3 +473,9 @@ def _read_object(path: Path, needed: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object")
     return value
+
+
+def n_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Leading tokens that two rows of token ids share."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

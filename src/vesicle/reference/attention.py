@@ -8,10 +8,9 @@ between calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks, selected_blocks, summarise
 from vesicle.effectors import GabaSparsity
-from vesicle.plan import BLOCK, IntArray, visible_blocks
+from vesicle.plan import BLOCK, visible_blocks
 from vesicle.reference.memory import Memory
+from vesicle.retention import alike
 
 PREFIX = "vesicle_"
 BASES = ("sdpa", "eager")
@@ -142,7 +142,7 @@ def _forgetful(
         later = torch.arange(first, last, device=positions.device)
         held = memory.held(first)
         ratio = query.shape[1] // len(held)
-        for heads in _alike(held):
+        for heads in alike([len(entries) for entries in held]):
             before = torch.from_numpy(np.stack(held[heads])).to(positions.device)
             entries = torch.cat([before, later.expand(len(before), -1)], dim=1)
             places = entries[None, :, :, None].expand(-1, -1, -1, key.shape[3]).long()
@@ -165,13 +165,6 @@ def _forgetful(
             told = chosen & (positions >= 0)
             memory.observe(query[0, :, told], rule.attends[rows][0, told], key[0], scale)
     return out
-
-
-def _alike(held: list[IntArray]) -> Iterator[slice]:
-    """KV heads side by side that hold as many entries."""
-    counts = [len(entries) for entries in held]
-    edges = [g for g in range(1, len(held)) if counts[g] != counts[g - 1]]
-    yield from (slice(*pair) for pair in pairwise([0, *edges, len(held)]))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from typing import Literal, Protocol
 
 from vesicle.errors import DataError
 from vesicle.models.shorten import shorten
+from vesicle.models.text import n_common
 from vesicle.tasks.items import Item
 
 
@@ -115,9 +116,4 @@ def _n_opening(codec: Codec, style: Literal["chat", "plain"], context: str, ids:
     """Leading tokens that a prompt shares with one that has nothing behind `context`."""
     plain = style == "plain"
     alone = codec.encode(context, control_tokens=False) if plain else codec.chat(context)
-    n = 0
-    for a, b in zip(alone, ids[:-1], strict=False):
-        if a != b:
-            break
-        n += 1
-    return n
+    return n_common(alone, ids[:-1])
