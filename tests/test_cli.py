@@ -498,6 +498,28 @@ def test_evolve_and_run_with_it(vesicle: Run, longer: Path, text_file: Path, tmp
     assert "no NAMM is shipped for this model" in vesicle(*asks, "--memory", 0.7)[2]
 
 
+@pytest.mark.parametrize("begin", ["repetition", "decay"])
+def test_gates_without_evolution(
+    vesicle: Run, longer: Path, text_file: Path, tmp_path: Path, begin: str
+):
+    words = ("evolve", "--tasks", "", "--text", text_file, "--lengths", 144, "--model", longer)
+    words += ("--questions", 4, "--contexts", 2, "--memory", "0.8", "--begin", begin)
+    words += ("--generations", 0, "--out", tmp_path / "run", "--json")
+    status, out, err = vesicle(*words)
+    assert status == 0, err
+    told = json.loads(out)
+    assert [line["generation"] for line in told["generations"]] == [0]
+    assert told["parameters"] > 3411 + 4  # network and profile
+    again = vesicle(*words)
+    assert json.loads(again[1]) == told
+    assert "contexts repeated" not in again[2]
+    asks = ("run", "hi " * 50, "--model", longer, "--max-new-tokens", 4, "--json")
+    asks += ("--memory", 0.8, "--namm", tmp_path / "run")
+    assert vesicle(*asks)[0] == 0
+    wrong = vesicle(*words, "--begin", "again")
+    assert "begin is 'again'; allowed: as-is, ablation, repetition, decay" in error_line(*wrong)
+
+
 def test_regret(vesicle: Run, model: Path, modulator: Path, text_file: Path, tmp_path: Path):
     words = ("regret", modulator, "--model", model, "--data", text_file, "--length", 32)
     words += ("--limit", 2, "--budgets", "0.8", "--methods", "learnt,uniform", "--out", tmp_path)

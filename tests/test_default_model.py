@@ -237,18 +237,20 @@ def test_a_quarter_of_the_cache_finds_pass_keys():
     )
     items = load_items(find_task("needle"), data="sample", split=None, settings=settings, limit=3)
 
-    def found(namm: Namm) -> int:
+    def found(namm: Namm, share: float) -> int:
         right = 0
         for item in items.items:
             ids = text.encode(item.prompt, control_tokens=False)
-            method = NammMemory(namm, memory=0.25)
+            method = NammMemory(namm, memory=share)
             result = engine.generate(ids, method=method, max_new_tokens=8, stop=())
-            assert result.sequence.cache.bytes_held < 0.3 * result.sequence.dense_cost.kv_bytes_held
+            held = result.sequence.cache.bytes_held / result.sequence.dense_cost.kv_bytes_held
+            assert held < share + 0.05
             right += item.references[0] in text.decode(result.ids)
         return right
 
-    assert found(Namm.load(source)) == 3
-    assert found(Namm.fresh()) < 3
+    assert found(Namm.load(source), 0.25) == 3
+    assert found(Namm.load(source), 0.125) == 3
+    assert found(Namm.fresh(), 0.25) < 3
 
 
 def test_a_system_turn_stays_in_memory():

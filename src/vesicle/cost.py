@@ -18,7 +18,8 @@ for the dense model:
   held: a query visits and chooses among what is left, in each KV head.
 - Where a forgetter reads attention, scores are worked out and keys read a second time. A query that
   it observes is charged, once it was asked, with scores against all entries that were held up to
-  the query's own, and with their keys.
+  the query's own, and with their keys. Where it reads entries, those of each token are read a
+  second time, once it was asked. What a forgetter makes of all that is its own affair.
 - The LM head is paid for each position whose logits are asked for. With m survivors it reads the
   leading plane of all rows and the trailing plane of m, and multiplies those m again.
 - Small modules are stored like dense weights, and in fp32 beside packed ones.
@@ -142,13 +143,13 @@ def _of_all_heads(counts: NDArray[np.int64], shape: ModelShape) -> NDArray[np.in
     return counts.sum(-1) * (shape.n_kv_heads // counts.shape[-1])
 
 
-def _observed(overhead: Overhead, first_position: int, n_tokens: int) -> NDArray[np.bool_]:
-    """(T,) of whose queries a forgetter was told by the end of the last token."""
-    if not overhead.observes:
+def _told(overhead: Overhead, newest: int, first_position: int, n_tokens: int) -> NDArray[np.bool_]:
+    """(T,) of which tokens a forgetter was told that is told of the `newest` when it is asked."""
+    if not newest:
         return np.zeros(n_tokens, bool)
     positions = first_position + np.arange(n_tokens)
     asked = (positions // overhead.interval + 1) * overhead.interval
-    return (asked - positions <= overhead.observes) & (asked <= first_position + n_tokens)
+    return (asked - positions <= newest) & (asked <= first_position + n_tokens)
 
 
 def price_tokens(
@@ -207,7 +208,9 @@ def price_tokens(
     instead += (1 - runs).sum(1) * overhead.small_attention_weights
     full = shape.layer_windows == 0  # layers whose forgetters are told
     vectors, told = overhead.selection_vectors, overhead.reads_attention * full
-    observed = _observed(overhead, first_position, t)[:, None] & full
+    observed = _told(overhead, overhead.observes, first_position, t)[:, None] & full
+    entries = overhead.interval if overhead.reads_entries else 0
+    again = _told(overhead, entries, first_position, t) * int(full.sum()) * shape.n_kv_heads
     rescored = (visited * told + _of_all_heads(held + 1, shape) * runs * observed).sum(1)
     releases = plan.n_layers * (np.ones(t, np.int64) if released is None else released)
     weight_bytes = (
@@ -222,7 +225,7 @@ def price_tokens(
         "flops_modulator": overhead.modulator_flops * releases,
         "flops_head": head_flops,
         "weight_bytes": weight_bytes,
-        "kv_bytes_read": shape.entry_bytes * visited.sum(1)
+        "kv_bytes_read": shape.entry_bytes * (visited.sum(1) + again)
         + shape.entry_bytes // 2 * rescored
         + shape.summary_vector_bytes * vectors * complete.sum(1),
     }

@@ -199,6 +199,7 @@ class Overhead:
         selection_vectors: Summary vectors per block read to choose blocks (1 mean, 2 bounds).
         reads_attention: Whether a forgetter is told what attention entries received.
         observes: Of how many of the newest queries it is told what attention they pay.
+        reads_entries: Whether it is told keys and values of new entries.
         interval: Tokens between the lengths at which it is.
     """
 
@@ -209,4 +210,5 @@ class Overhead:
     selection_vectors: int = 1
     reads_attention: bool = False
     observes: int = 0
+    reads_entries: bool = False
     interval: int = 0

@@ -19,6 +19,7 @@ def some(network: str = "mlp") -> Namm:
         settings=settings,
         parameters=rng.normal(size=settings.n_parameters).astype(np.float32),
         profile=rng.normal(size=(3, 2)).astype(np.float32),
+        gates=rng.normal(size=(3, 2, 17)).astype(np.float32),
         info={"of": "a test"},
     )
 
@@ -31,6 +32,8 @@ def test_saved_and_loaded(tmp_path: Path):
     assert other.info == namm.info
     assert (other.parameters == namm.parameters).all()
     assert (other.profile == namm.profile).all()
+    assert (other.gates == namm.gates).all()
+    assert other.digest() == namm.digest() != replace(namm, gates=2 * namm.gates).digest()
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,8 @@ def test_another_feature_size_is_refused():
         replace(some(), profile=np.array([[np.nan]], np.float32))
     with pytest.raises(VesicleError, match=r"has shape \(3,\); allowed: \(layers, KV heads\)"):
         replace(some(), profile=np.zeros(3, np.float32))
+    with pytest.raises(VesicleError, match=r"have shape \(3, 2\); allowed: \(layers, KV heads, 2"):
+        replace(some(), gates=np.zeros((3, 2), np.float32))
 
 
 def test_a_profile_fits_its_own_heads_alone():
@@ -63,7 +68,10 @@ def test_a_profile_fits_its_own_heads_alone():
     line = "profile of 3 layers of 2 KV heads; this model has 3 layers of 4 KV heads"
     with pytest.raises(VesicleError, match=line):
         namm.profile_of(replace(shape, n_kv_heads=4))
-    assert (namm.without_profile().profile_of(shape) == np.zeros((3, 2))).all()
+    any_model = namm.for_any_model()
+    assert (any_model.profile_of(shape) == np.zeros((3, 2))).all()
+    assert (any_model.parameters == namm.parameters).all()
+    any_model.check_fits(replace(shape, n_kv_heads=4))
 
 
 @pytest.mark.parametrize("fault", ["missing", "format", "settings", "numbers", "short"])
@@ -90,6 +98,7 @@ def test_the_shipped_one_fits_the_default_model_and_is_small():
     folder = shipped_namm()
     assert folder is not None
     assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
-    profile = Namm.load(folder).profile
-    assert profile.shape == (30, 3)
-    assert int(profile.max(1).argmax()) == 18  # where pass keys are found
+    namm = Namm.load(folder)
+    assert namm.profile.shape == (30, 3)
+    assert namm.gates.shape == (30, 3, 129)
+    assert int(namm.profile.max(1).argmax()) == 18  # where pass keys are found

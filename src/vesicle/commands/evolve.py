@@ -94,14 +94,15 @@ def evolve(
             rich_help_panel=_NAMM,
         ),
     ] = "both",
-    ablate: Annotated[
-        bool,
+    begin: Annotated[
+        str,
         typer.Option(
-            "--ablate",
-            help="Begin the profile at what is lost where each KV head alone forgets.",
+            help="What a profile begins at: as-is, ablation (what is lost where each KV head alone "
+            "forgets), or with gates: repetition (what is needed to repeat a text), decay (trained "
+            "by gradient).",
             rich_help_panel=_NAMM,
         ),
-    ] = False,
+    ] = "as-is",
     memory: Annotated[
         str,
         typer.Option(help="Shares of the cache, with commas between.", rich_help_panel=_SEARCH),
@@ -131,9 +132,9 @@ def evolve(
 
       vesicle evolve --data sample --out runs/namm --generations 10
 
-      vesicle evolve --data data --evolves profile --ablate --out runs/profile
+      vesicle evolve --data data --evolves profile --begin repetition --out runs/gates
 
-      vesicle evolve --data data --evolves network --start runs/profile --out runs/namm
+      vesicle evolve --data data --evolves network --start runs/gates --out runs/namm
     """
     shares = tuple(numbers(memory, "--memory"))
     from vesicle.evolution import EvolveConfig
@@ -143,7 +144,7 @@ def evolve(
     try:
         config = EvolveConfig(
             evolves=evolves,
-            ablate=ablate,
+            begin=begin,
             memory=shares,
             generations=generations,
             population=population,
@@ -155,12 +156,12 @@ def evolve(
         settings = NammSettings(network=network or "bam")
     except ValueError as error:
         raise VesicleError(str(error)) from error
-    begin = None
+    first = None
     if start is not None:
         if network is not None:
             raise DataError("--start and --network are both given; a NAMM has its own network")
-        begin = Namm.load(start)
-        settings = begin.settings
+        first = Namm.load(start)
+        settings = first.settings
     sizes = [int(n) for n in numbers(lengths, "--lengths")]
     if not sizes or min(sizes) < settings.observes:
         raise DataError(f"--lengths is {lengths}; allowed: {settings.observes} tokens and more")
@@ -185,13 +186,14 @@ def evolve(
     if text is not None and text_weight > 0:
         train += _running(text, "train", sizes, questions, text_weight, codec)
         judges += _running(text, "held-out", sizes, held_out, text_weight, codec)
-    engine = Engine.from_pretrained(folder)
-    if begin is None:
-        begin = Namm.fresh(settings, engine.shape)
-    elif not begin.profile.size and evolves != "network":
-        begin = replace(begin, profile=begin.profile_of(engine.shape))
-    begin.profile_of(engine.shape)  # refuses another model's
+    engine = Engine.from_pretrained(folder, kv_capacity=_room(folder, [*train, *judges]))
+    if first is None:
+        first = Namm.fresh(settings, engine.shape)
+    elif not first.profile.size and evolves != "network":
+        first = replace(first, profile=first.profile_of(engine.shape))
+    first.check_fits(engine.shape)
     from vesicle.evolution import evolve as run
+    from vesicle.evolution.repetition import REQUEST
     from vesicle.training.display import progress_bar
 
     with progress_bar("evolving", generations, 0, sys.stderr.isatty() and not as_json) as show:
@@ -205,7 +207,19 @@ def evolve(
         def wait(note: str) -> None:
             show(0, note)
 
-        found = run(engine, begin, train, judges, config, out, say=notice, show=tell, wait=wait)
+        found = run(
+            engine,
+            first,
+            train,
+            judges,
+            config,
+            out,
+            request=codec.encode(REQUEST, control_tokens=False),
+            load=lambda: recipe.load_subject(str(folder)).model.float(),
+            say=notice,
+            show=tell,
+            wait=wait,
+        )
     if plot:
         from vesicle.evolution.plots import save_plot
 
@@ -217,7 +231,9 @@ def evolve(
                 "generation": found.generation,
                 "held_out_excess": found.held_out,
                 "start_excess": found.started_at,
-                "parameters": int(found.namm.parameters.size + found.namm.profile.size),
+                "parameters": int(
+                    found.namm.parameters.size + found.namm.profile.size + found.namm.gates.size
+                ),
                 "generations": found.lines,
             }
         )
@@ -226,6 +242,24 @@ def evolve(
         f"held-out loss above the full cache's: {found.started_at:.3f} nats a token at the start, "
         f"{found.held_out:.3f} after generation {found.generation}; written to {out}"
     )
+
+
+def _room(folder: Path, questions: list[Question]) -> int:
+    """Bytes of keys and values that a run may take, whatever the cache stores them as.
+
+    Raises:
+        ModelError: If there is too little memory for what contexts hold in fp16.
+    """
+    from vesicle.evolution.contexts import most_bytes
+    from vesicle.families import find_family
+    from vesicle.models.checks import read_config
+    from vesicle.models.memory import check_memory
+
+    config = read_config(folder)
+    shape = find_family(config).decoder_config(config).shape
+    held = most_bytes(questions, replace(shape, kv_bytes=2))
+    check_memory(held, f"holding {len(questions)} contexts")
+    return 2 * held
 
 
 def _asked(

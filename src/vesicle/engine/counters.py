@@ -22,6 +22,11 @@ def rescored(shape: ModelShape, entries: NDArray[np.int64]) -> dict[str, NDArray
     }
 
 
+def reread(shape: ModelShape, entries: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """Fields of `cost.Cost` for keys and values of `entries` (T,) that are read again."""
+    return {"kv_bytes_read": shape.entry_bytes * entries}
+
+
 class Counters:
     """Running totals (N,) of a pass over N tokens."""
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vesicle.cost import Cost, flops_of, price_dense_tokens
 from vesicle.engine.cache import SequenceCache
 from vesicle.engine.chunk import ChunkBuffer
-from vesicle.engine.counters import rescored
+from vesicle.engine.counters import reread, rescored
 from vesicle.engine.observed import Observed
 from vesicle.engine.received import Received
 from vesicle.errors import VesicleError
@@ -55,13 +57,15 @@ class Sequence:
         self.overhead = with_evidence(method.overhead(shape), self.author)
         self.received: Received | None = None
         self.observed: Observed | None = None
-        self._interval = 0  # of the forgetter, who may not change it any more
+        # Of the forgetter, who may not change them any more.
+        self._interval, self._reads_entries = 0, False
         if self.forgetter is not None:
             self._interval = self.forgetter.interval
             if self.forgetter.reads_attention:
                 self.received = Received(shape)
             if self.forgetter.observes:
                 self.observed = Observed(shape, self.forgetter.observes)
+            self._reads_entries = self.forgetter.reads_entries
         # Of the first of them, at this length.
         self._answers: list[tuple[Events, list[IntArray]]] = []
         # (n,) of each KV head of each of them, told but not done yet.
@@ -192,26 +196,54 @@ class Sequence:
                     received = [row[: len(head)] for row, head in zip(sums, held, strict=True)]
                 if self.observed is not None:
                     attention = self.observed.attention(self.cache, layer, runs[:, layer], scale)
-                answer = ask(self.forgetter, layer, self.length, held, received, attention)
+                entries = None
+                if self._reads_entries:
+                    entries = tuple(x.numpy() for x in self.newest_entries(layer, self._interval))
+                answer = ask(self.forgetter, layer, self.length, held, received, attention, entries)
                 self._answers.append(answer)
         finally:
             self.asking = False
+        shape = self.engine.shape
         if self.observed is not None:
-            self._charge(self.observed.entries.sum(0))
+            self._charge(rescored(shape, self.observed.entries.sum(0)))
+        if self._reads_entries:
+            each = len(self._full) * shape.n_kv_heads
+            self._charge(reread(shape, np.full(self._interval, each, np.int64)))
         answers, self._answers = self._answers, []
         for events, _ in answers:
             self.builder.forget(events)
         return [left for _, left in answers]
 
-    def _charge(self, entries: NDArray[np.int64]) -> None:
-        """Add the work of scoring the newest queries (w,) anew to what their tokens have cost.
+    def newest_entries(self, layer: int, n: int) -> tuple[Tensor, Tensor]:
+        """Keys, before rotary phases, and values (G, n, K) of the entries that came last.
+
+        Args:
+            layer: Whose.
+            n: How many, a multiple of 16 as the sequence's length is; none of them forgotten.
+        """
+        last = self.cache.n_blocks[layer] - np.arange(n // BLOCK, 0, -1)[:, None]  # (N, G)
+        blocks = np.take_along_axis(self.cache.tables[layer], last.T, axis=1)
+        pool, dtype = self.engine.pool, torch.promote_types(self.engine.dtype, torch.float32)
+        keys, values = pool.read_keys(blocks, dtype), pool.read_values(blocks, dtype)
+        config = self.engine.config
+        which = config.rotary_layers[layer]
+        if which is not None:
+            positions = torch.arange(self.length - n, self.length)
+            keys = config.rotaries[which].undone(keys, positions)
+        return keys, values
+
+    def _charge(self, costs: Mapping[str, NDArray[np.int64]]) -> None:
+        """Add the work of telling of the newest w tokens to what these have cost.
 
         But to none that were taken over: what concerns these is not counted as its own.
+
+        Args:
+            costs: (w,) by field of `Cost`.
         """
-        own = min(len(entries), self.length - self.taken_over)
         self.counted = [self.token_costs]
-        for name, more in rescored(self.engine.shape, entries[len(entries) - own :]).items():
-            self.counted[0][name][self.length - own :] += more
+        for name, more in costs.items():
+            own = min(len(more), self.length - self.taken_over)
+            self.counted[0][name][self.length - own :] += more[len(more) - own :]
 
     def check_not_asking(self, what: str) -> None:
         """Refuse what cannot be done with it while its forgetter is asked.
@@ -225,6 +257,7 @@ class Sequence:
     def follow(self, other: Sequence) -> None:
         """Forget as the sequence of which it is a fork, and stand there if that has yet to."""
         self._interval, self.overhead = other._interval, other.overhead
+        self._reads_entries = other._reads_entries
         self.received = None if other.received is None else other.received.fork()
         self.observed = None if other.observed is None else other.observed.fork()
         self.await_eviction()

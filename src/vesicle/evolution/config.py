@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PARTS = ("profile", "network", "both")
+BEGINNINGS = ("as-is", "ablation", "repetition", "decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,9 +14,11 @@ class EvolveConfig:
 
     Attributes:
         evolves: `profile` (how much each KV head holds), `network` (what of it) or `both`.
-        ablate: Whether the profile begins at what is lost where each KV head alone forgets.
+        begin: What a profile begins at: `as-is`, at what is lost where each KV head alone
+            forgets (`ablation`), or with gates at what is needed to repeat a text (`repetition`) or
+            at what decays that were trained by gradient leave (`decay`).
         memory: Shares of the cache at which candidates are tried, by turns.
-        generations: How many.
+        generations: How many; 0 leaves it at the beginning.
         population: Candidates in each; the paper has 32.
         contexts: Of the training contexts that a generation is tried on, drawn anew each time.
         sigma: First step, in units of `networks.spread_of` and of the profile; the paper has 0.065.
@@ -29,7 +32,7 @@ class EvolveConfig:
     """
 
     evolves: str = "both"
-    ablate: bool = False
+    begin: str = "as-is"
     memory: tuple[float, ...] = (0.25,)
     generations: int = 60
     population: int = 16
@@ -43,11 +46,11 @@ class EvolveConfig:
         """Check each."""
         if self.evolves not in PARTS:
             raise ValueError(f"evolves is {self.evolves!r}; allowed: {', '.join(PARTS)}")
-        if self.ablate and self.evolves == "network":
-            raise ValueError("ablate is for a profile, and evolves is 'network'")
+        if self.begin not in BEGINNINGS:
+            raise ValueError(f"begin is {self.begin!r}; allowed: {', '.join(BEGINNINGS)}")
         if not self.memory or not all(0 < share < 1 for share in self.memory):
             raise ValueError(f"memory is {list(self.memory)}; allowed: between 0 and 1")
-        least = {"generations": 1, "population": 4, "contexts": 1, "held_out_every": 1, "seed": 0}
+        least = {"generations": 0, "population": 4, "contexts": 1, "held_out_every": 1, "seed": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: {bound} and above")

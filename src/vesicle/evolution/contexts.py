@@ -17,6 +17,7 @@ from vesicle.engine.sequence import Sequence as EngineSequence
 from vesicle.eviction import Forgetful
 from vesicle.evolution.questions import Question
 from vesicle.namm.allotment import allot
+from vesicle.namm.gates import gate_scores
 from vesicle.namm.method import best, protected
 from vesicle.namm.model import Namm, NammSettings
 from vesicle.namm.spectrogram import Averages
@@ -25,6 +26,13 @@ from vesicle.shapes import ModelShape
 
 _TOGETHER = 8
 """Candidates whose caches exist at a time."""
+
+
+def most_bytes(questions: Sequence[Question], shape: ModelShape) -> int:
+    """Keys and values that contexts and candidates' caches hold at most, by `shape`'s formats."""
+    lengths = [len(q.context) + len(q.lead) + len(q.answer) + BLOCK for q in questions]
+    n_tokens = sum(lengths) + _TOGETHER * max(lengths)
+    return n_tokens * shape.n_layers * shape.position_bytes
 
 
 class _Listening(Forgetful):
@@ -81,13 +89,20 @@ class Context:
         full: Nats of the answer where nothing is forgotten.
     """
 
-    def __init__(self, engine: Engine, question: Question, settings: NammSettings | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        question: Question,
+        settings: NammSettings | None,
+        gates: NDArray[np.float32] | None = None,
+    ) -> None:
         """Read it.
 
         Args:
             engine: Which holds its cache from now on.
             question: With a context of at least what `settings` observes.
             settings: What NAMMs look at; None for those whose networks prefer nothing.
+            gates: (L, G, 2 K + 1) that all candidates have; none by default.
         """
         self.question, self._engine = question, engine
         # The last token before the answer is read by each candidate, whose word on it counts.
@@ -101,6 +116,11 @@ class Context:
         self._positions: IntArray = sequence.cache.held(self._layers[0])[0]  # the same in all heads
         if method is not None:
             self._spectral = method.spectral(sequence, self._layers)
+        self._gated: list[NDArray[np.float32]] = []
+        if gates is not None and gates.size:
+            for layer in self._layers:
+                keys, values = (x.numpy() for x in sequence.newest_entries(layer, self._length))
+                self._gated.append(gate_scores(gates[layer], keys, values))
         self._source = engine.fork(sequence, method=Dense())
         sequence.close()
         self.full = self._nats([engine.fork(self._source)])[0]
@@ -142,13 +162,16 @@ class Context:
         fork, settings = self._engine.fork(self._source), namm.settings
         positions = self._positions
         always = protected(settings, positions, self._length)
-        scores = np.zeros(positions.shape, np.float32)
         for i, (layer, heads) in enumerate(zip(self._layers, counts.tolist(), strict=True)):
             kept = []
             for head, count in enumerate(heads):
+                scores = np.zeros(positions.shape, np.float32)
                 if self._spectral and count < self._length:
                     spectral = self._spectral[i][head].astype(np.float32)
                     scores = namm.scores(spectral, positions, self._length)
+                if self._gated:
+                    found = self._gated[i][head]
+                    scores = scores + namm.gated(found, positions, self._length)
                 kept.append(positions[best(scores, always, count)])
             fork.cache.compact(layer, kept)
         return fork

@@ -8,6 +8,7 @@ had not been, to the last digit: its lines are told again, and nothing is tried 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from vesicle.engine import Engine
 from vesicle.errors import DataError, VesicleError
@@ -24,11 +26,13 @@ from vesicle.evolution.ablation import by_ablation
 from vesicle.evolution.config import EvolveConfig
 from vesicle.evolution.contexts import Context
 from vesicle.evolution.questions import Question
+from vesicle.evolution.repetition import by_repetition
 from vesicle.evolution.search import Search
 from vesicle.files import read_json, write_json
 from vesicle.namm import Namm
+from vesicle.training.decay import by_decay
 
-LINES, SETTINGS = "generations.jsonl", "evolution.json"
+LINES, SETTINGS, START = "generations.jsonl", "evolution.json", "start"
 _ABLATED = 8
 """Contexts by which a profile begins, at most: each is tried once for every KV head."""
 Say = Callable[[str], None]
@@ -62,6 +66,8 @@ def evolve(
     config: EvolveConfig,
     out: Path,
     *,
+    request: Sequence[int] = (),
+    load: Callable[[], nn.Module] | None = None,
     say: Say = lambda line: None,
     show: Show = lambda line: None,
     wait: Say = lambda note: None,
@@ -75,6 +81,8 @@ def evolve(
         held_out: To judge means by.
         config: How.
         out: Folder of the run; one that was cut off there is gone on with.
+        request: Token ids that ask for a text's repetition, for a run that begins with it.
+        load: Gives the model as transformers has it, for a run that begins with gradients.
         say: Takes one-line notices.
         show: Takes a generation's line.
         wait: Takes a note of what is done before the first generation, context by context.
@@ -94,18 +102,27 @@ def evolve(
     judges: list[Context] = []
     if lines:
         say(f"going on after generation {lines[-1]['generation']}")
-    if len(lines) <= config.generations:
-        say(f"reading {len(questions) + len(held_out)} contexts once")
-        sees = config.evolves != "profile" or start.parameters.any()
-        settings = start.settings if sees else None
-        for n, question in enumerate((*questions, *held_out)):
-            wait(f"reading context {n + 1} of {len(questions) + len(held_out)}")
-            read = train if n < len(questions) else judges
-            read.append(Context(engine, question, settings))
+    begin = _fitted(engine, start, questions, config, out, request, load, say, wait)
     try:
+        if len(lines) <= config.generations:
+            sees = config.evolves != "profile" or begin.sees_attention
+            settings = begin.settings if sees else None
+            # A run that stays at its beginning is judged, and not more.
+            used = questions if config.generations or config.begin == "ablation" else []
+            say(f"reading {len(used) + len(held_out)} contexts once")
+            for n, question in enumerate((*used, *held_out)):
+                wait(f"reading context {n + 1} of {len(used) + len(held_out)}")
+                read = train if n < len(used) else judges
+                read.append(Context(engine, question, settings, begin.gates))
         if not lines:
-            lines.append(file.append(_first(start, train, judges, config, say, wait)))
-        begin = replace(start, profile=np.array(lines[0]["profile"], np.float32))
+            if config.begin == "ablation":
+                few = train[:: -(-len(train) // _ABLATED)]
+                say(f"measuring what each KV head loses alone, on {len(few)} contexts")
+                begin = by_ablation(begin, few, config.most_excess, wait)
+                begin.save(out / START)
+            held = _mean(judges, begin, config)
+            # No generation: nobody is told its losses.
+            lines.append(file.append({"generation": 0, "losses": [], "held_out": held}))
         search, best = Search(begin, config), _Best(begin)
         for line in lines:  # told again, without trying anything; the start was told nothing
             if line["generation"]:
@@ -143,25 +160,38 @@ def evolve(
     )
 
 
-def _first(
+def _fitted(
+    engine: Engine,
     start: Namm,
-    train: Sequence[Context],
-    judges: Sequence[Context],
+    questions: Sequence[Question],
     config: EvolveConfig,
+    out: Path,
+    request: Sequence[int],
+    load: Callable[[], nn.Module] | None,
     say: Say,
     wait: Say,
-) -> dict[str, Any]:
-    """The line of the start, which is no generation: nobody is told its loss."""
-    if config.ablate:
-        few = train[:: -(-len(train) // _ABLATED)]
-        say(f"measuring what each KV head loses alone, on {len(few)} contexts")
-        start = by_ablation(start, few, config.most_excess, wait)
-    return {
-        "generation": 0,
-        "profile": start.profile.tolist(),
-        "losses": [],
-        "held_out": _mean(judges, start, config),
-    }
+) -> Namm:
+    """Where evolution begins, but for ablation: written to the run's folder, or read from there.
+
+    Raises:
+        VesicleError: If it is to begin with gradients, and there is no model for them.
+    """
+    folder = out / START
+    if Namm.is_saved(folder):
+        return Namm.load(folder)
+    contexts = [question.context for question in questions]
+    match config.begin:
+        case "repetition":
+            say(f"having {len(contexts)} contexts repeated")
+            start = by_repetition(engine, start, contexts, request, config.memory, wait)
+        case "decay":
+            if load is None:
+                raise VesicleError("gates by gradient need the model: load is None")
+            say(f"training gates on {len(contexts)} contexts")
+            start = by_decay(load(), start, contexts, config.memory, seed=config.seed, wait=wait)
+    if config.begin != "ablation":  # which needs contexts that were read
+        start.save(folder)
+    return start
 
 
 class _Best:
@@ -220,6 +250,7 @@ def _begin(
     out.mkdir(parents=True, exist_ok=True)
     path = out / SETTINGS
     if not path.is_file():
+        shutil.rmtree(out / START, ignore_errors=True)
         write_json(path, ours)
         return JsonLines(out / LINES, restart=True)
     theirs = read_json(path)

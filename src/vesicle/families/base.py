@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from vesicle.activations import ACTIVATIONS
@@ -29,6 +30,15 @@ class Rotation:
 
     frequencies: Tensor
     scale: float
+
+    def undone(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """(..., N, K) rotated keys of positions (N,) as they were before."""
+        half = len(self.frequencies)
+        angles = positions[:, None].to(keys.dtype) * self.frequencies.to(keys)
+        cosines, sines = angles.cos() / self.scale, angles.sin() / self.scale
+        left, right, rest = keys.split([half, half, keys.shape[-1] - 2 * half], dim=-1)
+        turned = [left * cosines + right * sines, right * cosines - left * sines]
+        return torch.cat([*turned, rest], -1)
 
 
 @dataclass(frozen=True, kw_only=True)

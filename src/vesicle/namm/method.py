@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from vesicle.errors import VesicleError
 from vesicle.eviction import Forgetful
 from vesicle.namm.allotment import allot
+from vesicle.namm.gates import gate_scores
 from vesicle.namm.model import Namm, NammSettings
 from vesicle.namm.spectrogram import Averages
 from vesicle.plan import Events, Evidence, Forgetter, IntArray, Method, all_but
@@ -94,23 +95,31 @@ class NammMemory(Forgetful):
         """Remembers averages of what entries received.
 
         Raises:
-            VesicleError: If the NAMM has a profile of another model's heads.
+            VesicleError: If the NAMM has a profile or gates of another model's heads.
         """
+        self.namm.check_fits(shape)
         averages = [[Averages() for _ in range(shape.n_kv_heads)] for _ in range(shape.n_layers)]
-        return _NammForgetter(self, shape, averages)
+        gated = [np.zeros((shape.n_kv_heads, 0), np.float32)] * shape.n_layers
+        return _NammForgetter(self, shape, averages, gated)
 
 
 class _NammForgetter(Forgetter):
     def __init__(
-        self, method: NammMemory, shape: ModelShape, averages: list[list[Averages]]
+        self,
+        method: NammMemory,
+        shape: ModelShape,
+        averages: list[list[Averages]],
+        gated: list[NDArray[np.float32]],
     ) -> None:
+        namm = method.namm
         self.interval = method.interval
-        # A network that prefers nothing need not see anything.
-        self._sees = bool(method.namm.parameters.any())
-        self.observes = method.namm.settings.observes if self._sees else 0
+        self.observes = namm.settings.observes if namm.sees_attention else 0
+        self.reads_entries = bool(namm.gates.size)
         self._method, self._shape = method, shape
         self._averages = [[a.fork() for a in heads] for heads in averages]
-        self._profile = method.namm.profile_of(shape)
+        # (G, T) of each layer, by position. Arrays are replaced, never written.
+        self._gated = list(gated)
+        self._profile = namm.profile_of(shape)
         self._forgets = np.nonzero(shape.layer_windows == 0)[0]
         self._stop = 0  # of the prompt
         self._counts: dict[
@@ -125,12 +134,17 @@ class _NammForgetter(Forgetter):
 
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
         namm, stays = self._method.namm, []
+        if self.reads_entries:
+            self._see(layer, length, evidence)
         for head, positions in enumerate(evidence.positions):
             scores = np.zeros(positions.shape, np.float32)
-            if self._sees:
+            if self.observes:
                 averages = self._averages[layer][head]
                 spectral = averages.update(positions, evidence.attention[head], length)
                 scores = namm.scores(spectral, positions, length)
+            if self.reads_entries:
+                found = self._gated[layer][head, positions]
+                scores = scores + namm.gated(found, positions, length)
             always = self._method.protected(positions, length)
             if self._method.memory is None:
                 stays.append(always | (scores + self._profile[layer, head] >= 0))
@@ -138,8 +152,14 @@ class _NammForgetter(Forgetter):
                 stays.append(best(scores, always, self._allotted(layer, length)[head]))
         return all_but(layer, length, evidence.positions, stays)
 
+    def _see(self, layer: int, length: int, evidence: Evidence) -> None:
+        """Score the new entries of a layer; those of a length that is asked about again, anew."""
+        new = gate_scores(self._method.namm.gates[layer], evidence.keys, evidence.values)
+        known = self._gated[layer][:, : length - new.shape[1]]
+        self._gated[layer] = np.concatenate([known, new], axis=1)
+
     def fork(self, n_tokens: int) -> Forgetter:
-        fork = _NammForgetter(self._method, self._shape, self._averages)
+        fork = _NammForgetter(self._method, self._shape, self._averages, self._gated)
         fork._stop = self._stop
         return fork
 
@@ -162,13 +182,18 @@ def protected(settings: NammSettings, positions: IntArray, length: int) -> NDArr
 
 
 def best(scores: NDArray[np.floating], always: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
-    """(..., n_entries) which `n` entries of a KV head stay: the protected, then by score.
+    """(n_entries,) which `n` entries of a KV head stay: the protected, then by score.
 
     Of equal scores the newer one stays.
     """
-    held = scores.shape[-1]
+    held = len(scores)
+    if n >= held:
+        return np.ones(held, bool)
+    if n <= 0:
+        return np.zeros(held, bool)
     ranked = np.where(always, np.inf, scores)
-    order = held - 1 - np.argsort(-ranked[..., ::-1], axis=-1, kind="stable")
-    stays = np.zeros(scores.shape, bool)
-    np.put_along_axis(stays, order[..., : min(n, held)], True, axis=-1)
+    least = np.partition(ranked, held - n)[held - n]
+    stays: NDArray[np.bool_] = ranked > least
+    equal = np.nonzero(ranked == least)[0]
+    stays[equal[len(equal) - (n - int(stays.sum())) :]] = True
     return stays

@@ -1,9 +1,9 @@
-"""A NAMM: settings, numbers of its network, a profile of KV heads; and how it is kept on disk."""
+"""A NAMM: settings, numbers of its network, gates, a profile of KV heads; and how it is kept."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from vesicle.errors import VesicleError
 from vesicle.files import atomic_path, read_json, write_json
+from vesicle.namm.gates import width_of
 from vesicle.namm.networks import KINDS, score, size_of
 from vesicle.namm.spectrogram import HOP, N_FFT, N_FREQUENCIES
 from vesicle.plan import BLOCK, IntArray
 from vesicle.shapes import ModelShape
 
 Array = NDArray[np.float32]
-FORMAT = "vesicle-namm-2"
+FORMAT = "vesicle-namm-3"
 _CONFIG, _NUMBERS = "namm.json", "namm.safetensors"
+_ARRAYS = ("parameters", "profile", "gates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class NammSettings:
         network: `bam`, `mlp` or `linear`.
         hidden: Its units; a linear one has none.
         age: Whether the age of an entry is a feature beside the paper's 17 frequencies.
+        decays: Whether gates say how fast an entry's worth decays, instead of what it is.
         interval: Tokens between the times at which entries are forgotten, a multiple of 16. The
             paper has 512.
         observes: Of the newest queries before each, whose attention it sees: 32 or more, a multiple
@@ -45,6 +48,7 @@ class NammSettings:
     network: str = "bam"
     hidden: int = 32
     age: bool = True
+    decays: bool = False
     interval: int = 128
     observes: int = 64
     sinks: int = 4
@@ -90,12 +94,15 @@ class Namm:
         profile: (L, G) added to the scores of each KV head of one model, and the logarithm of its
             part where memory is a fixed share (see `allotment`); empty for no preference, which
             fits any model.
+        gates: (L, G, 2 K + 1) of each KV head of one model (see `gates`), whose scores are added to
+            the network's; empty for none.
         info: What is worth knowing of how it came to be.
     """
 
     settings: NammSettings = field(default_factory=NammSettings)
     parameters: Array
     profile: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    gates: Array = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,7 +121,12 @@ class Namm:
             raise VesicleError(
                 f"profile of a NAMM has shape {self.profile.shape}; allowed: (layers, KV heads)"
             )
-        for name in ("parameters", "profile"):
+        if self.gates.ndim != 3:
+            raise VesicleError(
+                f"gates of a NAMM have shape {self.gates.shape}; allowed: (layers, KV heads, "
+                "2 head sizes and 1)"
+            )
+        for name in _ARRAYS:
             if not np.isfinite(getattr(self, name)).all():
                 raise VesicleError(f"{name} of a NAMM are not all finite")
 
@@ -135,9 +147,28 @@ class Namm:
             ),
         )
 
-    def without_profile(self) -> Namm:
-        """The same network for another model."""
-        return replace(self, profile=np.zeros((0, 0), np.float32))
+    @property
+    def sees_attention(self) -> bool:
+        """Whether its network prefers anything; one that does not need not see anything."""
+        return bool(self.parameters.any())
+
+    def for_any_model(self) -> Namm:
+        """Its network alone, which another model may use."""
+        return Namm(settings=self.settings, parameters=self.parameters, info=self.info)
+
+    def check_fits(self, shape: ModelShape) -> None:
+        """Refuse a model whose KV heads it has no profile or gates for.
+
+        Raises:
+            VesicleError: If they are of another number of layers or KV heads, or head size.
+        """
+        self.profile_of(shape)
+        size = shape.n_layers, shape.n_kv_heads, width_of(shape.head_size)
+        if self.gates.size and self.gates.shape != size:
+            raise VesicleError(
+                f"a NAMM has gates of {_sizes(self.gates.shape)}; this model has {_sizes(size)}: "
+                "use it for_any_model()"
+            )
 
     def profile_of(self, shape: ModelShape) -> Array:
         """(L, G) the profile of a model's KV heads.
@@ -154,12 +185,12 @@ class Namm:
                 for layers, heads in (self.profile.shape, size)
             )
             raise VesicleError(
-                f"a NAMM has a profile of {theirs}; this model has {ours}: use it without_profile()"
+                f"a NAMM has a profile of {theirs}; this model has {ours}: use it for_any_model()"
             )
         return self.profile
 
     def scores(self, spectral: Array, positions: IntArray, length: int) -> Array:
-        """(..., n) of entries, the profile left out.
+        """(..., n) that the network gives to entries; profile and gates are left out.
 
         Args:
             spectral: (..., n, 17) as `spectrogram.Averages` has them.
@@ -172,11 +203,25 @@ class Namm:
             features = np.concatenate([spectral, ages[..., None]], axis=-1)
         return score(self.settings.network, self.parameters, features, self.settings.hidden)
 
+    def gated(self, found: Array, positions: IntArray, length: int) -> Array:
+        """(..., n) scores of entries by what their gates have found.
+
+        Args:
+            found: (..., n) as `gates.gate_scores` has them.
+            positions: (..., n) of the entries.
+            length: Tokens read.
+        """
+        if not self.settings.decays:
+            return found
+        # The logarithm of b^n, b the sigmoid of what was found and n the entry's age.
+        scores = -np.logaddexp(0, -found) * (length - positions)
+        return scores.astype(np.float32)
+
     def digest(self) -> str:
         """SHA-256 of all that decides, in hexadecimal."""
         found = sha256(json.dumps(asdict(self.settings), sort_keys=True).encode())
-        for part in (self.parameters, self.profile):
-            found.update(part.tobytes())
+        for name in _ARRAYS:
+            found.update(getattr(self, name).tobytes())
         return found.hexdigest()
 
     def save(self, folder: Path | str) -> None:
@@ -186,11 +231,16 @@ class Namm:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / _NUMBERS) as temporary:
-            save_file({"parameters": self.parameters, "profile": self.profile}, temporary)
+            save_file({name: getattr(self, name) for name in _ARRAYS}, temporary)
         write_json(
             folder / _CONFIG,
             {"format": FORMAT, "settings": asdict(self.settings), "info": self.info},
         )
+
+    @staticmethod
+    def is_saved(folder: Path) -> bool:
+        """Whether `save` has been through in a folder."""
+        return (folder / _CONFIG).is_file()  # the last that it writes
 
     @classmethod
     def load(cls, folder: Path | str) -> Namm:
@@ -216,8 +266,13 @@ class Namm:
         try:
             settings = NammSettings(**given)
             numbers = load_file(folder / _NUMBERS)
-            parts = {name: numbers[name].astype(np.float32) for name in ("parameters", "profile")}
+            parts = {name: numbers[name].astype(np.float32) for name in _ARRAYS}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             line = " ".join(str(error).split())
             raise VesicleError(f"cannot read the NAMM in {folder}: {line}") from error
         return cls(settings=settings, info=info, **parts)
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    layers, heads, width = shape
+    return f"{layers} layers of {heads} KV heads of {(width - 1) // 2}"

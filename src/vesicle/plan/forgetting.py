@@ -50,11 +50,17 @@ class Evidence:
             forgetter `observes`. Of entries after the query's own it is 0, and of queries that
             skipped the layer's attention. It is what a query pays that reads all that is held: one
             that chose blocks has read fewer.
+        keys: (m, K) fp32, of the newest m entries, before rotary phases; m is the `interval` of a
+            forgetter that `reads_entries`, so they are all that came since the layer was last
+            asked about, and 0 for others.
+        values: (m, K) fp32, of the same entries.
     """
 
     positions: Sequence[IntArray]
     received: Sequence[NDArray[np.float32]]
     attention: Sequence[NDArray[np.float32]]
+    keys: NDArray[np.float32]
+    values: NDArray[np.float32]
 
 
 class Forgetter(ABC):
@@ -68,11 +74,14 @@ class Forgetter(ABC):
         observes: Of how many of the newest queries it needs to know what attention they pay, 0 to
             `interval`; likewise. The scores of these are worked out anew when it is asked;
             `Overhead.observes` prices it.
+        reads_entries: Whether it needs to know the keys and values of new entries; likewise.
+            `Overhead.reads_entries` prices it.
     """
 
     interval: int
     reads_attention: bool = False
     observes: int = 0
+    reads_entries: bool = False
 
     @abstractmethod
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
@@ -172,6 +181,7 @@ def with_evidence(overhead: Overhead, author: Author) -> Overhead:
         overhead,
         reads_attention=forgetter.reads_attention,
         observes=forgetter.observes,
+        reads_entries=forgetter.reads_entries,
         interval=forgetter.interval,
     )
 
@@ -181,8 +191,9 @@ def ask(
     layer: int,
     length: int,
     positions: Sequence[IntArray],
-    received: Sequence[NDArray[np.floating]] | None,
-    attention: Sequence[NDArray[np.floating]] | None,
+    received: Sequence[NDArray[np.floating]] | None = None,
+    attention: Sequence[NDArray[np.floating]] | None = None,
+    entries: tuple[NDArray[np.floating], ...] | None = None,
 ) -> tuple[Events, list[IntArray]]:
     """Ask about a layer; the events, checked, and what is left of the `positions` of each KV head.
 
@@ -193,6 +204,7 @@ def ask(
         positions: (n,) of the entries held by each KV head, rising.
         received: As `Evidence` has it; None if nobody gathered it.
         attention: Likewise.
+        entries: Keys and values (G, m, K), likewise.
 
     Raises:
         VesicleError: If the events are of another layer or position, or do not fit pages.
@@ -201,10 +213,15 @@ def ask(
         received = [np.zeros(head.shape, np.float32) for head in positions]
     if attention is None:
         attention = [np.zeros((0, len(head)), np.float32) for head in positions]
+    if entries is None:
+        entries = (np.zeros((len(positions), 0, 0), np.float32),) * 2
+    keys, values = entries
     evidence = Evidence(
         positions=[_shown(head, np.int32) for head in positions],
         received=[_shown(head, np.float32) for head in received],
         attention=[_shown(head, np.float32) for head in attention],
+        keys=_shown(keys, np.float32),
+        values=_shown(values, np.float32),
     )
     events = forgetter.forget(layer, length, evidence)
     if isinstance(events, np.ndarray):

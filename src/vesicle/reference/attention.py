@@ -136,6 +136,8 @@ def _forgetful(
     positions = rule.positions[rows][0]  # (T,), 0 and above but for padding
     key, value = key[:, :, offset:], value[:, :, offset:]
     out = torch.empty_like(query.transpose(1, 2))  # (1, T, H, K)
+    if memory.reads_entries:
+        memory.show(key[0], value[0])
     start, stop = int(positions.clamp(min=0).min()), int(positions.max()) + 1
     for first, last in memory.periods(start, stop):
         chosen = (positions.clamp(min=0) >= first) & (positions < last)

@@ -169,7 +169,12 @@ class ForwardPass:
         forgetter, shape = forgetter_of(author), self.run.shape
         if forgetter is not None:
             none = np.zeros((0, shape.n_kv_heads), np.int32)
-            return [Memory(none, layer, forgetter, note) for layer in range(shape.n_layers)]
+            decoder = self.run.decoder
+            rotations = [None if i is None else decoder.rotaries[i] for i in decoder.rotary_layers]
+            return [
+                Memory(none, layer, forgetter, note, rotation)
+                for layer, rotation in enumerate(rotations)
+            ]
         if author.evict_after is None:
             return None
         return [Memory(author.evict_after[:, layer]) for layer in range(shape.n_layers)]

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vesicle.families.base import Rotation
 from vesicle.plan import FOREVER, Events, Forgetter, IntArray
 from vesicle.plan.events import evict_after_of
 from vesicle.plan.forgetting import ask
@@ -27,6 +28,7 @@ class Memory:
     Attributes:
         reads_attention: Whether `receive` is to be told what entries receive.
         observes: How many of the newest queries `observe` is to be shown.
+        reads_entries: Whether `show` is to be shown keys and values.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Memory:
         layer: int = 0,
         forgetter: Forgetter | None = None,
         note: Callable[[Events], None] | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
         """Know when entries end, or ask somebody.
 
@@ -43,6 +46,7 @@ class Memory:
             layer: Whose entries they are.
             forgetter: Is asked at its interval; then `evict_after` is (0, G).
             note: Takes the events that it decides on.
+            rotation: Of the layer's keys, None for none; for a forgetter that reads them.
         """
         self._evict_after, self._layer = evict_after, layer
         self._forgetter, self._note = forgetter, note
@@ -51,6 +55,9 @@ class Memory:
         self.observes = 0 if forgetter is None else forgetter.observes
         self._sums = np.zeros((evict_after.shape[1], 0))
         self._newest: _Newest | None = None
+        self.reads_entries = forgetter is not None and forgetter.reads_entries
+        self._rotation = rotation
+        self._entries: tuple[Tensor, Tensor] | None = None
 
     def periods(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut the tokens `start` to `stop` where something is forgotten; ask as they go by."""
@@ -97,6 +104,21 @@ class Memory:
             queries=queries[:, last], attends=attends[last], keys=keys, scale=scale
         )
 
+    def show(self, keys: Tensor, values: Tensor) -> None:
+        """Remember all keys, rotated, and values (G, S, K) by position."""
+        self._entries = keys.detach(), values.detach()
+
+    def _new(self, length: int) -> tuple[NDArray[np.floating], ...] | None:
+        """Keys, before rotary phases, and values (G, m, K) of the newest entries."""
+        if self._entries is None:
+            return None
+        positions = torch.arange(length - self._interval, length)
+        keys, values = (x[:, positions].cpu() for x in self._entries)
+        exact = torch.promote_types(keys.dtype, torch.float32)
+        if self._rotation is not None:
+            keys = self._rotation.undone(keys.to(exact), positions)
+        return keys.to(exact).numpy(), values.to(exact).numpy()
+
     def _ask(self, forgetter: Forgetter, length: int) -> None:
         held, received, attention = self.held(length), None, None
         if self.reads_attention:
@@ -105,7 +127,8 @@ class Memory:
             self._sums[:] = 0
         if self._newest is not None:
             attention = self._newest.attention(held, length)
-        events, _ = ask(forgetter, self._layer, length, held, received, attention)
+        new = self._new(length)
+        events, _ = ask(forgetter, self._layer, length, held, received, attention, new)
         assert self._note is not None
         self._note(events)
         whole = np.full((length, len(held)), FOREVER, np.int32)

@@ -52,11 +52,11 @@ def test_heads_get_their_parts_and_those_with_windows_none():
     namm = replace(Namm.fresh(settings), profile=profile)
     keys = torch.zeros(2, LENGTH, 12)
     whole, windowed = choice("llama", namm), choice("gemma3", namm)
-    found = [len(head) for layer in range(3) for head in whole.kept(layer, None, keys)]
+    found = [len(head) for layer in range(3) for head in whole.kept(layer, None, keys, keys)]
     assert found == allot(profile.ravel(), LENGTH / 2, LENGTH, 18)
     assert len(set(found)) >= 3
     assert [windowed.forgets(layer) for layer in range(3)] == [False, True, False]
-    own = [len(head) for head in windowed.kept(1, None, keys)]  # of its own layers alone
+    own = [len(head) for head in windowed.kept(1, None, keys, keys)]  # of its own layers alone
     assert own == allot(profile[1], LENGTH / 2, LENGTH, 18)
 
 
@@ -67,7 +67,7 @@ def test_what_is_first_and_newest_stays_whatever_the_scores():
     queries, keys = torch.randn(4, 32, 12), torch.randn(2, LENGTH, 12)
     made = choice("llama", namm, 1 / 3)
     assert made.observes == 32
-    kept = made.kept(0, queries, keys)
+    kept = made.kept(0, queries, keys, keys)
     for positions in kept:
         row = positions.tolist()
         assert len(row) == 32

@@ -17,6 +17,7 @@ from torch import Tensor
 from vesicle.families import DecoderConfig
 from vesicle.namm import Namm
 from vesicle.namm.allotment import allot
+from vesicle.namm.gates import gate_scores
 from vesicle.namm.method import best, protected
 from vesicle.namm.spectrogram import Averages
 from vesicle.plan import IntArray
@@ -32,7 +33,7 @@ class Choice:
         decoder: Of the model.
 
     Raises:
-        VesicleError: If the NAMM has a profile of another model's KV heads.
+        VesicleError: If the NAMM has a profile or gates of another model's KV heads.
     """
 
     namm: Namm
@@ -40,39 +41,56 @@ class Choice:
     decoder: DecoderConfig
 
     def __post_init__(self) -> None:
-        """Check the profile."""
-        self.namm.profile_of(self.decoder.shape)
+        """Check the sizes."""
+        self.namm.check_fits(self.decoder.shape)
 
     @property
     def observes(self) -> int:
         """Newest queries that it needs to see; 0 for a network that prefers nothing."""
-        return self.namm.settings.observes if self.namm.parameters.any() else 0
+        return self.namm.settings.observes if self.namm.sees_attention else 0
 
     def forgets(self, layer: int) -> bool:
         """Whether a layer loses entries: those with a window hold no more than that anyway."""
         return not self.decoder.shape.layer_windows[layer]
 
-    def kept(self, layer: int, queries: Tensor | None, keys: Tensor) -> list[IntArray]:
+    def kept(
+        self, layer: int, queries: Tensor | None, keys: Tensor, values: Tensor
+    ) -> list[IntArray]:
         """(n,) positions for each KV head, rising.
 
         Args:
             layer: One that forgets.
             queries: (H, observes, K) the newest, rotated and not scaled; None if it observes none.
             keys: (G, T, K) of the whole prompt, rotated.
+            values: (G, T, K) of the same.
         """
         length = keys.shape[1]
         positions = np.arange(length, dtype=np.int32)
         always = protected(self.namm.settings, positions, length)
-        scores, attention = np.zeros(length, np.float32), None
+        gated, attention = self._gated(layer, keys, values), None
         if queries is not None:
             attention = newest_attention(queries, keys, self.decoder.attention_scale)
         kept = []
         for head, count in enumerate(self._allotted(layer, length)):
+            scores = gated[head]
             if attention is not None:
                 spectral = Averages().update(positions, attention[head], length)
-                scores = self.namm.scores(spectral, positions, length)
+                scores = scores + self.namm.scores(spectral, positions, length)
             kept.append(positions[best(scores, always, count)])
         return kept
+
+    def _gated(self, layer: int, keys: Tensor, values: Tensor) -> NDArray[np.float32]:
+        """(G, T) what gates give to entries."""
+        if not self.namm.gates.size:
+            return np.zeros(keys.shape[:2], np.float32)
+        plain, which = keys.float(), self.decoder.rotary_layers[layer]
+        if which is not None:
+            positions = torch.arange(keys.shape[1], device=keys.device)
+            plain = self.decoder.rotaries[which].undone(plain, positions)
+        given = (x.float().cpu().numpy() for x in (plain, values))
+        found = gate_scores(self.namm.gates[layer], *given)
+        length = keys.shape[1]
+        return self.namm.gated(found, np.arange(length, dtype=np.int32), length)
 
     def _allotted(self, layer: int, length: int) -> list[int]:
         """(G,) entries that the KV heads of a layer may keep."""

@@ -90,7 +90,7 @@ class NAMMPress(BasePress):  # type: ignore[misc]  # kvpress ships no types
 
         Raises:
             VesicleError: If the model's family is not known, all of its layers have windows, its
-                attention is flex attention, or the NAMM has a profile of another model's KV heads.
+                attention is flex attention, or the NAMM is for another model's KV heads.
         """
         _check_memory(self.memory)
         assert isinstance(self.namm, Namm)
@@ -156,8 +156,8 @@ class NAMMPress(BasePress):  # type: ignore[misc]  # kvpress ships no types
         _check_padding(kwargs.get("attention_mask"))
         queries = _newest_queries(module, hidden_states, kwargs, choice) if w else None
         rows = [
-            filled(choice.kept(layer, None if queries is None else queries[i], own), length)
-            for i, own in enumerate(keys)
+            filled(choice.kept(layer, None if queries is None else queries[i], *own), length)
+            for i, own in enumerate(zip(keys, values, strict=True))
         ]
         places, hidden = (torch.from_numpy(np.stack(x)) for x in zip(*rows, strict=True))
         hide(cache, module, layer, hidden.to(keys.device))

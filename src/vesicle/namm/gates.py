@@ -1,0 +1,44 @@
+"""Gates: what an entry's own key and value say of how much it will be needed.
+
+A gate is one row of weights for each KV head, on the entry's key before rotary phases, its value,
+and 1. It is KVzap's idea (a head on hidden states that predicts an oracle's score) at the smallest
+size: key and value are all that later queries can see of an entry, so the cache itself is the
+input, and nothing need be computed as the model runs. A score is worked out once, when the entry is
+first seen, and never changes.
+
+Where gates come from is another matter: see `evolution.repetition`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+_DECIMALS = 3
+
+
+def width_of(head_size: int) -> int:
+    """Weights of one gate."""
+    return 2 * head_size + 1
+
+
+def gate_inputs(keys: Array, values: Array) -> Array:
+    """(..., n, 2 K + 1) what a gate multiplies, of keys and values (..., n, K)."""
+    ones = np.ones((*keys.shape[:-1], 1), np.float32)
+    return np.concatenate([keys, values, ones], axis=-1, dtype=np.float32)
+
+
+def gate_scores(gates: Array, keys: Array, values: Array) -> Array:
+    """(G, n) scores of entries, rounded.
+
+    In the first layer an entry is its token's alone, so that a word's entries are all alike but for
+    what undoing their phases leaves behind; that is not to decide which of them stays.
+
+    Args:
+        gates: (G, 2 K + 1) of a layer's KV heads.
+        keys: (G, n, K) before rotary phases.
+        values: (G, n, K).
+    """
+    found: Array = np.einsum("gnf,gf->gn", gate_inputs(keys, values), gates)
+    return found.round(_DECIMALS)
