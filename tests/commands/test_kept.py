@@ -14,7 +14,7 @@ from vesicle.engine import Engine
 from vesicle.namm import Namm, NammSettings
 
 ROOT = Path(__file__).parents[2]
-TEXT = "The cat sat on 31 mats, and Ann saw it.\n" * 8  # 320 tokens, one a byte
+TEXT = "The cat sat on 31 mats, Ann saw it.</s>\n" * 8  # 320 tokens, one a byte
 WINDOW = 400
 Run = Callable[..., tuple[int, str, str]]
 
@@ -29,13 +29,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
     config = transformers.LlamaConfig(
         num_hidden_layers=2,
         hidden_size=32,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=48,
-        vocab_size=len(alphabet),
+        vocab_size=len(alphabet) + 1,
         max_position_embeddings=WINDOW,
         tie_word_embeddings=True,
         bos_token_id=None,

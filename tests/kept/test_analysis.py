@@ -11,7 +11,7 @@ from tests.tiny import tiny_model
 from vesicle.engine import Engine
 from vesicle.errors import VesicleError
 from vesicle.evaluation.methods.memory import memory_method
-from vesicle.eviction import Forgetful, HeavyHitters
+from vesicle.eviction import Forgetful, HeavyHitters, SinksAndRecent
 from vesicle.kept.analysis import (
     Kept,
     always_held,
@@ -84,6 +84,8 @@ def test_what_always_stays(llama: Any):
     assert np.nonzero(always_held(protects, 150, 128))[0].tolist()[:4] == [0, 1, 10, 11]
     heavy = HeavyHitters(48, recent=16, interval=32)
     assert np.nonzero(always_held(heavy, 150, 128))[0].tolist() == [*range(112, 150)]
+    other = SinksAndRecent(48, interval=32)
+    assert np.nonzero(always_held(other, 150, 128))[0].tolist() == [*range(128, 150)]
 
 
 def test_what_is_seen(llama: Any):
@@ -122,8 +124,9 @@ def test_the_cache_is_freed_though_reading_fails(llama: Any):
     def fails(length: int) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:  # which holds on to the sequence
         read(engine, NammMemory(Namm.fresh(SETTINGS), memory=0.5), IDS, fails)
+    assert caught.tb is not None
     assert engine.pool.blocks_in_use == used
 
 
