@@ -12,7 +12,7 @@ TIERS = """
     < nested activations phases < small_modules < plan < blocks retention eviction
     < namm < cost < families < models < predictors < effectors < modulator
     < shipped reference engine
-    < integrations < presses < calibration < training < tasks < evaluation < evolution
+    < integrations < presses < calibration < training < tasks < evaluation < evolution kept
     < report < bench < commands < cli
 """
 # A module may import itself and lower tiers. Two names in one tier may not import each other.

@@ -12,6 +12,7 @@ COMMANDS = {
     "eval": ["squad", "--method", "dense"],
     "train": ["--data", "text.txt"],
     "calibrate": ["--data", "text.txt"],
+    "kept": ["hi"],
     "regret": [],
     "bench": [],
 }

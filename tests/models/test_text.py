@@ -205,6 +205,53 @@ def test_pieces_keep_the_blanks_of_metaspace(tmp_path: Path):
     assert text.pieces(text.encode("cat the")) == ["<s>", " ", "c", "a", "t", " t", "h", "e"]
 
 
+def test_spans_are_of_the_same_tokens(folder: Path):
+    text = Text.from_folder(folder)
+    for string in STRINGS:
+        for control in (True, False):
+            ids, spans = text.encode_spans(string, control_tokens=control)
+            assert ids == text.encode(string, control_tokens=control)
+            assert len(spans) == len(ids)
+            reached = 0
+            for first, stop in spans:
+                assert first <= reached <= len(string) or first == stop
+                reached = max(reached, stop)
+            assert reached == len(string)
+
+
+def test_spans_of_tokens_that_share_a_character_and_of_none(tmp_path: Path):
+    tokenizer = byte_level()
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(
+                single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+            ),
+        ]
+    )
+    text = Text.from_folder(save(tmp_path, tokenizer))
+    ids, spans = text.encode_spans("q  €<|user|>", control_tokens=False)
+    pieces = [
+        "<s>",
+        "q",
+        " ",
+        " ",
+        r"\xe2",
+        r"\x82",
+        r"\xac",
+        *"<|",
+        "u",
+        "s",
+        "e",
+        "r",
+        *"|>",
+        "</s>",
+    ]
+    assert text.pieces(ids) == pieces
+    assert spans[:8] == [(0, 0), (0, 1), (1, 2), (2, 3), (3, 4), (3, 4), (3, 4), (4, 5)]
+    assert spans[-2:] == [(11, 12), (12, 12)]
+
+
 def test_eos_ids_are_gathered_from_everywhere(tmp_path: Path):
     save(tmp_path, byte_level(), eos_token="<|user|>")
     assert Text.from_folder(tmp_path).eos_ids == {1, 2}

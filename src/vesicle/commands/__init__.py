@@ -1,12 +1,13 @@
 """What each command does: its options, early checks, and calls into the library."""
 
 # Each is the function of this name in the module of this name, and this is how its docstring
-# begins. They stand here so that `vesicle --help` need not import nine modules for nine lines.
+# begins. They stand here so that `vesicle --help` need not import ten modules for ten lines.
 SUMMARIES = {
     "run": "Answer a prompt within a budget of compute.",
     "train": "Train a modulator for a model, which stays as it is.",
     "calibrate": "Measure which dial position executes which share of the dense FLOPs.",
     "evolve": "Evolve a NAMM, which decides what the cache keeps, for a model that stays as it is.",
+    "kept": "Show what a method that forgets keeps of a text.",
     "eval": "Score tasks under a modulator, controls and baselines, with executed cost beside "
     "quality.",
     "regret": "Score a text under a modulator, every control and an oracle, at equal executed "

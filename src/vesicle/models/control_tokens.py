@@ -21,7 +21,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from vesicle.errors import ModelError
 
@@ -66,13 +66,17 @@ class ControlTokens:
         Returns:
             Token ids.
         """
+        return self.encoding(text, add_special=add_special).ids
+
+    def encoding(self, text: str, *, add_special: bool) -> Encoding:
+        """The same, as the tokenizer gives it: with the characters that each token stands for."""
         found = self._tokenizer.encode(text, add_special_tokens=add_special)
         special = set(self._special.values())
         pairs = zip(found.ids, found.special_tokens_mask, strict=True)
         # Those that the tokenizer added by itself are marked.
         if not any(i in special and not added for i, added in pairs):
-            return found.ids
-        return self._literal.encode(text, add_special_tokens=add_special).ids
+            return found
+        return self._literal.encode(text, add_special_tokens=add_special)
 
     def encode_chat(self, messages: Messages, render: Callable[[Messages], str]) -> list[int]:
         """Tokenise a chat in which the template's special tokens alone are meant.

@@ -157,6 +157,35 @@ class Text:
             return self._control.encode(_encodable(text), add_special=not continues)
         return self._tokenizer.encode(_encodable(text), add_special_tokens=not continues).ids
 
+    def encode_spans(
+        self, text: str, *, control_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokenise plain text, and tell which characters each token stands for.
+
+        Args:
+            text: Any text.
+            control_tokens: As in `encode`.
+
+        Returns:
+            Token ids, as `encode` gives them; and of each its first character and the one after its
+            last. Blanks that a tokenizer leaves out of its offsets are those of the token that
+            follows. Tokens that share a character all have it, and those that the tokenizer adds
+            by itself have none.
+        """
+        if control_tokens:
+            found = self._tokenizer.encode(_encodable(text))
+        else:
+            found = self._control.encoding(_encodable(text), add_special=True)
+        spans, told = list[tuple[int, int]](), 0
+        for (first, stop), added in zip(found.offsets, found.special_tokens_mask, strict=True):
+            if added:
+                spans.append((told, told))
+                continue
+            first = min(first, told)
+            spans.append((first, max(first, stop)))
+            told = max(told, stop)
+        return found.ids, spans
+
     def control_tokens(self, text: str) -> list[str]:
         """Tell which special tokens a text spells out.
 
