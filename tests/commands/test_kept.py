@@ -84,7 +84,7 @@ def test_json_of_every_method(vesicle: Run, model: Path, tmp_path: Path):
         found = json.loads(out)
         name = words[0]
         assert found["method"] == (f"namm:{tmp_path / 'namm'}" if name == "namm" else name)
-        assert found["sees"] == ("positions" if name == "recency" else "attention")
+        assert found["sees"] == ("positions" if name == "recency" else "entries")
         assert (found["memory"], found["interval"], found["asked_last"]) == (0.5, 128, 256)
         assert "".join(token["text"] for token in found["tokens"]) == TEXT
         assert {row["length"] for row in found["over_time"]} == {128, 256}

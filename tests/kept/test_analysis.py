@@ -17,7 +17,7 @@ from vesicle.kept.analysis import (
     always_held,
     by_class,
     read,
-    sees_attention,
+    sees_entries,
     tenths,
     to_dict,
 )
@@ -92,7 +92,7 @@ def test_what_is_seen(llama: Any):
     prefers = NammMemory(drawn(Engine.from_model(llama)))
     fresh = memory_method("recency", 0.5, 100)
     assert isinstance(fresh, Forgetful)
-    assert [sees_attention(m) for m in (prefers, fresh, HeavyHitters(32))] == [True, False, True]
+    assert [sees_entries(m) for m in (prefers, fresh, HeavyHitters(32))] == [True, False, True]
 
 
 def test_windowed_layers_are_left_out():

@@ -16,7 +16,7 @@ N = -(-len(TEXT) // SIZE)
 VOID = {"meta"}
 
 
-def made(sees_attention: bool = True, model: str = "tiny") -> str:
+def made(sees_entries: bool = True, model: str = "tiny") -> str:
     spans = [(i, min(i + SIZE, len(TEXT))) for i in range(0, len(TEXT), SIZE)]
     held = np.zeros((2, 2, N), bool)
     held[:, :, ::2] = True
@@ -36,7 +36,7 @@ def made(sees_attention: bool = True, model: str = "tiny") -> str:
         model=model,
         method="namm:<b>",
         memory=0.25,
-        sees_attention=sees_attention,
+        sees_entries=sees_entries,
     )
     return page(kept, subject)
 
@@ -111,8 +111,8 @@ def test_the_heat_map_has_a_cell_for_each_head():
 
 
 def test_what_looks_at_positions_alone_is_told():
-    assert "nothing but where a token stands" in made(sees_attention=False)
-    assert "nothing but where a token stands" not in made(sees_attention=True)
+    assert "nothing but where a token stands" in made(sees_entries=False)
+    assert "nothing but where a token stands" not in made(sees_entries=True)
 
 
 @pytest.mark.parametrize(

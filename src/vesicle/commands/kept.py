@@ -93,7 +93,7 @@ def kept(
     check_writable(out, "--out")
     from vesicle.engine import Engine
     from vesicle.kept import classes, read
-    from vesicle.kept.analysis import check_length, sees_attention, to_dict
+    from vesicle.kept.analysis import check_length, sees_entries, to_dict
     from vesicle.kept.page import Subject, page
     from vesicle.kept.source import is_source
     from vesicle.models import Text, resolve_model
@@ -122,7 +122,7 @@ def kept(
         found = read(engine, forgets, ids, show)
     named, pieces = classes(wanted, spans, suffix if is_code else None), text.pieces(ids)
     model_name = model or DEFAULT_MODEL
-    attention = sees_attention(forgets)
+    looks = sees_entries(forgets)
     if out is not None:
         subject = Subject(
             text=wanted,
@@ -132,7 +132,7 @@ def kept(
             model=model_name,
             method=name,
             memory=memory,
-            sees_attention=attention,
+            sees_entries=looks,
         )
         with atomic_path(out) as part:
             part.write_text(page(found, subject), encoding="utf-8", newline="\n")
@@ -144,12 +144,12 @@ def kept(
             "method": name,
             "memory": memory,
             "interval": forgets.interval,
-            "sees": "attention" if attention else "positions",
+            "sees": "entries" if looks else "positions",
             "code": is_code,
         }
         print_json({**about, **to_dict(found, named, ids, pieces)})
     elif out is None:
-        _print(found, named, attention)
+        _print(found, named, looks)
 
 
 def _check(memory: float, method: MemoryMethod, namm: Path | None) -> None:
@@ -185,7 +185,7 @@ def _forgetful(name: str, memory: float, n_tokens: int) -> Forgetful:
     return method
 
 
-def _print(found: Kept, classes: list[str], attention: bool) -> None:
+def _print(found: Kept, classes: list[str], looks: bool) -> None:
     """Tables for a terminal."""
     from vesicle.kept import by_class
     from vesicle.kept.page import POSITIONS_ALONE, ratio
@@ -196,7 +196,7 @@ def _print(found: Kept, classes: list[str], attention: bool) -> None:
         f"the method was asked last, {found.share:.3f} at the end",
         soft_wrap=True,
     )
-    if not attention:
+    if not looks:
         console.print(POSITIONS_ALONE, soft_wrap=True)
     table = _table("class", "tokens", "share kept", "to the mean", "at the same age")
     for row in by_class(found, classes):

@@ -167,9 +167,9 @@ def always_held(method: Forgetful, n_tokens: int, asked_last: int) -> NDArray[np
     return stays
 
 
-def sees_attention(method: Forgetful) -> bool:
+def sees_entries(method: Forgetful) -> bool:
     """Whether what a method keeps depends on more than where a token stands."""
-    return not isinstance(method, NammMemory) or bool(method.namm.parameters.any())
+    return not isinstance(method, NammMemory) or method.namm.sees_entries
 
 
 def by_class(kept: Kept, classes: Sequence[str]) -> list[ClassShare]:

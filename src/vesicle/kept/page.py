@@ -56,7 +56,7 @@ class Subject:
         model: The model's name.
         method: The method's.
         memory: The share that was asked for.
-        sees_attention: Whether the method looks at more than where tokens stand.
+        sees_entries: Whether the method looks at more than where tokens stand.
     """
 
     text: str
@@ -66,7 +66,7 @@ class Subject:
     model: str
     method: str
     memory: float
-    sees_attention: bool
+    sees_entries: bool
 
 
 def page(kept: Kept, subject: Subject) -> str:
@@ -143,7 +143,7 @@ def _headline(kept: Kept, subject: Subject) -> str:
         "model": _line(subject.model),
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    what = "" if subject.sees_attention else f"<p>{POSITIONS_ALONE}</p>"
+    what = "" if subject.sees_entries else f"<p>{POSITIONS_ALONE}</p>"
     return f"<dl>{rows}</dl>{what}"
 
 

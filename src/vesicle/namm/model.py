@@ -152,6 +152,11 @@ class Namm:
         """Whether its network prefers anything; one that does not need not see anything."""
         return bool(self.parameters.any())
 
+    @property
+    def sees_entries(self) -> bool:
+        """Whether it looks at more than where entries stand."""
+        return self.sees_attention or bool(self.gates.size)
+
     def for_any_model(self) -> Namm:
         """Its network alone, which another model may use."""
         return Namm(settings=self.settings, parameters=self.parameters, info=self.info)
