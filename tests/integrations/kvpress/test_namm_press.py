@@ -23,6 +23,7 @@ from vesicle.errors import VesicleError
 from vesicle.families import cache_argument, find_family
 from vesicle.integrations.kvpress import kept_by
 from vesicle.namm import Namm, NammMemory, NammSettings
+from vesicle.namm.gates import width_of
 
 pytestmark = [pytest.mark.kvpress, pytest.mark.filterwarnings("default")]
 
@@ -36,6 +37,14 @@ LOGITS_TOLERANCE = 1e-4
 def _no_gradients():
     with torch.no_grad():
         yield
+
+
+def gated(namm: Namm, model: Any) -> Namm:
+    """The same with random gates."""
+    shape = find_family(model.config).decoder_config(model.config).shape
+    rng = np.random.default_rng(4)
+    gates = rng.normal(size=(shape.n_layers, shape.n_kv_heads, width_of(shape.head_size)))
+    return replace(namm, gates=gates.astype(np.float32))
 
 
 def press_of(*given: Any, **named: Any) -> Any:
@@ -127,10 +136,15 @@ def check_positions(model: Any, namm: Namm, memory: float, n: int = N_CONTEXT) -
     return counts
 
 
+@pytest.mark.parametrize("scores", ["network", "gates", "decays", "both"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_positions_are_the_engines(family: str):
+def test_positions_are_the_engines(family: str, scores: str):
     model = made(family)
-    namm = drawn(model.config.num_hidden_layers)
+    namm = drawn(model.config.num_hidden_layers, decays=scores == "decays")
+    if scores != "network":
+        namm = gated(namm, model)
+    if scores in ("gates", "decays"):
+        namm = replace(namm, parameters=np.zeros_like(namm.parameters))
     counts = check_positions(model, namm, 0.4)
     assert np.sum(counts) <= 0.4 * N_CONTEXT * np.size(counts)
     assert all(len(set(heads)) > 1 for heads in counts)
