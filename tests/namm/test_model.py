@@ -44,6 +44,7 @@ def test_saved_and_loaded(tmp_path: Path):
         ({"interval": 40}, "interval is 40; allowed: multiples of 16 from 32"),
         ({"observes": 256}, "observes is 256; allowed: multiples of 16 from 32 to the interval"),
         ({"recent": -1}, "recent is -1; allowed: 0 to"),
+        ({"sinks": 0, "recent": 0}, "sinks and recent are both 0; allowed: one of them above 0"),
     ],
 )
 def test_settings_name_what_is_wrong(what: dict[str, object], message: str):

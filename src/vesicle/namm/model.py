@@ -72,6 +72,8 @@ class NammSettings:
         for name in ("sinks", "recent"):
             if not 0 <= getattr(self, name) <= 1 << 20:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 to {1 << 20}")
+        if not self.sinks + self.recent:  # a query that finds nothing to attend to
+            raise ValueError("sinks and recent are both 0; allowed: one of them above 0")
 
     @property
     def n_features(self) -> int:

@@ -19,6 +19,7 @@ TASKS: dict[str, str] = {
     "longbench": "vesicle.tasks.longbench:LongBench",
     "needle": "vesicle.tasks.needle:Needle",
     "ruler": "vesicle.tasks.ruler:Ruler",
+    "briefing": "vesicle.tasks.briefing:Briefing",
     "instructions": "vesicle.tasks.instructions:Instructions",
 }
 """Module and class of each task."""
