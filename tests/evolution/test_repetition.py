@@ -95,6 +95,6 @@ def test_scores_are_products_with_key_value_and_one():
             row = [*keys[head, entry], *values[head, entry], 1]
             assert rows[head, entry].tolist() == pytest.approx(row)
             expected = float(np.dot(row, gates[head]))
-            assert gate_scores(gates, keys, values)[head, entry] == pytest.approx(
+            assert gate_scores(gates, keys, values)[head][entry] == pytest.approx(
                 expected, abs=6e-4
             )

@@ -218,6 +218,32 @@ def test_of_what_a_head_holds_the_gates_best_stay(llama: Any):
         assert len(set(kept) & set(sequence.cache.held(1)[head])) >= 40
 
 
+@pytest.mark.parametrize("before", [None, SinksAndRecent(80, sinks=2, interval=32)])
+def test_gates_take_over_a_text_that_another_has_read(llama: Any, before: Any):
+    """They are told of all that is held then, and choose among it."""
+    engine = Engine.from_model(llama)
+    namm = drawn(engine.shape, scores="gates")
+    first = engine.start(before)
+    engine.forward([(first, IDS[:96])], "none")
+    fork = engine.fork(first, method=NammMemory(namm, memory=0.5))
+    held = [first.cache.held(layer) for layer in range(3)]
+    engine.forward([(fork, IDS[96:128])], "none")
+    plain = engine.start()
+    engine.forward([(plain, IDS[:96])], "none")
+    keys, values = (x.float().numpy() for x in plain.newest_entries(0, 96))
+    for head, kept in enumerate(fork.cache.held(0)):  # whose entries do not depend on others
+        old = held[0][head]
+        rows = np.concatenate([keys[head, old], values[head, old], np.ones((len(old), 1))], 1)
+        scores = rows @ namm.gates[0, head]
+        scores[[i for i, p in enumerate(old) if p < 2]] = np.inf
+        mine = np.isin(old, kept)
+        if mine.all() or not mine.any():
+            continue
+        # 0.01: what rounding may turn about, and which of a word's entries stays.
+        assert scores[mine].min() >= scores[~mine].max() - 0.01
+    engine.forward([(fork, IDS[128:])], "none")
+
+
 def test_a_fork_knows_the_gates_scores(llama: Any):
     engine = Engine.from_model(llama)
     method = NammMemory(drawn(engine.shape, scores="gates"), memory=0.4)

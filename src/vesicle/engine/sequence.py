@@ -21,7 +21,7 @@ from vesicle.errors import VesicleError
 from vesicle.phases import ALL, GENERATED, PROMPT, Spans
 from vesicle.plan import BLOCK, FOREVER, Author, FloatArray, IntArray, Method, Plan, PlanBuilder
 from vesicle.plan.events import Events
-from vesicle.plan.forgetting import ask, forgetter_of, with_evidence
+from vesicle.plan.forgetting import Entries, ask, forgetter_of, with_evidence
 from vesicle.retention import eviction_lengths, held_entries
 from vesicle.transmitters import NAMES
 
@@ -59,6 +59,7 @@ class Sequence:
         self.observed: Observed | None = None
         # Of the forgetter, who may not change them any more.
         self._interval, self._reads_entries = 0, False
+        self._told = 0  # tokens whose entries it has been told of
         if self.forgetter is not None:
             self._interval = self.forgetter.interval
             if self.forgetter.reads_attention:
@@ -196,9 +197,7 @@ class Sequence:
                     received = [row[: len(head)] for row, head in zip(sums, held, strict=True)]
                 if self.observed is not None:
                     attention = self.observed.attention(self.cache, layer, runs[:, layer], scale)
-                entries = None
-                if self._reads_entries:
-                    entries = tuple(x.numpy() for x in self.newest_entries(layer, self._interval))
+                entries = self._untold(layer, held) if self._reads_entries else None
                 answer = ask(self.forgetter, layer, self.length, held, received, attention, entries)
                 self._answers.append(answer)
         finally:
@@ -209,6 +208,7 @@ class Sequence:
         if self._reads_entries:
             each = len(self._full) * shape.n_kv_heads
             self._charge(reread(shape, np.full(self._interval, each, np.int64)))
+        self._told = self.length
         answers, self._answers = self._answers, []
         for events, _ in answers:
             self.builder.forget(events)
@@ -223,13 +223,34 @@ class Sequence:
         """
         last = self.cache.n_blocks[layer] - np.arange(n // BLOCK, 0, -1)[:, None]  # (N, G)
         blocks = np.take_along_axis(self.cache.tables[layer], last.T, axis=1)
+        return self._read(layer, blocks, np.arange(self.length - n, self.length, dtype=np.int32))
+
+    def _untold(self, layer: int, held: list[IntArray]) -> Entries:
+        """Keys, before rotary phases, and values (m, K) of entries that its forgetter is to see.
+
+        Args:
+            layer: Whose.
+            held: (n,) positions of each KV head's.
+        """
+        counts = [len(head) - int(np.searchsorted(head, self._told)) for head in held]
+        if all(count == self.length - self._told for count in counts):
+            keys, values = self.newest_entries(layer, self.length - self._told)
+            return list(keys.numpy()), list(values.numpy())
+        found = []  # taken over from another forgetter
+        for head, (positions, count) in enumerate(zip(held, counts, strict=True)):
+            n = len(positions) // BLOCK
+            blocks = self.cache.tables[layer, head, n - count // BLOCK : n]
+            found.append(self._read(layer, blocks, positions[len(positions) - count :]))
+        return [keys.numpy() for keys, _ in found], [values.numpy() for _, values in found]
+
+    def _read(self, layer: int, blocks: IntArray, positions: IntArray) -> tuple[Tensor, Tensor]:
+        """Keys, before rotary phases, and values (..., n, K) of blocks (..., n / 16)."""
         pool, dtype = self.engine.pool, torch.promote_types(self.engine.dtype, torch.float32)
         keys, values = pool.read_keys(blocks, dtype), pool.read_values(blocks, dtype)
         config = self.engine.config
         which = config.rotary_layers[layer]
         if which is not None:
-            positions = torch.arange(self.length - n, self.length)
-            keys = config.rotaries[which].undone(keys, positions)
+            keys = config.rotaries[which].undone(keys, torch.from_numpy(positions))
         return keys, values
 
     def _charge(self, costs: Mapping[str, NDArray[np.int64]]) -> None:
@@ -258,6 +279,7 @@ class Sequence:
         """Forget as the sequence of which it is a fork, and stand there if that has yet to."""
         self._interval, self.overhead = other._interval, other.overhead
         self._reads_entries = other._reads_entries
+        self._told = min(other._told, self.length)
         self.received = None if other.received is None else other.received.fork()
         self.observed = None if other.observed is None else other.observed.fork()
         self.await_eviction()

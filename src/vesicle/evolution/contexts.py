@@ -116,10 +116,11 @@ class Context:
         self._positions: IntArray = sequence.cache.held(self._layers[0])[0]  # the same in all heads
         if method is not None:
             self._spectral = method.spectral(sequence, self._layers)
-        self._gated: list[NDArray[np.float32]] = []
+        self._gated: list[list[NDArray[np.float32]]] = []
         if gates is not None and gates.size:
             for layer in self._layers:
-                keys, values = (x.numpy() for x in sequence.newest_entries(layer, self._length))
+                found = sequence.newest_entries(layer, self._length)
+                keys, values = (list(x.numpy()) for x in found)
                 self._gated.append(gate_scores(gates[layer], keys, values))
         self._source = engine.fork(sequence, method=Dense())
         sequence.close()

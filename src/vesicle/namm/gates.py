@@ -11,6 +11,8 @@ Where gates come from is another matter: see `evolution.repetition`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,16 +31,19 @@ def gate_inputs(keys: Array, values: Array) -> Array:
     return np.concatenate([keys, values, ones], axis=-1, dtype=np.float32)
 
 
-def gate_scores(gates: Array, keys: Array, values: Array) -> Array:
-    """(G, n) scores of entries, rounded.
+def gate_scores(gates: Array, keys: Sequence[Array], values: Sequence[Array]) -> list[Array]:
+    """(n,) scores of each KV head's entries, rounded.
 
     In the first layer an entry is its token's alone, so that a word's entries are all alike but for
     what undoing their phases leaves behind; that is not to decide which of them stays.
 
     Args:
         gates: (G, 2 K + 1) of a layer's KV heads.
-        keys: (G, n, K) before rotary phases.
-        values: (G, n, K).
+        keys: (n, K) of each, before rotary phases.
+        values: (n, K) of each.
     """
-    found: Array = np.einsum("gnf,gf->gn", gate_inputs(keys, values), gates)
-    return found.round(_DECIMALS)
+    found = []
+    for gate, key, value in zip(gates, keys, values, strict=True):
+        k = len(gate) // 2
+        found.append((key @ gate[:k] + value @ gate[k:-1] + gate[-1]).round(_DECIMALS))
+    return found

@@ -153,10 +153,14 @@ class _NammForgetter(Forgetter):
         return all_but(layer, length, evidence.positions, stays)
 
     def _see(self, layer: int, length: int, evidence: Evidence) -> None:
-        """Score the new entries of a layer; those of a length that is asked about again, anew."""
+        """Score the entries of a layer that are new to it."""
+        before = self._gated[layer]
+        known = np.zeros((len(before), length), np.float32)
+        known[:, : before.shape[1]] = before[:, :length]
         new = gate_scores(self._method.namm.gates[layer], evidence.keys, evidence.values)
-        known = self._gated[layer][:, : length - new.shape[1]]
-        self._gated[layer] = np.concatenate([known, new], axis=1)
+        for row, positions, scores in zip(known, evidence.positions, new, strict=True):
+            row[positions[len(positions) - len(scores) :]] = scores
+        self._gated[layer] = known
 
     def fork(self, n_tokens: int) -> Forgetter:
         fork = _NammForgetter(self._method, self._shape, self._averages, self._gated)

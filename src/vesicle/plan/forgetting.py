@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from vesicle.plan.author import Author
 
 
+Entries = tuple[Sequence[NDArray[np.floating]], Sequence[NDArray[np.floating]]]
+"""Keys and values (m, K) of each KV head."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What is known of the entries that each of the KV heads of a layer holds, n of them in each.
@@ -59,8 +63,8 @@ class Evidence:
     positions: Sequence[IntArray]
     received: Sequence[NDArray[np.float32]]
     attention: Sequence[NDArray[np.float32]]
-    keys: NDArray[np.float32]
-    values: NDArray[np.float32]
+    keys: Sequence[NDArray[np.float32]]
+    values: Sequence[NDArray[np.float32]]
 
 
 class Forgetter(ABC):
@@ -193,7 +197,7 @@ def ask(
     positions: Sequence[IntArray],
     received: Sequence[NDArray[np.floating]] | None = None,
     attention: Sequence[NDArray[np.floating]] | None = None,
-    entries: tuple[NDArray[np.floating], ...] | None = None,
+    entries: Entries | None = None,
 ) -> tuple[Events, list[IntArray]]:
     """Ask about a layer; the events, checked, and what is left of the `positions` of each KV head.
 
@@ -204,7 +208,7 @@ def ask(
         positions: (n,) of the entries held by each KV head, rising.
         received: As `Evidence` has it; None if nobody gathered it.
         attention: Likewise.
-        entries: Keys and values (G, m, K), likewise.
+        entries: Keys and values, likewise.
 
     Raises:
         VesicleError: If the events are of another layer or position, or do not fit pages.
@@ -214,14 +218,15 @@ def ask(
     if attention is None:
         attention = [np.zeros((0, len(head)), np.float32) for head in positions]
     if entries is None:
-        entries = (np.zeros((len(positions), 0, 0), np.float32),) * 2
+        nothing = [np.zeros((0, 0), np.float32)] * len(positions)
+        entries = nothing, nothing
     keys, values = entries
     evidence = Evidence(
         positions=[_shown(head, np.int32) for head in positions],
         received=[_shown(head, np.float32) for head in received],
         attention=[_shown(head, np.float32) for head in attention],
-        keys=_shown(keys, np.float32),
-        values=_shown(values, np.float32),
+        keys=[_shown(head, np.float32) for head in keys],
+        values=[_shown(head, np.float32) for head in values],
     )
     events = forgetter.forget(layer, length, evidence)
     if isinstance(events, np.ndarray):

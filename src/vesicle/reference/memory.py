@@ -18,7 +18,7 @@ from torch import Tensor
 from vesicle.families.base import Rotation
 from vesicle.plan import FOREVER, Events, Forgetter, IntArray
 from vesicle.plan.events import evict_after_of
-from vesicle.plan.forgetting import ask
+from vesicle.plan.forgetting import Entries, ask
 from vesicle.retention import eviction_lengths, held_entries
 
 
@@ -108,8 +108,8 @@ class Memory:
         """Remember all keys, rotated, and values (G, S, K) by position."""
         self._entries = keys.detach(), values.detach()
 
-    def _new(self, length: int) -> tuple[NDArray[np.floating], ...] | None:
-        """Keys, before rotary phases, and values (G, m, K) of the newest entries."""
+    def _new(self, length: int) -> Entries | None:
+        """Keys, before rotary phases, and values (m, K) of each head's newest entries."""
         if self._entries is None:
             return None
         positions = torch.arange(length - self._interval, length)
@@ -117,7 +117,7 @@ class Memory:
         exact = torch.promote_types(keys.dtype, torch.float32)
         if self._rotation is not None:
             keys = self._rotation.undone(keys.to(exact), positions)
-        return keys.to(exact).numpy(), values.to(exact).numpy()
+        return list(keys.to(exact).numpy()), list(values.to(exact).numpy())
 
     def _ask(self, forgetter: Forgetter, length: int) -> None:
         held, received, attention = self.held(length), None, None

@@ -79,18 +79,19 @@ class Choice:
             kept.append(positions[best(scores, always, count)])
         return kept
 
-    def _gated(self, layer: int, keys: Tensor, values: Tensor) -> NDArray[np.float32]:
-        """(G, T) what gates give to entries."""
+    def _gated(self, layer: int, keys: Tensor, values: Tensor) -> list[NDArray[np.float32]]:
+        """(T,) of each KV head, what gates give to entries."""
         if not self.namm.gates.size:
-            return np.zeros(keys.shape[:2], np.float32)
+            return [np.zeros(keys.shape[1], np.float32)] * len(keys)
         plain, which = keys.float(), self.decoder.rotary_layers[layer]
         if which is not None:
-            positions = torch.arange(keys.shape[1], device=keys.device)
-            plain = self.decoder.rotaries[which].undone(plain, positions)
-        given = (x.float().cpu().numpy() for x in (plain, values))
+            places = torch.arange(keys.shape[1], device=keys.device)
+            plain = self.decoder.rotaries[which].undone(plain, places)
+        given = (list(x.float().cpu().numpy()) for x in (plain, values))
         found = gate_scores(self.namm.gates[layer], *given)
         length = keys.shape[1]
-        return self.namm.gated(found, np.arange(length, dtype=np.int32), length)
+        positions = np.arange(length, dtype=np.int32)
+        return [self.namm.gated(head, positions, length) for head in found]
 
     def _allotted(self, layer: int, length: int) -> list[int]:
         """(G,) entries that the KV heads of a layer may keep."""
