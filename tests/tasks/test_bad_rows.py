@@ -16,7 +16,7 @@ from vesicle.tasks.sources import Loaded, load_items
 FILLER = "Walls are thick. Doors are wide. The roof is high above the hall. Windows let light in."
 ROWS: dict[str, dict[str, Any]] = {
     **{name: rows[0] for name, rows in LOCAL.items()},
-    **{name: {"text": FILLER} for name in ("needle", "ruler", "instructions")},
+    **{name: {"text": FILLER} for name in ("needle", "ruler", "briefing", "instructions")},
 }
 HALF = "half \ud800"
 
