@@ -169,6 +169,11 @@ def test_a_profile_by_ablation(engine: Engine, tmp_path: Path):
     assert again.lines[:5] == once.lines
 
 
+def test_ablation_is_for_a_profile():
+    with pytest.raises(ValueError, match="'ablation' is for a profile, and evolves is 'network'"):
+        EvolveConfig(begin="ablation", evolves="network")
+
+
 def test_more_generations_go_on(engine: Engine, tmp_path: Path):
     train, judges = questions(4), questions(2, 9)
     evolve(engine, start(engine), train, judges, replace(CONFIG, generations=2), tmp_path)

@@ -256,6 +256,29 @@ def test_a_fork_knows_the_gates_scores(llama: Any):
     assert fork.plan.equals(whole.plan)
 
 
+@pytest.mark.parametrize("n", [20, 40, 64, 70])
+def test_a_fork_from_before_they_were_asked_last(llama: Any, n: int):
+    """Where nothing was forgotten yet, though gates have seen what the fork has not."""
+    engine = Engine.from_model(llama)
+    namm = replace(drawn(engine.shape, scores="gates"), profile=np.zeros((3, 2), np.float32))
+    method = NammMemory(namm, memory=0.4)
+
+    def begun() -> Any:
+        sequence = engine.start(method)
+        sequence.begin_prompt(250)
+        return sequence
+
+    whole, sequence = begun(), begun()
+    engine.forward([(whole, IDS)], "none")
+    engine.forward([(sequence, [*IDS[:70], *[5] * 20])], "none")
+    fork = engine.fork(sequence, n)
+    engine.forward([(fork, IDS[n:])], "none")
+    assert whole.plan.forgets
+    for layer in range(engine.shape.n_layers):
+        pairs = zip(fork.cache.held(layer), whole.cache.held(layer), strict=True)
+        assert all((mine == theirs).all() for mine, theirs in pairs)
+
+
 @pytest.mark.parametrize("prefers", [False, True])
 def test_spans_stay_in_every_head_within_the_share(llama: Any, prefers: bool):
     engine = Engine.from_model(llama)

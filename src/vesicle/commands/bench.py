@@ -14,6 +14,7 @@ import typer
 from vesicle import processors
 from vesicle.commands.inputs import (
     GOAL,
+    MODEL,
     REVISION,
     Goal,
     check_budget,
@@ -38,8 +39,7 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A folder, a .gguf file, a hub id or a name that vesicle models lists; the "
-            "default model if none.",
+            help=MODEL,
             rich_help_panel=_WHO,
         ),
     ] = None,

@@ -11,6 +11,7 @@ import typer
 
 from vesicle.commands.inputs import (
     GOAL,
+    MODEL,
     PHASE,
     REVISION,
     Goal,
@@ -94,10 +95,7 @@ def evaluate(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="A folder, a .gguf file, a hub id or a name that vesicle models lists; the "
-            "default model if none."
-        ),
+        typer.Option(help=MODEL),
     ] = None,
     revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     modulator: Annotated[

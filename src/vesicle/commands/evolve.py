@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import REVISION, notice, numbers
+from vesicle.commands.inputs import MODEL, REVISION, notice, numbers
 from vesicle.commands.outputs import print_json
 from vesicle.errors import DataError, VesicleError
 
@@ -69,10 +69,7 @@ def evolve(
     ] = 4.0,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="A folder, a .gguf file, a hub id or a name that vesicle models lists; the "
-            "default model if none."
-        ),
+        typer.Option(help=MODEL),
     ] = None,
     revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     start: Annotated[

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 _MOST_BYTES = 64_000_000
 """Of a prompt; far more than any context window takes, and less than memory."""
 
+MODEL = (
+    "A folder, a .gguf file, a hub id or a name that vesicle models lists; the default model if "
+    "none."
+)
 REVISION = "Branch, tag or commit, if --model is a hub id."
-"""Of the option that every command with `--model` has."""
+"""Of the two options of commands that need a model."""
 
 PHASE = (
     "On which tokens transmitters act: generated (and scored), all, prompt or never; for one alone "
@@ -127,6 +131,16 @@ def check_folder(path: Path, option: str = "--out") -> None:
         VesicleError: It is a file, or files cannot be written in it.
     """
     _check_target(path, option, folder=True)
+
+
+def check_namm(folder: Path) -> None:
+    """Refuse a folder that is no NAMM, before numpy is loaded to read it.
+
+    Raises:
+        DataError: It holds no `namm.json`.
+    """
+    if not (folder / "namm.json").is_file():
+        raise DataError(f"--namm: {folder} holds no namm.json; a NAMM is a folder with one")
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

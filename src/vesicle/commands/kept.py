@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vesicle.commands.inputs import REVISION, check_writable, notice, read_prompt
+from vesicle.commands.inputs import MODEL, REVISION, check_namm, check_writable, notice, read_prompt
 from vesicle.commands.machine import announce_core, announce_fallback
 from vesicle.commands.outputs import print_json
 from vesicle.errors import DataError
@@ -62,10 +62,7 @@ def kept(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="A folder, a .gguf file, a hub id or a name that vesicle models lists; the "
-            "default model if none."
-        ),
+        typer.Option(help=MODEL),
     ] = None,
     revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     out: Annotated[
@@ -162,8 +159,7 @@ def _check(memory: float, method: MemoryMethod, namm: Path | None) -> None:
         raise DataError(
             f"--namm and --method {method.value} are both given; a NAMM is of --method namm"
         )
-    if not (namm / "namm.json").is_file():
-        raise DataError(f"--namm: {namm} holds no namm.json; a NAMM is a folder with one")
+    check_namm(namm)
 
 
 def _name(method: MemoryMethod, namm: Path | None, folder: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import REVISION, check_folder, notice, numbers
+from vesicle.commands.inputs import MODEL, REVISION, check_folder, notice, numbers
 from vesicle.errors import VesicleError
 from vesicle.folders import check_free
 from vesicle.shipped import shipped_modulator
@@ -30,10 +30,7 @@ def regret(
     ] = Path("runs/regret"),
     model: Annotated[
         str | None,
-        typer.Option(
-            help="A folder, a .gguf file, a hub id or a name that vesicle models lists; the "
-            "default model if none."
-        ),
+        typer.Option(help=MODEL),
     ] = None,
     revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget finished rows.")] = False,

@@ -20,6 +20,7 @@ from vesicle.commands.inputs import (
     Goal,
     argument_text,
     check_budget,
+    check_namm,
     check_writable,
     notice,
     read_phases,
@@ -375,8 +376,7 @@ def _check_memory(memory: float | None, namm: Path | None, replay: Path | None) 
         return
     if memory is None:
         raise DataError("--namm has no effect without --memory, the share of the cache to hold")
-    if not (namm / "namm.json").is_file():
-        raise DataError(f"--namm: {namm} holds no namm.json; a NAMM is a folder with one")
+    check_namm(namm)
 
 
 def _system_turn(ids: list[int], encode: Callable[[str], list[int]]) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import REVISION, notice
+from vesicle.commands.inputs import MODEL, REVISION, notice
 from vesicle.errors import DataError, VesicleError
 
 _TEXT, _MODULATOR, _TRAINING = "Text", "A new modulator", "Training"
@@ -27,10 +27,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder to write to; a run in it is gone on with.")],
     model: Annotated[
         str | None,
-        typer.Option(
-            help="A folder, a .gguf file, a hub id or a name that vesicle models lists; the "
-            "default model if none."
-        ),
+        typer.Option(help=MODEL),
     ] = None,
     revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     modulator: Annotated[

@@ -279,7 +279,8 @@ class Sequence:
         """Forget as the sequence of which it is a fork, and stand there if that has yet to."""
         self._interval, self.overhead = other._interval, other.overhead
         self._reads_entries = other._reads_entries
-        self._told = min(other._told, self.length)
+        if self._reads_entries:  # what it was told of later is not there yet
+            self._told = min(other._told, self.length // self._interval * self._interval)
         self.received = None if other.received is None else other.received.fork()
         self.observed = None if other.observed is None else other.observed.fork()
         self.await_eviction()

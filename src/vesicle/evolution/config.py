@@ -48,6 +48,8 @@ class EvolveConfig:
             raise ValueError(f"evolves is {self.evolves!r}; allowed: {', '.join(PARTS)}")
         if self.begin not in BEGINNINGS:
             raise ValueError(f"begin is {self.begin!r}; allowed: {', '.join(BEGINNINGS)}")
+        if self.begin == "ablation" and self.evolves == "network":
+            raise ValueError("begin 'ablation' is for a profile, and evolves is 'network'")
         if not self.memory or not all(0 < share < 1 for share in self.memory):
             raise ValueError(f"memory is {list(self.memory)}; allowed: between 0 and 1")
         least = {"generations": 0, "population": 4, "contexts": 1, "held_out_every": 1, "seed": 0}

@@ -6,7 +6,7 @@ size: key and value are all that later queries can see of an entry, so the cache
 input, and nothing need be computed as the model runs. A score is worked out once, when the entry is
 first seen, and never changes.
 
-Where gates come from is another matter: see `evolution.repetition`.
+Where gates come from is another matter: `evolution.repetition` and `training.decay`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from vesicle.tasks.base import Row, Settings
-from vesicle.tasks.haystack import GeneratedTask, Haystack, generator
+from vesicle.tasks.haystack import GeneratedTask, Haystack, cells, generator
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.retrieval import Retrieval
 
@@ -56,16 +56,13 @@ class Briefing(GeneratedTask):
             DataError: Filler without sentences, a length too short for the briefing.
         """
         haystack = Haystack(rows)
-        for number in range(PER_CELL if settings.per_cell is None else settings.per_cell):
-            for length in settings.lengths or LENGTHS:
-                yield self._item(haystack, settings, length, number)
+        for number, length in cells(settings, LENGTHS, PER_CELL):
+            yield self._item(haystack, settings, length, number)
 
     def _item(self, haystack: Haystack, settings: Settings, length: int, number: int) -> Item:
         rng = generator(self.name, settings.seed, number)
         name = f"{rng.choice(_FIRST_NAMES)} {_not_in(haystack, _LAST_NAMES, rng)}"
-        code = str(rng.integers(10_000, 100_000))
-        while any(code in sentence for sentence in haystack.sentences):
-            code = str(rng.integers(10_000, 100_000))
+        code = haystack.key(rng)
         city = _not_in(haystack, _CITIES, rng)
         preamble = (
             "Briefing. Keep to it until the end.\n"

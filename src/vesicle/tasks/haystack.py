@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from vesicle.errors import DataError
-from vesicle.tasks.base import HubSet, Row, Task
+from vesicle.tasks.base import HubSet, Row, Settings, Task
 
 # How much shorter than asked a prompt may be: one word's tokens and what its cut changes.
 MOST_SPARE_TOKENS = 40
@@ -43,6 +43,19 @@ class GeneratedTask(Task):
     splits = ("train", "haystack")
     default_split = "train"
     fields: ClassVar[Mapping[str, type]] = {"text": str}
+
+
+def cells(settings: Settings, lengths: Sequence[int], per_cell: int) -> Iterator[tuple[int, int]]:
+    """The number of each item, and its length: all lengths, then all of them again.
+
+    Args:
+        settings: What was asked for.
+        lengths: By default.
+        per_cell: Items of each length, by default.
+    """
+    for number in range(per_cell if settings.per_cell is None else settings.per_cell):
+        for length in settings.lengths or lengths:
+            yield number, length
 
 
 def generator(*parts: int | float | str) -> np.random.Generator:
@@ -104,6 +117,13 @@ class Haystack:
             found.append(sentence)
             n_words -= length
             start += 1
+        return found
+
+    def key(self, rng: np.random.Generator) -> str:
+        """Five digits that the filler does not have."""
+        found = str(rng.integers(10_000, 100_000))
+        while any(found in sentence for sentence in self.sentences):
+            found = str(rng.integers(10_000, 100_000))
         return found
 
     def fill(

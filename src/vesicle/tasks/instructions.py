@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vesicle.tasks.base import Row, Settings
-from vesicle.tasks.haystack import GeneratedTask, Haystack, generator
+from vesicle.tasks.haystack import GeneratedTask, Haystack, cells, generator
 from vesicle.tasks.instruction_checks import draw, in_words
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.instructions import (
@@ -73,9 +73,8 @@ class Instructions(GeneratedTask):
             DataError: Filler without sentences, a length too short for the instructions.
         """
         haystack = Haystack(rows)
-        for number in range(PER_CELL if settings.per_cell is None else settings.per_cell):
-            for length in settings.lengths or LENGTHS:
-                yield self._item(haystack, settings, length, number)
+        for number, length in cells(settings, LENGTHS, PER_CELL):
+            yield self._item(haystack, settings, length, number)
 
     def _item(self, haystack: Haystack, settings: Settings, length: int, number: int) -> Item:
         rng = generator(self.name, settings.seed, number)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vesicle.tasks.base import Row, Settings
-from vesicle.tasks.haystack import GeneratedTask, Haystack, generator
+from vesicle.tasks.haystack import GeneratedTask, Haystack, cells, generator
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.retrieval import Retrieval
 
@@ -54,19 +54,16 @@ class Needle(GeneratedTask):
                 outside 0 to 1.
         """
         haystack = Haystack(rows)
-        for number in range(PER_CELL if settings.per_cell is None else settings.per_cell):
-            for length in settings.lengths or LENGTHS:
-                for depth in settings.depths or DEPTHS:
-                    yield self._item(haystack, settings, length, float(depth), number)
+        for number, length in cells(settings, LENGTHS, PER_CELL):
+            for depth in settings.depths or DEPTHS:
+                yield self._item(haystack, settings, length, float(depth), number)
 
     def _item(
         self, haystack: Haystack, settings: Settings, length: int, depth: float, number: int
     ) -> Item:
         rng = generator(self.name, settings.seed, length, depth, number)
         thing = f"{rng.choice(_COLOURS)} {rng.choice(_PLACES)}"
-        key = str(rng.integers(10_000, 100_000))
-        while any(key in sentence for sentence in haystack.sentences):
-            key = str(rng.integers(10_000, 100_000))
+        key = haystack.key(rng)
         before = "A pass key is hidden in the text below. Find it and remember it.\n\n"
         question = f"\n\nQuestion: What is the pass key of the {thing}?\nAnswer:"
         opening = f" The pass key of the {thing} is"

@@ -25,7 +25,7 @@ from itertools import pairwise
 import numpy as np
 
 from vesicle.tasks.base import Row, Settings
-from vesicle.tasks.haystack import GeneratedTask, Haystack, fit, generator
+from vesicle.tasks.haystack import GeneratedTask, Haystack, cells, fit, generator
 from vesicle.tasks.items import Item
 from vesicle.tasks.metrics.retrieval import RULER_SUBTASKS, RulerRecall
 
@@ -348,29 +348,28 @@ class Ruler(GeneratedTask):
                 0 to 1.
         """
         essays, noise = Haystack(rows), Haystack(_NOISE)
-        for number in range(PER_CELL if settings.per_cell is None else settings.per_cell):
-            for length in settings.lengths or LENGTHS:
-                for subtask, make in SUBTASKS.items():
-                    room = Room(
-                        seed=(self.name, settings.seed, subtask, length, number),
-                        n_tokens=length,
-                        encode=settings.encode,
-                        essays=essays,
-                        noise=noise,
-                        depths=tuple(settings.depths),
-                    )
-                    ask = make(room)
-                    yield Item(
-                        id=f"{subtask.replace(' ', '-')}-{length}-{number}",
-                        context=ask.context,
-                        question=ask.question,
-                        opening=ask.opening,
-                        references=ask.references,
-                        max_new_tokens=ask.max_new_tokens,
-                        stop=ask.stop,
-                        group=subtask,
-                        facts={"length": length},
-                    )
+        for number, length in cells(settings, LENGTHS, PER_CELL):
+            for subtask, make in SUBTASKS.items():
+                room = Room(
+                    seed=(self.name, settings.seed, subtask, length, number),
+                    n_tokens=length,
+                    encode=settings.encode,
+                    essays=essays,
+                    noise=noise,
+                    depths=tuple(settings.depths),
+                )
+                ask = make(room)
+                yield Item(
+                    id=f"{subtask.replace(' ', '-')}-{length}-{number}",
+                    context=ask.context,
+                    question=ask.question,
+                    opening=ask.opening,
+                    references=ask.references,
+                    max_new_tokens=ask.max_new_tokens,
+                    stop=ask.stop,
+                    group=subtask,
+                    facts={"length": length},
+                )
 
 
 def _names(rng: np.random.Generator, count: int) -> list[str]:

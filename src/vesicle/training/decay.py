@@ -1,4 +1,4 @@
-"""Gates trained by gradient: how fast an entry's worth decays (TRIM-KV, Bui et al. 2025).
+"""Gates trained by gradient: how fast an entry's worth decays.
 
 Each entry has a rate b between 0 and 1, by its gate. The query that comes n tokens later pays it
 attention as if its logit were n log b lower, so that keeping and forgetting become a matter of
@@ -7,8 +7,11 @@ degree, and have gradients. Gates are trained so that the model says what it say
     loss = KL(dense || decayed) + price * mean over queries of max(0, held - allowed) / allowed
 
 where `held` is the sum of b^n over all entries, and `allowed` the share of them that may be. When
-it is over, entries with the least b^n are forgotten. What is ours: a gate sees key and value, as
-all gates here do, and what is allowed is shared by all heads, whose parts become the profile.
+it is over, entries with the least b^n are forgotten.
+
+After TRIM-KV (Bui et al. 2025, arXiv:2512.03324), and no reproduction of it: a gate sees key and
+value, as all gates here do; what is allowed is shared by all heads, whose parts become the profile;
+the loss has no term of the next token; and b^n weighs what the softmax sums up.
 """
 
 from __future__ import annotations
