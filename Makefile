@@ -18,7 +18,7 @@ NATIVE_TESTS = tests/native/test_fuzz.py tests/native/test_damage.py tests/engin
 	tests/parity/test_small_modules.py
 
 .DEFAULT_GOAL := help
-.PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow test-gemma \
+.PHONY: help arm test-arm bench install test check parity sanitize sanitize-threads test-slow test-gemma test-ray \
 	test-kvpress test-oldest examples docs results clean
 
 help: ## list these targets
@@ -75,6 +75,11 @@ sanitize-threads: ## passes under checks of what threads share (GCC on Linux)
 		-o build/sanitize/race
 	setarch -R build/sanitize/race 60
 
+test-ray: ## evolution on a Ray cluster of this machine, in .venv-ray (made if missing; needs minutes)
+	test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/pip install -q '.[ray]' pytest pytest-timeout pytest-xdist hypothesis
+	.venv-ray/bin/python -m pytest tests/evolution -m ray -n0
+
 test-kvpress: ## the bridge to NVIDIA's kvpress, in .venv-kvpress (made if missing; needs minutes)
 	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
 	.venv-kvpress/bin/pip install -q '.[kvpress]' pytest pytest-timeout pytest-xdist hypothesis
@@ -83,7 +88,7 @@ test-kvpress: ## the bridge to NVIDIA's kvpress, in .venv-kvpress (made if missi
 test-oldest: ## fast tests with the oldest transformers, in .venv-oldest (made if missing; needs minutes)
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q '.[test]' 'transformers==$(OLDEST)'
-	.venv-oldest/bin/python -m pytest -m "not slow and not kvpress and not model and not gemma"
+	.venv-oldest/bin/python -m pytest -m "not slow and not kvpress and not model and not gemma and not ray"
 
 examples: ## run every example in order
 	@set -e; for example in examples/[0-9]*.py; do echo "== $$example"; $(PYTHON) "$$example"; done

@@ -156,7 +156,7 @@ def test_a_profile_by_ablation(engine: Engine, tmp_path: Path):
         lost[head] = np.mean([c.excess([alone], full)[0] for c in contexts])
     found = np.mean([c.excess_without(namm) for c in contexts], axis=0)
     assert found == pytest.approx(lost, abs=1e-5)
-    profile = by_ablation(namm, contexts, 100.0).profile
+    profile = by_ablation(namm, found).profile
     expected = np.log(np.maximum(lost, 0.01 * lost.max()))
     assert profile == pytest.approx(expected, abs=1e-3)
     for context in contexts:

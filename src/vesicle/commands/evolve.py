@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from vesicle.models import Text
     from vesicle.tasks.base import Task
 
+_SILENT_S = 30
+"""Seconds between notes of what is done where there is no progress bar."""
 _DATA, _NAMM, _SEARCH = "What is to be remembered", "The NAMM", "Evolution"
 
 
@@ -116,6 +120,15 @@ def evolve(
     seed: Annotated[
         int, typer.Option(help="Of candidates and contexts.", rich_help_panel=_SEARCH)
     ] = 0,
+    on_ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray",
+            help="Try candidates on all CPUs of the Ray cluster that this machine or RAY_ADDRESS "
+            "belongs to, or of this machine alone.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = False,
     plot: Annotated[
         bool, typer.Option("--plot", help="Also draw losses and profile, as a PNG file.")
     ] = False,
@@ -131,7 +144,7 @@ def evolve(
 
       vesicle evolve --data data --evolves profile --begin repetition --out runs/gates
 
-      vesicle evolve --data data --evolves network --start runs/gates --out runs/namm
+      vesicle evolve --data data --evolves network --start runs/gates --out runs/namm --ray
     """
     shares = tuple(numbers(memory, "--memory"))
     from vesicle.evolution import EvolveConfig
@@ -172,9 +185,11 @@ def evolve(
     if not asked and (text is None or text_weight == 0):
         raise DataError("--tasks and --text name nothing to be remembered; name one")
     from vesicle.engine import Engine
+    from vesicle.evolution.contexts import capacity_for
     from vesicle.models import Text, resolve_model
 
-    folder = resolve_model(model, revision=revision)
+    find = partial(resolve_model, model, revision=revision)
+    folder = find()
     codec = Text.from_folder(folder)
     train, judges = list[Any](), list[Any]()
     for task in asked:
@@ -183,16 +198,22 @@ def evolve(
     if text is not None and text_weight > 0:
         train += _running(text, "train", sizes, questions, text_weight, codec)
         judges += _running(text, "held-out", sizes, held_out, text_weight, codec)
-    engine = Engine.from_pretrained(folder, kv_capacity=_room(folder, [*train, *judges]))
+    # Contexts of a cluster are held there; what remains here is what a beginning is fitted on.
+    held = [] if on_ray else [*train, *judges]
+    engine = Engine.from_pretrained(
+        folder, kv_capacity=capacity_for(folder, held) if held else None
+    )
     if first is None:
         first = Namm.fresh(settings, engine.shape)
     elif not first.profile.size and evolves != "network":
         first = replace(first, profile=first.profile_of(engine.shape))
     first.check_fits(engine.shape)
     from vesicle.evolution import evolve as run
+    from vesicle.evolution.cluster import on_cluster
     from vesicle.evolution.repetition import REQUEST
     from vesicle.training.display import progress_bar
 
+    told = {"next": time.monotonic() + _SILENT_S}
     with progress_bar("evolving", generations, 0, sys.stderr.isatty() and not as_json) as show:
 
         def tell(line: dict[str, Any]) -> None:
@@ -202,7 +223,11 @@ def evolve(
             show(line["generation"], note)
 
         def wait(note: str) -> None:
-            show(0, note)
+            if sys.stderr.isatty() and not as_json:
+                show(0, note)
+            elif time.monotonic() >= told["next"]:  # a log of a run in the background
+                told["next"] = time.monotonic() + _SILENT_S
+                notice(note)
 
         found = run(
             engine,
@@ -216,6 +241,7 @@ def evolve(
             say=notice,
             show=tell,
             wait=wait,
+            read=on_cluster(find) if on_ray else None,
         )
     if plot:
         from vesicle.evolution.plots import save_plot
@@ -239,24 +265,6 @@ def evolve(
         f"held-out loss above the full cache's: {found.started_at:.3f} nats a token at the start, "
         f"{found.held_out:.3f} after generation {found.generation}; written to {out}"
     )
-
-
-def _room(folder: Path, questions: list[Question]) -> int:
-    """Bytes of keys and values that a run may take, whatever the cache stores them as.
-
-    Raises:
-        ModelError: If there is too little memory for what contexts hold in fp16.
-    """
-    from vesicle.evolution.contexts import most_bytes
-    from vesicle.families import find_family
-    from vesicle.models.checks import read_config
-    from vesicle.models.memory import check_memory
-
-    config = read_config(folder)
-    shape = find_family(config).decoder_config(config).shape
-    held = most_bytes(questions, replace(shape, kv_bytes=2))
-    check_memory(held, f"holding {len(questions)} contexts")
-    return 2 * held
 
 
 def _asked(

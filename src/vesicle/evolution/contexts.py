@@ -7,6 +7,8 @@ candidate's turn is then a fork that shares the cache, forgets, and reads the qu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ from vesicle.engine import Engine
 from vesicle.engine.sequence import Sequence as EngineSequence
 from vesicle.eviction import Forgetful
 from vesicle.evolution.questions import Question
+from vesicle.families import find_family
+from vesicle.models.checks import read_config
+from vesicle.models.memory import check_memory
 from vesicle.namm.allotment import allot
 from vesicle.namm.gates import gate_scores
 from vesicle.namm.method import best, protected
@@ -28,11 +33,23 @@ _TOGETHER = 8
 """Candidates whose caches exist at a time."""
 
 
-def most_bytes(questions: Sequence[Question], shape: ModelShape) -> int:
-    """Keys and values that contexts and candidates' caches hold at most, by `shape`'s formats."""
+def capacity_for(folder: Path, questions: Sequence[Question]) -> int:
+    """Bytes of keys and values that an engine needs, whatever its cache stores them as.
+
+    Args:
+        folder: Of the model.
+        questions: Whose contexts it holds, with those of candidates beside the longest.
+
+    Raises:
+        ModelError: If there is too little memory for what they hold in fp16.
+    """
+    config = read_config(folder)
+    shape = replace(find_family(config).decoder_config(config).shape, kv_bytes=2)
     lengths = [len(q.context) + len(q.lead) + len(q.answer) + BLOCK for q in questions]
     n_tokens = sum(lengths) + _TOGETHER * max(lengths)
-    return n_tokens * shape.n_layers * shape.position_bytes
+    held = n_tokens * shape.n_layers * shape.position_bytes
+    check_memory(held, f"holding {len(questions)} contexts")
+    return 2 * held
 
 
 class _Listening(Forgetful):

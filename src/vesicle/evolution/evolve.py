@@ -12,11 +12,13 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from vesicle.engine import Engine
@@ -24,10 +26,10 @@ from vesicle.errors import DataError, VesicleError
 from vesicle.evaluation.run.lines import JsonLines
 from vesicle.evolution.ablation import by_ablation
 from vesicle.evolution.config import EvolveConfig
-from vesicle.evolution.contexts import Context
 from vesicle.evolution.questions import Question
 from vesicle.evolution.repetition import by_repetition
 from vesicle.evolution.search import Search
+from vesicle.evolution.trials import Here, Read, Trials
 from vesicle.files import read_json, write_json
 from vesicle.namm import Namm
 from vesicle.training.decay import by_decay
@@ -71,6 +73,7 @@ def evolve(
     say: Say = lambda line: None,
     show: Show = lambda line: None,
     wait: Say = lambda note: None,
+    read: Read | None = None,
 ) -> Evolved:
     """Evolve a NAMM, and write the best mean so far to `out`.
 
@@ -86,6 +89,7 @@ def evolve(
         say: Takes one-line notices.
         show: Takes a generation's line.
         wait: Takes a note of what is done before the first generation, context by context.
+        read: Reads contexts; by default `engine` does, which then holds them.
 
     Raises:
         DataError: If there are fewer questions than a generation is tried on, or none held out.
@@ -98,30 +102,30 @@ def evolve(
         )
     file = _begin(out, config, start, questions, held_out)
     lines: list[dict[str, Any]] = list(file.found)
-    train: list[Context] = []
-    judges: list[Context] = []
     if lines:
         say(f"going on after generation {lines[-1]['generation']}")
     begin = _fitted(engine, start, questions, config, out, request, load, say, wait)
+    # A run that stays at its beginning is judged, and not more.
+    used = questions if config.generations or config.begin == "ablation" else []
+    train, judges = range(len(used)), range(len(used), len(used) + len(held_out))
+    tried: _Tried | None = None
     try:
         if len(lines) <= config.generations:
             sees = config.evolves != "profile" or begin.sees_attention
             settings = begin.settings if sees else None
-            # A run that stays at its beginning is judged, and not more.
-            used = questions if config.generations or config.begin == "ablation" else []
-            say(f"reading {len(used) + len(held_out)} contexts once")
-            for n, question in enumerate((*used, *held_out)):
-                wait(f"reading context {n + 1} of {len(used) + len(held_out)}")
-                read = train if n < len(used) else judges
-                read.append(Context(engine, question, settings, begin.gates))
+            asked = [*used, *held_out]
+            say(f"reading {len(asked)} contexts once")
+            trials = (read or partial(Here, engine))(asked, settings, begin.gates, wait)
+            tried = _Tried(trials, asked, config)
         if not lines:
+            assert tried is not None
             if config.begin == "ablation":
                 few = train[:: -(-len(train) // _ABLATED)]
                 say(f"measuring what each KV head loses alone, on {len(few)} contexts")
-                begin = by_ablation(begin, few, config.most_excess, wait)
+                begin = by_ablation(begin, tried.alone(few, begin, wait))
                 begin.save(out / START)
-            held = _mean(judges, begin, config)
             # No generation: nobody is told its losses.
+            held = tried.mean(judges, begin)
             lines.append(file.append({"generation": 0, "losses": [], "held_out": held}))
         search, best = Search(begin, config), _Best(begin)
         for line in lines:  # told again, without trying anything; the start was told nothing
@@ -130,26 +134,24 @@ def evolve(
                 search.tell(line["losses"])
             best.see(line, search.mean)
         while (generation := len(lines)) <= config.generations:
+            assert tried is not None
             begun = time.perf_counter()
-            candidates = search.ask()
             rng = np.random.default_rng([config.seed, generation])
-            chosen = rng.choice(len(train), config.contexts, replace=False)
+            chosen = rng.choice(len(train), config.contexts, replace=False).tolist()
             memory = config.memory[generation % len(config.memory)]
-            losses = np.zeros(len(candidates))
-            for i in chosen.tolist():
-                losses += _weighed(train[i], candidates, memory, config) / config.contexts
-            search.tell(losses.tolist())
-            line = {"generation": generation, "memory": memory, "losses": losses.tolist()}
+            losses = tried.losses(chosen, search.ask(), memory).mean(0).tolist()
+            search.tell(losses)
+            line = {"generation": generation, "memory": memory, "losses": losses}
             if generation % config.held_out_every == 0 or generation == config.generations:
-                line["held_out"] = _mean(judges, search.mean, config)
+                line["held_out"] = tried.mean(judges, search.mean)
             line["elapsed_s"] = round(time.perf_counter() - begun, 3)
             lines.append(file.append(line))
             if best.see(line, search.mean):
                 best.save(out, config)
             show(line)
     finally:
-        for context in (*train, *judges):
-            context.close()
+        if tried is not None:
+            tried.trials.close()
     best.save(out, config)
     return Evolved(
         namm=best.namm,
@@ -218,21 +220,37 @@ class _Best:
         replace(self.namm, info=info).save(out)
 
 
-def _weighed(
-    context: Context, candidates: Sequence[Namm], memory: float, config: EvolveConfig
-) -> np.ndarray:
-    excess = context.excess(candidates, memory)
-    return context.question.weight * np.minimum(excess, config.most_excess)
+@dataclass(frozen=True)
+class _Tried:
+    """Contexts that were read, and how much each counts."""
 
+    trials: Trials
+    questions: Sequence[Question]
+    config: EvolveConfig
 
-def _mean(contexts: Sequence[Context], namm: Namm, config: EvolveConfig) -> float:
-    """Of all contexts and shares."""
-    found = [
-        float(_weighed(context, [namm], memory, config)[0])
-        for memory in config.memory
-        for context in contexts
-    ]
-    return float(np.mean(found))
+    def losses(
+        self, which: Sequence[int], candidates: Sequence[Namm], memory: float
+    ) -> NDArray[np.float64]:
+        """(n, C) weighed nats a token above the full cache's, up to the most that counts."""
+        return self._weighed(which, self.trials.excess(which, candidates, memory))
+
+    def mean(self, which: Sequence[int], namm: Namm) -> float:
+        """Of these contexts, at all shares."""
+        found = [self.losses(which, [namm], memory) for memory in self.config.memory]
+        return float(np.mean(found))
+
+    def alone(self, which: Sequence[int], namm: Namm, wait: Say) -> NDArray[np.float64]:
+        """(L, G) the mean of what is lost where one KV head after another forgets alone."""
+        found = []
+        for n, i in enumerate(which):
+            wait(f"each KV head alone, context {n + 1} of {len(which)}")
+            found.append(self._weighed([i], self.trials.excess_without([i], namm)))
+        return np.concatenate(found).mean(0)
+
+    def _weighed(self, which: Sequence[int], excess: NDArray[np.float64]) -> NDArray[np.float64]:
+        weights = np.array([self.questions[i].weight for i in which])
+        counted = np.minimum(excess, self.config.most_excess)
+        return weights.reshape(-1, *[1] * (excess.ndim - 1)) * counted
 
 
 def _begin(
