@@ -263,9 +263,10 @@ def test_dense_without_a_modulator(vesicle: Run, model: Path):
 def test_the_shipped_modulator_is_the_default(
     vesicle: Run, model: Path, modulator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    monkeypatch.setattr(shipped, "MODULATORS", tmp_path)
     (tmp_path / "tiny").symlink_to(modulator)
-    monkeypatch.setattr("vesicle.commands.run.is_default_model", lambda folder: folder == model)
+    monkeypatch.setattr(shipped, "name_of", lambda folder: "tiny" if folder == model else "")
+    monkeypatch.setattr(shipped, "DEFAULT_MODEL", "tiny")
     words = ("run", "hi", "--model", model, "--max-new-tokens", 2, "--json")
     answer = json.loads(vesicle(*words)[1])
     assert answer["modulator"] == str(tmp_path / "tiny")

@@ -1,4 +1,4 @@
-"""What comes inside the package for the default model: a modulator, and a NAMM."""
+"""What comes inside the package for models of the catalogue: modulators, and NAMMs."""
 
 from __future__ import annotations
 
@@ -12,30 +12,44 @@ from vesicle.models.default import DEFAULT_MODEL
 if TYPE_CHECKING:
     from vesicle.modulator import Modulator
 
-FOLDER = Path(__file__).parent / "modulators"
+MODULATORS = Path(__file__).parent / "modulators"
 NAMMS = Path(__file__).parent / "namms"
+
+
+def shipped_modulators() -> dict[str, Path]:
+    """Folders of all modulators that this package ships, by the models they are for."""
+    return _by_model(MODULATORS, "modulator.json")
+
+
+def shipped_namms() -> dict[str, Path]:
+    """Folders of all NAMMs that this package ships, by the models they are for."""
+    return _by_model(NAMMS, "namm.json")
+
+
+def modulator_for(folder: Path) -> Path | None:
+    """The shipped modulator of a model, by its folder from `resolve_model`; None for none."""
+    return shipped_modulators().get(name_of(folder))
+
+
+def namm_for(folder: Path) -> Path | None:
+    """The shipped NAMM of a model, by its folder from `resolve_model`; None for none."""
+    return shipped_namms().get(name_of(folder))
+
+
+def name_of(folder: Path) -> str:
+    """What the catalogue calls the model in `folder`; empty for a model of other origin."""
+    folder = folder.resolve()
+    return folder.name if folder.parent == (cache_root() / "models").resolve() else ""
 
 
 def shipped_modulator() -> Path | None:
     """The folder of the default model's modulator, or None if this package ships none."""
-    found = sorted(path.parent for path in FOLDER.glob("*/modulator.json"))
-    named = [folder for folder in found if folder.name == DEFAULT_MODEL]
-    return next(iter(named + found), None)
+    return shipped_modulators().get(DEFAULT_MODEL)
 
 
 def shipped_namm() -> Path | None:
     """The folder of the default model's NAMM, or None if this package ships none."""
     return shipped_namms().get(DEFAULT_MODEL)
-
-
-def shipped_namms() -> dict[str, Path]:
-    """Folders of all NAMMs that this package ships, by the names of the models they are for."""
-    return {path.parent.name: path.parent for path in sorted(NAMMS.glob("*/namm.json"))}
-
-
-def is_default_model(folder: Path) -> bool:
-    """Whether `folder`, from `resolve_model`, is the model that what is shipped fits."""
-    return folder.resolve() == (cache_root() / "models" / DEFAULT_MODEL).resolve()
 
 
 def load_default_modulator() -> Modulator:
@@ -50,3 +64,7 @@ def load_default_modulator() -> Modulator:
     from vesicle.modulator import Modulator
 
     return Modulator.from_pretrained(folder)
+
+
+def _by_model(folder: Path, file: str) -> dict[str, Path]:
+    return {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{file}"))}

@@ -9,7 +9,7 @@ import torch
 
 from tests.tiny import tiny_model
 from vesicle.engine import Engine
-from vesicle.evolution.repetition import _repeated, by_repetition
+from vesicle.evolution.repetition import _needed, by_repetition
 from vesicle.namm import Namm, NammSettings
 from vesicle.namm.gates import gate_inputs, gate_scores
 
@@ -17,7 +17,7 @@ SETTINGS = NammSettings(network="mlp", hidden=4, interval=32, observes=32, sinks
 REQUEST = [3, 4, 5]
 
 
-def texts(n: int, length: int = 160) -> list[list[int]]:
+def texts(n: int, length: int = 240) -> list[list[int]]:
     rng = np.random.default_rng(2)
     return [rng.integers(1, 97, length + 3 * i).tolist() for i in range(n)]
 
@@ -28,31 +28,41 @@ def _no_gradients():
         yield
 
 
-def test_it_is_the_most_that_later_queries_pay_by_the_models_own_attention():
+@pytest.mark.parametrize("n_later", [0, 100])
+def test_it_is_the_most_that_later_queries_pay_by_the_models_own_attention(n_later: int):
     model = tiny_model("llama", dtype=torch.float32, attention="eager")
-    engine, ids = Engine.from_model(model), texts(1)[0]
-    most, entries = _repeated(engine, ids, REQUEST, [0, 1, 2])
-    whole = [*ids, *REQUEST, *ids]
-    last = len(whole) // 64 * 64  # later queries are not asked for any more
-    attentions = model(torch.tensor([whole]), output_attentions=True).attentions
-    for layer, paid in enumerate(attentions):
-        mean = paid[0].unflatten(0, (2, 2)).mean(1)[:, len(ids) + 3 : last, : len(ids)]
-        np.testing.assert_allclose(most[layer], mean.amax(1).numpy(), atol=1e-5)
-        assert entries[layer].shape == (2, len(ids), 25)
+    engine, ids = Engine.from_model(model), texts(1)[0][:160]
+    later = texts(2)[1][:n_later]
+    most, entries = _needed(engine, ids, REQUEST, later, [0, 1, 2])
+    expected = np.zeros((3, 2, len(ids)))
+    for coming, first in (([*REQUEST, *ids], len(ids) + 3), (later, len(ids))):
+        whole = [*ids, *coming]
+        last = len(whole) // 64 * 64  # later queries are not asked for any more
+        attentions = model(torch.tensor([whole]), output_attentions=True).attentions
+        for layer, paid in enumerate(attentions):
+            mean = paid[0].unflatten(0, (2, 2)).mean(1)[:, first:last, : len(ids)]
+            if mean.shape[1]:
+                expected[layer] = np.maximum(expected[layer], mean.amax(1).numpy())
+    np.testing.assert_allclose(most, expected, atol=1e-5)
+    for rows in entries:
+        assert rows.shape == (2, len(ids), 26)
+        np.testing.assert_allclose(rows[..., 0], np.log(np.arange(160, 0, -1))[None].repeat(2, 0))
+    assert engine.pool.bytes_in_use == 0
 
 
 def test_gates_are_the_ridge_regression_of_its_logarithm(llama: Any):
-    engine, contexts = Engine.from_model(llama), [ids[:160] for ids in texts(3)]
+    engine, contexts = Engine.from_model(llama), [ids[:240] for ids in texts(3)]
     begin = Namm.fresh(SETTINGS, engine.shape)
     found = by_repetition(engine, begin, contexts, REQUEST, [0.25])
     inputs, told = [], []
     for ids in contexts:
-        most, entries = _repeated(engine, ids, REQUEST, [0, 1, 2])
+        most, entries = _needed(engine, ids[:160], REQUEST, ids[160:], [0, 1, 2])
         inputs.append(entries[1][1, :96].astype(np.float64))
         told.append(np.log(most[1, 1, :96] + 1e-6))
     x, y = np.concatenate(inputs), np.concatenate(told)
     expected, *_ = np.linalg.lstsq(x, y, rcond=None)
-    error = np.square(x @ found.gates[1, 1] - y).mean()
+    row = np.concatenate([found.ages[1, 1:], found.gates[1, 1]])
+    error = np.square(x @ row - y).mean()
     assert error == pytest.approx(np.square(x @ expected - y).mean(), rel=1e-3)
     assert error < 0.95 * y.var()
     assert engine.pool.bytes_in_use == 0
@@ -61,7 +71,7 @@ def test_gates_are_the_ridge_regression_of_its_logarithm(llama: Any):
 def test_the_profile_is_each_heads_part_of_what_receives_most(llama: Any):
     engine, ids = Engine.from_model(llama), texts(1)[0]
     found = by_repetition(engine, Namm.fresh(SETTINGS, engine.shape), [ids], REQUEST, [0.25, 0.5])
-    most, _ = _repeated(engine, ids, REQUEST, [0, 1, 2])
+    most, _ = _needed(engine, ids[:160], REQUEST, ids[160:], [0, 1, 2])
     most, expected = most[..., :96], np.zeros((3, 2))
     for share in (0.25, 0.5):
         ranked = np.sort(most.ravel())[::-1]

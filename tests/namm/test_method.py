@@ -47,7 +47,8 @@ def drawn(shape: ModelShape, seed: int = 0, scores: str = "network", **settings:
         namm = replace(namm, parameters=np.zeros_like(namm.parameters))
     if scores != "network":
         gates = rng.normal(size=(*size, width_of(shape.head_size)))
-        namm = replace(namm, gates=gates.astype(np.float32))
+        ages = rng.normal(size=size).astype(np.float32)
+        namm = replace(namm, gates=gates.astype(np.float32), ages=ages)
     return namm
 
 
@@ -212,6 +213,7 @@ def test_of_what_a_head_holds_the_gates_best_stay(llama: Any):
     for head, kept in enumerate(once.cache.held(1)):
         scores = np.concatenate([keys[head], values[head], np.ones((128, 1))], 1)
         scores = scores @ namm.gates[1, head]
+        scores += namm.ages[1, head] * np.log(np.arange(128, 0, -1))
         scores[[0, 1, *range(112, 128)]] = np.inf
         assert set(kept.tolist()) == set(np.argsort(-scores)[:64].tolist())
         # What was let go on the way, when less was known, is all that may differ.
@@ -234,7 +236,7 @@ def test_gates_take_over_a_text_that_another_has_read(llama: Any, before: Any):
     for head, kept in enumerate(fork.cache.held(0)):  # whose entries do not depend on others
         old = held[0][head]
         rows = np.concatenate([keys[head, old], values[head, old], np.ones((len(old), 1))], 1)
-        scores = rows @ namm.gates[0, head]
+        scores = rows @ namm.gates[0, head] + namm.ages[0, head] * np.log(128 - old)
         scores[[i for i, p in enumerate(old) if p < 2]] = np.inf
         mine = np.isin(old, kept)
         if mine.all() or not mine.any():

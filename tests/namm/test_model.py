@@ -20,6 +20,7 @@ def some(network: str = "mlp") -> Namm:
         parameters=rng.normal(size=settings.n_parameters).astype(np.float32),
         profile=rng.normal(size=(3, 2)).astype(np.float32),
         gates=rng.normal(size=(3, 2, 17)).astype(np.float32),
+        ages=rng.normal(size=(3, 2)).astype(np.float32),
         info={"of": "a test"},
     )
 
@@ -33,7 +34,18 @@ def test_saved_and_loaded(tmp_path: Path):
     assert (other.parameters == namm.parameters).all()
     assert (other.profile == namm.profile).all()
     assert (other.gates == namm.gates).all()
+    assert (other.ages == namm.ages).all()
     assert other.digest() == namm.digest() != replace(namm, gates=2 * namm.gates).digest()
+    assert namm.digest() != replace(namm, ages=2 * namm.ages).digest()
+
+
+def test_age_adds_to_what_gates_found():
+    namm, found = some(), np.array([2.0, -1.0, 5.0], np.float32)
+    positions = np.array([0, 4, 9], np.int32)
+    expected = found + namm.ages[2, 1] * np.log([10, 6, 1])
+    assert namm.gated(2, 1, found, positions, 10) == pytest.approx(expected, rel=1e-5)
+    plain = replace(namm, ages=np.zeros((0, 0), np.float32))
+    assert (plain.gated(2, 1, found, positions, 10) == found).all()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +72,9 @@ def test_another_feature_size_is_refused():
     with pytest.raises(VesicleError, match=r"has shape \(3,\); allowed: \(layers, KV heads\)"):
         replace(some(), profile=np.zeros(3, np.float32))
     with pytest.raises(VesicleError, match=r"have shape \(3, 2\); allowed: \(layers, KV heads, 2"):
-        replace(some(), gates=np.zeros((3, 2), np.float32))
+        replace(some(), gates=np.zeros((3, 2), np.float32), ages=np.zeros((0, 0), np.float32))
+    with pytest.raises(VesicleError, match=r"ages of a NAMM have shape \(2, 2\); .* \(3, 2\)"):
+        replace(some(), ages=np.zeros((2, 2), np.float32))
 
 
 def test_a_profile_fits_its_own_heads_alone():

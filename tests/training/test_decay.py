@@ -87,6 +87,6 @@ def test_scores_are_the_logarithms_of_what_is_left():
     namm = Namm.fresh(NammSettings(decays=True))
     found = np.array([2.0, -1.0, 5.0], np.float32)
     rates = 1 / (1 + np.exp(-found))
-    scores = namm.gated(found, np.array([0, 4, 9], np.int32), 10)
+    scores = namm.gated(0, 0, found, np.array([0, 4, 9], np.int32), 10)
     np.testing.assert_allclose(scores, np.log(rates) * [10, 6, 1], rtol=1e-5)
-    assert (Namm.fresh().gated(found, np.array([0, 4, 9], np.int32), 10) == found).all()
+    assert (Namm.fresh().gated(0, 0, found, np.array([0, 4, 9], np.int32), 10) == found).all()

@@ -24,7 +24,7 @@ from vesicle.commands.inputs import (
 )
 from vesicle.errors import VesicleError
 from vesicle.folders import locked, set_aside
-from vesicle.shipped import is_default_model, shipped_modulator
+from vesicle.shipped import modulator_for
 from vesicle.terminal import SafeConsole
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def _modulator(given: str | None, folder: Path, budget: float | None) -> str | N
     """What was given, or what is shipped for the model."""
     if given is not None:
         return given
-    shipped = shipped_modulator() if is_default_model(folder) else None
+    shipped = modulator_for(folder)
     if shipped is None and budget is not None:
         raise VesicleError(f"--budget is {budget:g}, and no modulator is shipped for this model")
     return None if shipped is None else str(shipped)

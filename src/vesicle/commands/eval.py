@@ -23,7 +23,7 @@ from vesicle.commands.inputs import (
 from vesicle.commands.outputs import print_json
 from vesicle.errors import VesicleError
 from vesicle.folders import check_free
-from vesicle.shipped import is_default_model, shipped_modulator
+from vesicle.shipped import modulator_for
 from vesicle.terminal import SafeConsole
 
 if TYPE_CHECKING:
@@ -274,9 +274,7 @@ def _subject(
     from vesicle.modulator import Modulator
 
     folder = resolve_model(model, revision=revision)
-    source: str | Path | None = modulator
-    if source is None and is_default_model(folder):
-        source = shipped_modulator()
+    source = modulator or modulator_for(folder)
     loaded = None if source is None else Modulator.from_pretrained(source)
 
     def hugging_face() -> Any:

@@ -15,7 +15,7 @@ from vesicle.commands.outputs import print_json
 from vesicle.errors import DataError
 from vesicle.files import atomic_path
 from vesicle.models.default import DEFAULT_MODEL
-from vesicle.shipped import is_default_model
+from vesicle.shipped import namm_for
 from vesicle.terminal import SafeConsole
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _name(method: MemoryMethod, namm: Path | None, folder: Path) -> str:
     """The method as `memory_method` names it."""
     if namm is not None:
         return f"{MemoryMethod.namm}:{namm}"
-    if method is MemoryMethod.namm and not is_default_model(folder):
+    if method is MemoryMethod.namm and namm_for(folder) is None:
         notice("no NAMM is shipped for this model: the first and the newest entries stay")
         return MemoryMethod.recency.value
     return method.value

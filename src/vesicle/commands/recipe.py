@@ -90,7 +90,9 @@ def new_modulator(
     ffn_rank: int,
     attention_rank: int,
 ) -> Modulator:
-    """An untrained modulator with fitted stand-ins, its offsets set by measured sensitivity.
+    """An untrained modulator, its offsets set by measured sensitivity.
+
+    Its stand-ins are fitted if it releases serotonin, which alone has them run.
 
     Raises:
         VesicleError: A setting is unknown or out of range.
@@ -104,6 +106,7 @@ def new_modulator(
     from vesicle.small_modules import LowRankMaps
 
     torch.manual_seed(0)
+    skips = "serotonin" in transmitters
     try:
         modulator = Modulator.new(
             model_shape(subject.model),
@@ -111,15 +114,16 @@ def new_modulator(
             predictor=predictor,
             transmitters=tuple(transmitters),
             hidden=hidden,
-            ffn_rank=ffn_rank,
-            attention_rank=attention_rank,
+            ffn_rank=ffn_rank if skips else 1,
+            attention_rank=attention_rank if skips else 1,
         )
     except ValueError as error:
         raise VesicleError(str(error)) from error
-    ffn, attention = modulator.ffn_standin, modulator.attention_standin
-    assert isinstance(ffn, LowRankMaps)
-    assert isinstance(attention, LowRankMaps)
-    fit_standins(subject.model, windows, ffn, attention, cache=cache)
+    if skips:
+        ffn, attention = modulator.ffn_standin, modulator.attention_standin
+        assert isinstance(ffn, LowRankMaps)
+        assert isinstance(attention, LowRankMaps)
+        fit_standins(subject.model, windows, ffn, attention, cache=cache)
     few = windows[:SENSITIVITY_WINDOWS]
     sensitivity = measure_sensitivity(subject.model, modulator, few, cache=cache)
     assert isinstance(modulator.predictor, Predictor)

@@ -11,7 +11,7 @@ from vesicle.commands import recipe
 from vesicle.commands.inputs import MODEL, REVISION, check_folder, notice, numbers
 from vesicle.errors import VesicleError
 from vesicle.folders import check_free
-from vesicle.shipped import shipped_modulator
+from vesicle.shipped import modulator_for
 from vesicle.terminal import SafeConsole
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -73,14 +73,12 @@ def regret(
       vesicle regret --limit 2 --length 256 --budgets 0.9,0.8 --methods learnt,uniform
     """
     given = dict(locals())
-    source = modulator or shipped_modulator()
-    if source is None:
-        raise VesicleError("no modulator is shipped with this package: name one")
     from dataclasses import fields
 
     from vesicle.evaluation.report.table import rich_tables
     from vesicle.evaluation.run.text import evaluate
     from vesicle.evaluation.run.text_config import EvalConfig
+    from vesicle.models import resolve_model
     from vesicle.modulator import Modulator
 
     given["budgets"] = numbers(budgets, "--budgets")
@@ -90,6 +88,9 @@ def regret(
     config = EvalConfig(**{name: given[name] for name in names})
     check_folder(out)
     check_free(out)
+    source = modulator or modulator_for(resolve_model(model, revision=revision))
+    if source is None:
+        raise VesicleError("no modulator is shipped for this model: name one")
     loaded = Modulator.from_pretrained(source)
     subject = recipe.load_subject(model, revision)
     result = evaluate(

@@ -31,7 +31,7 @@ from vesicle.commands.outputs import print_json
 from vesicle.errors import DataError, VesicleError
 from vesicle.models.default import DEFAULT_MODEL
 from vesicle.models.shorten import Place, shorten
-from vesicle.shipped import is_default_model, shipped_modulator, shipped_namm
+from vesicle.shipped import modulator_for, namm_for
 from vesicle.terminal import AnswerWriter, SafeConsole
 
 if TYPE_CHECKING:
@@ -401,7 +401,7 @@ def _remembering(
     """
     from vesicle.namm import Namm, NammMemory
 
-    source = namm or (shipped_namm() if is_default_model(folder) else None)
+    source = namm or namm_for(folder)
     if source is None:
         notice("no NAMM is shipped for this model: the first and the newest entries stay")
     found = Namm.fresh() if source is None else Namm.load(source)
@@ -523,7 +523,7 @@ def _find_modulator(
 
     if spec is not None:
         return spec, Modulator.from_pretrained(spec)
-    shipped = shipped_modulator() if is_default_model(folder) else None
+    shipped = modulator_for(folder)
     if shipped is not None:
         return str(shipped), Modulator.from_pretrained(shipped)
     if not quiet:

@@ -189,7 +189,7 @@ class Context:
                     scores = namm.scores(spectral, positions, self._length)
                 if self._gated:
                     found = self._gated[i][head]
-                    scores = scores + namm.gated(found, positions, self._length)
+                    scores = scores + namm.gated(layer, head, found, positions, self._length)
                 kept.append(positions[best(scores, always, count)])
             fork.cache.compact(layer, kept)
         return fork

@@ -1,11 +1,12 @@
-"""Gates and a profile by repetition: what of a text is read while it is said once more.
+"""Gates and a profile by repetition: what of a text is read while it is said once more, or goes on.
 
 Whoever repeats a text needs all of it, and what attention an entry receives meanwhile at most says
-how much it would be missed, whatever will be asked (KVzip, Kim et al. 2025, arXiv:2505.23416).
-Gates learn to tell it from the entry's key and value alone (KVzap does from hidden states, Jegou
-and Jeblick 2026), by ridge regression on its logarithm, and so need forward passes only. The
-profile is what of each head is among the entries that receive most, all heads of all layers taken
-together.
+how much it would be missed, whatever will be asked (KVzip, Kim et al. 2025, arXiv:2505.23416). The
+tokens that come next need other entries, and newer ones: what these pay counts as well, and the
+more of both. Gates learn to tell it from the entry's key, value and age alone (KVzap does from
+hidden states, Jegou and Jeblick 2026), by ridge regression on its logarithm, and so need forward
+passes only. The profile is what of each head is among the entries that receive most, all heads of
+all layers taken together.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from vesicle.shapes import ModelShape
 
 REQUEST = "\n\nRepeat the previous context exactly:\n\n"
 _INTERVAL = 64
-_MOST_TOKENS = 1024
-"""Of a context that are repeated: what attention costs grows with their square."""
+_MOST_TOKENS, _MOST_LATER = 1024, 768
+"""Of a context that are repeated, and of what comes next: attention costs their square."""
 _RIDGE = 1e-4
 """Of the inputs' own mean squares."""
 _LEAST = 1e-6
 """Attention below which nothing is told apart."""
 
 
-class _Repeating(Forgetful):
+class _Watching(Forgetful):
     """Forgets nothing, and keeps what the first entries receive at most of later queries."""
 
     def __init__(self, n_entries: int, first_query: int, shape: ModelShape) -> None:
@@ -42,13 +43,13 @@ class _Repeating(Forgetful):
         self.most = np.zeros((shape.n_layers, shape.n_kv_heads, n_entries), np.float32)
 
     def forgetter(self, shape: ModelShape) -> Forgetter:
-        return _Repeater(self)
+        return _Watcher(self)
 
 
-class _Repeater(Forgetter):
+class _Watcher(Forgetter):
     interval = observes = _INTERVAL
 
-    def __init__(self, method: _Repeating) -> None:
+    def __init__(self, method: _Watching) -> None:
         self._method = method
 
     def forget(self, layer: int, length: int, evidence: Evidence) -> Events:
@@ -69,31 +70,32 @@ def by_repetition(
     memory: Sequence[float],
     wait: Callable[[str], None] = lambda note: None,
 ) -> Namm:
-    """A NAMM whose gates and profile say what is needed to repeat contexts.
+    """A NAMM whose gates and profile say what is needed to repeat contexts or to go on with them.
 
     Args:
         engine: Of the model.
         start: Whose network it has.
-        contexts: Token ids of each, of which the first 1,024 are repeated; those below 128 tokens
-            are left out.
+        contexts: Token ids of each: the first two thirds, up to 1,024, are repeated, and what comes
+            next goes on for up to 768. Those below 192 tokens are left out.
         request: Token ids that ask for a repetition.
         memory: Shares of the cache that the profile is for; the mean of its logarithms is taken.
         wait: Takes a note of which context it is at.
 
     Raises:
-        VesicleError: If the model's context window cannot hold a context twice.
+        VesicleError: If the model's context window cannot hold what is repeated twice.
     """
     shape = engine.shape
     layers = np.nonzero(shape.layer_windows == 0)[0].tolist()
-    width = width_of(shape.head_size)
+    width = width_of(shape.head_size) + 1  # and the age
     size = shape.n_layers, shape.n_kv_heads
     squares, products = np.zeros((*size, width, width)), np.zeros((*size, width))
     shares = np.zeros((len(memory), *size))
-    long = [ids for ids in contexts if len(ids) >= 2 * _INTERVAL]
+    long = [list(ids) for ids in contexts if len(ids) >= 3 * _INTERVAL]
     for n, ids in enumerate(long):
         wait(f"repeating context {n + 1} of {len(long)}")
-        length = min(len(ids), _MOST_TOKENS) // BLOCK * BLOCK
-        most, entries = _repeated(engine, list(ids[:length]), list(request), layers)
+        length = min(len(ids) * 2 // 3, _MOST_TOKENS) // BLOCK * BLOCK
+        later = ids[length : length + _MOST_LATER]
+        most, entries = _needed(engine, ids[:length], list(request), later, layers)
         # Whatever is newest stays anyway, and the repetition may end before it is asked for.
         told = np.log(most[..., : length - _INTERVAL] + _LEAST)
         for layer, inputs in zip(layers, entries, strict=True):
@@ -103,38 +105,55 @@ def by_repetition(
         for row, share in zip(shares, memory, strict=True):
             least = np.quantile(told[layers], 1 - share)
             row += (told >= least).mean(-1) / len(long)
-    gates = np.zeros((*size, width), np.float32)
+    gates, ages = np.zeros((*size, width - 1), np.float32), np.zeros(size, np.float32)
     for layer in layers:
         for head in range(shape.n_kv_heads):
             ridge = squares[layer, head].copy()
             ridge[np.diag_indices(width - 1)] += _RIDGE * np.diag(ridge)[:-1] + 1e-9
-            gates[layer, head] = np.linalg.solve(ridge, products[layer, head])
+            found = np.linalg.solve(ridge, products[layer, head])
+            ages[layer, head], gates[layer, head] = found[0], found[1:]
     profile = np.log(np.maximum(shares, 1e-3)).mean(0).astype(np.float32)
-    return replace(start, gates=gates, profile=profile)
+    return replace(start, gates=gates, ages=ages, profile=profile)
 
 
-def _repeated(
-    engine: Engine, ids: list[int], request: list[int], layers: list[int]
+def _needed(
+    engine: Engine, ids: list[int], request: list[int], later: list[int], layers: list[int]
 ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
-    """What entries (L, G, n) received at most, and (G, n, 2 K + 1) of each layer's what gates see.
+    """What entries (L, G, n) received at most, and what is known of them.
 
     Args:
         engine: Of the model.
         ids: (n,) a multiple of 16.
         request: Token ids between a text and its repetition.
+        later: Token ids that go on after the text.
         layers: Those that forget.
+
+    Returns:
+        The first, and (G, n, 2 K + 2) of each layer: the logarithm of the age when all was read,
+        and what gates see.
     """
+    n = len(ids)
     text = engine.start(Dense())
     engine.forward([(text, ids)], "none")
+    ages = np.log(np.arange(n, 0, -1, dtype=np.float32))
     entries = []
     for layer in layers:
-        keys, values = (x.numpy() for x in text.newest_entries(layer, len(ids)))
-        entries.append(gate_inputs(keys, values))
-    method = _Repeating(len(ids), len(ids) + len(request), engine.shape)
-    again = engine.fork(text, method=method)
+        keys, values = (x.numpy() for x in text.newest_entries(layer, n))
+        inputs = gate_inputs(keys, values)
+        aged = np.broadcast_to(ages[:, None], (*inputs.shape[:2], 1))
+        entries.append(np.concatenate([aged, inputs], axis=-1))
+    most = np.zeros((engine.shape.n_layers, engine.shape.n_kv_heads, n), np.float32)
     try:
-        engine.forward([(again, [*request, *ids])], "none")
+        for coming, first in (([*request, *ids], n + len(request)), (later, n)):
+            if not coming:
+                continue
+            method = _Watching(n, first, engine.shape)
+            fork = engine.fork(text, method=method)
+            try:
+                engine.forward([(fork, coming)], "none")
+            finally:
+                fork.close()
+            most = np.maximum(most, method.most)
     finally:
         text.close()
-        again.close()
-    return method.most, entries
+    return most, entries

@@ -144,7 +144,7 @@ class _NammForgetter(Forgetter):
                 scores = namm.scores(spectral, positions, length)
             if self.reads_entries:
                 found = self._gated[layer][head, positions]
-                scores = scores + namm.gated(found, positions, length)
+                scores = scores + namm.gated(layer, head, found, positions, length)
             always = self._method.protected(positions, length)
             if self._method.memory is None:
                 stays.append(always | (scores + self._profile[layer, head] >= 0))

@@ -20,9 +20,9 @@ from vesicle.plan import BLOCK, IntArray
 from vesicle.shapes import ModelShape
 
 Array = NDArray[np.float32]
-FORMAT = "vesicle-namm-3"
+FORMAT = "vesicle-namm-4"
 _CONFIG, _NUMBERS = "namm.json", "namm.safetensors"
-_ARRAYS = ("parameters", "profile", "gates")
+_ARRAYS = ("parameters", "profile", "gates", "ages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,8 @@ class Namm:
             fits any model.
         gates: (L, G, 2 K + 1) of each KV head of one model (see `gates`), whose scores are added to
             the network's; empty for none.
+        ages: (L, G) what the logarithm of an entry's age in tokens adds to a gate's score, times
+            this; empty for nothing.
         info: What is worth knowing of how it came to be.
     """
 
@@ -105,6 +107,7 @@ class Namm:
     parameters: Array
     profile: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     gates: Array = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
+    ages: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -127,6 +130,11 @@ class Namm:
             raise VesicleError(
                 f"gates of a NAMM have shape {self.gates.shape}; allowed: (layers, KV heads, "
                 "2 head sizes and 1)"
+            )
+        if self.ages.shape not in ((0, 0), self.gates.shape[:2]):
+            raise VesicleError(
+                f"ages of a NAMM have shape {self.ages.shape}; allowed: that of its gates' heads, "
+                f"{self.gates.shape[:2]}, or none"
             )
         for name in _ARRAYS:
             if not np.isfinite(getattr(self, name)).all():
@@ -210,19 +218,23 @@ class Namm:
             features = np.concatenate([spectral, ages[..., None]], axis=-1)
         return score(self.settings.network, self.parameters, features, self.settings.hidden)
 
-    def gated(self, found: Array, positions: IntArray, length: int) -> Array:
-        """(..., n) scores of entries by what their gates have found.
+    def gated(self, layer: int, head: int, found: Array, positions: IntArray, length: int) -> Array:
+        """(n,) scores of a KV head's entries by what its gate has found.
 
         Args:
-            found: (..., n) as `gates.gate_scores` has them.
-            positions: (..., n) of the entries.
+            layer: Of the head.
+            head: Which one.
+            found: (n,) as `gates.gate_scores` has them.
+            positions: (n,) of the entries.
             length: Tokens read.
         """
-        if not self.settings.decays:
-            return found
-        # The logarithm of b^n, b the sigmoid of what was found and n the entry's age.
-        scores = -np.logaddexp(0, -found) * (length - positions)
-        return scores.astype(np.float32)
+        ages = (length - positions).astype(np.float32)
+        if self.settings.decays:
+            # The logarithm of b^n, b the sigmoid of what was found and n the entry's age.
+            found = -np.logaddexp(0, -found) * ages
+        if self.ages.size:
+            found = found + self.ages[layer, head] * np.log(ages)
+        return found.astype(np.float32)
 
     def digest(self) -> str:
         """SHA-256 of all that decides, in hexadecimal."""

@@ -44,7 +44,8 @@ def gated(namm: Namm, model: Any) -> Namm:
     shape = find_family(model.config).decoder_config(model.config).shape
     rng = np.random.default_rng(4)
     gates = rng.normal(size=(shape.n_layers, shape.n_kv_heads, width_of(shape.head_size)))
-    return replace(namm, gates=gates.astype(np.float32))
+    ages = rng.normal(size=gates.shape[:2]).astype(np.float32)
+    return replace(namm, gates=gates.astype(np.float32), ages=ages)
 
 
 def press_of(*given: Any, **named: Any) -> Any:

@@ -91,7 +91,10 @@ class Choice:
         found = gate_scores(self.namm.gates[layer], *given)
         length = keys.shape[1]
         positions = np.arange(length, dtype=np.int32)
-        return [self.namm.gated(head, positions, length) for head in found]
+        return [
+            self.namm.gated(layer, head, scores, positions, length)
+            for head, scores in enumerate(found)
+        ]
 
     def _allotted(self, layer: int, length: int) -> list[int]:
         """(G,) entries that the KV heads of a layer may keep."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vesicle.errors import VesicleError
 from vesicle.modulator import Modulator
-from vesicle.shipped import is_default_model, load_default_modulator
+from vesicle.shipped import modulator_for
 
 SHIPPED = "shipped"
 _AUTO_BATCH = 8
@@ -92,8 +92,9 @@ def find_modulator(
         return None, "none"
     if spec != SHIPPED:
         return Modulator.from_pretrained(str(spec)), str(spec)
-    if is_default_model(folder):
-        return load_default_modulator(), SHIPPED
+    shipped = modulator_for(folder)
+    if shipped is not None:
+        return Modulator.from_pretrained(shipped), SHIPPED
     if budget is not None and budget != 1:
         raise VesicleError(
             f"budget is {budget}, and no modulator is shipped for this model: name one with "
