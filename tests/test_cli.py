@@ -496,7 +496,10 @@ def test_evolve_and_run_with_it(vesicle: Run, longer: Path, text_file: Path, tmp
         }.items()
     }
     assert held[1.0] > held[0.8] >= held[0.7]
-    assert "no NAMM is shipped for this model" in vesicle(*asks, "--memory", 0.7)[2]
+    report = " ".join(vesicle(*asks[:-1], "--memory", 0.7)[2].split())
+    assert "no NAMM is shipped for this model" in report
+    assert re.search(r"noradrenaline holds 0\.\d\d of the cache", report)
+    assert "resting: dopamine, serotonin, gaba, acetylcholine speed" in report
 
 
 @pytest.mark.parametrize("begin", ["repetition", "decay"])

@@ -32,6 +32,7 @@ _COLD_TO_WARM = ((38, 50, 110), (40, 120, 142), (94, 170, 104), (242, 193, 78), 
 _SWATCHES = 10
 _LEAST_SPREAD = 0.005
 _LEAST_SCALE = 0.1
+_MEMORY = "noradrenaline"
 _QUANTITIES = {
     "FLOPs": ("flops_total", "flops", ""),
     "weights read": ("weight_bytes", "weight_bytes", "B"),
@@ -393,7 +394,11 @@ def _levels_line(answer: Answer) -> str:
         return "not recorded in a saved plan"
     acting = [n for n in NAMES if n in answer.released and answer.phases.get(n) != NEVER]
     shown = [f"{name} {answer.levels[name]:.2f}" for name in acting]
-    resting = [name for name in NAMES if name not in acting]
+    held = answer.executed.kv_bytes_held / max(1, answer.dense.kv_bytes_held)
+    forgets = held < 1 and _MEMORY not in acting  # by a share set for a text
+    if forgets:
+        shown.append(f"{_MEMORY} holds {held:.2f} of the cache")
+    resting = [n for n in NAMES if n not in acting and not (forgets and n == _MEMORY)]
     if resting:
         shown.append(f"resting: {', '.join(resting)}")
     return "  ".join(shown)

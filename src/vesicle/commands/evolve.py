@@ -254,9 +254,7 @@ def evolve(
                 "generation": found.generation,
                 "held_out_excess": found.held_out,
                 "start_excess": found.started_at,
-                "parameters": int(
-                    found.namm.parameters.size + found.namm.profile.size + found.namm.gates.size
-                ),
+                "parameters": found.namm.n_numbers,
                 "generations": found.lines,
             }
         )

@@ -158,6 +158,11 @@ class Namm:
         )
 
     @property
+    def n_numbers(self) -> int:
+        """Of all that decides."""
+        return sum(getattr(self, name).size for name in _ARRAYS)
+
+    @property
     def sees_attention(self) -> bool:
         """Whether its network prefers anything; one that does not need not see anything."""
         return bool(self.parameters.any())
