@@ -55,6 +55,11 @@ class Forgetful(Method):
         self.inner = inner or Dense()
 
     @property
+    def decider(self) -> Method:
+        """The inner method's."""
+        return self.inner.decider
+
+    @property
     def stand_ins(self) -> StandIns:
         """The inner method's."""
         return self.inner.stand_ins

@@ -241,7 +241,7 @@ def mean_levels(sequence: Sequence) -> dict[str, float] | None:
 
     REST for one that acts on none; None for methods without levels.
     """
-    if isinstance(sequence.method, Dense):
+    if isinstance(sequence.method.decider, Dense):
         return dict.fromkeys(NAMES, REST)
     levels = sequence.levels
     if not len(levels):
@@ -460,7 +460,7 @@ def scaled(value: float, unit: str) -> str:
 
 
 def _phases(sequence: Sequence) -> dict[str, str]:
-    method = sequence.method
+    method = sequence.method.decider
     if not isinstance(method, ModulatorMethod):
         return {}
     places = method.phases.to_dict()
@@ -468,7 +468,7 @@ def _phases(sequence: Sequence) -> dict[str, str]:
 
 
 def _released(sequence: Sequence) -> tuple[str, ...]:
-    method = sequence.method
+    method = sequence.method.decider
     if not isinstance(method, ModulatorMethod):
         return ()
     return method.modulator.predictor.config.transmitters

@@ -59,6 +59,11 @@ class Retention(Method):
         self._evict_after: IntArray | None = None
 
     @property
+    def decider(self) -> Method:
+        """The inner method's."""
+        return self.inner.decider
+
+    @property
     def stand_ins(self) -> StandIns:
         """The inner method's stand-ins and block summary."""
         return self.inner.stand_ins

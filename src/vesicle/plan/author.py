@@ -185,6 +185,11 @@ class Method(ABC):
         """A fresh author for one sequence on a model of `shape`."""
 
     @property
+    def decider(self) -> Method:
+        """Who decides all but what is kept: itself, or the method that it is around."""
+        return self
+
+    @property
     def stand_ins(self) -> StandIns:
         """What its Plans need beside the model; nothing by default."""
         return StandIns()
