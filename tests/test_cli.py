@@ -469,6 +469,19 @@ def longer(model: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def test_without_serotonin_there_are_no_stand_ins(
+    vesicle: Run, model: Path, text_file: Path, tmp_path: Path
+):
+    words = ("calibrate", "--data", text_file, "--model", model, "--sequence-length", 32)
+    words += ("--transmitters", "dopamine", "--windows", 2, "--out", tmp_path / "run")
+    status, _, err = vesicle(*words)
+    assert status == 0, err
+    found = Modulator.from_pretrained(tmp_path / "run")
+    assert not found.ffn_standin.up.any()
+    assert found.ffn_standin.up.shape[-1] == 1
+    assert found.predictor.offset.std() > 0
+
+
 def test_evolve_and_run_with_it(vesicle: Run, longer: Path, text_file: Path, tmp_path: Path):
     model = longer
     words = ("evolve", "--tasks", "", "--text", text_file, "--lengths", 96, "--model", model)
@@ -506,7 +519,9 @@ def test_evolve_and_run_with_it(vesicle: Run, longer: Path, text_file: Path, tmp
 def test_gates_without_evolution(
     vesicle: Run, longer: Path, text_file: Path, tmp_path: Path, begin: str
 ):
-    words = ("evolve", "--tasks", "", "--text", text_file, "--lengths", 144, "--model", longer)
+    text = tmp_path / "twice.txt"
+    text.write_text(2 * text_file.read_text())
+    words = ("evolve", "--tasks", "", "--text", text, "--lengths", 192, "--model", longer)
     words += ("--questions", 4, "--contexts", 2, "--memory", "0.8", "--begin", begin)
     words += ("--generations", 0, "--out", tmp_path / "run", "--json")
     status, out, err = vesicle(*words)

@@ -11,10 +11,12 @@ from rich.console import Console
 from tests.tiny import tiny_model, tiny_modulator, tokens
 from vesicle.cost import price, price_tokens
 from vesicle.engine import Engine, Sequence
+from vesicle.eviction import SinksAndRecent
 from vesicle.modulator import Modulator
 from vesicle.phases import EVERYWHERE, Phases
 from vesicle.plan import FFN_SKIP, Dense, Method, Plan, Replay
 from vesicle.report import Answer, answer_shares, heat_strip, scaled, show
+from vesicle.transmitters import NAMES
 
 PROMPT, NEW = 21, 6
 
@@ -146,6 +148,17 @@ def test_bytes_held_are_close_to_the_packed_size(weights: str, kv: str, tied: bo
     held, packed = facts.weight_bytes + facts.kv_bytes, facts.packed_bytes
     assert packed < held <= packed + norms + blocks
     assert facts.packed_ratio == held / packed
+
+
+def test_whose_levels_act_where_memory_is_a_share(engine: Engine, modulator: Modulator):
+    plain = answer_of(engine, modulator.at(0.5))
+    within = answer_of(engine, SinksAndRecent(64, inner=modulator.at(0.5)))
+    assert within.released == plain.released
+    assert within.phases == plain.phases
+    assert within.levels == plain.levels  # of a text too short to forget from
+    dense = answer_of(engine, SinksAndRecent(64))
+    assert dense.levels == dict.fromkeys(NAMES, 1.0)
+    assert dense.released == ()
 
 
 def test_report_names_everything(engine: Engine, modulator: Modulator):

@@ -394,8 +394,8 @@ def _levels_line(answer: Answer) -> str:
         return "not recorded in a saved plan"
     acting = [n for n in NAMES if n in answer.released and answer.phases.get(n) != NEVER]
     shown = [f"{name} {answer.levels[name]:.2f}" for name in acting]
-    held = answer.executed.kv_bytes_held / max(1, answer.dense.kv_bytes_held)
-    forgets = held < 1 and _MEMORY not in acting  # by a share set for a text
+    held = answer.executed.ratio(answer.dense)["kv_bytes_held"]
+    forgets = held < 0.995 and _MEMORY not in acting  # by a share set for a text
     if forgets:
         shown.append(f"{_MEMORY} holds {held:.2f} of the cache")
     resting = [n for n in NAMES if n not in acting and not (forgets and n == _MEMORY)]

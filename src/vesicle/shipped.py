@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vesicle.errors import VesicleError
 from vesicle.files import cache_root
-from vesicle.models.default import DEFAULT_MODEL
+from vesicle.models.catalogue import CATALOGUE, DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from vesicle.modulator import Modulator
@@ -38,8 +38,8 @@ def namm_for(folder: Path) -> Path | None:
 
 def name_of(folder: Path) -> str:
     """What the catalogue calls the model in `folder`; empty for a model of other origin."""
-    folder = folder.resolve()
-    return folder.name if folder.parent == (cache_root() / "models").resolve() else ""
+    known = {(cache_root() / "models" / name).resolve(): name for name in CATALOGUE}
+    return known.get(folder.resolve(), "")
 
 
 def shipped_modulator() -> Path | None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.evolution.test_evolve import CONFIG, lines, questions, start
 from vesicle.engine import Engine
-from vesicle.errors import CacheFullError, VesicleError
+from vesicle.errors import CacheFullError, ModelError, VesicleError
 from vesicle.evolution import evolve
 from vesicle.evolution.cluster import on_cluster
 
@@ -35,7 +35,7 @@ class Ray:
     def is_initialized(self) -> bool:
         return True
 
-    def cluster_resources(self) -> dict[str, float]:
+    def available_resources(self) -> dict[str, float]:
         return {"CPU": self.cpus}
 
     def remote(self, **resources: float) -> Any:
@@ -71,10 +71,10 @@ def folder(llama: Any, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def run(folder: Path, out: Path, begin: str, *, cluster: bool) -> Any:
+def run(folder: Path, out: Path, begin: str, *, cluster: bool, find: Any = None) -> Any:
     engine = Engine.from_pretrained(folder)
     config = replace(CONFIG, begin=begin, evolves="profile" if begin == "ablation" else "both")
-    read = on_cluster(partial(Path, folder)) if cluster else None
+    read = on_cluster(find or partial(Path, folder)) if cluster else None
     return evolve(engine, start(engine), questions(5), questions(2, 9), config, out, read=read)
 
 
@@ -112,11 +112,23 @@ def test_a_worker_that_fails_is_told_in_one_line(
     monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
     with pytest.raises(VesicleError, match=message):
         run(folder, tmp_path / "out", "as-is", cluster=True)
+    assert ray.killed == ray.started == 3
+
+
+def test_gone_on_with_on_a_cluster(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "ray", Ray())  # type: ignore[arg-type]
+    whole = run(folder, tmp_path / "whole", "as-is", cluster=False)
+    run(folder, tmp_path / "part", "as-is", cluster=False)
+    path = tmp_path / "part" / "generations.jsonl"
+    path.write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:3]) + b"\n")
+    part = run(folder, tmp_path / "part", "as-is", cluster=True)
+    assert lines(tmp_path / "part") == lines(tmp_path / "whole")
+    assert part.namm.digest() == whole.namm.digest()
 
 
 def test_without_cpus(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "ray", Ray(cpus=0))  # type: ignore[arg-type]
-    with pytest.raises(VesicleError, match="no CPU"):
+    with pytest.raises(VesicleError, match="no free CPU"):
         run(folder, tmp_path / "out", "as-is", cluster=True)
 
 
@@ -126,12 +138,18 @@ def test_without_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run(folder, tmp_path / "out", "as-is", cluster=True)
 
 
+def no_model() -> Path:
+    raise ModelError("no model of that name")
+
+
 @pytest.mark.ray
 def test_on_ray_itself(folder: Path, tmp_path: Path):
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
+        with pytest.raises(ModelError, match="no model of that name"):
+            run(folder, tmp_path / "none", "as-is", cluster=True, find=no_model)
         there = run(folder, tmp_path / "there", "as-is", cluster=True)
         here = run(folder, tmp_path / "here", "as-is", cluster=False)
         assert lines(tmp_path / "here") == lines(tmp_path / "there")

@@ -35,7 +35,7 @@ def questions(n: int, seed: int = 0) -> list[Question]:
 
 def long_questions(n: int) -> list[Question]:
     """With contexts that are long enough to be repeated."""
-    return [replace(q, context=[*q.context, *q.context[5:60]]) for q in questions(n)]
+    return [replace(q, context=[*q.context, *q.context, *q.context[5:60]]) for q in questions(n)]
 
 
 @pytest.fixture
@@ -69,9 +69,10 @@ def test_a_candidate_is_tried_as_it_would_run(engine: Engine, gated: bool):
     question = Question(id="a", context=ids, lead=[5], answer=[7, 8, 9])
     gates = rng.normal(size=(*size_of(engine), 2 * engine.shape.head_size + 1)).astype(np.float32)
     gates = gates if gated else gates[:0, :0, :0]
+    ages = rng.normal(size=gates.shape[:2]).astype(np.float32)
     context = Context(engine, question, SETTINGS, gates)
     for seed in range(3):
-        namm = replace(drawn(engine, seed), gates=gates)
+        namm = replace(drawn(engine, seed), gates=gates, ages=ages)
         sequence = engine.start(NammMemory(namm, memory=0.5))
         engine.forward([(sequence, ids)], "none")
         logits = engine.forward([(sequence, [5, 7, 8])], "all")[0].log_softmax(-1)

@@ -9,6 +9,7 @@ import torch
 
 from tests.tiny import tiny_model
 from vesicle.engine import Engine
+from vesicle.errors import DataError
 from vesicle.evolution.repetition import _needed, by_repetition
 from vesicle.namm import Namm, NammSettings
 from vesicle.namm.gates import gate_inputs, gate_scores
@@ -92,7 +93,15 @@ def test_layers_with_windows_and_short_contexts_are_left_out():
     assert not found.gates[windowed].any()
     assert found.gates[~windowed].any()
     assert (found.gates == same.gates).all()
+    assert not found.ages[windowed].any()
+    assert found.ages[~windowed].all()
     replace(found, info={}).check_fits(engine.shape)
+
+
+def test_contexts_that_are_all_too_short_are_told(llama: Any):
+    engine = Engine.from_model(llama)
+    with pytest.raises(DataError, match=r"contexts have 191 tokens at most; .* need 192"):
+        by_repetition(engine, Namm.fresh(), [texts(1)[0][:191]], REQUEST, [0.5])
 
 
 def test_scores_are_products_with_key_value_and_one():

@@ -116,4 +116,6 @@ def test_the_shipped_one_fits_the_default_model_and_is_small():
     namm = Namm.load(folder)
     assert namm.profile.shape == (30, 3)
     assert namm.gates.shape == (30, 3, 129)
+    assert namm.ages.shape == (30, 3)
+    assert (namm.ages < 0).all()  # what is old is needed less
     assert int(namm.profile.max(1).argmax()) == 18  # where pass keys are found

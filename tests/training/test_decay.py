@@ -78,6 +78,7 @@ def test_training_holds_about_what_is_allowed():
     assert notes[-1] == "gates by gradient, context 60 of 60"
     assert not any(p.requires_grad for p in model.parameters())
     assert tight.settings.decays
+    assert not tight.ages.size  # of another's gates
     assert tight.gates.shape == (3, 2, 25)
     assert np.exp(loose.profile).mean() > 0.85  # 96 tokens at the rate of the beginning
     assert 0.3 < np.exp(tight.profile).mean() < 0.7

@@ -111,7 +111,7 @@ def calibrate(
     ids, last = ids[: len(ids) - held_out][:windows], ids[len(ids) - held_out :]
     cache = out / recipe.CALIBRATION
     if loaded is None:
-        notice("fitting stand-ins and measuring each layer")
+        notice("measuring each layer, after fitting stand-ins if serotonin is released")
         loaded = recipe.new_modulator(
             subject,
             ids,

@@ -99,8 +99,8 @@ def evolve(
         str,
         typer.Option(
             help="What a profile begins at: as-is, ablation (what is lost where each KV head alone "
-            "forgets), or with gates: repetition (what is needed to repeat a text), decay (trained "
-            "by gradient).",
+            "forgets), or with gates: repetition (what is needed to repeat a text and to go on "
+            "with it), decay (trained by gradient).",
             rich_help_panel=_NAMM,
         ),
     ] = "as-is",
@@ -124,8 +124,8 @@ def evolve(
         bool,
         typer.Option(
             "--ray",
-            help="Try candidates on all CPUs of the Ray cluster that this machine or RAY_ADDRESS "
-            "belongs to, or of this machine alone.",
+            help="Try candidates on the free CPUs of the Ray cluster that this machine or "
+            "RAY_ADDRESS belongs to, or of this machine alone.",
             rich_help_panel=_SEARCH,
         ),
     ] = False,
@@ -188,8 +188,14 @@ def evolve(
     from vesicle.evolution.contexts import capacity_for
     from vesicle.models import Text, resolve_model
 
-    find = partial(resolve_model, model, revision=revision)
-    folder = find()
+    folder = resolve_model(model, revision=revision)
+    here = model is not None and Path(model).exists()
+    find = partial(
+        resolve_model,
+        str(Path(model).absolute()) if model is not None and here else model,
+        progress=False,
+        revision=revision,
+    )
     codec = Text.from_folder(folder)
     train, judges = list[Any](), list[Any]()
     for task in asked:
@@ -213,21 +219,24 @@ def evolve(
     from vesicle.evolution.repetition import REQUEST
     from vesicle.training.display import progress_bar
 
-    told = {"next": time.monotonic() + _SILENT_S}
-    with progress_bar("evolving", generations, 0, sys.stderr.isatty() and not as_json) as show:
+    told, shows = {"next": time.monotonic() + _SILENT_S}, sys.stderr.isatty() and not as_json
+    with progress_bar("evolving", generations, 0, shows) as show:
 
         def tell(line: dict[str, Any]) -> None:
             losses, judged = line["losses"], line.get("held_out")
             note = f"best {min(losses):.3f}  mean {sum(losses) / len(losses):.3f}"
             note += "" if judged is None else f"  held out {judged:.3f}"
             show(line["generation"], note)
+            speak(f"generation {line['generation']}: {note}")
 
-        def wait(note: str) -> None:
-            if sys.stderr.isatty() and not as_json:
-                show(0, note)
-            elif time.monotonic() >= told["next"]:  # a log of a run in the background
+        def speak(note: str) -> None:  # in a log of a run in the background
+            if not shows and time.monotonic() >= told["next"]:
                 told["next"] = time.monotonic() + _SILENT_S
                 notice(note)
+
+        def wait(note: str) -> None:
+            show(0, note)
+            speak(note)
 
         found = run(
             engine,

@@ -176,7 +176,7 @@ def train(
     windows, held_out = ids[: len(ids) - held], ids[len(ids) - held :] if held else None
     few, cache = windows[:calibration_windows], out / recipe.CALIBRATION
     if start is None:
-        notice("fitting stand-ins and measuring each layer")
+        notice("measuring each layer, after fitting stand-ins if serotonin is released")
         start = recipe.new_modulator(
             subject,
             few,

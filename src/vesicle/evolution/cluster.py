@@ -1,8 +1,9 @@
 """Candidates tried on a Ray cluster, or on all cores of this machine where there is none.
 
-Contexts are dealt out to workers, one of each CPU; each has an engine of its own, of one thread,
-and reads its contexts once. What candidates lose does not depend on who asks, so that a run may
-change over from one process to many and back.
+Contexts are dealt out to workers, one of each free CPU; each has an engine of its own, of one
+thread, and reads its contexts once. What candidates lose does not depend on which worker is asked;
+packed products may differ in the last bit by the number of threads, and so from those of a run in
+one process that has more.
 """
 
 from __future__ import annotations
@@ -47,19 +48,28 @@ class OnCluster:
             wait: Takes a note of how many workers there are.
 
         Raises:
-            VesicleError: If Ray is missing, finds no CPU, or a worker fails.
+            VesicleError: If Ray is missing, has no free CPU, or a worker fails.
         """
         self._ray = ray = _ray()
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
-        n = min(len(questions), int(ray.cluster_resources().get("CPU", 0)))
+        n = min(len(questions), int(ray.available_resources().get("CPU", 0)))
         if n < 1:
-            raise VesicleError("the Ray cluster has no CPU")
+            raise VesicleError("the Ray cluster has no free CPU")
         wait(f"{n} workers read {len(questions)} contexts")
         worker = ray.remote(num_cpus=1)(_Worker)
+        self._workers = [worker.remote() for _ in range(n)]
         dealt = [list(questions[i::n]) for i in range(n)]
-        self._workers = [worker.remote(find, part, settings, gates) for part in dealt]
-        self._ask([(w, "ready", ()) for w in self._workers])
+        try:
+            self._ask(
+                [
+                    (w, "read", (find, part, settings, gates))
+                    for w, part in zip(self._workers, dealt, strict=True)
+                ]
+            )
+        except BaseException:
+            self.close()
+            raise
 
     def excess(self, which: Sequence[int], candidates: Sequence[Namm], memory: float) -> FloatArray:
         """(n, C) what candidates lose on contexts."""
@@ -108,13 +118,14 @@ class OnCluster:
 class _Worker:
     """One process of the cluster."""
 
-    def __init__(
+    def read(
         self,
         find: Callable[[], Path],
         questions: list[Question],
         settings: NammSettings | None,
         gates: NDArray[np.float32],
     ) -> None:
+        # Not when it is made: Ray tells of an error there as of a worker that was lost.
         from vesicle.engine import Engine
         from vesicle.evolution.contexts import capacity_for
 
@@ -123,9 +134,6 @@ class _Worker:
             folder, threads=1, kv_capacity=capacity_for(folder, questions)
         )
         self._here = Here(engine, questions, settings, gates)
-
-    def ready(self) -> bool:
-        return True
 
     def excess(self, which: list[int], candidates: list[Namm], memory: float) -> FloatArray:
         return self._here.excess(which, candidates, memory)

@@ -15,8 +15,8 @@ class EvolveConfig:
     Attributes:
         evolves: `profile` (how much each KV head holds), `network` (what of it) or `both`.
         begin: What a profile begins at: `as-is`, at what is lost where each KV head alone
-            forgets (`ablation`), or with gates at what is needed to repeat a text (`repetition`) or
-            at what decays that were trained by gradient leave (`decay`).
+            forgets (`ablation`), or with gates at what is needed to repeat a text and to go on with
+            it (`repetition`) or at what decays that were trained by gradient leave (`decay`).
         memory: Shares of the cache at which candidates are tried, by turns.
         generations: How many; 0 leaves it at the beginning.
         population: Candidates in each; the paper has 32.

@@ -93,7 +93,8 @@ def evolve(
 
     Raises:
         DataError: If there are fewer questions than a generation is tried on, or none held out.
-        VesicleError: If `out` holds a run of other settings, or a line there is damaged.
+        VesicleError: If `out` holds a run of other settings, a line there is damaged, or what reads
+            contexts fails.
     """
     if len(questions) < config.contexts or not held_out:
         raise DataError(
@@ -122,7 +123,7 @@ def evolve(
             if config.begin == "ablation":
                 few = train[:: -(-len(train) // _ABLATED)]
                 say(f"measuring what each KV head loses alone, on {len(few)} contexts")
-                begin = by_ablation(begin, tried.alone(few, begin, wait))
+                begin = by_ablation(begin, tried.alone(few, begin))
                 begin.save(out / START)
             # No generation: nobody is told its losses.
             held = tried.mean(judges, begin)
@@ -239,13 +240,10 @@ class _Tried:
         found = [self.losses(which, [namm], memory) for memory in self.config.memory]
         return float(np.mean(found))
 
-    def alone(self, which: Sequence[int], namm: Namm, wait: Say) -> NDArray[np.float64]:
+    def alone(self, which: Sequence[int], namm: Namm) -> NDArray[np.float64]:
         """(L, G) the mean of what is lost where one KV head after another forgets alone."""
-        found = []
-        for n, i in enumerate(which):
-            wait(f"each KV head alone, context {n + 1} of {len(which)}")
-            found.append(self._weighed([i], self.trials.excess_without([i], namm)))
-        return np.concatenate(found).mean(0)
+        found: NDArray[np.float64] = self._weighed(which, self.trials.excess_without(which, namm))
+        return found.mean(0)
 
     def _weighed(self, which: Sequence[int], excess: NDArray[np.float64]) -> NDArray[np.float64]:
         weights = np.array([self.questions[i].weight for i in which])

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesicle.engine import Engine
+from vesicle.errors import DataError
 from vesicle.eviction import Forgetful
 from vesicle.namm import Namm
 from vesicle.namm.gates import gate_inputs, width_of
@@ -26,6 +27,8 @@ from vesicle.shapes import ModelShape
 
 REQUEST = "\n\nRepeat the previous context exactly:\n\n"
 _INTERVAL = 64
+LEAST_TOKENS = 3 * _INTERVAL
+"""Of a context that is repeated."""
 _MOST_TOKENS, _MOST_LATER = 1024, 768
 """Of a context that are repeated, and of what comes next: attention costs their square."""
 _RIDGE = 1e-4
@@ -82,6 +85,7 @@ def by_repetition(
         wait: Takes a note of which context it is at.
 
     Raises:
+        DataError: If no context has 192 tokens.
         VesicleError: If the model's context window cannot hold what is repeated twice.
     """
     shape = engine.shape
@@ -90,7 +94,12 @@ def by_repetition(
     size = shape.n_layers, shape.n_kv_heads
     squares, products = np.zeros((*size, width, width)), np.zeros((*size, width))
     shares = np.zeros((len(memory), *size))
-    long = [list(ids) for ids in contexts if len(ids) >= 3 * _INTERVAL]
+    long = [list(ids) for ids in contexts if len(ids) >= LEAST_TOKENS]
+    if not long:
+        longest = max(map(len, contexts), default=0)
+        raise DataError(
+            f"contexts have {longest} tokens at most; to be repeated they need {LEAST_TOKENS}"
+        )
     for n, ids in enumerate(long):
         wait(f"repeating context {n + 1} of {len(long)}")
         length = min(len(ids) * 2 // 3, _MOST_TOKENS) // BLOCK * BLOCK

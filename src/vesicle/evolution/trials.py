@@ -49,8 +49,9 @@ class Here:
         gates: NDArray[np.float32],
         wait: Callable[[str], None] = lambda note: None,
     ) -> None:
-        """Read them, see `Context`; `wait` takes a note of each."""
+        """Read them, see `Context`; `wait` takes a note of each, and of what takes long later."""
         self._contexts: list[Context] = []
+        self._wait = wait
         try:
             for n, question in enumerate(questions):
                 wait(f"reading context {n + 1} of {len(questions)}")
@@ -65,7 +66,11 @@ class Here:
 
     def excess_without(self, which: Sequence[int], namm: Namm) -> FloatArray:
         """(n, L, G) what is lost where one KV head forgets."""
-        return np.array([self._contexts[i].excess_without(namm) for i in which])
+        found = []
+        for n, i in enumerate(which):
+            self._wait(f"each KV head alone, context {n + 1} of {len(which)}")
+            found.append(self._contexts[i].excess_without(namm))
+        return np.array(found)
 
     def close(self) -> None:
         """Free the caches."""

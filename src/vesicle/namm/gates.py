@@ -4,7 +4,7 @@ A gate is one row of weights for each KV head, on the entry's key before rotary 
 and 1. It is KVzap's idea (a head on hidden states that predicts an oracle's score) at the smallest
 size: key and value are all that later queries can see of an entry, so the cache itself is the
 input, and nothing need be computed as the model runs. A score is worked out once, when the entry is
-first seen, and never changes.
+first seen; what its age makes of it is added later, see `Namm.gated`.
 
 Where gates come from is another matter: `evolution.repetition` and `training.decay`.
 """

@@ -1,4 +1,4 @@
-"""A NAMM: settings, numbers of its network, gates, a profile of KV heads; and how it is kept."""
+"""A NAMM: settings, numbers of its network, gates and ages, a profile; and how it is kept."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from vesicle.shapes import ModelShape
 
 Array = NDArray[np.float32]
 FORMAT = "vesicle-namm-4"
+_EARLIER = ("vesicle-namm-1", "vesicle-namm-2", "vesicle-namm-3")
 _CONFIG, _NUMBERS = "namm.json", "namm.safetensors"
 _ARRAYS = ("parameters", "profile", "gates", "ages")
 
@@ -278,8 +279,10 @@ class Namm:
         if not path.is_file():
             raise VesicleError(f"{folder} holds no {_CONFIG}; a NAMM is a folder with one")
         values = read_json(path)
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise VesicleError(f"{path} is not a {FORMAT} file")
+        theirs = values.get("format") if isinstance(values, dict) else None
+        if not isinstance(values, dict) or theirs != FORMAT:
+            hint = f", but {theirs}: make it anew" if theirs in _EARLIER else ""
+            raise VesicleError(f"{path} is not a {FORMAT} file{hint}")
         given, info = values.get("settings"), values.get("info", {})
         known = {f.name for f in fields(NammSettings)}
         if not isinstance(given, dict) or not isinstance(info, dict) or set(given) - known:

@@ -109,8 +109,9 @@ class Run:
         parameter = next(model.parameters())
         size = parameter.element_size()
         self.shape: ModelShape = replace(self.decoder.shape, weight_bytes=size, kv_bytes=size)
-        if isinstance(method, ModulatorMethod):
-            method.modulator.check_fits(self.shape)
+        decider = method.decider
+        if isinstance(decider, ModulatorMethod):
+            decider.modulator.check_fits(self.shape)
         elif soft is not None:
             raise VesicleError("soft execution needs a modulator")
         method.stand_ins.check(self.shape)

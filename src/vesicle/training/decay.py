@@ -134,6 +134,7 @@ def by_decay(
         settings=replace(start.settings, decays=True),
         parameters=np.zeros_like(start.parameters),
         gates=gates,
+        ages=np.zeros((0, 0), np.float32),
         profile=shares.clamp(min=1e-3).log().numpy(),
     )
 
