@@ -6,6 +6,8 @@ import pytest
 
 from vesicle import shipped
 from vesicle.files import cache_root
+from vesicle.models.catalogue import CATALOGUE
+from vesicle.modulator import Modulator
 
 
 @pytest.fixture
@@ -36,3 +38,14 @@ def test_a_model_of_other_origin_has_none(models: Path, tmp_path: Path, name: st
     assert shipped.modulator_for(tmp_path / name) is shipped.namm_for(tmp_path / name) is None
     (models / "mine").mkdir()
     assert shipped.name_of(models / "mine") == ""
+
+
+def test_what_is_shipped_is_small_and_of_the_catalogue():
+    found = shipped.shipped_modulators()
+    assert {"smollm2-135m-instruct", "gemma3-270m"} <= set(found) <= set(CATALOGUE)
+    for name, folder in found.items():
+        modulator = Modulator.from_pretrained(folder)
+        assert modulator.info.model_name == name
+        assert modulator.info.dial[0][0] < 0.8
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
+    assert set(shipped.shipped_namms()) <= set(CATALOGUE)
