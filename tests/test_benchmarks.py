@@ -1,4 +1,4 @@
-"""`benchmarks/slack.py`: a mistake is one line and status 2."""
+"""`benchmarks/slack.py` and `tiles.py`: a mistake is one line and status 2."""
 
 import importlib.util
 import sys
@@ -9,17 +9,18 @@ import pytest
 
 from tests.models.test_text import byte_level, save
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "slack.py"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture
-def slack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("slack", SCRIPT)
+@pytest.fixture(params=["slack", "tiles"])
+def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """One of them as a module."""
+    name = request.param
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "slack", module)  # dataclasses look it up there
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look it up there
     spec.loader.exec_module(module)
     return module
 
@@ -34,7 +35,7 @@ def slack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ],
 )
 def test_mistakes_are_one_line(
-    slack: ModuleType,
+    script: ModuleType,
     given: dict[str, str],
     message: str,
     tmp_path: Path,
@@ -44,11 +45,11 @@ def test_mistakes_are_one_line(
     model = save(tmp_path, byte_level())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vesicle.resolve_model", lambda spec: resolved(spec, model))
-    words = {"--model": "tiny", "--text": "text.txt", "--out": "slack.json"} | given
-    assert slack.main([word for pair in words.items() for word in pair]) == 2
+    words = {"--model": "tiny", "--text": "text.txt", "--out": "found.json"} | given
+    assert script.main([word for pair in words.items() for word in pair]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("slack: error: ")
+    assert shown.err.startswith(f"{script.__name__}: error: ")
     assert message in shown.err
     assert shown.err.count("\n") == 1
 
