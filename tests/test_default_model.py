@@ -232,14 +232,13 @@ def test_a_quarter_of_the_cache_finds_pass_keys():
     engine, text = Engine.from_pretrained(folder), Text.from_folder(folder)
     source = shipped_namm()
     assert source is not None
-    settings = Settings(
-        seed=3, encode=text.encode, lengths=(1024,), depths=(0.25, 0.5, 0.75), per_cell=1
-    )
-    items = load_items(find_task("needle"), data="sample", split=None, settings=settings, limit=3)
 
-    def found(namm: Namm, share: float) -> int:
-        right = 0
-        for item in items.items:
+    def found(namm: Namm, share: float, length: int) -> int:
+        settings = Settings(
+            seed=3, encode=text.encode, lengths=(length,), depths=(0.25, 0.5, 0.75), per_cell=1
+        )
+        task, right = find_task("needle"), 0
+        for item in load_items(task, data="sample", split=None, settings=settings, limit=3).items:
             ids = text.encode(item.prompt, control_tokens=False)
             method = NammMemory(namm, memory=share)
             result = engine.generate(ids, method=method, max_new_tokens=8, stop=())
@@ -248,9 +247,10 @@ def test_a_quarter_of_the_cache_finds_pass_keys():
             right += item.references[0] in text.decode(result.ids)
         return right
 
-    assert found(Namm.load(source), 0.25) == 3
-    assert found(Namm.load(source), 0.125) == 3
-    assert found(Namm.fresh(), 0.25) < 3
+    assert found(Namm.load(source), 0.25, 1024) == 3
+    assert found(Namm.fresh(), 0.25, 1024) < 3
+    # Of 1,024 tokens an eighth is 128 entries, more than half of which stay in any case.
+    assert found(Namm.load(source), 0.125, 2048) == 3
 
 
 def test_a_system_turn_stays_in_memory():
