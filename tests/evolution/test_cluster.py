@@ -128,6 +128,7 @@ def test_gone_on_with_on_a_cluster(folder: Path, tmp_path: Path, monkeypatch: py
 
 def test_without_cpus(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "ray", Ray(cpus=0))  # type: ignore[arg-type]
+    monkeypatch.setattr("vesicle.evolution.cluster._PATIENCE_S", 0.0)
     with pytest.raises(VesicleError, match="no free CPU"):
         run(folder, tmp_path / "out", "as-is", cluster=True)
 

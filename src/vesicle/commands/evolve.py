@@ -189,13 +189,9 @@ def evolve(
     from vesicle.models import Text, resolve_model
 
     folder = resolve_model(model, revision=revision)
-    here = model is not None and Path(model).exists()
-    find = partial(
-        resolve_model,
-        str(Path(model).absolute()) if model is not None and here else model,
-        progress=False,
-        revision=revision,
-    )
+    local = model is not None and Path(model).exists()
+    spec = Path(model).absolute() if model and local else model  # workers are in other folders
+    find = partial(resolve_model, spec, progress=False, revision=revision)
     codec = Text.from_folder(folder)
     train, judges = list[Any](), list[Any]()
     for task in asked:

@@ -8,6 +8,7 @@ one process that has more.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,9 @@ from vesicle.errors import VesicleError
 from vesicle.evolution.questions import Question
 from vesicle.evolution.trials import FloatArray, Here, Read
 from vesicle.namm import Namm, NammSettings
+
+_PATIENCE_S = 10.0
+"""That a cluster may take to have a CPU free."""
 
 
 def on_cluster(find: Callable[[], Path]) -> Read:
@@ -53,7 +57,7 @@ class OnCluster:
         self._ray = ray = _ray()
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
-        n = min(len(questions), int(ray.available_resources().get("CPU", 0)))
+        n = min(len(questions), _free_cpus(ray))
         if n < 1:
             raise VesicleError("the Ray cluster has no free CPU")
         wait(f"{n} workers read {len(questions)} contexts")
@@ -140,6 +144,14 @@ class _Worker:
 
     def excess_without(self, which: list[int], namm: Namm) -> FloatArray:
         return self._here.excess_without(which, namm)
+
+
+def _free_cpus(ray: Any) -> int:
+    """CPUs that nobody has asked for; those of a run that just ended are told of a moment later."""
+    until = time.monotonic() + _PATIENCE_S
+    while (found := int(ray.available_resources().get("CPU", 0))) < 1 and time.monotonic() < until:
+        time.sleep(0.2)
+    return found
 
 
 def _ray() -> Any:
