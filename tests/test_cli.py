@@ -47,6 +47,7 @@ SCHEMA: dict[str, Any] = {
     "text": str,
     "tokens": [{"id": int, "text": str, "share": NUMBER}],
     "budget": NUMBER,
+    "memory": (*NUMBER, type(None)),
     "levels": dict.fromkeys(NAMES, NUMBER),
     "phases": dict.fromkeys(("dopamine", "serotonin", "gaba"), str),
     "by_phase": {
@@ -73,6 +74,7 @@ SCHEMA: dict[str, Any] = {
     "model": str,
     "model_path": str,
     "modulator": str,
+    "namm": (str, type(None)),
     "compare": {
         "text": str,
         "executed": dict.fromkeys(COST_KEYS, int),
@@ -509,10 +511,16 @@ def test_evolve_and_run_with_it(vesicle: Run, longer: Path, text_file: Path, tmp
         }.items()
     }
     assert held[1.0] > held[0.8] >= held[0.7]
+    told = json.loads(vesicle(*asks, "--memory", 0.8, "--namm", tmp_path / "run")[1])
+    assert (told["memory"], told["namm"]) == (0.8, str(tmp_path / "run"))
+    told = json.loads(vesicle(*asks, "--memory", 1)[1])
+    assert (told["memory"], told["namm"]) == (1.0, None)
     report = " ".join(vesicle(*asks[:-1], "--memory", 0.7)[2].split())
     assert "no NAMM is shipped for this model" in report
     assert re.search(r"noradrenaline holds 0\.\d\d of the cache", report)
     assert "resting: dopamine, serotonin, gaba, acetylcholine speed" in report
+    short = vesicle("run", "hi", *asks[2:], "--memory", 0.7)[2]
+    assert "forgets for the first time after 128 tokens: the prompt's 7 are held" in short
 
 
 @pytest.mark.parametrize("begin", ["repetition", "decay"])
@@ -536,7 +544,7 @@ def test_gates_without_evolution(
     asks += ("--memory", 0.8, "--namm", tmp_path / "run")
     assert vesicle(*asks)[0] == 0
     wrong = vesicle(*words, "--begin", "again")
-    assert "begin is 'again'; allowed: as-is, ablation, repetition, decay" in error_line(*wrong)
+    assert "--begin is 'again'; allowed: as-is, ablation, repetition, decay" in error_line(*wrong)
 
 
 def test_regret(vesicle: Run, model: Path, modulator: Path, text_file: Path, tmp_path: Path):
@@ -700,6 +708,8 @@ _LONG_GABA = ("--transmitters", "gaba", "--long-windows", "1")
         (["run", "hi", "--bugdet", "1"], "--bugdet"),
         (["sing"], "sing"),
         (["info", "pyproject.toml"], "pyproject.toml"),
+        (["info", "--model", "gema"], "no modulator is shipped for gema; there are some for: g"),
+        (["info", "x", "--model", "y"], "a modulator has its own model"),
         (["eval"], "no task is named"),
         (["eval", "sqad"], "did you mean squad"),
         (["eval", "squad", "-m", "lernt"], "did you mean learnt"),
@@ -715,7 +725,7 @@ _LONG_GABA = ("--transmitters", "gaba", "--long-windows", "1")
         (["train"], "--data"),
         (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps is 0"),
         (["train", "--data", "x", "--out", "y", "--modulator", "pyproject.toml"], "pyproject.toml"),
-        (["evolve", "--out", "y", "--memory", "1"], "memory is [1.0]; allowed: between 0 and 1"),
+        (["evolve", "--out", "y", "--memory", "1"], "--memory is [1.0]; allowed: between 0 and 1"),
         (["evolve", "--out", "y", "--memory", "a"], "--memory is 'a'"),
         (["evolve", "--out", "y", "--network", "cnn"], "allowed: bam, mlp, linear"),
         (["evolve", "--out", "y", "--start", "missing"], "missing holds no namm.json"),

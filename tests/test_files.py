@@ -44,6 +44,15 @@ def test_atomic_path_replaces_only_at_the_end(tmp_path: Path):
     assert os.listdir(target.parent) == ["result.txt"]
 
 
+def test_a_file_can_be_read_by_whom_others_can(tmp_path: Path):
+    """Some libraries open what they write for its owner alone."""
+    usual, target = tmp_path / "usual", tmp_path / "target"
+    usual.touch()
+    with files.atomic_path(target) as part:
+        part.touch(mode=0o600)
+    assert target.stat().st_mode == usual.stat().st_mode
+
+
 def test_atomic_folder_replaces_whole(tmp_path: Path):
     target = tmp_path / "model"
     for name in ("old", "new"):

@@ -35,6 +35,8 @@ _TOKEN_BYTES = 4
 _STALE_S = 24 * 3600.0
 _MB = 1_000_000
 _BOM = "\ufeff"
+_UMASK = os.umask(0)  # can only be read by setting it, so it is, before there are threads
+os.umask(_UMASK)
 # UTF-32 first: its mark begins with that of UTF-16.
 _WIDE = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -79,6 +81,8 @@ def atomic_path(target: str | os.PathLike[str], needs_bytes: int = 0) -> Iterato
     try:
         with _explained(final, part):
             yield part
+            # What opens files with a mode of its own (safetensors: 600) has no say in it.
+            part.chmod(0o666 & ~_UMASK)
             part.replace(final)
     finally:
         part.unlink(missing_ok=True)

@@ -418,7 +418,8 @@ def _budget_line(answer: Answer, budget: float | None) -> str:
     ]
     never = [name for name, place in answer.phases.items() if place == NEVER]
     if never and budget is not None:
-        asked += f" ({', '.join(never)} never act: --goal or --phase)"
+        verb = "acts" if len(never) == 1 else "act"
+        asked += f" ({', '.join(never)} never {verb}: --goal or --phase)"
     together = answer.executed.ratio(answer.dense)["flops"]
     return f"{asked}; executed of the dense FLOPs: {', '.join(parts)}, together {together:.3f}"
 

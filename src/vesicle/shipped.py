@@ -52,15 +52,21 @@ def shipped_namm() -> Path | None:
     return shipped_namms().get(DEFAULT_MODEL)
 
 
-def load_default_modulator() -> Modulator:
-    """The modulator that ships with the package, for the default model.
+def load_default_modulator(model: str = DEFAULT_MODEL) -> Modulator:
+    """The modulator that ships with the package for a model.
+
+    Args:
+        model: Its name in the catalogue.
 
     Raises:
-        VesicleError: If this package ships none.
+        VesicleError: If this package ships none for it.
     """
-    folder = shipped_modulator()
+    folder = shipped_modulators().get(model)
     if folder is None:
-        raise VesicleError("no modulator is shipped with this package; train one: vesicle train")
+        raise VesicleError(
+            f"no modulator is shipped for {model}; train one with vesicle train, or name one of: "
+            f"{', '.join(shipped_modulators())}"
+        )
     from vesicle.modulator import Modulator
 
     return Modulator.from_pretrained(folder)

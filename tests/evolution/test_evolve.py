@@ -197,6 +197,19 @@ def test_what_cannot_be_gone_on_with(engine: Engine, tmp_path: Path):
         evolve(engine, start(engine), train, judges, CONFIG, tmp_path)
     with pytest.raises(DataError, match="needed: 2 and 1"):
         evolve(engine, start(engine), train[:1], judges, CONFIG, tmp_path / "other")
+    short = [replace(q, context=q.context[:18]) for q in train]
+    with pytest.raises(DataError, match="18 tokens at most, and 18 entries always stay"):
+        evolve(engine, start(engine), short, judges, CONFIG, tmp_path / "other")
+
+
+def test_a_refused_run_does_not_stand_in_the_way(engine: Engine, tmp_path: Path):
+    """Contexts of 90 tokens cannot be repeated; nothing was found that could be lost."""
+    train, judges = questions(4), questions(2, 9)
+    with pytest.raises(DataError, match="to be repeated they need"):
+        evolve(engine, start(engine), train, judges, replace(CONFIG, begin="repetition"), tmp_path)
+    found = evolve(engine, start(engine), train, judges, CONFIG, tmp_path)
+    assert len(found.lines) == 1 + CONFIG.generations
+    assert Namm.load(tmp_path).info["generation"] == found.generation
 
 
 def test_another_method_takes_over(engine: Engine):

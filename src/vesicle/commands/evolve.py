@@ -14,7 +14,7 @@ import typer
 from vesicle.commands import recipe
 from vesicle.commands.inputs import MODEL, REVISION, notice, numbers
 from vesicle.commands.outputs import print_json
-from vesicle.errors import DataError, VesicleError
+from vesicle.errors import DataError
 
 if TYPE_CHECKING:
     from vesicle.evolution import Question
@@ -165,7 +165,8 @@ def evolve(
         )
         settings = NammSettings(network=network or "bam")
     except ValueError as error:
-        raise VesicleError(str(error)) from error
+        name, _, rest = str(error).partition(" ")  # a setting's, as a Python call gives it
+        raise DataError(f"--{name.replace('_', '-')} {rest}") from error
     first = None
     if start is not None:
         if network is not None:
@@ -264,9 +265,12 @@ def evolve(
             }
         )
         return
+    best = "the start is the best"
+    if found.generation:
+        best = f"{found.held_out:.3f} after generation {found.generation}, the best"
     notice(
-        f"held-out loss above the full cache's: {found.started_at:.3f} nats a token at the start, "
-        f"{found.held_out:.3f} after generation {found.generation}; written to {out}"
+        f"held-out loss above the full cache's: {found.started_at:.3f} nats a token at the start; "
+        f"{best}, written to {out}"
     )
 
 

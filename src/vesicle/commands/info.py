@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from vesicle.commands.machine import machine_rows
-from vesicle.errors import VesicleError
-from vesicle.shipped import shipped_modulator
+from vesicle.errors import DataError
+from vesicle.models.catalogue import DEFAULT_MODEL
+from vesicle.shipped import shipped_modulators
 from vesicle.terminal import SafeConsole
 
 
@@ -19,6 +20,10 @@ def info(
             help="A modulator's folder or hub id; the default is the shipped one.",
             show_default=False,
         ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Of the catalogue: tell of the modulator that is shipped for it."),
     ] = None,
 ) -> None:
     """Tell what a modulator is, and what the engine finds on this machine.
@@ -31,10 +36,18 @@ def info(
       vesicle info
 
       vesicle info runs/mine
+
+      vesicle info --model gemma3-270m
     """
-    source = modulator or shipped_modulator()
+    if modulator is not None and model is not None:
+        raise DataError("a modulator and --model are both given; a modulator has its own model")
+    shipped = shipped_modulators()
+    source = modulator or shipped.get(model or DEFAULT_MODEL)
     if source is None:
-        raise VesicleError("no modulator is shipped with this package: name one")
+        raise DataError(
+            f"no modulator is shipped for {model or DEFAULT_MODEL}; there are some for: "
+            f"{', '.join(shipped) or 'none'}"
+        )
     import json
 
     from rich.table import Table

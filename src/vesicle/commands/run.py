@@ -340,7 +340,14 @@ def run(
             dense, _ = _generate(settings, Dense(), _discard)
 
     if as_json:
-        about = {"model": model or DEFAULT_MODEL, "model_path": str(folder), "modulator": source}
+        source_namm = (namm or namm_for(folder)) if memory is not None and memory < 1 else None
+        about = {
+            "memory": memory,
+            "model": model or DEFAULT_MODEL,
+            "model_path": str(folder),
+            "modulator": source,
+            "namm": None if source_namm is None else str(source_namm),
+        }
         print_json({**answer.to_dict(), "budget": budget, **about, **_compared(dense)})
     elif not no_report:
         from vesicle.report import show
@@ -412,6 +419,12 @@ def _remembering(
         )
         opening = 0
     spans = [(0, opening)] if opening else []
+    interval = found.settings.interval
+    if n_tokens < interval:
+        notice(
+            f"--memory forgets for the first time after {interval} tokens: the prompt's {n_tokens} "
+            "are held whole until then"
+        )
     return NammMemory(found, memory=memory, protects=spans, inner=method)
 
 
@@ -555,7 +568,7 @@ def _tell_reach(modulator: Modulator, budget: float, phases: Phases) -> None:
     if budget < 1 and all(getattr(phases, name) in ("prompt", "never") for name in transmitters):
         notice(
             "--budget counts generated tokens, and under this --phase or --goal no transmitter "
-            "acts on them: they are executed whole"
+            "acts on them: they are executed whole; --goal flops lets all act"
         )
     elif line := modulator.below_reach(budget, phases):
         notice(line)

@@ -101,6 +101,13 @@ def evolve(
             f"there are {len(questions)} contexts to train on and {len(held_out)} held out; "
             f"needed: {config.contexts} and 1"
         )
+    always = start.settings.sinks + start.settings.recent
+    longest = max(len(question.context) for question in questions)
+    if longest <= always:
+        raise DataError(
+            f"contexts have {longest} tokens at most, and {always} entries always stay; needed: "
+            f"more than {always}, or there is nothing to forget"
+        )
     file = _begin(out, config, start, questions, held_out)
     lines: list[dict[str, Any]] = list(file.found)
     if lines:
@@ -134,6 +141,7 @@ def evolve(
                 search.ask()
                 search.tell(line["losses"])
             best.see(line, search.mean)
+        best.save(out, config)
         while (generation := len(lines)) <= config.generations:
             assert tried is not None
             begun = time.perf_counter()
@@ -153,7 +161,6 @@ def evolve(
     finally:
         if tried is not None:
             tried.trials.close()
-    best.save(out, config)
     return Evolved(
         namm=best.namm,
         generation=best.generation,
@@ -265,11 +272,13 @@ def _begin(
     ours = json.loads(json.dumps(ours))
     out.mkdir(parents=True, exist_ok=True)
     path = out / SETTINGS
-    if not path.is_file():
+    theirs = read_json(path) if path.is_file() else None
+    # A run that got nowhere (it was refused, or killed at once) holds nothing that could be lost.
+    begun = Namm.is_saved(out / START) or (out / LINES).is_file()
+    if theirs is None or (theirs != ours and not begun):
         shutil.rmtree(out / START, ignore_errors=True)
         write_json(path, ours)
         return JsonLines(out / LINES, restart=True)
-    theirs = read_json(path)
     if theirs != ours:
         names = sorted(n for n in ours if not isinstance(theirs, dict) or theirs.get(n) != ours[n])
         raise VesicleError(

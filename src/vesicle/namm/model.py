@@ -188,7 +188,7 @@ class Namm:
         if self.gates.size and self.gates.shape != size:
             raise VesicleError(
                 f"a NAMM has gates of {_sizes(self.gates.shape)}; this model has {_sizes(size)}: "
-                "use it for_any_model()"
+                "make one for it with vesicle evolve"
             )
 
     def profile_of(self, shape: ModelShape) -> Array:
@@ -206,7 +206,8 @@ class Namm:
                 for layers, heads in (self.profile.shape, size)
             )
             raise VesicleError(
-                f"a NAMM has a profile of {theirs}; this model has {ours}: use it for_any_model()"
+                f"a NAMM has a profile of {theirs}; this model has {ours}: make one for it with "
+                "vesicle evolve"
             )
         return self.profile
 
@@ -285,8 +286,12 @@ class Namm:
             raise VesicleError(f"{path} is not a {FORMAT} file{hint}")
         given, info = values.get("settings"), values.get("info", {})
         known = {f.name for f in fields(NammSettings)}
-        if not isinstance(given, dict) or not isinstance(info, dict) or set(given) - known:
-            raise VesicleError(f"{path} has settings {json.dumps(given)[:80]}")
+        if not isinstance(given, dict) or not isinstance(info, dict):
+            raise VesicleError(f"{path} has no objects `settings` and `info`")
+        if unknown := sorted(set(given) - known):
+            raise VesicleError(
+                f"{path} has settings {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
