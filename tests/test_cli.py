@@ -48,6 +48,7 @@ SCHEMA: dict[str, Any] = {
     "tokens": [{"id": int, "text": str, "share": NUMBER}],
     "budget": NUMBER,
     "memory": (*NUMBER, type(None)),
+    "read": (int, type(None)),
     "levels": dict.fromkeys(NAMES, NUMBER),
     "phases": dict.fromkeys(("dopamine", "serotonin", "gaba"), str),
     "by_phase": {
@@ -523,6 +524,21 @@ def test_evolve_and_run_with_it(vesicle: Run, longer: Path, text_file: Path, tmp
     assert "forgets for the first time after 128 tokens: the prompt's 7 are held" in short
 
 
+def test_a_number_of_entries_is_read(vesicle: Run, longer: Path):
+    asks = ("run", "hi " * 100, "--model", longer, "--max-new-tokens", 4)
+    status, out, err = vesicle(*asks, "--read", 128, "--json")
+    assert status == 0, err
+    told = json.loads(out)
+    assert (told["read"], told["modulator"], told["levels"]) == (128, None, None)
+    assert told["ratio"]["kv_bytes_read"] < 0.9
+    assert told["ratio"]["kv_bytes_held"] == 1
+    report = " ".join(vesicle(*asks, "--read", 128)[2].split())
+    assert "none released: what is executed was given, by --read or a saved plan" in report
+    both = json.loads(vesicle(*asks, "--read", 128, "--memory", 0.7, "--json")[1])["ratio"]
+    assert both["kv_bytes_held"] < 1
+    assert both["kv_bytes_read"] < told["ratio"]["kv_bytes_read"]
+
+
 @pytest.mark.parametrize("begin", ["repetition", "decay"])
 def test_gates_without_evolution(
     vesicle: Run, longer: Path, text_file: Path, tmp_path: Path, begin: str
@@ -688,6 +704,8 @@ _LONG_GABA = ("--transmitters", "gaba", "--long-windows", "1")
         (["run", "hi", "--memory", "nan"], "--memory is nan"),
         (["run", "hi", "--memory", "0.5", "--namm", "missing"], "missing holds no namm.json"),
         (["run", "hi", "--namm", "missing"], "no effect without --memory"),
+        (["run", "hi", "--read", "64"], "--read is 64; allowed: 128 and above"),
+        (["run", "hi", "--read", "512", "--budget", "0.8"], "--read and --budget are both given"),
         (["run", "hi", "--replay", "pyproject.toml", "--memory", "0.5"], "what it forgets"),
         (["run", "hi", "--temperature", "nan"], "temperature is nan"),
         (["run", "hi", "--temperature", "-1"], "temperature is -1"),

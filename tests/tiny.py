@@ -18,8 +18,9 @@ from vesicle.families import find_family
 from vesicle.modulator import Modulator
 from vesicle.plan import FIELDS, ROW, Plan, numbers
 from vesicle.plan.rows import PLACES, bounds
+from vesicle.plan.spread import UNIT
 from vesicle.predictors import CONTROLS, PREDICTORS, Levels, Predictor, PredictorConfig
-from vesicle.shapes import ModelShape
+from vesicle.shapes import ModelShape, Spread
 
 VOCABULARY = 97
 TRANSMITTERS = ("dopamine", "serotonin", "gaba")
@@ -236,6 +237,13 @@ DECIDED = tuple(field.name for field in FIELDS if not field.last_layer)
 
 _MOSTLY = {"ffn": [0.1, 0.2, 0.7], "attention": [0.2, 0.8]}
 """Most modules run, so that what is done can be told from what is not."""
+
+
+def random_spread(shape: ModelShape, rng: np.random.Generator) -> Spread:
+    """How unequally KV heads read, from nothing to four times as much; alike in windowed layers."""
+    parts = rng.integers(0, 4 * UNIT, (shape.n_layers, shape.n_kv_heads))
+    parts[shape.layer_windows > 0] = UNIT
+    return tuple(tuple(row) for row in parts.tolist())
 
 
 def random_plan(shape: ModelShape, t: int, rng: np.random.Generator) -> Plan:

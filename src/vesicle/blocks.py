@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vesicle.plan import BLOCK
 
-_FIRST, _OWN, _DAMAGED, _IN_PART, _HIDDEN = 4.0, 3.0, 2.0, -1.0, -2.0
+_FIRST, _OWN, _NEAR, _DAMAGED, _IN_PART, _HIDDEN = 5.0, 4.0, 3.0, 2.0, -1.0, -2.0
 """Priorities outside the range of an attention mass, [0, 1].
 
 A block that cannot be estimated, since its keys hold NaN, is read: damage must show.
@@ -62,6 +62,7 @@ def rank_blocks(
     *,
     window: int = 0,
     begins: bool = True,
+    nearest: int = 1,
 ) -> Tensor:
     """Rank visible blocks for each query and KV head.
 
@@ -72,11 +73,12 @@ def rank_blocks(
         scale: Of the attention logits.
         window: Newest positions that a query sees; 0 for all.
         begins: Whether the first block is the text's own first one.
+        nearest: Blocks up to the own one that come before all others, the own included.
 
     Returns:
         (B, T, G, N) 1-based ranks, N = last query's block + 1; the text's first block 1 where it is
-        seen whole, own block next; a block of which its window shows but a part comes after those
-        that are seen whole, and those of which nothing is seen last.
+        seen whole, own block next, then the nearest; a block of which its window shows but a part
+        comes after those that are seen whole, and those of which nothing is seen last.
     """
     b, h, t, k = query.shape
     g = summaries.shape[1]
@@ -96,6 +98,7 @@ def rank_blocks(
         mass[..., :known] = shares.masked_fill(damaged.any(2), _DAMAGED)
     place = own[:, None, :, None]
     mass = mass.masked_fill(index > place, _HIDDEN)
+    mass = mass.masked_fill((index > place - nearest) & (index < place), _NEAR)
     mass = mass.masked_fill(index == place, _OWN)
     if begins:
         mass = mass.masked_fill((index == 0).expand_as(mass), _FIRST)
@@ -115,5 +118,5 @@ def _begins(positions: Tensor, window: int) -> Tensor:
 
 
 def selected_blocks(rank: Tensor, kv_blocks: Tensor) -> Tensor:
-    """Which blocks are read: (B, T, G, N) bool from ranks and counts (B, T)."""
-    return rank <= kv_blocks[..., None, None]
+    """Which blocks are read: (B, T, G, N) bool from ranks and counts (B, T, G)."""
+    return rank <= kv_blocks[..., None]

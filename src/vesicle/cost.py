@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from vesicle.plan import BLOCK, FFN_BIG, FFN_SMALL, Plan
 from vesicle.plan.events import evict_after_of
+from vesicle.plan.spread import as_array, blocks_of_heads
 from vesicle.plan.windows import seen, visible_blocks, whole_blocks
 from vesicle.shapes import ModelShape, Overhead
 
@@ -198,8 +199,12 @@ def price_tokens(
     bits_read += shape.width * np.where(survivors > 0, screened, whole * heads)
 
     held = held_before(plan, shape, first_position)  # (T, L, G or 1)
-    windows, blocks = shape.layer_windows[:, None], plan.kv_blocks[..., None]
-    chooses = blocks < visible_blocks(held, windows)
+    windows = shape.layer_windows[:, None]
+    visible = visible_blocks(held, windows)
+    blocks = blocks_of_heads(plan.kv_blocks[..., None], visible, as_array(overhead.spread))
+    held, visible = np.broadcast_arrays(held, visible)[0], np.broadcast_to(visible, blocks.shape)
+    held = np.broadcast_to(held, blocks.shape)
+    chooses = blocks < visible
     complete = np.where(chooses, whole_blocks(held, windows), 0)
     complete = _of_all_heads(complete, shape) * runs  # (T, L)
     visited = np.where(chooses, visited_positions(blocks, held), seen(held, windows))

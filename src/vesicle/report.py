@@ -391,7 +391,7 @@ def _comparison_table(answer: Answer, dense: Answer) -> Table:
 
 def _levels_line(answer: Answer) -> str:
     if answer.levels is None:
-        return "not recorded in a saved plan"
+        return "none released: what is executed was given, by --read or a saved plan"
     acting = [n for n in NAMES if n in answer.released and answer.phases.get(n) != NEVER]
     shown = [f"{name} {answer.levels[name]:.2f}" for name in acting]
     held = answer.executed.ratio(answer.dense)["kv_bytes_held"]

@@ -187,6 +187,10 @@ class ModelShape:
         return found | ({"windows": windows} if windows else {})
 
 
+Spread = tuple[tuple[int, ...], ...]
+"""What multiple of a Plan's KV blocks each KV head of each layer reads; empty for alike."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Overhead:
     """The work that a method adds to the model.
@@ -201,6 +205,7 @@ class Overhead:
         observes: Of how many of the newest queries it is told what attention they pay.
         reads_entries: Whether it is told keys and values of new entries.
         interval: Tokens between the lengths at which it is.
+        spread: L rows of G numbers: how unequally KV heads read blocks, see `plan.spread`.
     """
 
     modulator_flops: int = 0
@@ -212,3 +217,4 @@ class Overhead:
     observes: int = 0
     reads_entries: bool = False
     interval: int = 0
+    spread: Spread = ()

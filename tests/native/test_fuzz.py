@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from tests.tiny import randomise
+from tests.tiny import random_spread, randomise
 from vesicle.engine import Engine, Sequence, core
 from vesicle.plan import BLOCK, Plan, Replay, StandIns, visible_blocks
 from vesicle.shapes import ModelShape
@@ -121,9 +121,16 @@ def random_method(engine: Engine, rng: np.random.Generator) -> Replay:
     """A Plan, and small modules or none."""
     ffn, attention = (random_small(engine, rng, ffn=ffn) for ffn in (True, False))
     summary = str(rng.choice(["mean", "bounds"]))
+    spread = random_spread(engine.shape, rng) if rng.integers(2) else ()
     return Replay(
         random_plan(engine.shape, LONGEST + 20, rng),
-        StandIns(ffn=ffn, attention=attention, summary=summary),
+        StandIns(
+            ffn=ffn,
+            attention=attention,
+            summary=summary,
+            spread=spread,
+            nearest=int(rng.integers(1, 6)),
+        ),
     )
 
 

@@ -50,9 +50,9 @@ def evaluate(
         typer.Option(
             "--method",
             "-m",
-            help="learnt (the modulator), dense, a control, oracle (on a text), what holds a share "
-            "of the cache (namm, recency, heavy-hitters), or kvpress:NAME; repeat, or put commas "
-            "between. \\[default: learnt]",
+            help="learnt (the modulator), dense, a control, oracle (on a text), what holds or "
+            "reads a share of the cache (namm, recency, heavy-hitters; reading), or kvpress:NAME; "
+            "repeat, or put commas between. \\[default: learnt]",
             show_default=False,
         ),
     ] = None,

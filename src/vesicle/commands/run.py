@@ -132,6 +132,15 @@ def run(
             rich_help_panel=_WHAT,
         ),
     ] = None,
+    read: Annotated[
+        int | None,
+        typer.Option(
+            help="Cached tokens that each new one reads, 128 and more; the others stay, and later "
+            "ones may read them. Makes long texts faster, prompts too; without a modulator.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     namm: Annotated[
         Path | None,
         typer.Option(
@@ -257,6 +266,8 @@ def run(
 
       vesicle run --file report.txt --memory 0.25
 
+      vesicle run --file report.txt --read 1024
+
       vesicle run --file question.txt --json > answer.json
 
       git diff | vesicle run - --system "Summarise this change." --truncate
@@ -270,6 +281,7 @@ def run(
     if goal is not None and replay is not None:
         raise DataError("--replay and --goal are both given; a saved plan is executed as it is")
     _check_memory(memory, namm, replay)
+    _check_read(read, budget=budget, modulator=modulator, replay=replay)
     show_progress = sys.stderr.isatty()
 
     with _status("loading", show_progress):
@@ -294,7 +306,9 @@ def run(
         else:
             ids = _whole(text, encode(wanted))
         limit = max_new_tokens if saved is None else _limit(saved, len(ids), max_new_tokens)
-        source, loaded = _find_modulator(modulator, folder, budget, quiet=saved is not None)
+        source, loaded = None, None
+        if read is None:
+            source, loaded = _find_modulator(modulator, folder, budget, quiet=saved is not None)
         if loaded is None:
             budget = None
         elif saved is None and budget is None:
@@ -302,12 +316,15 @@ def run(
         if loaded is not None and budget is not None and saved is None:
             _tell_reach(loaded, budget, phases)
         method = _method(loaded, saved, budget, phases)
+        if read is not None:
+            method = _reading(read, folder)
         if memory is not None and memory < 1:
             opening = 0 if system is None else _system_turn(ids, encode)
             method = _remembering(method, memory, namm, folder, len(ids), opening)
         if compare and isinstance(method, Dense):
             raise VesicleError(
-                "--compare has nothing to compare: without a modulator the run is dense"
+                "--compare has nothing to compare: without a modulator, --memory and --read the "
+                "run is dense"
             )
         announce_core()
         engine = Engine.from_pretrained(
@@ -343,6 +360,7 @@ def run(
         source_namm = (namm or namm_for(folder)) if memory is not None and memory < 1 else None
         about = {
             "memory": memory,
+            "read": read,
             "model": model or DEFAULT_MODEL,
             "model_path": str(folder),
             "modulator": source,
@@ -384,6 +402,33 @@ def _check_memory(memory: float | None, namm: Path | None, replay: Path | None) 
     if memory is None:
         raise DataError("--namm has no effect without --memory, the share of the cache to hold")
     check_namm(namm)
+
+
+def _check_read(
+    read: int | None, *, budget: float | None, modulator: str | None, replay: Path | None
+) -> None:
+    if read is None:
+        return
+    given = {"--budget": budget, "--modulator": modulator, "--replay": replay}
+    for name, value in given.items():
+        if value is not None:
+            raise DataError(f"--read and {name} are both given; one says what is executed")
+    if read < 128:
+        raise DataError(f"--read is {read}; allowed: 128 and above")
+
+
+def _reading(entries: int, folder: Path) -> Method:
+    """A method that reads so many entries, dealt out by what the model's NAMM knows of heads."""
+    from vesicle.families import find_family
+    from vesicle.models.checks import read_config
+    from vesicle.namm import Namm
+    from vesicle.reading import Reading
+
+    config = read_config(folder)
+    shape = find_family(config).decoder_config(config).shape
+    source = namm_for(folder)
+    profile = None if source is None else Namm.load(source).profile_of(shape)
+    return Reading(entries, shape, profile=profile)
 
 
 def _system_turn(ids: list[int], encode: Callable[[str], list[int]]) -> int:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks
 from vesicle.engine.cache import SequenceCache
 from vesicle.plan import BLOCK, FloatArray, IntArray
+from vesicle.plan.spread import blocks_of_heads
 from vesicle.plan.windows import first_seen, seen, visible_blocks, whole_blocks
 
 
@@ -49,6 +51,8 @@ def attend(
     masks: Masks | None = None,
     received: FloatArray | None = None,
     window: int = 0,
+    spread: NDArray[np.int64] | None = None,
+    nearest: int = 1,
 ) -> tuple[Tensor, IntArray, IntArray]:
     """Attention over the cache, which already holds the queries' own keys.
 
@@ -63,6 +67,8 @@ def attend(
         masks: Of the pass, so that layers share them.
         received: (G, slots) to which the probability that each slot receives is added.
         window: Newest entries that a query sees; 0 for all.
+        spread: (G,) of the layer, where KV heads read unequally.
+        nearest: As `rank_blocks` takes it.
 
     Returns:
         (T, H K) output; (T,) entries read of all KV heads; (T,) block summaries of all KV heads
@@ -70,19 +76,26 @@ def attend(
     """
     ratio = query.shape[1] // cache.n_heads
     outs, visited, compared = [], np.zeros_like(positions), np.zeros_like(positions)
-    for heads in cache.alike(layer):
+    # Heads that read alike are worked out together.
+    alone = [slice(g, g + 1) for g in range(cache.n_heads)]
+    for heads in cache.alike(layer) if spread is None else alone:
+        blocks = kv_blocks
+        if spread is not None:
+            visible = visible_blocks(cache.slots(layer, heads.start, positions), window)
+            blocks = blocks_of_heads(kv_blocks, visible, spread[heads]).astype(np.int32)
         out, read, among = _attend_alike(
             query[:, heads.start * ratio : heads.stop * ratio],
             cache,
             layer,
             heads,
             positions,
-            kv_blocks,
+            blocks,
             scale,
             summary,
             masks,
             None if received is None else received[heads],
             window,
+            nearest,
         )
         outs.append(out)
         n = heads.stop - heads.start
@@ -102,6 +115,7 @@ def _attend_alike(
     masks: Masks | None,
     received: FloatArray | None,
     window: int,
+    nearest: int,
 ) -> tuple[Tensor, IntArray, IntArray]:
     """`attend` of some KV heads, which hold as many blocks; counts are of each of them."""
     slots = cache.slots(layer, heads.start, positions)
@@ -125,6 +139,7 @@ def _attend_alike(
         scale,
         window=window,
         begins=cache.begins(layer),
+        nearest=nearest,
     )[0]  # (T, G, N)
     listed = _listed(rank, n_blocks)
     compared = np.where(chooses, whole_blocks(slots, window), 0).astype(np.int32)

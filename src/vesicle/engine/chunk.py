@@ -104,6 +104,10 @@ class ChunkBuffer:
         self.flying = False
         self.blocked = 0
         self.chunk.vectors = sequence.overhead.selection_vectors
+        self.chunk.nearest = sequence.stand_ins.nearest
+        self._spread = np.array(sequence.stand_ins.spread, np.int32)
+        if self._spread.size:
+            self.chunk.spread = self._spread.ctypes.data
 
     def follows(self, author: ModulatorAuthor, packed: bool) -> bool:
         """Whether the core evaluates all rules of an author, which do not change."""

@@ -22,6 +22,7 @@ from vesicle.engine.sampling import likeliest_of
 from vesicle.engine.sequence import Outcome, Sequence, Wanted
 from vesicle.families.base import Affine
 from vesicle.plan import FFN_BIG, FFN_SMALL, IntArray, Rows, resting_rows
+from vesicle.plan.spread import as_array
 
 if TYPE_CHECKING:
     from vesicle.engine.engine import Engine
@@ -173,7 +174,7 @@ class TorchPass:
         for sequence, rows, positions in zip(
             self.sequences, self.rows, self.positions, strict=True
         ):
-            cache = sequence.cache
+            cache, spread = sequence.cache, as_array(sequence.stand_ins.spread)
             cache.append(number, keys[rows].transpose(0, 1), values[rows].transpose(0, 1))
             active = runs[rows]
             if not active.any():
@@ -196,6 +197,8 @@ class TorchPass:
                 self.masks,
                 None if received is None else received.sums[number],
                 window,
+                None if spread is None else spread[number],
+                sequence.stand_ins.nearest,
             )
             if received is not None:
                 self.counters.summed(number, index, visited)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from vesicle.errors import VesicleError
 from vesicle.plan.forgetting import Forgetter
 from vesicle.plan.rows import FloatArray, IntArray, Rows
-from vesicle.shapes import ModelShape, Overhead
+from vesicle.plan.spread import check_spread
+from vesicle.shapes import ModelShape, Overhead, Spread
 from vesicle.transmitters import NAMES
 
 if TYPE_CHECKING:
@@ -157,18 +158,23 @@ class StandIns:
         ffn: Where tokens go whose FFN is small; None skips it outright.
         attention: Where tokens go whose attention is skipped; likewise.
         summary: What stands for the keys of a KV block when blocks are chosen: `mean` or `bounds`.
+        spread: L rows of G numbers: how unequally KV heads read, see `spread`; empty for alike.
+        nearest: Blocks up to its own that a query reads before it chooses others, the own included.
     """
 
     ffn: SmallModule | None = None
     attention: SmallModule | None = None
     summary: str = "mean"
+    spread: Spread = ()
+    nearest: int = 1
 
     def check(self, shape: ModelShape) -> None:
-        """Refuse small modules that do not fit a model.
+        """Refuse small modules or a spread that do not fit a model.
 
         Raises:
             VesicleError: With the parameter, its shape and what is allowed.
         """
+        check_spread(self.spread, shape)
         for module in (self.ffn, self.attention):
             if module is not None:
                 module.check(shape.n_layers, shape.width)
@@ -201,4 +207,5 @@ class Method(ABC):
             small_ffn_weights=ffn.weights if ffn else 0,
             small_attention_weights=attention.weights if attention else 0,
             selection_vectors=1 if self.stand_ins.summary == "mean" else 2,
+            spread=self.stand_ins.spread,
         )

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vesicle.blocks import rank_blocks, selected_blocks, summarise
 from vesicle.effectors import GabaSparsity
 from vesicle.plan import BLOCK, visible_blocks
+from vesicle.plan.spread import blocks_of_heads
 from vesicle.reference.memory import Memory
 from vesicle.retention import alike
 
@@ -46,6 +48,8 @@ class BlockRule:
             if no sequence forgets.
         attends: (B, T) the queries that run, whose attention counts as received; padding does not.
         window: Newest positions that a query sees; 0 for all.
+        spread: (G,) of the layer, where KV heads read unequally.
+        nearest: As `rank_blocks` takes it.
     """
 
     positions: Tensor
@@ -57,6 +61,18 @@ class BlockRule:
     memories: list[Memory | None] | None = None
     attends: Tensor | None = None
     window: int = 0
+    spread: NDArray[np.int64] | None = None
+    nearest: int = 1
+
+    def blocks(self, rows: slice, n_heads: int) -> Tensor:
+        """(B, T, G) blocks that KV heads of some sequences read."""
+        assert self.kv_blocks is not None
+        wanted = self.kv_blocks[rows][..., None]
+        if self.spread is None:
+            return wanted.expand(-1, -1, n_heads)
+        visible = visible_blocks(self.positions[rows].cpu().numpy(), self.window)[..., None]
+        found = blocks_of_heads(wanted.cpu().numpy(), visible, self.spread)
+        return torch.from_numpy(found).to(wanted.device)
 
 
 def register() -> None:
@@ -153,6 +169,7 @@ def _forgetful(
                 rule,
                 positions=torch.where(positions[chosen] < 0, positions[chosen], slots)[None],
                 kv_blocks=rule.kv_blocks[rows][:, chosen],
+                spread=None if rule.spread is None else rule.spread[heads],
             )
             k, v = (x[:, heads].gather(2, places) for x in (key, value))
             asking = slice(heads.start * ratio, heads.stop * ratio)
@@ -172,11 +189,12 @@ def _forgetful(
 @torch.no_grad()
 def _received(query: Tensor, key: Tensor, rule: BlockRule, scale: float, attends: Tensor) -> Tensor:
     """(G, S) attention probability that each key of one sequence receives, summed over queries."""
-    assert rule.kv_blocks is not None
     b, h, t, k = query.shape
     g = key.shape[1]
-    rank = rank_blocks(query, summarise(key, rule.effector.summary), rule.positions, scale)
-    allowed = _allowed(rank, rule.kv_blocks, rule.positions, key.shape[2], rule.window)
+    summaries = summarise(key, rule.effector.summary)
+    rank = rank_blocks(query, summaries, rule.positions, scale, nearest=rule.nearest)
+    blocks = rule.blocks(slice(None), g)
+    allowed = _allowed(rank, blocks, rule.positions, key.shape[2], rule.window)
     grouped = query.reshape(b, g, h // g, t, k)
     scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)) * scale
     exact = torch.promote_types(scores.dtype, torch.float32)
@@ -191,7 +209,7 @@ def _allowed(
 
     Args:
         rank: (B, T, G, N) of blocks, see `blocks.rank_blocks`.
-        kv_blocks: (B, T) blocks read.
+        kv_blocks: (B, T, G) blocks read.
         positions: (B, T) of the queries.
         length: S.
         window: Newest positions that a query sees; 0 for all.
@@ -230,9 +248,11 @@ def _one_offset(
     key, value = key[:, :, offset : offset + length], value[:, :, offset : offset + length]
     with torch.no_grad():
         summaries = summarise(key, rule.effector.summary)
-        rank = rank_blocks(query, summaries, positions, scale, window=rule.window)
+        rank = rank_blocks(
+            query, summaries, positions, scale, window=rule.window, nearest=rule.nearest
+        )
     if rule.kv_blocks is not None:
-        allowed = _allowed(rank, rule.kv_blocks[rows], positions, length, rule.window)
+        allowed = _allowed(rank, rule.blocks(rows, g), positions, length, rule.window)
         # Query heads that share a KV head become the heads of one batch entry: no repeated keys.
         shared = (b * g, h // g, length, k)
         out = nn.functional.scaled_dot_product_attention(

@@ -12,6 +12,7 @@ from vesicle.effectors import GabaSparsity
 from vesicle.effectors.dopamine_precision import largest
 from vesicle.nested import NestedWeight
 from vesicle.plan import FFN_BIG, FFN_SMALL, FULL_BITS, Rows, visible_blocks
+from vesicle.plan.spread import as_array
 from vesicle.reference.attention import RULE, BlockRule
 from vesicle.reference.memory import Memory
 from vesicle.transmitters import index
@@ -106,6 +107,7 @@ class LayerHooks:
         if memories is not None:
             parts = [rows["attention"] for rows in self.decided]
             attends = state.column(parts, 0, state.positions.device) == 1
+        spread = None if soft else as_array(self.run.method.stand_ins.spread)
         return BlockRule(
             positions=state.positions,
             offsets=state.offsets,
@@ -115,6 +117,8 @@ class LayerHooks:
             memories=memories,
             attends=attends,
             window=self.window,
+            spread=None if soft or spread is None else spread[self.number],
+            nearest=1 if soft else self.run.method.stand_ins.nearest,
             effector=self.run.modulator.gaba
             if soft
             else GabaSparsity(summary=self.run.method.stand_ins.summary),

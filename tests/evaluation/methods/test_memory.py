@@ -2,11 +2,20 @@
 
 import pytest
 
+from tests.tiny import shape_of
 from vesicle.errors import VesicleError
-from vesicle.evaluation.methods.memory import NAMES, holds_share, is_namm, memory_method
+from vesicle.evaluation.methods.memory import (
+    NAMES,
+    holds_share,
+    is_namm,
+    memory_method,
+    reading_method,
+)
 from vesicle.evaluation.methods.names import check_methods
 from vesicle.eviction import HeavyHitters
 from vesicle.namm import Namm, NammMemory
+from vesicle.plan.spread import UNIT
+from vesicle.reading import Reading
 
 
 def test_every_name_is_a_method():
@@ -17,6 +26,16 @@ def test_every_name_is_a_method():
     assert isinstance(memory_method("heavy-hitters", 0.5, 200, 30), HeavyHitters)
     with pytest.raises(VesicleError, match="unknown method 'recency-protect'"):
         check_methods(["recency-protect"])
+
+
+def test_a_share_of_the_prompt_is_read(llama):
+    """The shipped profile is another model's, so that all heads read alike."""
+    shape = shape_of(llama)
+    for share, n_tokens, entries in ((0.25, 2048, 512), (0.25, 100, 128), (1.0, 300, 300)):
+        method = reading_method(share, n_tokens, shape)
+        assert isinstance(method, Reading)
+        assert method.entries == entries
+        assert {part for row in method.spread for part in row} == {UNIT}
 
 
 @pytest.mark.parametrize("kind", ["namm", "recency"])

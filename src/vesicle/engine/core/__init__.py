@@ -153,9 +153,11 @@ class Chunk(ctypes.Structure):
 
     _fields_ = [
         ("ids", _POINTER),
-        *_fields(_LONG, "n", "position", "room", "vectors", "room_summaries", "recorded"),
+        *_fields(
+            _LONG, "n", "position", "room", "vectors", "room_summaries", "nearest", "recorded"
+        ),
         *_fields(_POINTER * MOST_ROTARIES, "cosine", "sine"),
-        *_fields(_POINTER, "tables", "starts", "held", "summaries"),
+        *_fields(_POINTER, "tables", "starts", "held", "summaries", "spread"),
         *_fields(_POINTER, "modulator", "acting", "small_ffn", "small_attention"),
         *_fields(_POINTER, "plan", "levels"),
         *_fields(_POINTER, "rows", "outputs", "visited", "compared", "small"),

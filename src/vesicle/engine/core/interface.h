@@ -96,11 +96,13 @@ enum VesicleWanted : int64_t { kNothing = 0, kLogits = 1, kLikeliest = 2, kAllLo
 struct VesicleChunk {
   const int32_t* ids;  // (n)
   int64_t n, position, room, vectors, room_summaries;
+  int64_t nearest;   // blocks up to its own that a token reads before others that it chooses
   int64_t recorded;  // tokens before these in `acting`, in the arrays from `plan` to `small`, and in `summed`
   const float *cosine[2], *sine[2];        // (n, rotated) of each of the rotary phases
   const int32_t *tables, *starts, *held;   // (L, G, room), (L, G, room), (L, G): the block of the last token included; of
                                            // a windowed layer from the first block on that any of the tokens sees
   void* const* summaries;  // (L) of complete blocks (G, room_summaries / 16, vectors, K, 16), kept up to date; or null
+  const int32_t* spread;   // (L, G) what multiple of a row's blocks a KV head reads, of 65,536; or null
   const VesicleModulator* modulator;                      // null: nothing is released
   const int64_t* acting;                                  // (n) bit a: transmitter a acts; the others rest
   const VesicleSmall *small_ffn, *small_attention;        // null: skipped outright; the second holds maps alone

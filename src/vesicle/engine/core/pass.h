@@ -18,6 +18,7 @@
 namespace vesicle {
 
 constexpr int64_t kSegments = 16;
+constexpr int64_t kSpreadUnit = 1 << 16, kLeastOfHead = 8;  // as in plan/spread.py
 
 // One token of a chunk; pointers to what is reported about it.
 struct Token {
@@ -177,6 +178,7 @@ class Pass {
   void store(int64_t thread, int64_t l, int64_t t) { store(thread, l, t, 0, model->kv_heads); }
   float* queries(int64_t thread, int64_t t);
   void rotate_queries(int64_t thread, int64_t l, int64_t t);
+  int64_t wanted(int64_t thread, int64_t t, int64_t l, int64_t g);
   bool chooses(int64_t thread, int64_t t, int64_t l, int64_t g);
   bool chooses(int64_t thread, int64_t t, int64_t l);
   int64_t reads(int64_t thread, int64_t t, int64_t l, int64_t g);

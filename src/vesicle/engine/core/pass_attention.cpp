@@ -13,7 +13,8 @@ void Pass::prepare_attention() {
   blocks_row = kBlock;
   for (const Token& token : tokens)
     for (int64_t l = 0; l < model->n_layers; ++l)
-      for (int64_t g = 0; g < model->kv_heads; ++g) blocks_row = std::max(blocks_row, padded(token.held(l, g), kBlock));
+      for (int64_t g = 0; g < model->kv_heads; ++g)  // with the end of a list of all of them
+        blocks_row = std::max(blocks_row, padded(token.held(l, g) + 1, kBlock));
   const bool may_choose = std::any_of(tokens.begin(), tokens.end(), [](const Token& t) { return t.chunk->summaries; });
   scored = scored_.get(may_choose ? n * heads * blocks_row : 0);
   const int64_t places = alone() ? T : n;
@@ -85,9 +86,17 @@ void Pass::rotate_queries(int64_t thread, int64_t l, int64_t t) {
     std::memcpy(tokens[t].kept + l * tokens[t].chunk->room_queries * heads * size, q, heads * size * sizeof(float));
 }
 
+// How many blocks of a KV head a token reads: all that it sees, or more, where its row says so; see plan/spread.py.
+int64_t Pass::wanted(int64_t thread, int64_t t, int64_t l, int64_t g) {
+  const int64_t blocks = lane(thread, t).blocks;
+  const int32_t* spread = tokens[t].chunk->spread;
+  if (!spread || blocks >= tokens[t].seen(l, g, window(l))) return blocks;
+  return std::max(blocks * spread[l * model->kv_heads + g] / kSpreadUnit, std::min(blocks, kLeastOfHead));
+}
+
 // Whether a token reads fewer blocks of a KV head than it sees.
 bool Pass::chooses(int64_t thread, int64_t t, int64_t l, int64_t g) {
-  return lane(thread, t).row.attention && lane(thread, t).blocks < tokens[t].seen(l, g, window(l));
+  return lane(thread, t).row.attention && wanted(thread, t, l, g) < tokens[t].seen(l, g, window(l));
 }
 
 // The same of any KV head.
@@ -99,7 +108,7 @@ bool Pass::chooses(int64_t thread, int64_t t, int64_t l) {
 
 // Blocks of a KV head that a token goes through: those that it chooses, or all that any token of its block sees.
 int64_t Pass::reads(int64_t thread, int64_t t, int64_t l, int64_t g) {
-  return chooses(thread, t, l, g) ? lane(thread, t).blocks : span(t, l, g);
+  return chooses(thread, t, l, g) ? wanted(thread, t, l, g) : span(t, l, g);
 }
 
 // Estimated scores (ratio, row) of a KV head's blocks before the newest, in groups [first, last) of 16.
@@ -115,6 +124,8 @@ void Pass::estimate(int64_t thread, int64_t l, int64_t t, int64_t g, int64_t fir
 int32_t* Pass::chosen(int64_t thread, int64_t t, int64_t g) {
   return lists + (place(thread, t) * model->kv_heads + g) * blocks_row;
 }
+
+constexpr uint32_t kNear = 0x7fe00000;  // as a number, between the NaN of arithmetic and that of all ones
 
 void Pass::choose_blocks(int64_t thread, int64_t l, int64_t t) {
   const int64_t kv_heads = model->kv_heads, ratio = model->heads / kv_heads;
@@ -133,16 +144,18 @@ void Pass::choose_blocks(int64_t thread, int64_t l, int64_t t) {
     std::fill(mass, mass + count, 0.0f);
     for (int64_t r = 0; r < ratio; ++r)
       k->add_softmax(estimates(t) + (g * ratio + r) * blocks_row + first, count, model->scale, mass, other);
-    // The text's first block, the own one, and the others of the largest estimated mass; see blocks.py. No mass is
-    // chosen before this one, not even NaN.
+    // The text's first block, the own one, the nearest, and the others of the largest estimated mass; see blocks.py. No
+    // mass is chosen before these, not even the NaN of one that cannot be estimated.
+    const int64_t near = std::min(count, tokens[t].chunk->nearest - 1);
+    for (int64_t b = count - near; b < count; ++b) std::memcpy(mass + b, &kNear, sizeof *mass);
     if (first == 0 && tokens[t].begins(l, window(l))) std::memset(mass, 0xff, sizeof *mass);
-    k->choose(mass, count, lane(thread, t).blocks - 1, masks, keys);
+    k->choose(mass, count, wanted(thread, t, l, g) - 1, masks, keys);
     int32_t* list = chosen(thread, t, g);
     for (int64_t word = 0; word * 32 < count; ++word)
       for (uint32_t left = masks[word]; left; left &= left - 1)
         *list++ = static_cast<int32_t>(first + 32 * word + __builtin_ctz(left));
     *list++ = static_cast<int32_t>(own);
-    *list = INT32_MAX;  // the end; there is room, since not all are chosen
+    *list = INT32_MAX;  // the end
   }
 }
 

@@ -1,8 +1,9 @@
-"""Methods that hold a share of the cache, whose budget is that share; everything else is at rest.
+"""Methods that hold or read a share of the cache, which their budget is; all else is at rest.
 
 - `namm`, or `namm:FOLDER`: a NAMM, the shipped one by default.
 - `recency`: the first and the newest entries (StreamingLLM, Xiao et al. 2023).
 - `heavy-hitters`: the newest, and those that have received most attention (H2O, Zhang et al. 2023).
+- `reading`: holds everything, and reads a fixed number of entries, that share of the prompt's.
 - `namm-protected`, `namm-protected:FOLDER` and `recency-protected`: the same, and an item's
   preamble (the rules of `instructions`) stays whatever else is forgotten, within the same share.
 
@@ -18,11 +19,13 @@ from vesicle.errors import VesicleError
 from vesicle.eviction import HeavyHitters
 from vesicle.namm import Namm, NammMemory
 from vesicle.plan import BLOCK, Method
+from vesicle.reading import LEAST_TOKENS, Reading
+from vesicle.shapes import ModelShape
 from vesicle.shipped import shipped_namm
 
-NAMM, RECENCY, HEAVY = "namm", "recency", "heavy-hitters"
+NAMM, RECENCY, HEAVY, READING = "namm", "recency", "heavy-hitters", "reading"
 PROTECTED = "-protected"
-NAMES = (NAMM, RECENCY, HEAVY, NAMM + PROTECTED, RECENCY + PROTECTED)
+NAMES = (NAMM, RECENCY, HEAVY, READING, NAMM + PROTECTED, RECENCY + PROTECTED)
 
 
 def holds_share(name: str) -> bool:
@@ -47,6 +50,18 @@ def memory_method(name: str, share: float, n_tokens: int, n_preamble: int = 0) -
     spans = [(0, n_preamble)] if kind.endswith(PROTECTED) and n_preamble else []
     namm = find_namm(name) if is_namm(name) else Namm.fresh()
     return NammMemory(namm, memory=share, protects=spans)
+
+
+def reading_method(share: float, n_tokens: int, shape: ModelShape) -> Method:
+    """Reads a share of a prompt of `n_tokens`, dealt out as the shipped NAMM's profile says.
+
+    Of a model that it does not fit all heads read alike.
+    """
+    source = shipped_namm()
+    profile = None if source is None else Namm.load(source).profile
+    if profile is not None and profile.shape != (shape.n_layers, shape.n_kv_heads):
+        profile = None
+    return Reading(max(LEAST_TOKENS, round(share * n_tokens)), shape, profile=profile)
 
 
 def find_namm(name: str) -> Namm:

@@ -21,7 +21,14 @@ from vesicle.evaluation.execution.items import Prepared
 from vesicle.evaluation.methods.controls import FROM_LEARNT, Control, control
 from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.evaluation.methods.matching import TOLERANCE
-from vesicle.evaluation.methods.memory import find_namm, holds_share, is_namm, memory_method
+from vesicle.evaluation.methods.memory import (
+    READING,
+    find_namm,
+    holds_share,
+    is_namm,
+    memory_method,
+    reading_method,
+)
 from vesicle.evaluation.methods.names import ORACLE, PRESS, saves_memory
 from vesicle.evaluation.methods.tuning import NEAR, tune_dial
 from vesicle.evaluation.report.results import Key, TaskRow
@@ -250,6 +257,9 @@ class PartRun:
 
             def remembering(i: int) -> Method:
                 prompt = self.items[i].prompt
+                if method == READING:
+                    shape = self._subject.executor.shape
+                    return reading_method(budget, len(prompt.ids), shape)
                 return memory_method(method, budget, len(prompt.ids), prompt.n_preamble)
 
             return Chosen(of=remembering, details={"memory": budget})
