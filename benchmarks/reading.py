@@ -4,9 +4,10 @@
 
 One text is read in full and under each method by turns; then each goes on from its end. The rise in
 loss is that of the text's own tokens after the first 512. Methods: `reading` (a fixed number of
-entries), `bounds` (the same, chosen by the bounds of Quest), `share` (a share of what is seen, as
-GABA has it), `window` (the first and the newest entries alone, as in StreamingLLM and Longformer),
-and `namm` (the shipped NAMM, which forgets).
+entries, as `vesicle run --read`), `alike` (the same in all KV heads), `bounds` (chosen by the
+bounds of Quest), `share` (a share of what is seen, as GABA has it), `window` (the first and the
+newest entries alone, as in StreamingLLM and Longformer), and `namm` (the shipped one, which
+forgets).
 """
 
 from __future__ import annotations
@@ -43,17 +44,20 @@ def methods(
 ) -> Iterator[tuple[str, int, Method]]:
     """Name, entries and method, for each number that is to be read."""
     shape, source = engine.shape, namm_for(folder)
+    namm = None if source is None else Namm.load(source)
+    profile = None if namm is None else namm.profile_of(shape)
     rest = Plan.rest(shape, n_tokens + STEPS + 1)
     for entries in reads:
         share = entries / n_tokens
         fewer = np.maximum(np.ceil(2 * share * rest.kv_blocks), np.minimum(rest.kv_blocks, 8))
-        yield "reading", entries, Reading(entries, shape)
-        yield "bounds", entries, Reading(entries, shape, summary="bounds")
+        yield "reading", entries, Reading(entries, shape, profile=profile)
+        yield "alike", entries, Reading(entries, shape)
+        yield "bounds", entries, Reading(entries, shape, profile=profile, summary="bounds")
         # Half of a text is seen on average, so that twice the share reads about as much.
         yield "share", entries, Replay(rest.with_fields(kv_blocks=_within(fewer, rest)))
         yield "window", entries, SinksAndRecent(entries)
-        if source is not None:
-            yield "namm", entries, NammMemory(Namm.load(source), memory=share)
+        if namm is not None:
+            yield "namm", entries, NammMemory(namm, memory=share)
 
 
 def _within(blocks: np.ndarray[Any, Any], rest: Plan) -> np.ndarray[Any, Any]:
