@@ -57,8 +57,18 @@ def test_selected_blocks_are_as_many_as_asked_for(summary: str):
     rank = rank_blocks(query, summarise(key, summary), every_position(), SCALE)
     visible = every_position() // 16 + 1
     for count in (visible, visible.clamp(max=2), (visible + 1) // 2):
-        chosen = selected_blocks(rank, count)
-        assert (chosen.sum(-1) == count[..., None]).all()
+        of_heads = count[..., None].expand(-1, -1, rank.shape[2])
+        chosen = selected_blocks(rank, of_heads)
+        assert (chosen.sum(-1) == of_heads).all()
+
+
+def test_the_nearest_come_before_all_but_the_first_and_the_own(summary: str):
+    query, key = draw(2)
+    rank = rank_blocks(query, summarise(key, summary), every_position(), SCALE, nearest=3)
+    for t in (40, 64, 69):
+        own = t // 16
+        near = rank[:, t, :, max(1, own - 2) : own]
+        assert ((near > 2) & (near <= 2 + near.shape[-1])).all()
 
 
 @pytest.mark.parametrize("t", [0, 16, 31, 40, 64])

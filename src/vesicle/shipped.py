@@ -52,19 +52,20 @@ def shipped_namm() -> Path | None:
     return shipped_namms().get(DEFAULT_MODEL)
 
 
-def load_default_modulator(model: str = DEFAULT_MODEL) -> Modulator:
+def load_default_modulator(model: str | None = None) -> Modulator:
     """The modulator that ships with the package for a model.
 
     Args:
-        model: Its name in the catalogue.
+        model: Its name in the catalogue; the default model's by default.
 
     Raises:
         VesicleError: If this package ships none for it.
     """
-    folder = shipped_modulators().get(model)
+    name = model or DEFAULT_MODEL
+    folder = shipped_modulators().get(name)
     if folder is None:
         raise VesicleError(
-            f"no modulator is shipped for {model}; train one with vesicle train, or name one of: "
+            f"no modulator is shipped for {name}; train one with vesicle train, or name one of: "
             f"{', '.join(shipped_modulators())}"
         )
     from vesicle.modulator import Modulator
