@@ -49,19 +49,16 @@ def methods(
     rest = Plan.rest(shape, n_tokens + STEPS + 1)
     for entries in reads:
         share = entries / n_tokens
-        fewer = np.maximum(np.ceil(2 * share * rest.kv_blocks), np.minimum(rest.kv_blocks, 8))
         yield "reading", entries, Reading(entries, shape, profile=profile)
         yield "alike", entries, Reading(entries, shape)
         yield "bounds", entries, Reading(entries, shape, profile=profile, summary="bounds")
         # Half of a text is seen on average, so that twice the share reads about as much.
-        yield "share", entries, Replay(rest.with_fields(kv_blocks=_within(fewer, rest)))
+        seen = rest.kv_blocks
+        fewer = np.clip(np.ceil(2 * share * seen), np.minimum(seen, 8), seen).astype(np.int32)
+        yield "share", entries, Replay(rest.with_fields(kv_blocks=fewer))
         yield "window", entries, SinksAndRecent(entries)
         if namm is not None:
             yield "namm", entries, NammMemory(namm, memory=share)
-
-
-def _within(blocks: np.ndarray[Any, Any], rest: Plan) -> np.ndarray[Any, Any]:
-    return np.minimum(blocks, rest.kv_blocks).astype(np.int32)
 
 
 def read(

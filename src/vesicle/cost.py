@@ -202,8 +202,6 @@ def price_tokens(
     windows = shape.layer_windows[:, None]
     visible = visible_blocks(held, windows)
     blocks = blocks_of_heads(plan.kv_blocks[..., None], visible, as_array(overhead.spread))
-    held, visible = np.broadcast_arrays(held, visible)[0], np.broadcast_to(visible, blocks.shape)
-    held = np.broadcast_to(held, blocks.shape)
     chooses = blocks < visible
     complete = np.where(chooses, whole_blocks(held, windows), 0)
     complete = _of_all_heads(complete, shape) * runs  # (T, L)

@@ -413,8 +413,10 @@ def _check_read(
     for name, value in given.items():
         if value is not None:
             raise DataError(f"--read and {name} are both given; one says what is executed")
-    if read < 128:
-        raise DataError(f"--read is {read}; allowed: 128 and above")
+    from vesicle.reading import LEAST_TOKENS
+
+    if read < LEAST_TOKENS:
+        raise DataError(f"--read is {read}; allowed: {LEAST_TOKENS} and above")
 
 
 def _reading(entries: int, folder: Path) -> Method:
