@@ -12,8 +12,8 @@ TIERS = """
     < nested activations phases < small_modules < plan tiling < blocks retention eviction reading
     < namm < cost < families < models < predictors < effectors < modulator
     < shipped reference engine
-    < integrations < presses < calibration < training < scratch < tasks < evaluation < evolution kept
-    < report < bench < commands < cli
+    < integrations < presses < calibration < training < scratch < tasks < evaluation
+    < evolution kept < report < bench < commands < cli
 """
 # A module may import itself and lower tiers. Two names in one tier may not import each other.
 RANK = {name: rank for rank, tier in enumerate(TIERS.split("<")) for name in tier.split()}

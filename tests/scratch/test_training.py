@@ -25,7 +25,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path):
     recipe = Recipe(steps=12, checkpoint_every=4)
     whole = new_decoder(SIZE, 0)
     losses = run(tmp_path / "whole", recipe, whole)
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", recipe, new_decoder(SIZE, 0), stop_at=9)
     resumed = new_decoder(SIZE, 5)  # what it begins with is in the checkpoint

@@ -111,11 +111,12 @@ def fit(
         model.load_state_dict(load_file(folder / _MODEL), strict=False)
         return list(record["losses"])
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in named.values() if p.dim() > 1]},
+        {"params": [p for p in named.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in named.values() if p.dim() > 1]},
-            {"params": [p for p in named.values() if p.dim() <= 1], "weight_decay": 0.0},
-        ],
+        [group for group in groups if group["params"]],
         weight_decay=recipe.weight_decay,
         betas=(0.9, 0.95),
         foreach=True,
@@ -158,7 +159,7 @@ def _keep(
     losses: list[float],
     facts: dict[str, Any],
 ) -> None:
-    tensors = {f"model.{name}": p for name, p in named.items()}
+    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in named.items()}
     for name, parameter in named.items():
         for key, value in optimizer.state[parameter].items():
             tensors[f"adam.{key}.{name}"] = value
