@@ -13,13 +13,21 @@ TIERS = """
     < namm < cost < families < models < predictors < effectors < modulator
     < shipped reference engine
     < integrations < presses < calibration < training < scratch < tasks < evaluation
-    < evolution kept < report < bench < commands < cli
+    < evolution kept < report < bench < studies < commands < cli
 """
 # A module may import itself and lower tiers. Two names in one tier may not import each other.
 RANK = {name: rank for rank, tier in enumerate(TIERS.split("<")) for name in tier.split()}
 EVALUATION = ("execution", "methods", "report", "run")
 """The order within `evaluation`."""
-USES_TRANSFORMERS = {"models", "reference", "training", "scratch", "evaluation", "families"}
+USES_TRANSFORMERS = {
+    "models",
+    "reference",
+    "training",
+    "scratch",
+    "studies",
+    "evaluation",
+    "families",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -13,6 +13,7 @@ SUMMARIES = {
     "regret": "Score a text under a modulator, every control and an oracle, at equal executed "
     "cost.",
     "bench": "Measure speed side by side: this engine at rest, at a budget, and its rivals.",
+    "study": "Run a whole experiment plan: train, judge, ablate, draw, time, and write one report.",
     "models": "List the models that go by a short name, and what the cache holds.",
     "info": "Tell what a modulator is, and what the engine finds on this machine.",
 }

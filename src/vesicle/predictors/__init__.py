@@ -31,6 +31,7 @@ __all__ = [
     "PREDICTORS",
     "ConstantLevels",
     "Levels",
+    "MlpPredictor",
     "Predictor",
     "PredictorConfig",
     "RandomLevels",

@@ -10,6 +10,7 @@ goes on and tiling it at the end are the same.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,13 +20,14 @@ LARGEST = SIZES[-1]
 IntArray = NDArray[np.int32]
 
 
-def tile_sizes(wanted: ArrayLike, sinks: int = 16) -> IntArray:
+def tile_sizes(wanted: ArrayLike, sinks: int = 16, sizes: Sequence[int] = SIZES) -> IntArray:
     """Sizes of the tiles that positions lie in.
 
     Args:
         wanted: (..., T) the largest tile that each position may lie in.
         sinks: First positions that stand alone, whatever they allow: attention parks there what it
             does not need.
+        sizes: Those that there are.
 
     Returns:
         (..., T) of `SIZES`; 1 in the incomplete last block of 64.
@@ -42,7 +44,7 @@ def tile_sizes(wanted: ArrayLike, sinks: int = 16) -> IntArray:
     allowed[..., :sinks] = 1
     whole = allowed.shape[-1] // LARGEST * LARGEST
     found = np.ones_like(allowed)
-    for size in SIZES[1:]:
+    for size in sizes[1:]:
         nodes = (*allowed.shape[:-1], whole // size, size)
         fits = (allowed[..., :whole].reshape(nodes) >= size).all(-1)
         np.copyto(found[..., :whole], size, where=fits.repeat(size, -1))

@@ -42,9 +42,7 @@ def curves(
 
 
 @contextmanager
-def progress_bar(
-    title: str, total: int, done: int, wanted: bool
-) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(title: str, total: int, done: int, wanted: bool) -> Iterator[Callable[..., None]]:
     """A progress bar on standard error, with the time left and a note.
 
     Args:
@@ -54,10 +52,11 @@ def progress_bar(
         wanted: Whether to show it.
 
     Yields:
-        Takes the number of a step that is done, and what is to be told of it.
+        Takes the number of a step that is done, what is to be told of it, and the number of steps
+        where it turns out to be another.
     """
     if not wanted:
-        yield lambda step, note: None
+        yield lambda step, note, total=total: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -77,4 +76,6 @@ def progress_bar(
         console=Console(stderr=True),
     ) as bar:
         task = bar.add_task(title, total=total, completed=done, note="")
-        yield lambda step, note: bar.update(task, completed=step, note=note)
+        yield lambda step, note, total=total: bar.update(
+            task, completed=step, note=note, total=total
+        )

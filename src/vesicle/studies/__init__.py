@@ -1,0 +1,1 @@
+"""Studies: whole experiment plans, each run by one command into one report."""
