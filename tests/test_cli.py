@@ -705,7 +705,6 @@ _LONG_GABA = ("--transmitters", "gaba", "--long-windows", "1")
         (["run", "hi", "--memory", "0.5", "--namm", "missing"], "missing holds no namm.json"),
         (["run", "hi", "--namm", "missing"], "no effect without --memory"),
         (["run", "hi", "--read", "64"], "--read is 64; allowed: 128 and above"),
-        (["run", "hi", "--read", "512", "--budget", "0.8"], "--read and --budget are both given"),
         (["run", "hi", "--replay", "pyproject.toml", "--memory", "0.5"], "what it forgets"),
         (["run", "hi", "--temperature", "nan"], "temperature is nan"),
         (["run", "hi", "--temperature", "-1"], "temperature is -1"),

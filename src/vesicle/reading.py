@@ -81,6 +81,11 @@ class Reading(Method):
         return np.where(self._full, np.ceil(self._blocks.mean(1)), 0).astype(np.int32)
 
     @property
+    def most(self) -> IntArray:
+        """(L,) the same as a bound, which no windowed layer reaches."""
+        return np.where(self._full, self.layer_blocks, np.iinfo(np.int32).max).astype(np.int32)
+
+    @property
     def spread(self) -> Spread:
         """L rows of G numbers; see `plan.spread`."""
         means = np.where(self._full, self.layer_blocks, 1)[:, None]

@@ -437,6 +437,7 @@ struct Model {
 struct ModulatorStorage {
   std::vector<float> weight, offset, log_slope, place_weight;
   std::vector<VesicleRule> rules;
+  std::vector<int32_t> most;  // KV blocks by layer
   VesicleModulator view{};
   ModulatorStorage(Random& r, const VesicleModel& m) {
     VesicleModulator& v = view;
@@ -470,6 +471,8 @@ struct ModulatorStorage {
     rules.back().last = 1;
     v.rules = rules.data();
     v.n_rules = rules.size();
+    for (int64_t l = 0; l < m.n_layers; ++l) most.push_back(static_cast<int32_t>(r.between(2, 40)));
+    if (r.chance(0.4)) v.most = most.data();
   }
 
   static int32_t number(size_t offset) { return static_cast<int32_t>(offset / sizeof(int32_t)); }

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import random_plan, random_spread, tokens
+from tests.tiny import random_plan, random_spread, tiny_modulator, tokens
 from vesicle.cost import price, price_tokens
 from vesicle.engine import Engine, core
 from vesicle.errors import VesicleError
+from vesicle.modulator.author import ModulatorAuthor
+from vesicle.modulator.method import ModulatorMethod
+from vesicle.phases import EVERYWHERE, Phases
 from vesicle.plan import Dense, Method, Plan, Replay, StandIns
 from vesicle.plan.spread import LEAST, UNIT, blocks_of_heads
 from vesicle.reading import Reading, blocks_for
@@ -110,6 +113,82 @@ def test_a_number_is_read_and_all_is_held(llama: Any):
     assert (read > 130).all()
     assert (read <= 160).all()
     assert sequence.cost.kv_bytes_held == sequence.dense_cost.kv_bytes_held
+
+
+@pytest.fixture(params=["alone", "generated", "all"])
+def bounded(request: pytest.FixtureRequest, llama: Any) -> tuple[Engine, Method, Any]:
+    """A modulator within a reading: at rest, on generated tokens, on all."""
+    engine = Engine.from_model(llama)
+    profile = np.random.default_rng(0).normal(size=(engine.shape.n_layers, engine.shape.n_kv_heads))
+    reading = Reading(160, engine.shape, profile=profile)
+    modulator = tiny_modulator(engine.shape, "linear")
+    if request.param == "alone":
+        return engine, ModulatorMethod(modulator, 1.0, None, reading), reading
+    phases = EVERYWHERE if request.param == "all" else Phases()
+    return engine, ModulatorMethod(modulator, 0.6, phases, reading), None
+
+
+def generated(engine: Engine, ids: Tensor, method: Method) -> Any:
+    """A prompt of 240 tokens, and the others one by one."""
+    sequence, row = engine.start(method), ids[0].tolist()
+    sequence.author.prompt(0, 240)
+    pieces = [engine.forward([(sequence, row[:240])], logits="all")[0]]
+    pieces += [engine.forward([(sequence, [i])], logits="all")[0] for i in row[240:]]
+    return torch.cat(pieces), sequence
+
+
+def test_a_modulator_within_a_reading(bounded: Any):
+    engine, method, reading = bounded
+    ids = tokens(250, seed=4)
+    logits, sequence = generated(engine, ids, method)
+    full = engine.shape.layer_windows == 0
+    most = Reading(160, engine.shape).layer_blocks[full].max() * 3
+    assert (sequence.plan.kv_blocks[:, full] <= most).all()
+    assert (sequence.plan.kv_blocks <= method.reading.most).all()
+    released = sequence.author.releases(np.arange(250))
+    assert sequence.cost == price(sequence.plan, engine.shape, sequence.overhead, released=released)
+    if reading is not None:
+        alone, other = generated(engine, ids, reading)
+        assert torch.equal(alone, logits)
+        assert other.plan.equals(sequence.plan)
+        assert other.cost == sequence.cost
+        return
+    free, unbound = generated(engine, ids, ModulatorMethod(method.modulator, 0.6, method.phases))
+    assert (unbound.plan.kv_blocks > method.reading.most).any()
+    assert (free - logits).abs().max() > 1e-3
+
+
+def test_a_modulator_within_a_reading_in_the_reference(bounded: Any, llama: Any):
+    engine, method, _ = bounded
+    method = ModulatorMethod(method.modulator, method.dial, EVERYWHERE, method.reading)
+    ids = tokens(LENGTH, seed=4)
+    logits, sequence = executed(engine, ids, method, (130, 131, 200))
+    with attach(llama, method) as run:
+        expected = llama(ids).logits[0]
+    assert (logits - expected).abs().max() < FP64
+    assert run.plan.equals(sequence.plan)
+
+
+@pytest.mark.skipif(not core.available(), reason="there is no native core")
+def test_a_modulator_within_a_reading_in_the_core(
+    bounded: Any, llama: Any, monkeypatch: pytest.MonkeyPatch
+):
+    _, method, _ = bounded
+    ids = tokens(250, seed=4)
+    engine = Engine.from_model(llama.float())
+    method.modulator.float()  # as saved ones are
+    asked: list[int] = []
+    ask = ModulatorAuthor.ffn
+    monkeypatch.setattr(
+        ModulatorAuthor, "ffn", lambda self, *a: (asked.append(0), ask(self, *a))[1]
+    )
+    native, first = generated(engine, ids, method)
+    assert not asked, "the core decides by itself"
+    monkeypatch.setattr(core, "available", lambda: False)
+    other, second = generated(Engine.from_model(llama), ids, method)
+    assert (native - other).abs().max() < 5e-3
+    same = (first.plan.kv_blocks == second.plan.kv_blocks).mean()
+    assert same > 0.999
 
 
 def test_blocks_of_heads():

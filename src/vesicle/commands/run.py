@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vesicle.modulator import Modulator
     from vesicle.phases import Phases
     from vesicle.plan import Method, Plan
+    from vesicle.reading import Reading
     from vesicle.report import Answer
 
 _WHAT, _HOW, _OUTPUT = "What runs", "How it is sampled", "What is shown and saved"
@@ -136,7 +137,8 @@ def run(
         int | None,
         typer.Option(
             help="Cached tokens that each new one reads, 128 and more; the others stay, and later "
-            "ones may read them. Makes long texts faster, prompts too; without a modulator.",
+            "ones may read them. Makes long texts faster, prompts too. A modulator acts besides "
+            "if --budget or --modulator is given.",
             show_default=False,
             rich_help_panel=_WHAT,
         ),
@@ -281,7 +283,7 @@ def run(
     if goal is not None and replay is not None:
         raise DataError("--replay and --goal are both given; a saved plan is executed as it is")
     _check_memory(memory, namm, replay)
-    _check_read(read, budget=budget, modulator=modulator, replay=replay)
+    _check_read(read, replay)
     show_progress = sys.stderr.isatty()
 
     with _status("loading", show_progress):
@@ -307,7 +309,7 @@ def run(
             ids = _whole(text, encode(wanted))
         limit = max_new_tokens if saved is None else _limit(saved, len(ids), max_new_tokens)
         source, loaded = None, None
-        if read is None:
+        if read is None or budget is not None or modulator is not None:
             source, loaded = _find_modulator(modulator, folder, budget, quiet=saved is not None)
         if loaded is None:
             budget = None
@@ -315,9 +317,8 @@ def run(
             budget = loaded.default_budget(phases)
         if loaded is not None and budget is not None and saved is None:
             _tell_reach(loaded, budget, phases)
-        method = _method(loaded, saved, budget, phases)
-        if read is not None:
-            method = _reading(read, folder)
+        reading = None if read is None else _reading(read, folder)
+        method = _method(loaded, saved, budget, phases, reading)
         if memory is not None and memory < 1:
             opening = 0 if system is None else _system_turn(ids, encode)
             method = _remembering(method, memory, namm, folder, len(ids), opening)
@@ -404,22 +405,18 @@ def _check_memory(memory: float | None, namm: Path | None, replay: Path | None) 
     check_namm(namm)
 
 
-def _check_read(
-    read: int | None, *, budget: float | None, modulator: str | None, replay: Path | None
-) -> None:
+def _check_read(read: int | None, replay: Path | None) -> None:
     if read is None:
         return
-    given = {"--budget": budget, "--modulator": modulator, "--replay": replay}
-    for name, value in given.items():
-        if value is not None:
-            raise DataError(f"--read and {name} are both given; one says what is executed")
+    if replay is not None:
+        raise DataError("--read and --replay are both given; a saved plan says what is read")
     from vesicle.reading import LEAST_TOKENS
 
     if read < LEAST_TOKENS:
         raise DataError(f"--read is {read}; allowed: {LEAST_TOKENS} and above")
 
 
-def _reading(entries: int, folder: Path) -> Method:
+def _reading(entries: int, folder: Path) -> Reading:
     """A method that reads so many entries, dealt out by what the model's NAMM knows of heads."""
     from vesicle.families import find_family
     from vesicle.models.checks import read_config
@@ -596,12 +593,18 @@ def _find_modulator(
 
 
 def _method(
-    modulator: Modulator | None, saved: Plan | None, budget: float | None, phases: Phases
+    modulator: Modulator | None,
+    saved: Plan | None,
+    budget: float | None,
+    phases: Phases,
+    reading: Reading | None,
 ) -> Method:
     from vesicle.plan import FFN_SMALL, Dense, Replay
 
     if saved is None:
-        return Dense() if modulator is None or budget is None else modulator.at(budget, phases)
+        if modulator is None or budget is None:
+            return reading or Dense()
+        return modulator.at(budget, phases, reading)
     if modulator is None and ((saved.ffn == FFN_SMALL).any() or (saved.attention == 0).any()):
         raise VesicleError(
             "this plan lands on stand-ins: name the --modulator that it was made with"

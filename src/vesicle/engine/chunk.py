@@ -255,6 +255,7 @@ class ChunkBuffer:
             self._planned = _ROWS
             self.plan[:] = resting_rows(self._shape, positions)
             if isinstance(author, ModulatorAuthor):
+                author.bound(self.plan)
                 self._acting[:] = author.acting(positions) @ _BITS
             return
         known = author.planned(positions)
@@ -478,7 +479,10 @@ def _modulator_parts(author: ModulatorAuthor) -> core.ModulatorParts:
         rules=ctypes.addressof(rules),
         n_rules=len(rules),
     )
-    parts.kept = rules  # for as long as they are pointed to
+    most = author.most
+    if most is not None:
+        parts.most = most.ctypes.data
+    parts.kept = rules, most  # for as long as they are pointed to
     for i, name in enumerate(predictor.config.transmitters):
         parts.columns[i] = index(name)
     return parts

@@ -151,7 +151,7 @@ def _identity(method: Method) -> Hashable | None:
     """Equal for methods that decide alike; None where that is not known."""
     match method:
         case ModulatorMethod():
-            return method.modulator, method.dial, method.phases
+            return method.modulator, method.dial, method.phases, method.reading
         case Dense() if type(method) is Dense:  # what is made of it may decide otherwise
             return Dense
     return None

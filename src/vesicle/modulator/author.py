@@ -33,6 +33,7 @@ class ModulatorAuthor(Author):
     """Writes one sequence's Plan from released levels; keeps the levels for reports.
 
     Attributes:
+        most: (L,) KV blocks that a token reads at most, whatever its levels say; or None.
         state: What the predictor carries from token to token, by layer.
     """
 
@@ -43,6 +44,7 @@ class ModulatorAuthor(Author):
         self.modulator = method.modulator
         self.dial = method.dial
         self._rests = method.at_rest
+        self.most = None if method.reading is None else method.reading.most
         self._shape = shape
         self._rules = self.modulator.rules(shape)
         self._columns = [index(name) for name in self.modulator.predictor.config.transmitters]
@@ -59,8 +61,13 @@ class ModulatorAuthor(Author):
 
     @property
     def rests(self) -> bool:
-        """Whether the dial is at rest."""
-        return self._rests
+        """Whether the dial is at rest, and all is read."""
+        return self._rests and self.most is None
+
+    def bound(self, rows: Rows) -> None:
+        """Have rows (..., L) read no more KV blocks than may be."""
+        if self.most is not None:
+            np.minimum(rows["kv_blocks"], self.most, out=rows["kv_blocks"])
 
     @property
     def rules(self) -> Rules:
@@ -113,10 +120,15 @@ class ModulatorAuthor(Author):
     def planned(self, positions: IntArray) -> Rows | None:
         """At rest and for controls everything; else the leading tokens on which nothing acts."""
         if not self.reads_hidden and not self._rests:
-            return plan_rows(self.modulator, self._shape, self.foreseen(positions), positions)
-        resting = ~self.releases(positions)
-        n = len(resting) if resting.all() else int(resting.argmin())
-        return resting_rows(self._shape, positions[:n]) if n or self._rests else None
+            rows = plan_rows(self.modulator, self._shape, self.foreseen(positions), positions)
+        else:
+            resting = ~self.releases(positions)
+            n = len(resting) if resting.all() else int(resting.argmin())
+            if not n and not self._rests:
+                return None
+            rows = resting_rows(self._shape, positions[:n])
+        self.bound(rows)
+        return rows
 
     def foreseen(self, positions: IntArray) -> FloatArray:
         """Levels (T, L, 5) of coming tokens that depend on no hidden state."""
@@ -147,6 +159,8 @@ class ModulatorAuthor(Author):
                 last_layer=last,
                 window=int(self._shape.layer_windows[layer]),
             )
+        if self.most is not None:
+            np.minimum(rows["kv_blocks"], self.most[layer], out=rows["kv_blocks"])
 
     def ffn(self, layer: int, hidden: Tensor, positions: IntArray, rows: Rows) -> None:
         """Release levels for the tokens' hidden states (T, D) and decide."""

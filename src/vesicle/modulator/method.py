@@ -11,6 +11,7 @@ from vesicle.modulator.modulator import Modulator
 from vesicle.phases import Phases
 from vesicle.plan import Method, StandIns
 from vesicle.predictors import Predictor
+from vesicle.reading import Reading
 from vesicle.shapes import ModelShape, Overhead
 
 
@@ -21,13 +22,21 @@ class ModulatorMethod(Method):
         modulator: The modulator.
         dial: In (0, 1]; 1 is rest.
         phases: On which tokens each transmitter acts.
+        reading: What bounds the cached entries that any token reads, whatever acts on it; or None.
     """
 
-    def __init__(self, modulator: Modulator, dial: float, phases: Phases | None = None) -> None:
-        """Serve `dial` in (0, 1] on the tokens that `phases` tells."""
+    def __init__(
+        self,
+        modulator: Modulator,
+        dial: float,
+        phases: Phases | None = None,
+        reading: Reading | None = None,
+    ) -> None:
+        """Serve `dial` in (0, 1] on the tokens that `phases` tells, within a `reading`."""
         self.modulator = modulator
         self.dial = dial
         self.phases = phases or Phases()
+        self.reading = reading
 
     @property
     def at_rest(self) -> bool:
@@ -38,7 +47,7 @@ class ModulatorMethod(Method):
         """What the modulator adds to the model's own work."""
         modulator = self.modulator
         if self.at_rest:
-            return Overhead()
+            return Overhead() if self.reading is None else self.reading.overhead(shape)
         return replace(
             super().overhead(shape),
             modulator_flops=modulator.predictor.flops,
@@ -52,8 +61,16 @@ class ModulatorMethod(Method):
 
     @property
     def stand_ins(self) -> StandIns:
-        """The modulator's stand-ins and block summary."""
-        return self.modulator.stand_ins
+        """The modulator's stand-ins and block summary; a reading deals out what heads read."""
+        if self.reading is None:
+            return self.modulator.stand_ins
+        dealt = self.reading.stand_ins
+        return replace(
+            self.modulator.stand_ins,
+            summary=dealt.summary,
+            spread=dealt.spread,
+            nearest=dealt.nearest,
+        )
 
     def author(self, shape: ModelShape) -> ModulatorAuthor:
         """An author for one new sequence on a model of `shape`, without state or levels yet."""

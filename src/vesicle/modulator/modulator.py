@@ -22,6 +22,7 @@ from vesicle.transmitters import NAMES, index
 
 if TYPE_CHECKING:
     from vesicle.modulator.method import ModulatorMethod
+    from vesicle.reading import Reading
 
 _E = TypeVar("_E", bound=Effector)
 
@@ -189,13 +190,20 @@ class Modulator(nn.Module):
         budgets, dials = zip(*self._measured(phases or Phases()).dial, strict=True)
         return float(np.interp(budget, budgets, dials))
 
-    def at(self, budget: float | None = None, phases: Phases | None = None) -> ModulatorMethod:
+    def at(
+        self,
+        budget: float | None = None,
+        phases: Phases | None = None,
+        reading: Reading | None = None,
+    ) -> ModulatorMethod:
         """The Method that serves a budget.
 
         Args:
             budget: Share in (0, 1] of the dense FLOPs of generated tokens, or of all tokens where
                 `phases` has every transmitter act on all of them; `default_budget` for None.
             phases: On which tokens each transmitter acts; on generated ones by default.
+            reading: What bounds the cached entries that any token reads besides, in prompts too;
+                the budget knows nothing of what that saves.
 
         Raises:
             VesicleError: If the budget is outside (0, 1].
@@ -203,7 +211,7 @@ class Modulator(nn.Module):
         from vesicle.modulator.method import ModulatorMethod
 
         budget = self.default_budget(phases) if budget is None else budget
-        return ModulatorMethod(self, self.dial(budget, phases), phases)
+        return ModulatorMethod(self, self.dial(budget, phases), phases, reading)
 
     def release(
         self, layer: int, hidden: Tensor, positions: Tensor, dial: Tensor, state: State

@@ -134,6 +134,7 @@ class ModulatorParts(ctypes.Structure):
         ("logit", _DOUBLE),
         ("rules", _POINTER),
         ("n_rules", _LONG),
+        ("most", _POINTER),
         ("columns", _INT * 8),
     ]
 

@@ -86,6 +86,7 @@ struct VesicleModulator {
   double logit;
   const VesicleRule* rules;
   int64_t n_rules;
+  const int32_t* most;  // (L) KV blocks that a token reads at most, whatever its levels say; or null
   int32_t columns[8];
 };
 

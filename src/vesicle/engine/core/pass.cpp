@@ -62,8 +62,15 @@ void Pass::release(Lane& lane, Token& token, int64_t l, bool reports) {
     reinterpret_cast<int32_t*>(&lane.row)[r->number] = value;
     if (reports && !r->last) reinterpret_cast<int32_t*>(&token.plan[layer])[r->number] = value;
   }
-  if (next < model->n_layers) lane.blocks = lane.row.kv_blocks;
-  else lane.head = token.wants == kLikeliest ? lane.row.head : 0;
+  if (next == model->n_layers) {
+    lane.head = token.wants == kLikeliest ? lane.row.head : 0;
+    return;
+  }
+  if (m->most) {
+    lane.row.kv_blocks = std::min(lane.row.kv_blocks, m->most[next]);
+    if (reports) token.plan[next].kv_blocks = lane.row.kv_blocks;
+  }
+  lane.blocks = lane.row.kv_blocks;
 }
 
 // The tokens for which `f` holds, and their activations.
