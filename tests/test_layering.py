@@ -12,7 +12,7 @@ TIERS = """
     < nested activations phases < small_modules < plan tiling < blocks retention eviction reading
     < namm < cost < families < models < predictors < effectors < modulator
     < shipped reference engine
-    < integrations < presses < calibration < training < scratch < tasks < evaluation
+    < integrations < presses < calibration < training < scratch < duo < tasks < evaluation
     < evolution kept < report < bench < studies < commands < cli
 """
 # A module may import itself and lower tiers. Two names in one tier may not import each other.
