@@ -1,4 +1,4 @@
-"""`benchmarks/slack.py`, `tiles.py` and `reading.py`: a mistake is one line and status 2."""
+"""Scripts in `benchmarks` that take a text: a mistake is one line and status 2."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ from tests.models.test_text import byte_level, save
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(params=["slack", "tiles", "reading"])
+@pytest.fixture(params=["slack", "tiles", "reading", "lengths"])
 def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """One of them as a module."""
     name = request.param

@@ -68,6 +68,7 @@ class Tiles(Pattern):
         corrects: bool = True,
         one_pattern: bool = False,
         fixed: int = 16,
+        per_block: int | None = None,
     ) -> None:
         """The pattern.
 
@@ -83,6 +84,8 @@ class Tiles(Pattern):
             corrects: Whether a tile's logit gets the logarithm of its size.
             one_pattern: Whether all layers have the tiles of the first.
             fixed: Size of the tiles of importance `fixed`.
+            per_block: Tiles of a block of 64 where importance is not learnt; what the budget allows
+                in a text of the length by default, which makes tiles depend on it.
 
         Raises:
             ValueError: If there is no such importance.
@@ -92,7 +95,7 @@ class Tiles(Pattern):
             raise ValueError(f"importance is {importance!r}; allowed: {', '.join(IMPORTANCES)}")
         self.layer, self.importance, self.sizes = layer, importance, tuple(sizes)
         self.recent, self.corrects, self.fixed = recent, corrects, fixed
-        self.one_pattern = one_pattern
+        self.one_pattern, self.per_block = one_pattern, per_block
         # Shared, so not a parameter of each layer.
         self._state = [state]
         self._cache: TileCache | None = None
@@ -229,7 +232,7 @@ class Tiles(Pattern):
         """Levels under which each block of 64 has as many tiles as the budget allows."""
         batch, length = scores.shape
         whole = length // LARGEST * LARGEST
-        n_tiles = tiles_a_block(self.state.budget, length, self.recent)
+        n_tiles = self.per_block or tiles_a_block(self.state.budget, length, self.recent)
         levels = torch.ones(batch, length)
         inside = {size: self._inside(size) for size in self.sizes}
         blocks = scores[:, :whole].reshape(-1, LARGEST).cpu().numpy()

@@ -79,6 +79,8 @@ def stages(scale: str, data: str | None, text: str | None, workers: int) -> list
             where=where,
         )
     ]
+    if scale != "debug":  # which does without a model
+        drawn.append(Job(name="case", call=f"{_HERE}.case:answer_case"))
     timed = [
         Job(
             name="speed/attention",

@@ -88,6 +88,8 @@ def page(found: dict[str, Any], records: Records) -> str:
     made.table(["variant", "what it is"], list(what.items()))
     _speed(made, found)
     _tilings(made, records["tilings"])
+    if "case" in records:
+        _case(made, records["case"])
     return made.html()
 
 
@@ -204,9 +206,7 @@ def _tilings(made: Page, record: dict[str, Any]) -> None:
     for text in record["texts"]:
         made.heading(text["name"], 3)
         layer = max(range(len(text["sizes"])), key=lambda i: len(set(text["sizes"][i])))
-        sizes = text["sizes"][layer][:_SHOWN]
-        marks = [f"s{s}" + (" e" if i % s == 0 and s > 1 else "") for i, s in enumerate(sizes)]
-        made.text(text["pieces"][:_SHOWN], marks)
+        made.text(text["pieces"][:_SHOWN], _marks(text["sizes"][layer][:_SHOWN]))
         made.table(
             ["class of tokens", "tokens", "tiles a position"],
             [[r["class"], str(r["tokens"]), f"{r['tiles']:.3f}"] for r in text["by_class"]],
@@ -219,6 +219,26 @@ def _tilings(made: Page, record: dict[str, Any]) -> None:
             ],
         )
         made.draw("Tiles a position, by layer and tenth of the text.", _places(text["by_place"]))
+
+
+def _marks(sizes: list[int]) -> list[str]:
+    """Classes of the page's style for positions that lie in tiles of these sizes."""
+    return [f"s{s}" + (" e" if i % s == 0 and s > 1 else "") for i, s in enumerate(sizes)]
+
+
+def _case(made: Page, record: dict[str, Any]) -> None:
+    made.heading("The proposal's test case")
+    made.say(
+        "The default model, which was not trained with tiles, dense and with 16 tiles a block of "
+        "64, split where attention was received."
+    )
+    made.say(record["request"])
+    for answer in record["answers"]:
+        made.heading(f"{answer['what']}, {100 * answer['share']:.0f} % read", 3)
+        made.text([answer["text"]], [""])
+    made.say("The tiles of the prompt in the layer in the middle:")
+    sizes = record["sizes"][len(record["sizes"]) // 2]
+    made.text(record["pieces"], _marks(sizes))
 
 
 def _places(rows: list[list[float]]) -> Callable[[Axes], None]:
