@@ -96,17 +96,11 @@ class Tiles(Pattern):
         self.layer, self.importance, self.sizes = layer, importance, tuple(sizes)
         self.recent, self.corrects, self.fixed = recent, corrects, fixed
         self.one_pattern, self.per_block = one_pattern, per_block
-        # Shared, so not a parameter of each layer.
-        self._state = [state]
+        self.state = state  # no module, so that what is shared is no parameter of each layer
         self._cache: TileCache | None = None
         self.pool: nn.Parameter | None = None
         if pools:
             self.pool = nn.Parameter(torch.zeros(n_groups, width))
-
-    @property
-    def state(self) -> TilesState:
-        """What layers share."""
-        return self._state[0]
 
     def begin(self) -> None:
         """Hold tiles, and execute them: of one text, at a learnt or fixed importance."""

@@ -33,7 +33,7 @@ def train_base(
     out: Path, *, task: str, scale: str, seed: int, texts: str, data: str | None, text: str | None
 ) -> dict[str, Any]:
     """The decoder that all variants of a task and seed go on from; a job."""
-    size, corpus = SCALES[scale], _corpus(task, scale, data, text)
+    size, corpus = SCALES[scale], corpus_of(task, scale, data, text)
     model = new_decoder(_shape(size, task), seed)
     started = time.monotonic()
 
@@ -77,7 +77,7 @@ def train_variant(
         variant: One of `VARIANTS`.
         share: That it is trained for; None where its share moves, or it has none.
     """
-    size, corpus = SCALES[scale], _corpus(task, scale, data, text)
+    size, corpus = SCALES[scale], corpus_of(task, scale, data, text)
     decoder = from_base(out, task, size, seed, VARIANTS[variant], share or 1.0)
     surprise = bigram_surprise(corpus) if decoder.needs_surprise else None
     started, state = time.monotonic(), decoder.state
@@ -121,7 +121,7 @@ def judge_selected(
     rule: str,
 ) -> dict[str, Any]:
     """The dense variant, run by a rule that chooses pages; a job."""
-    size, corpus = SCALES[scale], _corpus(task, scale, data, text)
+    size, corpus = SCALES[scale], corpus_of(task, scale, data, text)
     tried: list[dict[str, Any]] = [{"opened": n} for n in (1, 2, 4, 8)]
     if rule == "twilight":
         tried = [{"mass": mass} for mass in (0.3, 0.6, 0.8, 0.9)]
@@ -176,7 +176,8 @@ def trained(
 
 
 @lru_cache(maxsize=1)
-def _corpus(task: str, scale: str, data: str | None, text: str | None) -> Corpus:
+def corpus_of(task: str, scale: str, data: str | None, text: str | None) -> Corpus:
+    """The texts of a task at a scale; the newest is kept."""
     from vesicle.training.data import load_documents
 
     size = SCALES[scale]
@@ -189,9 +190,6 @@ def _corpus(task: str, scale: str, data: str | None, text: str | None) -> Corpus
         most_test=size.test_windows,
         more=more,
     )
-
-
-corpus_of = _corpus
 
 
 def _shape(size: Scale, task: str) -> DecoderSize:
