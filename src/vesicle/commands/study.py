@@ -23,6 +23,7 @@ class StudyName(StrEnum):
     """Which plan."""
 
     att = "att"
+    duo = "duo"
 
 
 class StudyScale(StrEnum):
@@ -34,7 +35,7 @@ class StudyScale(StrEnum):
 
 
 def study(
-    name: Annotated[StudyName, typer.Argument(help="att: Adaptive Tensor Tiling.")],
+    name: Annotated[StudyName, typer.Argument(help="att: Adaptive Tensor Tiling; duo: Duo-LLM.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; a study in it is gone on with.")],
     scale: Annotated[
         StudyScale,
@@ -77,11 +78,14 @@ def study(
       vesicle study att --data sample --out runs/try
 
       vesicle study att --scale small --data data --out runs/att
+
+      vesicle study duo --scale small --data data --out runs/duo
     """
     check_folder(out)
     check_free(out)
+    from importlib import import_module
+
     from vesicle.figures import new_figure
-    from vesicle.studies.att import run_study
     from vesicle.training.display import progress_bar
 
     new_figure(1, 1)  # what is missing for the report is told before hours of work
@@ -96,7 +100,7 @@ def study(
                 told["next"] = passed + _SILENT_S
                 notice(f"{job} done, {done} of {total}")
 
-        found = run_study(
+        found = import_module(f"vesicle.studies.{name.value}").run_study(
             out,
             scale.value,
             data=data,

@@ -21,6 +21,7 @@ from typing import Any
 
 from vesicle.errors import VesicleError
 from vesicle.files import read_json, write_json
+from vesicle.folders import locked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,45 @@ class Job:
         # As JSON has them: tuples are lists there.
         same = record.get("facts") == json.loads(json.dumps(self.facts))
         return record["result"] if same and record.get("call") == self.call else None
+
+
+Stage = tuple[str, int, list[Job]]
+"""What it is called, how many processes it may take, and its jobs; one follows another."""
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    out: Path,
+    report: Callable[[dict[str, dict[str, Any]]], dict[str, Any]],
+    show: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Do what is not done yet of a whole study, and report it.
+
+    Args:
+        stages: In order.
+        out: The study's folder.
+        report: From the records of all jobs, by their names; writes the report and gives it.
+        show: Told the name of a job that is done, how many are, and of how many.
+
+    Returns:
+        The report.
+
+    Raises:
+        VesicleError: A job failed, or another process writes to the folder.
+    """
+    total, done = sum(len(jobs) for _, _, jobs in stages), 0
+    records = dict[str, dict[str, Any]]()
+
+    def tell(name: str) -> None:
+        nonlocal done
+        done += 1
+        if show is not None:
+            show(name, done, total)
+
+    with locked(out):
+        for _, processes, jobs in stages:
+            records |= run_jobs(jobs, out, workers=min(processes, len(jobs)), show=tell)
+        return report(records)
 
 
 def run_jobs(

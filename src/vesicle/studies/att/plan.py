@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vesicle.folders import locked
 from vesicle.studies.att.scale import SCALES
 from vesicle.studies.att.variants import ABLATIONS, COMPARED, IN_TASKS, SELECTED
 from vesicle.studies.corpora import TASKS, fingerprint
-from vesicle.studies.jobs import Job, run_jobs
+from vesicle.studies.jobs import Job, Stage, run_stages
 
 _HERE = "vesicle.studies.att"
-Stage = tuple[str, int, list[Job]]
 
 
 def stages(scale: str, data: str | None, text: str | None, workers: int) -> list[Stage]:
@@ -130,16 +129,4 @@ def run_study(
     from vesicle.studies.att.report import write_report
 
     plan = stages(scale, data, text, workers)
-    total, done = sum(len(jobs) for _, _, jobs in plan), 0
-    records = dict[str, dict[str, Any]]()
-
-    def tell(name: str) -> None:
-        nonlocal done
-        done += 1
-        if show is not None:
-            show(name, done, total)
-
-    with locked(out):
-        for _, processes, jobs in plan:
-            records |= run_jobs(jobs, out, workers=min(processes, len(jobs)), show=tell)
-        return write_report(out, scale, records)
+    return run_stages(plan, out, partial(write_report, out, scale), show)
