@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from vesicle.studies.bootstrap import interval
+
 Records = dict[str, dict[str, Any]]
 Row = dict[str, Any]
-_DRAWS = 2000
 
 
 def compared(records: Records, task: str, names: list[str], shares: tuple[float, ...]) -> list[Row]:
@@ -71,7 +72,7 @@ def _row(name: str, share: float | None, points: list[Row], dense: list[Row]) ->
     losses = np.array([p["text_losses"] for p in points])  # (seeds, texts)
     others = np.array([p["text_losses"] for p in dense])
     differences = (losses - others).mean(0)
-    low, high = _interval(differences)
+    low, high = interval(differences)
     by_seed = [p["loss"] - d["loss"] for p, d in zip(points, dense, strict=True)]
     row = {
         "variant": name,
@@ -92,14 +93,6 @@ def _row(name: str, share: float | None, points: list[Row], dense: list[Row]) ->
     if all("soft_loss" in p for p in points):
         row["soft_gap"] = float(np.mean([p["loss"] - p["soft_loss"] for p in points]))
     return row
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % of the means of texts drawn with replacement."""
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(0, len(values), (_DRAWS, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def pages(records: Records, rules: list[str]) -> list[Row]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from vesicle.studies.bootstrap import interval
+
 Records = dict[str, dict[str, Any]]
 Row = dict[str, Any]
-_DRAWS = 2000
 HOLDS, FAILS, UNTOLD = "holds", "does not hold", "not told apart from 0"
 
 
@@ -29,12 +30,11 @@ def estimate(values: Any) -> Row:
     per_text = per_text[~np.isnan(per_text)]
     if not len(per_text):
         raise ValueError("no text has a value; allowed: one and more")
-    drawn = np.random.default_rng(0).integers(0, len(per_text), (_DRAWS, len(per_text)))
-    low, high = np.quantile(per_text[drawn].mean(1), [0.025, 0.975])
+    low, high = interval(per_text)
     return {
         "mean": round(float(per_text.mean()), 5),
-        "low": round(float(low), 5),
-        "high": round(float(high), 5),
+        "low": round(low, 5),
+        "high": round(high, 5),
         "by_seed": [round(_mean(row), 5) for row in whole],
     }
 
