@@ -70,8 +70,9 @@ def study(
 ) -> None:
     """Run a whole experiment plan: train, judge, ablate, draw, time, and write one report.
 
-    What is done is kept, and the same command goes on where it was cut off. Speed is measured at
-    the end, alone: leave the machine idle then.
+    What is done is kept, and the same command goes on where it was cut off.
+
+    Speed is measured at the end, alone: leave the machine idle then.
 
     [bold]Examples[/bold]
 
