@@ -62,7 +62,7 @@ class TileCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values that are held."""
+        """Bytes of the keys and values that are held, without room for tiles that are to come."""
         return 2 * self._near.shape[1] * self.held * self._near.shape[3] * self._near.itemsize
 
     def extend(
