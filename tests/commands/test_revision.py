@@ -12,6 +12,8 @@ COMMANDS = {
     "eval": ["squad", "--method", "dense"],
     "train": ["--data", "text.txt"],
     "calibrate": ["--data", "text.txt"],
+    "distil": ["--data", "text.txt"],
+    "oracle": ["--data", "text.txt", "--small-ffns", "small"],
     "kept": ["hi"],
     "regret": [],
     "bench": [],

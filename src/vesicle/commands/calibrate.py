@@ -64,6 +64,14 @@ def calibrate(
     transmitters: Annotated[
         str, typer.Option(help="Those it releases, with commas between.")
     ] = "dopamine,serotonin,gaba",
+    small_ffns: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of vesicle distil: what FFNs become where serotonin has them small, in "
+            "place of maps.",
+            show_default=False,
+        ),
+    ] = None,
     ffn_rank: Annotated[int, typer.Option(min=1, help="Of its FFN stand-ins.")] = 32,
     attention_rank: Annotated[int, typer.Option(min=1, help="Of its attention stand-ins.")] = 16,
 ) -> None:
@@ -99,6 +107,7 @@ def calibrate(
             f"{', '.join(released)}: the table is for GABA, where others rest"
         )
     subject = recipe.load_subject(model, revision)
+    small = recipe.read_small_ffns(subject, small_ffns, released)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)
     if len(ids) <= held_out:
         raise DataError(
@@ -121,11 +130,14 @@ def calibrate(
             hidden=hidden,
             ffn_rank=ffn_rank,
             attention_rank=attention_rank,
+            small_ffns=small,
         )
     else:
         from vesicle.evaluation.execution.language_modelling import model_shape
 
         loaded.check_fits(model_shape(subject.model))
+        if small is not None:
+            loaded.ffn_standin = small
     recipe.measure(subject, loaded, ids, last, gap=gap, cache=cache, long=long)
     if modulator is None or Path(modulator).resolve() != out.resolve():
         keep_modulator(out, notice)

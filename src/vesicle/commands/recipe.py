@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from vesicle.models import Text
     from vesicle.modulator import Modulator
+    from vesicle.small_modules import SmallModule
 
 SENSITIVITY_WINDOWS, DIAL_WINDOWS = 1, 4
 CALIBRATION = "calibration"
@@ -79,6 +80,27 @@ def read_windows(subject: Subject, data: str, split: str, field: str, length: in
     return token_windows(load_documents(data, split, field), subject.text.encode, length)
 
 
+def read_small_ffns(
+    subject: Subject, folder: Path | None, transmitters: Sequence[str]
+) -> SmallModule | None:
+    """What `--small-ffns` names.
+
+    Raises:
+        VesicleError: They cannot be read, are of another model, or nothing would have them run.
+    """
+    if folder is None:
+        return None
+    from vesicle.duo import load_small_ffns
+    from vesicle.evaluation.execution.language_modelling import model_shape
+
+    if "serotonin" not in transmitters:
+        raise VesicleError(
+            f"--small-ffns is {folder}; allowed where serotonin is among --transmitters, which are "
+            f"{', '.join(transmitters)}"
+        )
+    return load_small_ffns(folder, model_shape(subject.model))
+
+
 def new_modulator(
     subject: Subject,
     windows: Tensor,
@@ -89,10 +111,12 @@ def new_modulator(
     hidden: int,
     ffn_rank: int,
     attention_rank: int,
+    small_ffns: SmallModule | None = None,
 ) -> Modulator:
     """An untrained modulator, its offsets set by measured sensitivity.
 
-    Its stand-ins are fitted if it releases serotonin, which alone has them run.
+    Its stand-ins are fitted if it releases serotonin, which alone has them run; those of FFNs are
+    `small_ffns` if there are any.
 
     Raises:
         VesicleError: A setting is unknown or out of range.
@@ -124,6 +148,8 @@ def new_modulator(
         assert isinstance(ffn, LowRankMaps)
         assert isinstance(attention, LowRankMaps)
         fit_standins(subject.model, windows, ffn, attention, cache=cache)
+        if small_ffns is not None:
+            modulator.ffn_standin = small_ffns
     few = windows[:SENSITIVITY_WINDOWS]
     sensitivity = measure_sensitivity(subject.model, modulator, few, cache=cache)
     assert isinstance(modulator.predictor, Predictor)

@@ -57,6 +57,15 @@ def train(
     transmitters: Annotated[
         str, typer.Option(help="Released, with commas between.", rich_help_panel=_MODULATOR)
     ] = "dopamine,serotonin,gaba",
+    small_ffns: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of vesicle distil: what FFNs become where serotonin has them small, in "
+            "place of maps.",
+            show_default=False,
+            rich_help_panel=_MODULATOR,
+        ),
+    ] = None,
     ffn_rank: Annotated[
         int, typer.Option(min=1, help="Of FFN stand-ins.", rich_help_panel=_MODULATOR)
     ] = 32,
@@ -166,6 +175,10 @@ def train(
 
     start = None if modulator is None else Modulator.from_pretrained(modulator)
     subject = recipe.load_subject(model, revision)
+    released = transmitters.split(",") if start is None else start.predictor.config.transmitters
+    small = recipe.read_small_ffns(subject, small_ffns, released)
+    if start is not None and small is not None:
+        start.ffn_standin = small
     ids = recipe.read_windows(subject, data, split, field, sequence_length)
     held = eval_windows if eval_every else 0
     if len(ids) <= held:
@@ -186,6 +199,7 @@ def train(
             hidden=hidden,
             ffn_rank=ffn_rank,
             attention_rank=attention_rank,
+            small_ffns=small,
         )
         if warm_start:
             from vesicle.training.warm_start import warm_start as fit_labels

@@ -94,7 +94,7 @@ class DuoFeedForward(nn.Module):
         layer: Which one this is.
     """
 
-    def __init__(self, big: nn.Module, small: GatedFfn, choices: Choices, layer: int) -> None:
+    def __init__(self, big: nn.Module, small: nn.Module, choices: Choices, layer: int) -> None:
         super().__init__()
         self.big, self.small = big, small
         self.choices, self.layer = choices, layer

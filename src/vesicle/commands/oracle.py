@@ -1,0 +1,113 @@
+"""`vesicle oracle`: which FFNs of a pretrained model may be small, token by token."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vesicle.commands import recipe
+from vesicle.commands.inputs import MODEL, REVISION, notice
+from vesicle.commands.outputs import print_json
+from vesicle.errors import DataError
+
+_SELECTION = 2
+"""Texts on which the fixed pattern is chosen."""
+
+
+@recipe.holding_out
+def oracle(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A .txt, .jsonl or .jsonl.gz file, a folder of those, or a hub data set.",
+            metavar="SOURCE",
+        ),
+    ],
+    small_ffns: Annotated[Path, typer.Option(help="A folder of vesicle distil.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; a search in it is gone on with.")],
+    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
+    split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
+    field: Annotated[str, typer.Option(help="The field of JSON lines with the text.")] = "text",
+    texts: Annotated[int, typer.Option(min=1, help="Texts, evenly spread.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a text.")] = 257,
+    most: Annotated[
+        int | None,
+        typer.Option(
+            help="Small FFNs at most. \\[default: half of the layers]", show_default=False
+        ),
+    ] = None,
+    search: Annotated[
+        str, typer.Option(help="gains (fast), greedy or beam (many more passes).")
+    ] = "gains",
+    random: Annotated[int, typer.Option(help="Random patterns of each number.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of those, and of drawn labels.")] = 0,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html and report.json.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Search the best pattern of big and small FFNs for each token, and tell how difficult it is.
+
+    Beside the oracles stand one pattern for all tokens, random patterns, and what is luck. Each
+    token's patterns, losses and difficulty are kept in texts/ as safetensors.
+
+    [bold]Examples[/bold]
+
+      vesicle oracle --data test.jsonl --small-ffns runs/small --out runs/oracle
+
+      vesicle oracle --data test.jsonl --small-ffns runs/small --out runs/six --most 6 --search
+      greedy --texts 2
+    """
+    import torch
+
+    from vesicle.calibration.cache import fingerprint
+    from vesicle.duo import load_small_ffns, make_duo_of
+    from vesicle.evaluation.execution.language_modelling import model_shape
+    from vesicle.figures import new_figure
+    from vesicle.files import atomic_path, write_json
+    from vesicle.studies.deep_oracle import SearchSettings, page, search_texts, summary
+    from vesicle.training.display import progress_bar
+
+    if report:
+        new_figure(1, 1)  # what is missing for the report is told before the search
+    subject = recipe.load_subject(model, revision)
+    shape = model_shape(subject.model)
+    settings = SearchSettings(
+        most=max(1, shape.n_layers // 2) if most is None else most,
+        search=search,
+        n_random=random,
+        seed=seed,
+    )
+    settings.check(shape.n_layers)
+    small = load_small_ffns(small_ffns, shape)
+    ids = recipe.read_windows(subject, data, split, field, length)
+    if len(ids) < texts + _SELECTION:
+        raise DataError(
+            f"the text has {len(ids)} windows of {length} tokens; --texts {texts} needs "
+            f"{texts + _SELECTION}, of which {_SELECTION} choose the fixed pattern"
+        )
+    at = torch.linspace(0, len(ids) - 1, texts + _SELECTION).round().long()
+    chosen, selection = ids[at[_SELECTION:]], ids[at[:_SELECTION]]
+    make_duo_of(subject.model, small)
+    facts = {
+        "model": subject.name,
+        "texts": fingerprint([chosen, selection]),
+        "small_ffns": fingerprint(list(small.parameters())),
+    }
+    with progress_bar("searching", texts, 0, sys.stderr.isatty() and not as_json) as bar:
+        found = search_texts(subject.model, chosen, selection, settings, out, facts=facts, show=bar)
+    if not report:
+        notice(f"wrote {texts} texts to {out / 'texts'}")
+        return
+    told = summary(found, subject.text, settings, ids.flatten())
+    write_json(out / "report.json", told)
+    with atomic_path(out / "report.html") as part:
+        part.write_text(page(told), encoding="utf-8")
+    if as_json:
+        print_json(told)
+        return
+    notice(f"wrote {out / 'report.html'} and report.json")
