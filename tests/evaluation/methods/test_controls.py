@@ -206,3 +206,19 @@ def test_tables_of_no_two_seeds_coincide():
     assert len(tables) == 5 * len(seeds)
     plain = np.random.default_rng([0, 4]).random((3, 2))
     np.testing.assert_array_equal(controls.random_table((3, 2), 0, 4), plain)
+
+
+def test_a_static_shape_is_one_table_and_no_worse_than_uniform(
+    ledger: Ledger, llama: Any, windows: Tensor
+):
+    """On the text that it was found on, which favours it."""
+    loss = loss_on(llama, windows)
+    for target in (0.9, 0.7):
+        shape = controls.static_shape(ledger, target, loss)
+        table = np.asarray(shape.deficits)
+        if table.ndim == 3:  # only to meet the cost do some tokens take the step before
+            assert all(len(np.unique(table[:, n], axis=0)) <= 2 for n in range(table.shape[1]))
+        level = controls.uniform(ledger, target)
+        assert loss(shape.of(0)) <= loss(level.of(0)) + 1e-3
+    with pytest.raises(BudgetError, match="cannot be reached by single steps"):
+        controls.static_shape(ledger, 0.01, loss)

@@ -12,9 +12,10 @@ from tests.tiny import shape_of, tiny_modulator
 from vesicle.errors import BudgetError
 from vesicle.evaluation.execution.language_modelling import score
 from vesicle.evaluation.methods import controls
+from vesicle.evaluation.methods.descent import Descent, Losses, OracleConfig
 from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.evaluation.methods.matching import TOLERANCE
-from vesicle.evaluation.methods.oracle import Descent, Losses, OracleConfig, oracle
+from vesicle.evaluation.methods.oracle import oracle
 
 T = 48
 

@@ -12,8 +12,8 @@ from tests.evaluation.run.test_tasks import lasting, tiny_subject
 from tests.tiny import tiny_model
 from vesicle.errors import VesicleError
 from vesicle.evaluation.execution.transformers_executor import TransformersExecutor
+from vesicle.evaluation.methods.descent import Descent
 from vesicle.evaluation.methods.matching import TOLERANCE
-from vesicle.evaluation.methods.oracle import Descent
 from vesicle.evaluation.report.page import command, results_page
 from vesicle.evaluation.report.results import TaskResult
 from vesicle.evaluation.report.table import markdown, rich_tables

@@ -12,9 +12,9 @@ from tests.evaluation.helpers import Bytes, write_text
 from tests.tiny import shape_of, tiny_control, tiny_model, tiny_modulator
 from vesicle.errors import DataError, ModelError, VesicleError
 from vesicle.evaluation.execution.transformers_executor import TransformersExecutor
+from vesicle.evaluation.methods.descent import OracleConfig
 from vesicle.evaluation.methods.matching import TOLERANCE
 from vesicle.evaluation.methods.names import ON_A_TEXT
-from vesicle.evaluation.methods.oracle import OracleConfig
 from vesicle.evaluation.report.results import TaskResult, TaskRow
 from vesicle.evaluation.run import part_run, session
 from vesicle.evaluation.run.provenance import fingerprint

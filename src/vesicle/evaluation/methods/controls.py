@@ -15,10 +15,13 @@ control        deficits 1 - level of token t, layer l, transmitter a
 `best-of-n`    x r_la, the best of N random tables: half of them r ~ U(0, 1), half with each
                transmitter's column multiplied by one more draw. Duo-LLM found that routers
                often do no better than the best of 100 such plans
+`static-shape` a table that a greedy search finds (`descent`): one shape, of some depth and
+               width, for all tokens, as AmoebaLLM (Fu et al. 2024) draws from a model
 =============  ============================================================================
 
 Deficits end at 1. `uniform-mix` and `per-layer` use means over the very text that is evaluated, and
-`best-of-n` selects on (the beginnings of) what is evaluated: both favour the controls.
+`best-of-n` and `static-shape` select on (the beginnings of) what is evaluated: all favour the
+controls.
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ from typing import Any
 
 import numpy as np
 
+from vesicle.errors import BudgetError
+from vesicle.evaluation.methods.descent import Descent, OracleConfig
 from vesicle.evaluation.methods.ledger import Deficits, Ledger, released
 from vesicle.evaluation.methods.matching import TOLERANCE, Matched, match
 from vesicle.plan import FloatArray, Method
 from vesicle.predictors import RandomLevels, ShuffledLevels, spread_seed
 
-NAMES = ("uniform", "uniform-mix", "per-layer", "random", "shuffled", "best-of-n")
+NAMES = ("uniform", "uniform-mix", "per-layer", "random", "shuffled", "best-of-n", "static-shape")
 FROM_LEARNT = ("uniform-mix", "per-layer", "shuffled")
 """Controls that are made from the levels of the learnt run."""
 
@@ -189,6 +194,25 @@ def best_of_n(
     return replace(best, details={**best.details, **details})
 
 
+def static_shape(ledger: Ledger, target: float, loss: Callable[[Method], float]) -> Control:
+    """The table of levels that a greedy search finds, at the asked cost.
+
+    Args:
+        ledger: Prices deficits on what the cost is asked for.
+        target: Executed share.
+        loss: By which the search goes, in nats per token.
+
+    Raises:
+        BudgetError: If its ladder ends above the target.
+    """
+    descent = Descent(lambda methods: [loss(m) for m in methods], ledger, OracleConfig())
+    deficits = descent.at(target)
+    if deficits is None:
+        raise BudgetError(f"a cost of {target:.3f} of dense cannot be reached by single steps")
+    found = Matched(deficits=deficits, x=1.0, dither=None, cost_share=ledger.share(deficits))
+    return from_deficits("static-shape", ledger, found)
+
+
 def control(
     name: str,
     ledger: Ledger,
@@ -208,7 +232,7 @@ def control(
         seed: Of whatever is random.
         learnt: Levels (T, L, 5) that the learnt run released on each sequence, for `FROM_LEARNT`.
         n: Random tables that `best-of-n` tries.
-        loss: By which it selects, in nats per token.
+        loss: By which it and `static-shape` select, in nats per token.
 
     Raises:
         BudgetError: If the share cannot be reached.
@@ -226,6 +250,8 @@ def control(
             return shuffled(ledger, target, learnt, seed)
         case "best-of-n" if loss is not None:
             return best_of_n(ledger, target, loss, n=n, seed=seed)
+        case "static-shape" if loss is not None:
+            return static_shape(ledger, target, loss)
     raise ValueError(f"{name!r} is no control; known: {', '.join(NAMES)}")
 
 

@@ -25,6 +25,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "random": ("#CC79A7", "v"),
     "shuffled": ("#D55E00", "P"),
     "best-of-n": ("#0072B2", "X"),
+    "static-shape": ("#8C6D31", "<"),
     "oracle": ("#7F7F7F", "*"),
 }
 """Colour and marker of each method."""

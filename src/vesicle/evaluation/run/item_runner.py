@@ -158,7 +158,7 @@ class ItemRunner:
                 nats, tokens = nats - output.choice_nats[0], tokens + len(right)
         if not tokens:
             raise BudgetError(
-                f"{self._task.name} has no right answers by which best-of-n could select"
+                f"{self._task.name} has no right answers by which a method could be selected"
             )
         return nats / tokens
 

@@ -11,8 +11,9 @@ from contextlib import suppress
 from vesicle.errors import BudgetError
 from vesicle.evaluation.execution.items import Prepared
 from vesicle.evaluation.methods.controls import Control
+from vesicle.evaluation.methods.descent import Descent, Losses, OracleConfig
 from vesicle.evaluation.methods.names import BESIDE_ORACLE, ORACLE
-from vesicle.evaluation.methods.oracle import Descent, Losses, OracleConfig, oracle
+from vesicle.evaluation.methods.oracle import oracle
 from vesicle.evaluation.report.results import Key
 from vesicle.evaluation.run.item_runner import for_the_row
 from vesicle.evaluation.run.part import Part

@@ -19,6 +19,7 @@ from vesicle.errors import BudgetError, VesicleError
 from vesicle.evaluation.execution.executor import Execution
 from vesicle.evaluation.execution.items import Prepared
 from vesicle.evaluation.methods.controls import FROM_LEARNT, Control, control
+from vesicle.evaluation.methods.descent import OracleConfig
 from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.evaluation.methods.matching import TOLERANCE
 from vesicle.evaluation.methods.memory import (
@@ -110,6 +111,12 @@ class PartRun:
         if method == "best-of-n":
             few = self._selection(self.items)
             return once + self._config.best_of * sum(p.n_tokens for p in few)
+        modulator = self._subject.modulator
+        if method == "static-shape" and modulator is not None:
+            few = self._selection(self.items)
+            config = modulator.predictor.config
+            n_cells = config.n_layers * len(config.transmitters)
+            return once + OracleConfig().tokens(n_cells, sum(p.n_tokens for p in few), budget)
         return once
 
     def gone(self, key: Key, store: ItemStore) -> list[Missing]:
@@ -354,7 +361,7 @@ class PartRun:
         return tune_dial(modulator, budget, *stages, phases=acts, near=near)
 
     def _selection(self, able: Sequence[Prepared]) -> list[Prepared]:
-        """The items on which best-of-n selects."""
+        """The items on which best-of-n and static-shape select."""
         length = self.part.selection_length
         few = able[: self._config.selection]
         if length is None:

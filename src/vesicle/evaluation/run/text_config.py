@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 
 from vesicle.errors import VesicleError
+from vesicle.evaluation.methods.descent import OracleConfig
 from vesicle.evaluation.methods.names import ON_A_TEXT as METHODS
 from vesicle.evaluation.methods.names import check_name
-from vesicle.evaluation.methods.oracle import OracleConfig
 from vesicle.evaluation.report.results import TEXT, Key
 from vesicle.evaluation.run.settings import as_json, check_whole, sorted_budgets
 from vesicle.evaluation.run.task_config import TaskConfig
