@@ -12,7 +12,7 @@ from tests.models.test_text import byte_level, save
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(params=["slack", "tiles", "reading", "lengths", "mixed_ffns"])
+@pytest.fixture(params=["slack", "tiles", "reading", "lengths", "mixed_ffns", "reevaluate"])
 def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """One of them as a module."""
     name = request.param
@@ -46,7 +46,7 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vesicle.resolve_model", lambda spec: resolved(spec, model))
     words = {"--model": "tiny", "--text": "text.txt", "--out": "found.json"} | given
-    if script.__name__ == "mixed_ffns":
+    if script.__name__ in ("mixed_ffns", "reevaluate"):
         words["--small-ffns"] = "small"
     assert script.main([word for pair in words.items() for word in pair]) == 2
     shown = capsys.readouterr()

@@ -31,6 +31,7 @@ from vesicle.duo.oracle import (
 )
 from vesicle.duo.pretrained import StandsIn, make_duo_of
 from vesicle.duo.random_routing import RandomRouting, random_loss, token_losses
+from vesicle.duo.reevaluation import Reevaluated, by_chance, reevaluate, unsure
 from vesicle.duo.router_training import Budgeted, budget_loss, focal, oracle_loss
 from vesicle.duo.routers import DialRouter, ReadOutRouter, Router, routed, share_matched
 from vesicle.duo.saved import load_small_ffns, save_small_ffns
@@ -59,12 +60,14 @@ __all__ = [
     "Point",
     "RandomRouting",
     "ReadOutRouter",
+    "Reevaluated",
     "Router",
     "StandsIn",
     "all_patterns",
     "always",
     "beam",
     "budget_loss",
+    "by_chance",
     "by_class",
     "by_frequency",
     "by_gains",
@@ -91,6 +94,7 @@ __all__ = [
     "own_ffns",
     "parted",
     "random_loss",
+    "reevaluate",
     "relative_errors",
     "replaced",
     "routed",
@@ -99,4 +103,5 @@ __all__ = [
     "spearman",
     "table",
     "token_losses",
+    "unsure",
 ]
