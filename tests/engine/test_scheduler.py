@@ -18,7 +18,7 @@ from vesicle.phases import EVERYWHERE, Phases
 from vesicle.plan import BLOCK, Author, Dense, Replay
 
 needs_core = pytest.mark.skipif(not core.available(), reason="the native core is not built here")
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+FP64, FP32 = torch.float64, torch.float32
 
 
 def small_engine(n_blocks: int | None = None, dtype: torch.dtype = torch.float64) -> Engine:
@@ -107,9 +107,11 @@ def is_what_it_is_alone(
     alone.close()
 
 
-@pytest.mark.parametrize("prefix_bytes", [0, None], ids=["no reuse", "reuse"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize(("n_blocks", "chunk"), [(14, 13), (None, 512)], ids=["tight", "roomy"])
+@pytest.mark.parametrize(
+    ("n_blocks", "chunk", "dtype", "prefix_bytes"),
+    [(14, 13, FP64, None), (14, 13, FP32, 0), (None, 512, FP64, 0), (None, 512, FP32, None)],
+    ids=["tight-reuse", "tight", "roomy", "roomy-reuse"],
+)
 def test_each_request_gets_what_it_gets_alone(
     dtype: torch.dtype, n_blocks: int | None, chunk: int, prefix_bytes: int | None
 ):

@@ -116,8 +116,14 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("cut", ["after a line", "within a line", "before the first"])
-@pytest.mark.parametrize("begin", ["as-is", "repetition"])
+@pytest.mark.parametrize(
+    ("begin", "cut"),
+    [
+        ("as-is", "after a line"),
+        ("as-is", "before the first"),
+        ("repetition", "within a line"),
+    ],
+)
 def test_gone_on_with_as_if_it_had_not_been_cut_off(
     engine: Engine, tmp_path: Path, cut: str, begin: str
 ):
