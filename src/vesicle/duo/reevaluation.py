@@ -1,9 +1,9 @@
 """Looking again: a token is computed cheaply, and once more in full where the result is not sure.
 
 After DynaLay (Mathur and Plis 2023, arXiv 2312.12781), whose agent chooses layers for an input and
-evaluates hard ones again. Here the first look is any method's Plan, what is looked at again is a rule on its
-logits, and the second look replaces the first: its keys and values are what later tokens see. Both
-looks are paid for.
+evaluates hard ones again. Here the first look is any method's Plan, what is looked at again is a
+rule on its logits, and the second look replaces the first: its keys and values are what later
+tokens see. Both looks are paid for.
 """
 
 from __future__ import annotations
