@@ -22,7 +22,8 @@ for the dense model:
   second time, once it was asked. What a forgetter makes of all that is its own affair.
 - The LM head is paid for each position whose logits are asked for. With m survivors it reads the
   leading plane of all rows and the trailing plane of m, and multiplies those m again.
-- Small modules are stored like dense weights, and in fp32 beside packed ones.
+- Small modules are stored like dense weights, and beside packed ones in fp32, or in 4-bit codes if
+  they lie on such a grid.
 
 With k channels read, width D, query width HK, key-value width GK and FFN width F, one token in one
 layer costs 2 k (HK + 2 GK) + 2 k' D + 4 HK S for attention over S positions, and 2 k'' (1 or 2) F +
@@ -208,7 +209,8 @@ def price_tokens(
     visited = np.where(chooses, visited_positions(blocks, held), seen(held, windows))
     visited = _of_all_heads(visited, shape) * runs
     instead = small.sum(1) * overhead.small_ffn_weights
-    instead += (1 - runs).sum(1) * overhead.small_attention_weights
+    coded = instead * int(overhead.small_ffn_coded and shape.stored_bits is not None)
+    instead = instead + (1 - runs).sum(1) * overhead.small_attention_weights
     full = shape.layer_windows == 0  # layers whose forgetters are told
     vectors, told = overhead.selection_vectors, overhead.reads_attention * full
     observed = _told(overhead, overhead.observes, first_position, t)[:, None] & full
@@ -217,7 +219,9 @@ def price_tokens(
     rescored = (visited * told + _of_all_heads(held + 1, shape) * runs * observed).sum(1)
     releases = plan.n_layers * (np.ones(t, np.int64) if released is None else released)
     weight_bytes = (
-        bits_read // 8 + instead * shape.weight_bytes + overhead.modulator_bytes * releases
+        bits_read // 8
+        + shape.small_module_bytes(instead, coded)
+        + overhead.modulator_bytes * releases
     )
     return {
         "flops_linear": 2 * weights.sum((1, 2)),

@@ -172,6 +172,13 @@ class ModelShape:
         """Bits that reading one weight of the whole LM head takes."""
         return 8 * self.weight_bytes if self.head_bits is None else self.head_bits + 1
 
+    def small_module_bytes(self, weights: NDArray[np.int64], coded: NDArray[np.int64]) -> Any:
+        """Bytes that reading weights of small modules takes, of which some are coded.
+
+        Codes have 4 bits, and their groups' scales one more.
+        """
+        return (weights - coded) * self.weight_bytes + 5 * coded // 8
+
     @property
     def screens_head(self) -> bool:
         """Whether the LM head can be screened by its leading four bits."""
@@ -199,6 +206,7 @@ class Overhead:
         modulator_flops: Of the predictor, per token and layer.
         modulator_bytes: Predictor weights read, per token and layer.
         small_ffn_weights: Weights that a token reads of a small FFN, in one layer.
+        small_ffn_coded: Whether they are 4-bit codes beside packed weights.
         small_attention_weights: The same of what it takes in place of attention.
         selection_vectors: Summary vectors per block read to choose blocks (1 mean, 2 bounds).
         reads_attention: Whether a forgetter is told what attention entries received.
@@ -211,6 +219,7 @@ class Overhead:
     modulator_flops: int = 0
     modulator_bytes: int = 0
     small_ffn_weights: int = 0
+    small_ffn_coded: bool = False
     small_attention_weights: int = 0
     selection_vectors: int = 1
     reads_attention: bool = False

@@ -25,6 +25,11 @@ class SmallModule(nn.Module, ABC):
     def weights(self) -> int:
         """Weights that a token reads, and multiplies by, in one layer; biases are not counted."""
 
+    @property
+    def coded(self) -> bool:
+        """Whether packed engines read its weights as 4-bit codes."""
+        return False
+
     @abstractmethod
     def apply_layer(self, layer: int, x: Tensor) -> Tensor:
         """The module of `layer` on x (..., D), the normed input of the one that it replaces."""
@@ -114,15 +119,24 @@ class SmallFfn(SmallModule):
         ffn_out: (L, F', D).
         activation: Of the hidden units, by its name in `activations.ACTIVATIONS`.
         gated: Whether a gate multiplies them.
+        bits: 4 where the weights lie on grids of 4-bit codes (`engine.small_codes`), so that packed
+            engines read them as such; None for any weights, which are read in fp32.
     """
 
     def __init__(
-        self, n_layers: int, width: int, units: int, *, activation: str = "silu", gated: bool = True
+        self,
+        n_layers: int,
+        width: int,
+        units: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        bits: int | None = None,
     ) -> None:
         """All zero: FFNs that have not been trained contribute nothing.
 
         Raises:
-            ValueError: If there are no units, or the activation is unknown.
+            ValueError: If there are no units, or the activation or the bits are unknown.
         """
         super().__init__()
         if not isinstance(units, int) or isinstance(units, bool) or units < 1:
@@ -131,10 +145,18 @@ class SmallFfn(SmallModule):
             raise ValueError(f"gated is {gated!r}; allowed: true, false")
         if activation not in ACTIVATIONS:
             raise ValueError(_unknown(activation))
+        if bits not in (None, 4):
+            raise ValueError(f"bits of a small FFN are {bits!r}; allowed: 4, none")
+        self.bits = bits
         self.activation, self.gated = activation, gated
         columns = 2 * units if gated else units
         self.ffn_in = nn.Parameter(torch.zeros(n_layers, width, columns), requires_grad=False)
         self.ffn_out = nn.Parameter(torch.zeros(n_layers, units, width), requires_grad=False)
+
+    @property
+    def coded(self) -> bool:
+        """Whether `bits` is 4."""
+        return self.bits is not None
 
     @property
     def units(self) -> int:
@@ -150,7 +172,8 @@ class SmallFfn(SmallModule):
     def size(self) -> dict[str, Any]:
         """Its kind, hidden units and form."""
         form = {"activation": self.activation, "gated": self.gated}
-        return {"kind": "ffn", "units": self.units, **form}
+        coded = {} if self.bits is None else {"bits": self.bits}
+        return {"kind": "ffn", "units": self.units, **form, **coded}
 
     def shapes(self, n_layers: int, width: int) -> dict[str, tuple[int, ...]]:
         """Of both projections."""

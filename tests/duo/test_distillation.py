@@ -103,6 +103,14 @@ def test_training_comes_nearer_and_leaves_the_model_alone(model, own, windows, t
     errors = relative_errors(model, windows, {"start": start, "end": small})
     assert all(e < 0.9 * s for s, e in zip(errors["start"], errors["end"], strict=True))
     assert all(torch.equal(p, p.bfloat16().float()) for p in small.parameters())
+    assert small.coded
+    again = nested(own, matters, 6)  # the run is there; only the rounding is another
+    plain = Distillation(passes=60, windows=4, parts=2, learning_rate=1e-2, coded=False)
+    distil(model, windows, again, plain, tmp_path)
+    assert not again.coded
+    assert all(torch.equal(p, p.bfloat16().float()) for p in again.parameters())
+    errors |= relative_errors(model, windows, {"plain": again})
+    assert all(p <= e + 1e-3 for p, e in zip(errors["plain"], errors["end"], strict=True))
     assert not any(p.requires_grad for p in small.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 

@@ -263,7 +263,7 @@ struct SmallStorage {
       view = VesicleSmall{down.data(), up.data(), bias.data(), rank, nullptr, nullptr, 0};
       return;
     }
-    const int64_t inner = r.between(1, r.chance(0.2) ? 400 : 40), format = r.between(kDense32, kDenseBf16);
+    const int64_t inner = r.between(1, r.chance(0.2) ? 400 : 40), format = r.between(kDense32, kPacked8);
     weights.resize(2 * m.n_layers);
     for (int64_t l = 0; l < m.n_layers; ++l) {
       weights[2 * l].projection(r, m.width, (m.gated ? 2 : 1) * inner, format, r.chance(0.3));
@@ -273,6 +273,7 @@ struct SmallStorage {
     }
     view = VesicleSmall{nullptr, nullptr, nullptr, 0, in.data(), out.data(), inner};
   }
+  bool coded() const { return view.in && view.in[0].format >= kPacked4; }
   int64_t weights_read(const VesicleModel& m) const {
     return m.width * (view.in ? (m.gated ? 3 : 2) * view.inner : 2 * view.rank);
   }
@@ -679,7 +680,7 @@ Passes in_pieces(Random& r, const std::vector<Sequence>& sequences) {
 struct Said {
   std::vector<VesiclePlanRow> plan;
   std::vector<double> levels;
-  std::vector<int64_t> rows, outputs, visited, compared, small, summed;
+  std::vector<int64_t> rows, outputs, visited, compared, small, coded, summed;
   // After the last layer's attention, or, where it was run stage by stage, each one's. Empty where not asked for.
   std::vector<float> hidden, halves, logits;
   bool ranked = false;  // the likeliest token was asked for
@@ -699,6 +700,7 @@ struct Said {
     compare("visited", visited, other.visited);
     compare("compared", compared, other.compared);
     compare("small", small, other.small);
+    compare("coded", coded, other.coded);
     compare("summed", summed, other.summed);
     if (!hidden.empty() && !other.hidden.empty()) compare("hidden", hidden, other.hidden);
     if (!halves.empty() && !other.halves.empty()) compare("halves", halves, other.halves);
@@ -716,7 +718,7 @@ struct Chunk {
   std::vector<float> cosine, sine, hidden, halves, logits;
   std::vector<VesiclePlanRow> plan;
   std::vector<double> levels;
-  std::vector<int64_t> rows, outputs, visited, compared, small, summed, acting;
+  std::vector<int64_t> rows, outputs, visited, compared, small, coded, summed, acting;
 
   template <typename T>
   static std::vector<T> part(const std::vector<T>& of, int64_t first, int64_t n, int64_t each) {
@@ -745,6 +747,7 @@ struct Chunk {
     visited.assign(n * L, 0);
     compared.assign(n * L, 0);
     small.assign(n, 0);
+    coded.assign(n, 0);
     summed.assign(n * L, 0);
     if (piece.wants != kNothing) hidden.assign(n * m.width, NAN);
     if (piece.wants == kLogits || piece.wants == kAllLogits)
@@ -776,6 +779,7 @@ struct Chunk {
     view.visited = visited.data();
     view.compared = compared.data();
     view.small = small.data();
+    view.coded = coded.data();
     view.hidden = hidden.empty() ? nullptr : hidden.data();
     view.logits = logits.empty() ? nullptr : logits.data();
     view.acting = acting.data();
@@ -799,6 +803,7 @@ struct Chunk {
     out.visited = part(visited, i, 1, L);
     out.compared = part(compared, i, 1, L);
     out.small = part(small, i, 1, 1);
+    out.coded = part(coded, i, 1, 1);
     out.summed = part(summed, i, 1, L);
     if (!hidden.empty()) out.hidden = part(hidden, i, 1, m.width);
     for (int64_t l = 0; l * view.n * m.width < static_cast<int64_t>(halves.size()); ++l) {
@@ -1203,10 +1208,14 @@ void check_received(const Model& model, const std::vector<Sequence>& sequences, 
     const Sequence& s = sequences[who];
     std::vector<int64_t> attending(m.n_layers);
     for (const Said& said : reading.said[who]) {
-      int64_t small = 0;
+      int64_t small = 0, coded = 0;
       for (int64_t l = 0; l < m.n_layers; ++l) {
         const VesiclePlanRow& row = said.plan[l];
-        if (row.ffn == 1 && s.small_ffn >= 0) small += model.small_ffns[s.small_ffn].weights_read(m);
+        if (row.ffn == 1 && s.small_ffn >= 0) {
+          const SmallStorage& taken = model.small_ffns[s.small_ffn];
+          small += taken.weights_read(m);
+          if (taken.coded()) coded += taken.weights_read(m);
+        }
         if (!row.attention && s.small_attention) small += model.small_attention.weights_read(m);
         attending[l] += row.attention;
         int64_t visited, compared;
@@ -1218,6 +1227,7 @@ void check_received(const Model& model, const std::vector<Sequence>& sequences, 
         CHECK(said.summed[l] == expected, "%lld, not %lld", (long long)said.summed[l], (long long)expected);
       }
       CHECK(said.small[0] == small, "%lld, not %lld", (long long)said.small[0], (long long)small);
+      CHECK(said.coded[0] == coded, "%lld, not %lld", (long long)said.coded[0], (long long)coded);
     }
     for (const float x : reading.queries[who]) CHECK(std::isfinite(x), "query %g", x);
     const int64_t slots = s.room * kBlock;

@@ -16,6 +16,7 @@ import transformers
 
 from tests.tiny import random_spread, randomise
 from vesicle.engine import Engine, Sequence, core
+from vesicle.engine.small_codes import round_to_codes
 from vesicle.plan import BLOCK, Plan, Replay, StandIns, visible_blocks
 from vesicle.shapes import ModelShape
 from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
@@ -114,6 +115,8 @@ def random_small(engine: Engine, rng: np.random.Generator, *, ffn: bool) -> Smal
             small = SmallFfn(shape.n_layers, shape.width, units, **form)
     if small is not None:
         randomise(small, int(rng.integers(1 << 30)))
+        if isinstance(small, SmallFfn) and rng.integers(2):
+            round_to_codes(small)
     return small
 
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from tests.engine.decoding import IDS, native, read
 from tests.parity.test_engine import FP64, close, counted, executed, reference
 from tests.tiny import random_plan, randomise, shape_of, tiny_modulator
+from vesicle.cost import price
 from vesicle.engine import Engine, core
+from vesicle.engine.packed import PackedWeight
+from vesicle.engine.small_codes import grid_of, round_to_codes, rounded
 from vesicle.errors import VesicleError
 from vesicle.families import find_family
 from vesicle.modulator import Modulator
@@ -40,9 +43,18 @@ class Halves(SmallModule):
         return x / 2
 
 
-def small_ffn(shape: ModelShape, units: int = 5, activation: str = "silu", seed: int = 0) -> Any:
+def small_ffn(
+    shape: ModelShape,
+    units: int = 5,
+    activation: str = "silu",
+    seed: int = 0,
+    *,
+    coded: bool = False,
+) -> Any:
     small = SmallFfn(shape.n_layers, shape.width, units, activation=activation, gated=shape.gated)
     randomise(small, seed)
+    if coded:
+        round_to_codes(small)
     return small
 
 
@@ -82,9 +94,11 @@ NATIVE = [("int4", "fp16"), ("int8", "int8"), ("fp32", "fp32"), ("bf16", "fp32")
 
 @needs_core
 @pytest.mark.parametrize(("weights", "kv"), NATIVE)
-def test_the_core_runs_them_whatever_the_cut(weights: str, kv: str):
+@pytest.mark.parametrize("coded", [False, True], ids=["dense", "coded"])
+def test_the_core_runs_them_whatever_the_cut(weights: str, kv: str, coded: bool):
     engine = native(weights, kv)
-    method = replay(engine.shape, small_ffn(engine.shape), low_rank(engine.shape))
+    small = small_ffn(engine.shape, 150 if coded else 5, coded=coded)
+    method = replay(engine.shape, small, low_rank(engine.shape))
     assert engine._native is not None
     assert engine._native.reach(engine.start(method)) > 0
     whole, logits = read(engine, method, [100])
@@ -110,12 +124,57 @@ def test_the_core_computes_what_pytorch_does(units: int):
 
 
 @needs_core
+@pytest.mark.parametrize("units", [1, 40, 200])
+def test_codes_give_what_their_weights_give(units: int):
+    """But for activations, which are rounded to 8 bits beside codes as they are in the model."""
+    engine = native("int4")
+    shape = engine.shape
+    ffn = np.ones((160, shape.n_layers), np.int32)
+    plan = Plan.rest(shape, 160).with_fields(ffn=ffn)
+    small = small_ffn(shape, units, coded=True)
+    _, coded = read(engine, Replay(plan, StandIns(ffn=small)), [100])
+    cost = price(plan, shape, Replay(plan, StandIns(ffn=small)).overhead(shape))
+    small.bits = None
+    _, dense = read(engine, Replay(plan, StandIns(ffn=small)), [100])
+    assert not torch.equal(coded, dense)
+    assert (coded - dense).square().mean() < 5e-3 * dense.square().mean()
+    more = price(plan, shape, Replay(plan, StandIns(ffn=small)).overhead(shape))
+    saved = 160 * shape.n_layers * small.weights
+    assert more.weight_bytes - cost.weight_bytes == 160 * (
+        4 * saved // 160 - 5 * (saved // 160) // 8
+    )
+
+
+@pytest.mark.parametrize("n_in", [32, 40, 576])
+def test_codes_hold_in_bf16_and_are_found_again(n_in: int):
+    weight = torch.randn(70, n_in) * torch.logspace(-3, 0, 70)[:, None]
+    weight[3] = weight[3].abs()
+    weight[4] = 0
+    weight[5, 1:] = 0
+    near = rounded(weight)
+    assert torch.equal(near, near.bfloat16().float())
+    grid = grid_of(near)
+    packed = PackedWeight.pack(near, 4, grid=grid)
+    assert packed.exact
+    assert torch.equal(packed.dequantize(16).T, near)
+    best = PackedWeight.pack(weight, 4).dequantize(16).T  # which need not lie in bf16
+    assert (near - weight).square().mean() < 1.5 * (best - weight).square().mean()
+
+
+def test_weights_on_no_grid_are_told():
+    with pytest.raises(VesicleError, match="do not lie on a grid of those"):
+        grid_of(torch.randn(8, 64))
+
+
+@needs_core
 def test_company_of_other_kinds_changes_nothing():
     engine = native("int4")
     shape = engine.shape
     methods = [
         replay(shape, small_ffn(shape, 5), low_rank(shape)),
         replay(shape, small_ffn(shape, 150, seed=4), None),
+        replay(shape, small_ffn(shape, 90, seed=5, coded=True), None),
+        replay(shape, small_ffn(shape, 200, seed=6, coded=True), low_rank(shape)),
         replay(shape, low_rank(shape, 7), low_rank(shape)),
         replay(shape, None, low_rank(shape)),
     ]
@@ -178,6 +237,20 @@ def test_weights_that_are_replaced_are_followed():
     assert not torch.equal(engine.forward([(sequence, IDS[10:20])], "all")[0], logits[10:])
     small.ffn_in.data, small.ffn_out.data = small.ffn_in.data / 2, small.ffn_out.data / 3
     close(read(engine, method, [20])[1], logits, 1e-3)
+
+
+@needs_core
+def test_codes_follow_what_is_written():
+    engine = native("int4")
+    small = small_ffn(engine.shape, coded=True)
+    method = replay(engine.shape, small, None)
+    sequence, other = engine.start(method), engine.start(method)
+    first = engine.forward([(sequence, IDS[:10])], "all")[0]
+    small.ffn_out.mul_(2)  # on a grid still
+    assert not torch.equal(engine.forward([(other, IDS[:10])], "all")[0], first)
+    small.ffn_out.add_(0.1234567)
+    with pytest.raises(VesicleError, match="do not lie on a grid of those"):
+        engine.forward([(other, IDS[10:12])])
 
 
 def test_a_modulator_keeps_them(llama: Any, tmp_path: Path):

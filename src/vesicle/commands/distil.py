@@ -40,6 +40,13 @@ def distil(
     windows: Annotated[int, typer.Option(min=1, help="Windows of a pass.")] = 4,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
+    coded: Annotated[
+        bool,
+        typer.Option(
+            "--coded/--plain",
+            help="Round weights to 4-bit codes at the end, which packed engines read.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of the order of windows and tokens.")] = 0,
     held_out: Annotated[
         int,
@@ -67,7 +74,9 @@ def distil(
     from vesicle.terminal import SafeConsole
     from vesicle.training.display import progress_bar
 
-    how = Distillation(passes=passes, windows=windows, learning_rate=learning_rate, seed=seed)
+    how = Distillation(
+        passes=passes, windows=windows, learning_rate=learning_rate, seed=seed, coded=coded
+    )
     subject = recipe.load_subject(model, revision)
     own = own_ffns(subject.model)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)

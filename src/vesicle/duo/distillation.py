@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vesicle.activations import ACTIVATIONS
 from vesicle.duo.ffn_inputs import Seen, watched
+from vesicle.engine.small_codes import round_to_codes
 from vesicle.errors import DataError, VesicleError
 from vesicle.scratch import Recipe, draw, fit
 from vesicle.small_modules import SmallFfn, SmallModule
@@ -38,6 +39,7 @@ class Distillation:
         parts: Optimizer steps on the tokens of a pass, each on another part of them.
         learning_rate: At its highest.
         seed: Of the order of windows and tokens.
+        coded: Whether weights are rounded to 4-bit codes at the end, which packed engines read.
     """
 
     passes: int = 200
@@ -45,6 +47,7 @@ class Distillation:
     parts: int = 4
     learning_rate: float = 1e-3
     seed: int = 0
+    coded: bool = True
 
     def __post_init__(self) -> None:
         """Check.
@@ -79,8 +82,8 @@ def distil(
     Args:
         model: A Hugging Face causal LM.
         windows: (N, T) token ids.
-        small: Where to start from, such as `untrained.nested`; rounded to bf16 at the end, as
-            modulators are saved.
+        small: Where to start from, such as `untrained.nested`; rounded at the end, to codes or else
+            to bf16, as modulators are saved.
         how: How.
         folder: Of this run alone; checkpoints go there.
         facts: What the run depends on beside `how` (JSON); another run is refused.
@@ -117,9 +120,12 @@ def distil(
             )
     finally:
         small.requires_grad_(False)
-    with torch.no_grad():
-        for parameter in small.parameters():
-            parameter.copy_(parameter.bfloat16())
+    if how.coded:
+        round_to_codes(small)
+    else:
+        with torch.no_grad():
+            for parameter in small.parameters():
+                parameter.copy_(parameter.bfloat16())
     return losses
 
 

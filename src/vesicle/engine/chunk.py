@@ -10,7 +10,7 @@ import ctypes
 import enum
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from vesicle.engine import core
 from vesicle.engine.counters import Counters
 from vesicle.engine.pool import summary_dtype
 from vesicle.engine.rotary import STRIDE, Rotary, RotaryTable
+from vesicle.engine.small_codes import packed
 from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorAuthor
 from vesicle.plan import BLOCK, FULL_BITS, ROW, check_rows, resting_rows
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from vesicle.engine.sequence import Sequence
 
 _ROWS = core.MOST_TOKENS
+_COUNTED = ("rows", "outputs", "visited", "compared", "summed", "small", "coded")
 """Tokens that a buffer records before they are added to the Plan: as many as a pass may take."""
 _MOST_STEPS = 8
 """Steps of a ladder that the core takes."""
@@ -81,6 +83,7 @@ class ChunkBuffer:
         self.compared = np.zeros((_ROWS, layers), np.int64)
         self.summed = np.zeros((_ROWS, layers), np.int64)
         self.small = np.zeros(_ROWS, np.int64)
+        self.coded = np.zeros(_ROWS, np.int64)
         self.heads = np.zeros(_ROWS, np.int64)
         self.used = self._planned = 0
         self._chooses = 0  # up to which of its rows blocks may be chosen, where they are known
@@ -93,7 +96,7 @@ class ChunkBuffer:
         self._room: Tensor | None = None  # (L, G, groups of 16, V, K, 16) summaries, turned
         self._tables: object = None
         self.chunk = core.Chunk(ids=self._ids.ctypes.data, acting=self._acting.ctypes.data)
-        for name in ("plan", "levels", "rows", "outputs", "visited", "compared", "summed", "small"):
+        for name in (*_COUNTED, "plan", "levels"):
             setattr(self.chunk, name, getattr(self, name).ctypes.data)
         self._small_ffn: core.Small | None = None
         self._small_attention: core.Small | None = None
@@ -143,13 +146,17 @@ class ChunkBuffer:
         return self._decides is Decides.ASKED
 
     def follow_small(
-        self, sequence: Sequence, executes: Callable[[SmallModule | None, bool], bool]
+        self,
+        sequence: Sequence,
+        executes: Callable[[SmallModule | None, bool], bool],
+        describe: Callable[[SmallModule | None], core.Small | None],
     ) -> bool:
         """Point to where small modules lie now: they may have been replaced, or moved and back.
 
         Args:
             sequence: Whose buffer this is.
             executes: Whether the core computes a module in place of an FFN, or else of attention.
+            describe: Gives the structure of a module.
 
         Returns:
             Whether the core executes them.
@@ -158,8 +165,11 @@ class ChunkBuffer:
         both = stand_ins.ffn, stand_ins.attention
         now = [p for module in both for p in parts_of(module)]
         # What `executes` looks at, too: an FFN's activation may be set anew.
-        kinds = [(type(m), getattr(m, "activation", 0), getattr(m, "gated", 0)) for m in both]
-        places = [*kinds, len(parts_of(both[0])), *_places(now)]
+        looked_at = "activation", "gated", "bits"
+        kinds = [(type(m), *(getattr(m, name, 0) for name in looked_at)) for m in both]
+        # Codes are a copy, which does not follow what is written to the weights.
+        written = [p._version for m in both if m is not None and m.coded for p in parts_of(m)]
+        places = [*kinds, *written, len(parts_of(both[0])), *_places(now)]
         if places == self._small_places:
             return True
         self._small_places = None
@@ -167,7 +177,7 @@ class ChunkBuffer:
             return False
         stand_ins.check(self._shape)  # the core reads as far as the model's sizes say
         self._small = [p.detach() for p in now]
-        self._small_ffn, self._small_attention = map(small_module, both)
+        self._small_ffn, self._small_attention = map(describe, both)
         self.chunk.small_ffn = _where(self._small_ffn)
         self.chunk.small_attention = _where(self._small_attention)
         self._small_places = places
@@ -375,15 +385,8 @@ class ChunkBuffer:
         if isinstance(sequence.author, ModulatorAuthor) and not self.asks:
             sequence.author.adopt(self.levels[:n].copy())
         counters = Counters(self._shape, n)
-        counters.adopt(
-            rows=self.rows[:n],
-            outputs=self.outputs[:n],
-            bits=self.plan["bits"][:n],
-            visited=self.visited[:n],
-            compared=self.compared[:n],
-            summed=self.summed[:n],
-            small=self.small[:n],
-        )
+        counted = {name: getattr(self, name)[:n] for name in _COUNTED}
+        counters.adopt(bits=self.plan["bits"][:n], **counted)
         counters.released(sequence.overhead, slice(0, n), self.released[:n])
         ran = np.nonzero(self.heads[:n])[0]
         counters.head(ran, self.plan["head"][ran, -1])
@@ -391,9 +394,8 @@ class ChunkBuffer:
         self._clear(slice(0, n))
 
     def _clear(self, tokens: slice) -> None:
-        counted = self.rows, self.outputs, self.visited, self.compared, self.summed, self.small
-        for array in counted:
-            array[tokens] = 0
+        for name in _COUNTED:
+            getattr(self, name)[tokens] = 0
         self.levels[tokens] = 1
         self.released[tokens] = False
 
@@ -405,12 +407,28 @@ def small_module(module: SmallModule | None) -> core.Small | None:
             down, up, bias = (p.data_ptr() for p in parts_of(module))
             return core.Small(down=down, up=up, bias=bias, rank=module.rank)
         case SmallFfn():
-            found = core.Small(inner=module.units)
-            found.kept = _dense(module.ffn_in), _dense(module.ffn_out)
-            found.in_, found.out = map(ctypes.addressof, found.kept)
-            return found
+            return _ffns(module.units, _dense(module.ffn_in), _dense(module.ffn_out))
     assert module is None  # others run in PyTorch
     return None
+
+
+def coded_module(module: SmallFfn) -> core.Small:
+    """The structure of small FFNs in 4-bit codes, which holds these.
+
+    Raises:
+        VesicleError: Their weights lie on no grid of those.
+    """
+    pairs = packed(module)
+    kind = core.Projection * len(pairs)
+    both = (kind(*map(core.describe, weights)) for weights in zip(*pairs, strict=True))
+    return _ffns(module.units, *both, pairs)
+
+
+def _ffns(units: int, first: Any, second: Any, *kept: Any) -> core.Small:
+    found = core.Small(inner=units)
+    found.kept = first, second, *kept
+    found.in_, found.out = ctypes.addressof(first), ctypes.addressof(second)
+    return found
 
 
 def _dense(weights: Tensor) -> ctypes.Array[core.Projection]:

@@ -43,6 +43,7 @@ class Counters:
         self._compared = np.zeros((shape.n_layers, n_tokens), np.int64)
         self._summed = np.zeros((shape.n_layers, n_tokens), np.int64)
         self._small = np.zeros(n_tokens, np.int64)
+        self._coded = np.zeros(n_tokens, np.int64)
         self._modulator_flops = np.zeros(n_tokens, np.int64)
         self._modulator_bytes = np.zeros(n_tokens, np.int64)
         self._head_rows = np.zeros(n_tokens, np.int64)
@@ -83,12 +84,13 @@ class Counters:
         compared: NDArray[np.int64],
         summed: NDArray[np.int64],
         small: NDArray[np.int64],
+        coded: NDArray[np.int64],
     ) -> None:
         """Take over what the native core counted, (N, L, 4), (N, L) or (N,)."""
         self._rows[:], self._outputs[:] = rows.transpose(1, 2, 0), outputs.transpose(1, 2, 0)
         self._bits[:] = bits.transpose(1, 2, 0)
         self._visited[:], self._compared[:], self._summed[:] = visited.T, compared.T, summed.T
-        self._small[:] = small
+        self._small[:], self._coded[:] = small, coded
 
     def released(self, overhead: Overhead, rows: slice, released: NDArray[np.bool_]) -> None:
         """A predictor run in all layers, at those of the tokens `rows` (T,) where it did."""
@@ -96,9 +98,10 @@ class Counters:
         self._modulator_flops[rows] += released * layers * overhead.modulator_flops
         self._modulator_bytes[rows] += released * layers * overhead.modulator_bytes
 
-    def small_module(self, tokens: IntArray, weights: int) -> None:
-        """A small module that reads that many weights run for tokens."""
+    def small_module(self, tokens: IntArray, weights: int, coded: bool) -> None:
+        """A small module that reads that many weights, coded or not, run for tokens."""
         self._small[tokens] += weights
+        self._coded[tokens] += weights * (coded and self._shape.stored_bits is not None)
 
     def head(self, rows: slice | NDArray[np.intp], survivors: IntArray | int = 0) -> None:
         """The LM head run for rows: whole, or screened with that many rows read again."""
@@ -131,7 +134,7 @@ class Counters:
             "flops_modulator": self._modulator_flops[rows],
             "flops_head": 2 * shape.width * self._head_rows[rows],
             "weight_bytes": bits_read // 8
-            + small * shape.weight_bytes
+            + shape.small_module_bytes(small, self._coded[rows])
             + self._modulator_bytes[rows],
             "kv_bytes_read": shape.entry_bytes * visited
             + again["kv_bytes_read"]

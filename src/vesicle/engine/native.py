@@ -25,7 +25,15 @@ from torch import Tensor
 from vesicle.activations import capped
 from vesicle.engine import core
 from vesicle.engine.asked import Asked
-from vesicle.engine.chunk import OTHERS, ChunkBuffer, Decides, parts_of, readable
+from vesicle.engine.chunk import (
+    OTHERS,
+    ChunkBuffer,
+    Decides,
+    coded_module,
+    parts_of,
+    readable,
+    small_module,
+)
 from vesicle.engine.linear import ChannelMajor, Projection
 from vesicle.engine.packed import PackedHead, PackedPair, PackedWeight
 from vesicle.engine.pool import BlockPool
@@ -107,6 +115,9 @@ class NativeCore:
             page_stride=2 * pool.keys[0].numel(),
         )
         self.screening = Screening(weights.head, shape.width)
+        self._coded: weakref.WeakKeyDictionary[SmallFfn, tuple[object, core.Small]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._frames: list[_Frame] = []
         self._depth = 0  # of passes in passes: an author may read another sequence
 
@@ -177,7 +188,7 @@ class NativeCore:
     def reach(self, sequence: Sequence) -> int:
         """How many of a sequence's next tokens a pass may take; 0 if it cannot execute the next."""
         author, buffer = sequence.author, sequence.buffer()
-        if not buffer.follow_small(sequence, self._executes):
+        if not buffer.follow_small(sequence, self._executes, self._described):
             return 0
         decides = Decides.BEFORE
         if isinstance(author, ModulatorAuthor) and author.reads_hidden:
@@ -203,6 +214,16 @@ class NativeCore:
             case _:
                 known = isinstance(module, LowRankMaps)
         return known and all(map(readable, parts_of(module)))
+
+    def _described(self, module: SmallModule | None) -> core.Small | None:
+        """The structure of a small module; FFNs in codes are packed once for all sequences."""
+        if not (isinstance(module, SmallFfn) and module.coded and self._weights.packed):
+            return small_module(module)
+        version = [(p.data_ptr(), p._version) for p in parts_of(module)]
+        known = self._coded.get(module)
+        if known is None or known[0] != version:
+            known = self._coded[module] = version, coded_module(module)
+        return known[1]
 
     def _who(self, author: ModulatorAuthor, buffer: ChunkBuffer) -> Decides:
         """Whether the core decides as a modulator does, or its author has to be asked."""

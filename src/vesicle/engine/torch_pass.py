@@ -272,4 +272,4 @@ class TorchPass:
                 continue
             where = torch.from_numpy(index)
             result[where] = small.apply_layer(number, x[where])
-            self.counters.small_module(index, small.weights)
+            self.counters.small_module(index, small.weights, small.coded)

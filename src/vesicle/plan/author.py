@@ -205,6 +205,7 @@ class Method(ABC):
         ffn, attention = self.stand_ins.ffn, self.stand_ins.attention
         return Overhead(
             small_ffn_weights=ffn.weights if ffn else 0,
+            small_ffn_coded=ffn is not None and ffn.coded,
             small_attention_weights=attention.weights if attention else 0,
             selection_vectors=1 if self.stand_ins.summary == "mean" else 2,
             spread=self.stand_ins.spread,

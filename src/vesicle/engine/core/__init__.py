@@ -161,7 +161,7 @@ class Chunk(ctypes.Structure):
         *_fields(_POINTER, "tables", "starts", "held", "summaries", "spread"),
         *_fields(_POINTER, "modulator", "acting", "small_ffn", "small_attention"),
         *_fields(_POINTER, "plan", "levels"),
-        *_fields(_POINTER, "rows", "outputs", "visited", "compared", "small"),
+        *_fields(_POINTER, "rows", "outputs", "visited", "compared", "small", "coded"),
         ("received", _POINTER),
         ("room_received", _LONG),
         *_fields(_POINTER, "summed", "queries"),

@@ -39,7 +39,7 @@ struct Product {
         which[i] = i;
         in[i] = &activations[i];
       }
-      multiply(k, *w, bits + start, in, which, n, n, &out, thread, threads);
+      multiply(k, *w, bits + start, in, which, n, n, false, &out, thread, threads);
       pool->barrier();
       for (int64_t i = thread; i < n; i += threads)
         out.fetch(k, i, n, threads, w->n_out, y + (start + i) * w->n_out);

@@ -33,7 +33,7 @@ struct VesicleLayer {
 enum VesicleActivation : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 
 // What a token takes in place of a whole module, of all layers: low-rank maps, down (L, rank, D), up (L, D, rank), bias
-// (L, D); or FFNs like the model's own, with dense weights and `inner` hidden units.
+// (L, D); or FFNs like the model's own, with `inner` hidden units, their weights dense or packed.
 struct VesicleSmall {
   const float *down, *up, *bias;
   int64_t rank;
@@ -98,7 +98,7 @@ struct VesicleChunk {
   const int32_t* ids;  // (n)
   int64_t n, position, room, vectors, room_summaries;
   int64_t nearest;   // blocks up to its own that a token reads before others that it chooses
-  int64_t recorded;  // tokens before these in `acting`, in the arrays from `plan` to `small`, and in `summed`
+  int64_t recorded;  // tokens before these in `acting`, in the arrays from `plan` to `coded`, and in `summed`
   const float *cosine[2], *sine[2];        // (n, rotated) of each of the rotary phases
   const int32_t *tables, *starts, *held;   // (L, G, room), (L, G, room), (L, G): the block of the last token included; of
                                            // a windowed layer from the first block on that any of the tokens sees
@@ -109,7 +109,8 @@ struct VesicleChunk {
   const VesicleSmall *small_ffn, *small_attention;        // null: skipped outright; the second holds maps alone
   VesiclePlanRow* plan;
   double* levels;                                          // (n, L, 5)
-  int64_t *rows, *outputs, *visited, *compared, *small;  // (n, L, 4), (n, L, 4), (n, L), (n, L), (n): weights of small modules
+  // (n, L, 4), (n, L, 4), (n, L), (n, L), (n): weights of small modules, and those of them that are packed.
+  int64_t *rows, *outputs, *visited, *compared, *small, *coded;
   float* received;        // (L, G, room_received) attention probability that each slot received, added to; or null
   int64_t room_received;  // slots
   int64_t* summed;        // (n, L) entries of all KV heads whose probabilities were added

@@ -89,7 +89,7 @@ void Pass::site(int64_t thread, const VesicleProjection& w, int s, const int64_t
           int64_t count, Output* out) {
   int32_t bits[kMaxTokens];
   for (int64_t i = 0; i < count; ++i) bits[which[i]] = lane(thread, which[i]).row.bits[s];
-  multiply(k, w, bits, x, which, count, n, out, thread, pool->threads());
+  multiply(k, w, bits, x, which, count, n, false, out, thread, pool->threads());
 }
 
 // This thread's rows of the first of two low-rank maps.
@@ -111,12 +111,14 @@ const VesicleSmall* Pass::small_ffn(int64_t thread, int64_t t) {
   return lane(thread, t).row.ffn == kSmall ? tokens[t].chunk->small_ffn : nullptr;
 }
 
-// The first or second projection of small FFNs, each with all of its tokens together. Their weights are dense, so that
-// results are complete in `out` (see `Output`), whatever the big one's are.
+// The first or second projection of small FFNs, each with all of its tokens together. No two threads share a tile, so
+// that results are complete in `out` (see `Output`), whatever the big one's are.
 void Pass::small_site(int64_t thread, int64_t l, bool second, Output* out) {
   int64_t which[kMaxTokens];
   Activation* x[kMaxTokens];
   bool done[kMaxTokens] = {};
+  int32_t bits[kMaxTokens];
+  std::fill(bits, bits + n, kFullBits);
   for (int64_t t = 0; t < n; ++t) {
     const VesicleSmall* small = small_ffn(thread, t);
     if (done[t] || !small || !small->in) continue;
@@ -127,7 +129,7 @@ void Pass::small_site(int64_t thread, int64_t l, bool second, Output* out) {
       which[count] = u;
       x[count++] = &lane(thread, u).in;
     }
-    multiply(k, (second ? small->out : small->in)[l], nullptr, x, which, count, n, out, thread, pool->threads());
+    multiply(k, (second ? small->out : small->in)[l], bits, x, which, count, n, true, out, thread, pool->threads());
   }
 }
 
@@ -250,10 +252,12 @@ void Pass::ffn_half(int64_t thread, int64_t l) {
     if (a.row.ffn == kSmall) {
       const VesicleSmall* small = small_ffn(thread, t);
       if (!small) return;
-      if (small->in) a.in.prepare(k, width, width, false, &shelf, place(thread, t));
+      if (small->in) a.in.prepare(k, width, width, packed(small->in[l]), &shelf, place(thread, t));
       else std::memcpy(a.normed, a.in.x, width * sizeof(float));
       const int64_t weights = width * (small->in ? (model->gated ? 3 : 2) * small->inner : 2 * small->rank);
-      if (reports(thread)) *tokens[t].small += weights;
+      if (!reports(thread)) return;
+      *tokens[t].small += weights;
+      if (small->in && packed(small->in[l])) *tokens[t].coded += weights;
       return;
     }
     const int32_t rows = a.in.prepare(k, width, a.row.channels[2], packed(w.ffn_in), &shelf, place(thread, t));
@@ -275,7 +279,7 @@ void Pass::ffn_half(int64_t thread, int64_t l) {
       float* x = a.in.room(all);
       std::memcpy(x, ffn_in.of(t), all * sizeof(float));
       k->activate(model->activation, x, model->gated ? x + units : nullptr, units);
-      a.in.prepare(k, units, units, false, &shelf, place(thread, t));
+      a.in.prepare(k, units, units, packed(small->out[l]), &shelf, place(thread, t));
     }
     if (a.row.ffn != kBig) return;
     float* inner_x = a.in.room(outputs);
@@ -348,6 +352,7 @@ void Pass::prepare(const Kernels* kernels, ThreadPool* threads, const VesicleMod
       token.visited = c->visited + r * L;
       token.compared = c->compared + r * L;
       token.small = c->small + r;
+      token.coded = c->coded + r;
       token.summed = c->summed ? c->summed + r * L : nullptr;
       token.hidden = c->hidden ? c->hidden + i * m->width : nullptr;
       token.states = c->states ? c->states + i * m->width : nullptr;
@@ -361,7 +366,6 @@ void Pass::prepare(const Kernels* kernels, ThreadPool* threads, const VesicleMod
   }
   n = static_cast<int64_t>(tokens.size());
   while (static_cast<int64_t>(lanes.size()) < std::max(T, n)) lanes.emplace_back(new Lane);
-  shelf.room(alone() ? T : n, std::max({width, q, m->ffn_width}));
   for (auto& lane : lanes) {
     lane->residual = lane->residual_.get(width);
     lane->after = lane->after_.get(width);
@@ -379,6 +383,7 @@ void Pass::prepare(const Kernels* kernels, ThreadPool* threads, const VesicleMod
     if (c->small_ffn && c->small_ffn->in) units = std::max(units, c->small_ffn->inner);
   }
   ffn_in.room((m->gated ? 2 : 1) * units, n, T);
+  shelf.room(alone() ? T : n, std::max({width, q, units}));
   inner = inner_.get(inner_rank * n);
   prepare_attention();
   prepare_head();

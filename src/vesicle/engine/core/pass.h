@@ -30,7 +30,7 @@ struct Token {
   const float *cosine[2], *sine[2];
   VesiclePlanRow* plan;
   double* levels;
-  int64_t *rows, *outputs, *visited, *compared, *small, *summed;
+  int64_t *rows, *outputs, *visited, *compared, *small, *coded, *summed;
   float *hidden, *logits, *states;
   float* kept;  // where its queries of the first layer are kept; or null
   int64_t wants;

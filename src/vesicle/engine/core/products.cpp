@@ -44,7 +44,7 @@ void multiply_dense(const Kernels* k, const VesicleProjection& w, Activation* co
 }  // namespace
 
 void multiply(const Kernels* k, const VesicleProjection& w, const int32_t* bits, Activation* const* x,
-              const int64_t* tokens, int64_t n_tokens, int64_t all_tokens, Output* out, int64_t thread,
+              const int64_t* tokens, int64_t n_tokens, int64_t all_tokens, bool whole, Output* out, int64_t thread,
               int64_t threads) {
   if (!n_tokens) return;
   if (!packed(w)) return multiply_dense(k, w, x, tokens, n_tokens, out, thread, threads);
@@ -53,6 +53,7 @@ void multiply(const Kernels* k, const VesicleProjection& w, const int32_t* bits,
   const int64_t units = groups * (2 * full + half);  // half a tile's group each
   const auto bound = [&](int64_t i) {
     int64_t unit = units * i / threads;
+    if (whole) return i == threads ? units : unit / (2 * groups) * 2 * groups;
     return unit < 2 * full * groups ? unit / 2 * 2 : unit;
   };
   const int64_t first = bound(thread), last = bound(thread + 1);

@@ -111,9 +111,10 @@ struct Output {
 };
 
 // This thread's share of y = bias + x w for the tokens that take part, each with its own channels and bits (by place in
-// the pass). A token's result depends on its own activations, and on the number of threads, but not on the others.
+// the pass). A token's result depends on its own activations, and on the number of threads, but not on the others. With
+// `whole` no two threads share a packed tile, and y is complete without `fetch`.
 void multiply(const Kernels* k, const VesicleProjection& w, const int32_t* bits, Activation* const* x,
-              const int64_t* tokens, int64_t n_tokens, int64_t all_tokens, Output* out, int64_t thread,
+              const int64_t* tokens, int64_t n_tokens, int64_t all_tokens, bool whole, Output* out, int64_t thread,
               int64_t threads);
 
 }  // namespace vesicle
