@@ -47,6 +47,27 @@ def test_kinds_are_compared(made: Path, capsys: pytest.CaptureFixture[str]):
     assert all(name in page for name in names)
 
 
+def test_a_model_in_bf16_and_another_model_in_its_place(
+    made: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    import torch
+    import transformers
+
+    (tmp_path / "text.txt").symlink_to(made / "text.txt")
+    network = transformers.AutoModelForCausalLM.from_pretrained(model).to(torch.bfloat16)
+    for name in ("tokenizer.json",):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / name).symlink_to(model / name)
+    network.save_pretrained(tmp_path / "model")
+    assert main(distil(tmp_path)) == 0
+    assert main(oracle(tmp_path, "--most", "1", "--no-report")) == 0
+    for parameter in network.parameters():
+        parameter.data *= 1.5
+    network.save_pretrained(tmp_path / "model")
+    assert "holds a run with another weights" in refused(capsys, distil(tmp_path))
+    assert "holds a search of other texts" in refused(capsys, oracle(tmp_path, "--most", "1"))
+
+
 def test_a_modulator_of_them_answers(made: Path, tmp_path: Path):
     more = ("--small-ffns", str(made / "small"))
     assert main(calibrate(made, tmp_path / "new", *more)) == 0
@@ -86,10 +107,16 @@ def test_one_line_for_what_cannot_be(
 ):
     line = refused(capsys, distil(made, "--passes", "4"))
     assert "holds a run with another passes" in line
+    line = refused(capsys, distil(made, "--held-out", "0", "--json"))
+    assert line.endswith("--json prints the comparison, and --held-out 0 makes none")
+    assert "--seed" in refused(capsys, distil(made, "--seed", "-1"))
     line = refused(capsys, distil(made, "--held-out", "999"))
     assert "leaves none to learn from" in line
     line = refused(capsys, calibrate(made, tmp_path, "--small-ffns", str(tmp_path)))
     assert line.endswith("holds no small_ffns.json; vesicle distil writes one")
+    words = ["--windows", "0", "--long-windows", "1", "--modulator", "m"]
+    line = refused(capsys, calibrate(made, tmp_path, *words, "--small-ffns", str(tmp_path)))
+    assert line.endswith("other FFNs need the dial measured anew")
     more = ("--small-ffns", str(made / "small"), "--transmitters", "gaba")
     line = refused(capsys, calibrate(made, tmp_path, *more))
     assert line.endswith("allowed where serotonin is among --transmitters, which are gaba")
@@ -117,6 +144,9 @@ def test_an_oracle_and_its_report(made: Path, capsys: pytest.CaptureFixture[str]
 
     kept[1].unlink()  # as if it had been cut off there
     before = kept[0].stat().st_mtime_ns
+    kept[1].write_bytes(b"broken")
+    assert "cannot read" in refused(capsys, oracle(made, "--most", "2"))
+    kept[1].unlink()
     assert main(oracle(made, "--json", "--most", "2")) == 0
     assert json.loads(capsys.readouterr().out) == found
     assert kept[0].stat().st_mtime_ns == before

@@ -26,6 +26,11 @@ def fingerprint(tensors: Iterable[Tensor], settings: object = None) -> str:
     return digest.hexdigest()
 
 
+def sample_key(model: nn.Module) -> str:
+    """A name for a model, by the first 256 numbers of each of its parameters."""
+    return fingerprint(p.detach().reshape(-1)[:256] for p in model.parameters())
+
+
 def measurement_key(
     model: nn.Module, windows: Tensor, parts: Iterable[Tensor], settings: object
 ) -> str:

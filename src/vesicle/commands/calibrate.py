@@ -97,6 +97,10 @@ def calibrate(
         raise VesicleError(f"--gap is {gap}; allowed: between 0 and 1")
     if not windows and not (modulator and long_windows):
         raise VesicleError("--windows is 0; that needs a --modulator and --long-windows")
+    if not windows and small_ffns is not None:
+        raise VesicleError(
+            f"--small-ffns is {small_ffns} and --windows 0; other FFNs need the dial measured anew"
+        )
     if not windows and held_out:
         raise VesicleError(f"--held-out is {held_out}; allowed: 0 where --windows is 0")
     loaded = None if modulator is None else Modulator.from_pretrained(modulator)

@@ -11,7 +11,7 @@ import typer
 from vesicle.commands import recipe
 from vesicle.commands.inputs import MODEL, REVISION, notice
 from vesicle.commands.outputs import print_json
-from vesicle.errors import DataError
+from vesicle.errors import DataError, VesicleError
 
 _FITTED = 16
 """Windows by which hidden units are ordered, and on which maps are fitted."""
@@ -47,7 +47,7 @@ def distil(
             help="Round weights to 4-bit codes at the end, which packed engines read.",
         ),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Of the order of windows and tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of windows and tokens.")] = 0,
     held_out: Annotated[
         int,
         typer.Option(
@@ -66,9 +66,12 @@ def distil(
 
       vesicle distil --data train.jsonl --out runs/tiny --ratio 16 --passes 50 --held-out 0
     """
-    from vesicle.calibration.cache import fingerprint
+    from dataclasses import asdict
+
+    from vesicle.calibration.cache import fingerprint, sample_key
     from vesicle.duo import Distillation, distil, importance, nested, own_ffns, save_small_ffns
     from vesicle.evaluation.execution.language_modelling import model_shape
+    from vesicle.figures import new_figure
     from vesicle.files import atomic_path, write_json
     from vesicle.studies.small_ffns import compare_kinds, counts, kinds_of, page, table
     from vesicle.terminal import SafeConsole
@@ -77,7 +80,12 @@ def distil(
     how = Distillation(
         passes=passes, windows=windows, learning_rate=learning_rate, seed=seed, coded=coded
     )
+    if held_out:
+        new_figure(1, 1)  # what is missing for the page is told before all else
+    elif as_json:
+        raise VesicleError("--json prints the comparison, and --held-out 0 makes none")
     subject = recipe.load_subject(model, revision)
+    subject.model.float()  # sums of errors need more digits than bf16 has
     own = own_ffns(subject.model)
     ids = recipe.read_windows(subject, data, split, field, sequence_length)
     if len(ids) <= held_out:
@@ -90,7 +98,12 @@ def distil(
     few = ids[:_FITTED].split(4)
     matters = importance(subject.model, own, few)
     small = nested(own, matters, units)
-    facts = {"model": subject.name, "units": units, "text": fingerprint([ids])}
+    facts = {
+        "model": subject.name,
+        "weights": sample_key(subject.model),
+        "units": units,
+        "text": fingerprint([ids]),
+    }
     with progress_bar("distilling", how.steps, 0, sys.stderr.isatty() and not as_json) as bar:
         errors = distil(
             subject.model,
@@ -102,7 +115,7 @@ def distil(
             show=lambda step, error: bar(step, f"relative error {error:.3f}"),
         )
     shape = model_shape(subject.model)
-    trained = {**facts, "passes": passes, "windows": windows, "learning_rate": learning_rate}
+    trained = {**facts, **asdict(how), "sequence_length": sequence_length, "revision": revision}
     save_small_ffns(small, out, model=shape, trained={**trained, "last_error": errors[-1]})
     notice(f"wrote small FFNs of {units} hidden units to {out}")
     if not held_out:

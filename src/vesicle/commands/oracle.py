@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from vesicle.commands import recipe
 from vesicle.commands.inputs import MODEL, REVISION, notice
 from vesicle.commands.outputs import print_json
 from vesicle.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SELECTION = 2
 """Texts on which the fixed pattern is chosen."""
@@ -43,8 +46,8 @@ def oracle(
     search: Annotated[
         str, typer.Option(help="gains (fast), greedy or beam (many more passes).")
     ] = "gains",
-    random: Annotated[int, typer.Option(help="Random patterns of each number.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of those, and of drawn labels.")] = 0,
+    random: Annotated[int, typer.Option(min=1, help="Random patterns of each number.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of those, and of drawn labels.")] = 0,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write report.html and report.json.")
     ] = True,
@@ -52,8 +55,8 @@ def oracle(
 ) -> None:
     """Search the best pattern of big and small FFNs for each token, and tell how difficult it is.
 
-    Beside the oracles stand one pattern for all tokens, random patterns, and what is luck. Each
-    token's patterns, losses and difficulty are kept in texts/ as safetensors.
+    The model is a Llama. Beside the oracles stand one pattern for all tokens, random patterns, and
+    what is luck. Each token's patterns, losses and difficulty are kept in texts/ as safetensors.
 
     [bold]Examples[/bold]
 
@@ -64,7 +67,7 @@ def oracle(
     """
     import torch
 
-    from vesicle.calibration.cache import fingerprint
+    from vesicle.calibration.cache import fingerprint, sample_key
     from vesicle.duo import load_small_ffns, make_duo_of
     from vesicle.evaluation.execution.language_modelling import model_shape
     from vesicle.figures import new_figure
@@ -75,6 +78,7 @@ def oracle(
     if report:
         new_figure(1, 1)  # what is missing for the report is told before the search
     subject = recipe.load_subject(model, revision)
+    subject.model.float()  # differences of losses need more digits than bf16 has
     shape = model_shape(subject.model)
     settings = SearchSettings(
         most=max(1, shape.n_layers // 2) if most is None else most,
@@ -84,6 +88,8 @@ def oracle(
     )
     settings.check(shape.n_layers)
     small = load_small_ffns(small_ffns, shape)
+    weights = sample_key(subject.model)
+    make_duo_of(subject.model, small)
     ids = recipe.read_windows(subject, data, split, field, length)
     if len(ids) < texts + _SELECTION:
         raise DataError(
@@ -92,9 +98,9 @@ def oracle(
         )
     at = torch.linspace(0, len(ids) - 1, texts + _SELECTION).round().long()
     chosen, selection = ids[at[_SELECTION:]], ids[at[:_SELECTION]]
-    make_duo_of(subject.model, small)
     facts = {
         "model": subject.name,
+        "weights": weights,
         "texts": fingerprint([chosen, selection]),
         "small_ffns": fingerprint(list(small.parameters())),
     }
@@ -103,7 +109,7 @@ def oracle(
     if not report:
         notice(f"wrote {texts} texts to {out / 'texts'}")
         return
-    told = summary(found, subject.text, settings, ids.flatten())
+    told = summary(found, subject.text, settings, _others(ids, at).flatten())
     write_json(out / "report.json", told)
     with atomic_path(out / "report.html") as part:
         part.write_text(page(told), encoding="utf-8")
@@ -111,3 +117,9 @@ def oracle(
         print_json(told)
         return
     notice(f"wrote {out / 'report.html'} and report.json")
+
+
+def _others(ids: Tensor, at: Tensor) -> Tensor:
+    """Windows (N, T) without those at some places; all where no other is left."""
+    left = [i for i in range(len(ids)) if i not in set(at.tolist())]
+    return ids[left] if left else ids

@@ -35,10 +35,11 @@ from vesicle.duo.reevaluation import Reevaluated, by_chance, reevaluate, unsure
 from vesicle.duo.router_training import Budgeted, budget_loss, focal, oracle_loss
 from vesicle.duo.routers import DialRouter, ReadOutRouter, Router, routed, share_matched
 from vesicle.duo.saved import load_small_ffns, save_small_ffns
-from vesicle.duo.search import Found, beam, by_gains, greedy
+from vesicle.duo.search import MOST_LAYERS, Found, beam, by_gains, greedy
 from vesicle.duo.untrained import OwnFfns, importance, jacobian, nested, own_ffns
 
 __all__ = [
+    "MOST_LAYERS",
     "SEARCHES",
     "THREE",
     "TWO",

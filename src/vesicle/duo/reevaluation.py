@@ -86,6 +86,7 @@ def reevaluate(
     sequence = engine.start(second)
     nats, twice, flops, dense = [], [], 0, 0
     try:
+        sequence.begin_prompt(n_prompt)
         if n_prompt > 1:
             engine.forward([(sequence, list(ids[: n_prompt - 1]))], "none")
         for place in range(n_prompt - 1, len(ids) - 1):

@@ -24,7 +24,7 @@ from vesicle.plan import FFN_BIG, FFN_SMALL
 
 Evaluate = Callable[[Tensor], Tensor]
 """From patterns (N, L), the same for all tokens, or (N, T, L) to what they cost, (N, T)."""
-_MOST_LAYERS = 62
+MOST_LAYERS = 62
 """So many bits of an integer tell patterns apart."""
 
 
@@ -174,6 +174,6 @@ def _checked(budget: int | None, n_layers: int) -> int:
     most = n_layers if budget is None else budget
     if not 0 <= most <= n_layers:
         raise ValueError(f"budget is {budget}; allowed: 0 to {n_layers}")
-    if n_layers > _MOST_LAYERS:
-        raise ValueError(f"{n_layers} layers; allowed: up to {_MOST_LAYERS}")
+    if n_layers > MOST_LAYERS:
+        raise ValueError(f"{n_layers} layers; allowed: up to {MOST_LAYERS}")
     return most

@@ -22,7 +22,7 @@ from vesicle.engine import core
 from vesicle.engine.counters import Counters
 from vesicle.engine.pool import summary_dtype
 from vesicle.engine.rotary import STRIDE, Rotary, RotaryTable
-from vesicle.engine.small_codes import packed
+from vesicle.engine.small_codes import packed, written
 from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorAuthor
 from vesicle.plan import BLOCK, FULL_BITS, ROW, check_rows, resting_rows
@@ -35,8 +35,8 @@ from vesicle.transmitters import NAMES, index
 if TYPE_CHECKING:
     from vesicle.engine.sequence import Sequence
 
-_ROWS = core.MOST_TOKENS
 _COUNTED = ("rows", "outputs", "visited", "compared", "summed", "small", "coded")
+_ROWS = core.MOST_TOKENS
 """Tokens that a buffer records before they are added to the Plan: as many as a pass may take."""
 _MOST_STEPS = 8
 """Steps of a ladder that the core takes."""
@@ -168,8 +168,8 @@ class ChunkBuffer:
         looked_at = "activation", "gated", "bits"
         kinds = [(type(m), *(getattr(m, name, 0) for name in looked_at)) for m in both]
         # Codes are a copy, which does not follow what is written to the weights.
-        written = [p._version for m in both if m is not None and m.coded for p in parts_of(m)]
-        places = [*kinds, *written, len(parts_of(both[0])), *_places(now)]
+        coded = [written(m) for m in both if isinstance(m, SmallFfn) and m.coded]
+        places = [*kinds, *coded, len(parts_of(both[0])), *_places(now)]
         if places == self._small_places:
             return True
         self._small_places = None
@@ -418,7 +418,7 @@ def coded_module(module: SmallFfn) -> core.Small:
     Raises:
         VesicleError: Their weights lie on no grid of those.
     """
-    pairs = packed(module)
+    pairs = packed(module)  # for all sequences together
     kind = core.Projection * len(pairs)
     both = (kind(*map(core.describe, weights)) for weights in zip(*pairs, strict=True))
     return _ffns(module.units, *both, pairs)

@@ -115,9 +115,6 @@ class NativeCore:
             page_stride=2 * pool.keys[0].numel(),
         )
         self.screening = Screening(weights.head, shape.width)
-        self._coded: weakref.WeakKeyDictionary[SmallFfn, tuple[object, core.Small]] = (
-            weakref.WeakKeyDictionary()
-        )
         self._frames: list[_Frame] = []
         self._depth = 0  # of passes in passes: an author may read another sequence
 
@@ -216,14 +213,10 @@ class NativeCore:
         return known and all(map(readable, parts_of(module)))
 
     def _described(self, module: SmallModule | None) -> core.Small | None:
-        """The structure of a small module; FFNs in codes are packed once for all sequences."""
-        if not (isinstance(module, SmallFfn) and module.coded and self._weights.packed):
-            return small_module(module)
-        version = [(p.data_ptr(), p._version) for p in parts_of(module)]
-        known = self._coded.get(module)
-        if known is None or known[0] != version:
-            known = self._coded[module] = version, coded_module(module)
-        return known[1]
+        """The structure of a small module."""
+        if isinstance(module, SmallFfn) and module.coded and self._weights.packed:
+            return coded_module(module)
+        return small_module(module)
 
     def _who(self, author: ModulatorAuthor, buffer: ChunkBuffer) -> Decides:
         """Whether the core decides as a modulator does, or its author has to be asked."""

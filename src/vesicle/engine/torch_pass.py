@@ -20,9 +20,11 @@ from vesicle.engine.linear import normalise, project, survivors
 from vesicle.engine.packed import PackedHead
 from vesicle.engine.sampling import likeliest_of
 from vesicle.engine.sequence import Outcome, Sequence, Wanted
+from vesicle.engine.small_codes import apply_coded
 from vesicle.families.base import Affine
 from vesicle.plan import FFN_BIG, FFN_SMALL, IntArray, Rows, resting_rows
 from vesicle.plan.spread import as_array
+from vesicle.small_modules import SmallFfn
 
 if TYPE_CHECKING:
     from vesicle.engine.engine import Engine
@@ -271,5 +273,10 @@ class TorchPass:
             if small is None or not len(index):  # a method without small modules skips outright
                 continue
             where = torch.from_numpy(index)
-            result[where] = small.apply_layer(number, x[where])
-            self.counters.small_module(index, small.weights, small.coded)
+            coded = kind == "ffn" and isinstance(small, SmallFfn) and small.coded
+            if coded and self.engine.shape.stored_bits is not None:
+                assert isinstance(small, SmallFfn)
+                result[where] = apply_coded(small, number, x[where]).to(result.dtype)
+            else:
+                result[where] = small.apply_layer(number, x[where])
+            self.counters.small_module(index, small.weights, coded)

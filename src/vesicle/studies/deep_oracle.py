@@ -7,6 +7,7 @@ report is made from these files alone.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vesicle.duo import (
+    MOST_LAYERS,
     SEARCHES,
     Context,
     DeepOracle,
@@ -75,6 +77,8 @@ class SearchSettings:
         """
         if not 1 <= self.most <= n_layers:
             raise VesicleError(f"--most is {self.most}; allowed: 1 to {n_layers}, the layers")
+        if n_layers > MOST_LAYERS:
+            raise VesicleError(f"the model has {n_layers} layers; searched are up to {MOST_LAYERS}")
         if self.search not in SEARCHES:
             raise VesicleError(f"--search is {self.search!r}; allowed: {', '.join(SEARCHES)}")
         if self.n_random < 1:
@@ -113,7 +117,6 @@ def search_texts(
     Raises:
         VesicleError: The folder holds a search of other texts or settings.
     """
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     whole = json.dumps({**asdict(settings), **facts}, sort_keys=True)
@@ -121,13 +124,7 @@ def search_texts(
     for number, tokens in enumerate(texts):
         path = out / "texts" / f"{number}.safetensors"
         if path.exists():
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("facts") != whole:
-                    raise VesicleError(
-                        f"{out} holds a search of other texts or settings: use another folder, or "
-                        "remove it"
-                    )
-                found.append({name: file.get_tensor(name) for name in file.keys()})
+            found.append(_kept(path, whole, out))
         else:
             if fixed is None:
                 contexts = [Context(model, own) for own in selection]
@@ -149,6 +146,22 @@ def search_texts(
         if show is not None:
             show(number + 1, "")
     return found
+
+
+def _kept(path: Path, facts: str, out: Path) -> dict[str, Tensor]:
+    """What a file holds, if it is of the same search."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("facts") == facts:
+                return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        line = " ".join(str(error).split())
+        raise VesicleError(f"cannot read {path}: {line}; remove it") from error
+    raise VesicleError(
+        f"{out} holds a search of other texts or settings: use another folder, or remove it"
+    )
 
 
 def _packed(
@@ -216,12 +229,18 @@ def summary(
             "by_frequency": _groups(by_frequency(difficulty, tokens[:, 1:], training)),
             "by_class": _groups(by_class(difficulty.flatten(), names)),
             "correlations": {
-                name: round(spearman(difficulty.flatten(), values.flatten()), 4)
+                name: _correlation(difficulty.flatten(), values.flatten())
                 for name, values in others.items()
             },
         },
         "drawn": {"pieces": pieces, "difficulty": [round(float(d), 4) for d in difficulty[0]]},
     }
+
+
+def _correlation(left: Tensor, right: Tensor) -> float | None:
+    """Of ranks; None where one is the same everywhere."""
+    found = spearman(left, right)
+    return round(found, 4) if math.isfinite(found) else None
 
 
 def _curve(
@@ -338,7 +357,10 @@ def _difficulty(made: Page, found: dict[str, Any]) -> None:
     made.draw("By class.", bars({r["name"]: r["mean"] for r in told["by_class"]}, "nats a token"))
     made.table(
         ["difficulty goes with", "rank correlation"],
-        [[name, f"{value:+.3f}"] for name, value in told["correlations"].items()],
+        [
+            [name, "" if value is None else f"{value:+.3f}"]
+            for name, value in told["correlations"].items()
+        ],
     )
     made.say(
         "A text: the stronger the ground of a token, the more difficult it is to predict; steps at "

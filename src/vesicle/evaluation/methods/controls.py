@@ -206,10 +206,9 @@ def static_shape(ledger: Ledger, target: float, loss: Callable[[Method], float])
         BudgetError: If its ladder ends above the target.
     """
     descent = Descent(lambda methods: [loss(m) for m in methods], ledger, OracleConfig())
-    deficits = descent.at(target)
-    if deficits is None:
+    found = descent.at(target)
+    if found is None:
         raise BudgetError(f"a cost of {target:.3f} of dense cannot be reached by single steps")
-    found = Matched(deficits=deficits, x=1.0, dither=None, cost_share=ledger.share(deficits))
     return from_deficits("static-shape", ledger, found)
 
 

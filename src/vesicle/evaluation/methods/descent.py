@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vesicle.evaluation.methods.ledger import Ledger
-from vesicle.evaluation.methods.matching import match
+from vesicle.evaluation.methods.matching import Matched, match
 from vesicle.plan import FloatArray, Method
 
 Cell = tuple[int, int]
@@ -81,20 +81,22 @@ class Descent:
         rest = np.zeros(shape)
         self._path: list[tuple[float, FloatArray]] = [(ledger.share(rest), rest)]
         self._ratios: dict[Cell, float] = {}
-        self._loss = float("nan")
 
-    def at(self, target: float) -> FloatArray | None:
-        """Deficits (L, A) or (T, L, A) that execute `target`; None if the ladder ends above it."""
+    def at(self, target: float) -> Matched | None:
+        """Deficits (L, A), or (T, L, A) where some tokens take the step before; None at the end.
+
+        Args:
+            target: Executed share.
+        """
         while self._path[-1][0] > target:
             if not self._round():
                 return None
         place = next(i for i, (share, _) in enumerate(self._path) if share <= target)
         if place == 0:
-            return self._path[0][1]
+            share, rest = self._path[0]
+            return Matched(deficits=rest, x=0.0, dither=None, cost_share=share)
         before, after = self._path[place - 1][1], self._path[place][1]
-        found = match(self._ledger, lambda x: before + x * (after - before), target, high=1.0)
-        assert not isinstance(found.deficits, list)
-        return found.deficits
+        return match(self._ledger, lambda x: before + x * (after - before), target, high=1.0)
 
     def losses(self, tables: Sequence[FloatArray]) -> list[float]:
         """The text's loss, in nats per token, under each of several tables of deficits."""

@@ -38,7 +38,10 @@ def oracle(
     names: list[str] = []
     for i, descent in enumerate(descents):
         own = descent.at(target)
-        tables = {} if own is None else {"greedy": own}
+        tables: dict[str, FloatArray] = {}
+        if own is not None:
+            assert not isinstance(own.deficits, list)
+            tables["greedy"] = own.deficits
         for other in others:
             given = other.deficits
             tables[other.name] = given[i] if isinstance(given, list) else given
