@@ -8,8 +8,9 @@ tokens see. Both looks are paid for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ from vesicle.errors import VesicleError
 from vesicle.plan import Method
 
 if TYPE_CHECKING:
-    from vesicle.engine import Engine
+    from vesicle.engine import Engine, Sequence
 
 Rule = Callable[[Tensor], bool]
 """From the logits (V,) of a first look to whether a second one is taken."""
@@ -66,7 +67,7 @@ def by_chance(share: float, seed: int = 0) -> Rule:
 
 
 def reevaluate(
-    engine: Engine, ids: Sequence[int], n_prompt: int, first: Method, second: Method, again: Rule
+    engine: Engine, ids: list[int], n_prompt: int, first: Method, second: Method, again: Rule
 ) -> Reevaluated:
     """Score a text, each token as it would be decoded.
 
@@ -83,32 +84,37 @@ def reevaluate(
     """
     if not 1 <= n_prompt < len(ids):
         raise VesicleError(f"n_prompt is {n_prompt}; allowed: 1 to {len(ids) - 1}")
-    sequence = engine.start(second)
-    nats, twice, flops, dense = [], [], 0, 0
+    sequence, nats, twice, flops, dense = engine.start(second), [], [], 0, 0
     try:
         sequence.begin_prompt(n_prompt)
         if n_prompt > 1:
             engine.forward([(sequence, list(ids[: n_prompt - 1]))], "none")
-        for place in range(n_prompt - 1, len(ids) - 1):
-            looks = [first]
-            logits = torch.empty(0)
-            for look in looks:
-                tried = engine.fork(sequence, method=look)
-                try:
-                    logits = engine.forward([(tried, [ids[place]])])[0][0].float()
-                    flops += tried.cost.flops_total
-                    final = look is second or not again(logits)
-                    if not final:
-                        looks.append(second)
-                        continue
-                    dense += tried.dense_cost.flops_total
-                    sequence, tried = tried, sequence
-                finally:
-                    tried.close()
-            nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[place + 1])))
-            twice.append(len(looks) > 1)
+        for token, following in pairwise(ids[n_prompt - 1 :]):
+            looked, logits = _look(engine, sequence, first, token)
+            flops += looked.cost.flops_total
+            twice.append(again(logits))
+            if twice[-1]:
+                looked.close()
+                looked, logits = _look(engine, sequence, second, token)
+                flops += looked.cost.flops_total
+            dense += looked.dense_cost.flops_total
+            sequence.close()
+            sequence = looked
+            nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(following)))
     finally:
         sequence.close()
     return Reevaluated(
         nats=torch.stack(nats), again=torch.tensor(twice), flops=flops, dense_flops=dense
     )
+
+
+def _look(
+    engine: Engine, sequence: Sequence, method: Method, token: int
+) -> tuple[Sequence, Tensor]:
+    """A sequence that has gone on by a token under a method, and its logits (V,)."""
+    fork = engine.fork(sequence, method=method)
+    try:
+        return fork, engine.forward([(fork, [token])])[0][0].float()
+    except BaseException:
+        fork.close()
+        raise
