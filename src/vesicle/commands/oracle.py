@@ -72,7 +72,7 @@ def oracle(
     from vesicle.evaluation.execution.language_modelling import model_shape
     from vesicle.figures import new_figure
     from vesicle.files import atomic_path, write_json
-    from vesicle.studies.deep_oracle import SearchSettings, page, search_texts, summary
+    from vesicle.studies.deep_oracle import SearchSettings, executed, page, search_texts, summary
     from vesicle.training.display import progress_bar
 
     if report:
@@ -89,7 +89,7 @@ def oracle(
     settings.check(shape.n_layers)
     small = load_small_ffns(small_ffns, shape)
     weights = sample_key(subject.model)
-    make_duo_of(subject.model, small)
+    choices = make_duo_of(subject.model, small)
     ids = recipe.read_windows(subject, data, split, field, length)
     if len(ids) < texts + _SELECTION:
         raise DataError(
@@ -109,7 +109,8 @@ def oracle(
     if not report:
         notice(f"wrote {texts} texts to {out / 'texts'}")
         return
-    told = summary(found, subject.text, settings, _others(ids, at).flatten())
+    taken = executed(subject.model, choices, found, settings.counts)
+    told = summary(found, subject.text, settings, _others(ids, at).flatten(), taken)
     write_json(out / "report.json", told)
     with atomic_path(out / "report.html") as part:
         part.write_text(page(told), encoding="utf-8")

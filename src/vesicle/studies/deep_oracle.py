@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vesicle.duo import (
     MOST_LAYERS,
     SEARCHES,
+    Choices,
     Context,
     DeepOracle,
     by_class,
@@ -28,6 +29,7 @@ from vesicle.duo import (
     entropy,
     fixed_patterns,
     spearman,
+    table,
 )
 from vesicle.errors import VesicleError
 from vesicle.files import atomic_path
@@ -48,6 +50,12 @@ CURVES = {
     "unlabelled": "oracle without labels",
     "fixed": "one pattern for all tokens",
     "drawn": "oracle's luck, on drawn labels",
+}
+EXECUTED = {
+    "fixed": "one pattern for all tokens",
+    "unlabelled": "oracle without labels",
+    "shuffled": "its choices, given to other tokens",
+    "labelled": "oracle",
 }
 GAINS = 0.01
 """Nats from which on a token gains."""
@@ -181,8 +189,55 @@ def _packed(
     }
 
 
+@torch.no_grad()
+def executed(
+    model: LlamaForCausalLM,
+    choices: Choices,
+    found: Sequence[dict[str, Tensor]],
+    counts: Sequence[int],
+) -> dict[str, Tensor]:
+    """Losses where all tokens take their choices at once, as they would be executed.
+
+    Args:
+        model: As `search_texts` has it.
+        choices: Of the model.
+        found: What it found.
+        counts: (C,) numbers of small FFNs.
+
+    Returns:
+        For each of `EXECUTED`, (N, C) nats a token above all big.
+    """
+
+    def nats(tokens: Tensor, patterns: Tensor) -> float:
+        with choices.by(table(patterns.long()[None])):
+            logits = model(tokens[None, :-1], use_cache=False).logits[0]
+        return float(nn.functional.cross_entropy(logits, tokens[1:]))
+
+    above: dict[str, list[list[float]]] = {name: [] for name in EXECUTED}
+    for own in found:
+        tokens, by_token = own["tokens"], own["patterns"]
+        n_tokens, _, n_layers = by_token.shape
+        big = nats(tokens, torch.full((n_tokens, n_layers), FFN_BIG))
+        order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(0))
+        for name, rows in above.items():
+            rows.append([])
+            for count in counts:
+                chosen = {
+                    "fixed": own["fixed_patterns"][count].expand(n_tokens, n_layers),
+                    "unlabelled": own["unlabelled_patterns"][:, count],
+                    "shuffled": own["unlabelled_patterns"][order, count],
+                    "labelled": by_token[:, count],
+                }
+                rows[-1].append(nats(tokens, chosen[name]) - big)
+    return {name: torch.tensor(rows) for name, rows in above.items()}
+
+
 def summary(
-    found: Sequence[dict[str, Tensor]], text: Text, settings: SearchSettings, training: Tensor
+    found: Sequence[dict[str, Tensor]],
+    text: Text,
+    settings: SearchSettings,
+    training: Tensor,
+    taken: dict[str, Tensor],
 ) -> dict[str, Any]:
     """All tables, as JSON.
 
@@ -191,6 +246,7 @@ def summary(
         text: Decodes tokens.
         settings: Of the search.
         training: (n,) tokens of other text, by which frequency is told.
+        taken: Of `executed`.
     """
     tokens = torch.stack([own["tokens"] for own in found])
     difficulty = torch.stack([own["difficulty"] for own in found])
@@ -213,6 +269,10 @@ def summary(
         "random": {
             str(n): _curve(found, f"random.{n}", settings.counts)
             for n in sorted(int(k.split(".")[1]) for k in found[0] if k.startswith("random."))
+        },
+        "executed": {
+            name: [{"n_small": n, **_told(values[:, i])} for i, n in enumerate(settings.counts)]
+            for name, values in taken.items()
         },
         "layers": {
             name: _shares(found, key)
@@ -321,6 +381,11 @@ def page(found: dict[str, Any]) -> str:
     for n, rows in found["random"].items():
         curves[f"best of {n} random"] = [(r["n_small"], r["mean"]) for r in rows]
     made.draw("Nats above all big.", lines(curves, "small FFNs of a token", "nats a token"))
+    made.say("Executed: all tokens take their choices at once, nats above all big.")
+    made.table(
+        ["small FFNs", *(str(r["n_small"]) for r in found["executed"]["fixed"])],
+        [[what, *map(_cell, found["executed"][name])] for name, what in EXECUTED.items()],
+    )
     made.heading("Where FFNs are small")
     for name, what in (("labelled", "oracle"), ("unlabelled", "oracle without labels")):
         made.draw(
