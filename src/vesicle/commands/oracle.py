@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _SELECTION = 2
 """Texts on which the fixed pattern is chosen."""
+_FITTED = 48
+"""Other texts that the router is fitted to."""
 
 
 @recipe.holding_out
@@ -68,7 +70,7 @@ def oracle(
     import torch
 
     from vesicle.calibration.cache import fingerprint, sample_key
-    from vesicle.duo import load_small_ffns, make_duo_of
+    from vesicle.duo import fit_error_router, load_small_ffns, make_duo_of
     from vesicle.evaluation.execution.language_modelling import model_shape
     from vesicle.figures import new_figure
     from vesicle.files import atomic_path, write_json
@@ -89,7 +91,6 @@ def oracle(
     settings.check(shape.n_layers)
     small = load_small_ffns(small_ffns, shape)
     weights = sample_key(subject.model)
-    choices = make_duo_of(subject.model, small)
     ids = recipe.read_windows(subject, data, split, field, length)
     if len(ids) < texts + _SELECTION:
         raise DataError(
@@ -98,6 +99,9 @@ def oracle(
         )
     at = torch.linspace(0, len(ids) - 1, texts + _SELECTION).round().long()
     chosen, selection = ids[at[_SELECTION:]], ids[at[:_SELECTION]]
+    others = _others(ids, at)
+    router = fit_error_router(subject.model, small, others[:_FITTED]) if report else None
+    choices = make_duo_of(subject.model, small)
     facts = {
         "model": subject.name,
         "weights": weights,
@@ -106,11 +110,11 @@ def oracle(
     }
     with progress_bar("searching", texts, 0, sys.stderr.isatty() and not as_json) as bar:
         found = search_texts(subject.model, chosen, selection, settings, out, facts=facts, show=bar)
-    if not report:
+    if router is None:
         notice(f"wrote {texts} texts to {out / 'texts'}")
         return
-    taken = executed(subject.model, choices, found, settings.counts)
-    told = summary(found, subject.text, settings, _others(ids, at).flatten(), taken)
+    taken, had = executed(subject.model, choices, found, settings.counts, router)
+    told = summary(found, subject.text, settings, others.flatten(), taken, had)
     write_json(out / "report.json", told)
     with atomic_path(out / "report.html") as part:
         part.write_text(page(told), encoding="utf-8")

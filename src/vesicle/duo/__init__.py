@@ -17,6 +17,7 @@ from vesicle.duo.difficulty import (
     spearman,
 )
 from vesicle.duo.distillation import Distillation, distil, relative_errors
+from vesicle.duo.error_router import ErrorRouter, fit_error_router
 from vesicle.duo.export import parted
 from vesicle.duo.module import Choices, Chooser, DuoFeedForward, always, make_duo, table
 from vesicle.duo.oracle import (
@@ -53,6 +54,7 @@ __all__ = [
     "DialRouter",
     "Distillation",
     "DuoFeedForward",
+    "ErrorRouter",
     "Found",
     "Group",
     "Measured",
@@ -81,6 +83,7 @@ __all__ = [
     "executed_share",
     "exhaustive",
     "expected_best",
+    "fit_error_router",
     "fixed_patterns",
     "focal",
     "greedy",

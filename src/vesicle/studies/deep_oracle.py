@@ -20,8 +20,11 @@ from vesicle.duo import (
     MOST_LAYERS,
     SEARCHES,
     Choices,
+    Chooser,
     Context,
     DeepOracle,
+    ErrorRouter,
+    always,
     by_class,
     by_frequency,
     by_position,
@@ -56,6 +59,7 @@ EXECUTED = {
     "unlabelled": "oracle without labels",
     "shuffled": "its choices, given to other tokens",
     "labelled": "oracle",
+    "router": "router by predicted error",
 }
 GAINS = 0.01
 """Nats from which on a token gains."""
@@ -195,7 +199,8 @@ def executed(
     choices: Choices,
     found: Sequence[dict[str, Tensor]],
     counts: Sequence[int],
-) -> dict[str, Tensor]:
+    router: ErrorRouter,
+) -> tuple[dict[str, Tensor], list[float]]:
     """Losses where all tokens take their choices at once, as they would be executed.
 
     Args:
@@ -203,21 +208,27 @@ def executed(
         choices: Of the model.
         found: What it found.
         counts: (C,) numbers of small FFNs.
+        router: Fitted to other texts.
 
     Returns:
-        For each of `EXECUTED`, (N, C) nats a token above all big.
+        For each of `EXECUTED`, (N, C) nats a token above all big; and (C,) how many FFNs the router
+        had small on average.
     """
+    small: list[list[float]] = []
 
-    def nats(tokens: Tensor, patterns: Tensor) -> float:
-        with choices.by(table(patterns.long()[None])):
+    def nats(tokens: Tensor, chooser: Chooser) -> float:
+        with choices.by(chooser) as taken:
             logits = model(tokens[None, :-1], use_cache=False).logits[0]
+        chosen = torch.stack([taken[layer] for layer in sorted(taken)])
+        small[-1].append(float((chosen == FFN_SMALL).sum(0).float().mean()))
         return float(nn.functional.cross_entropy(logits, tokens[1:]))
 
     above: dict[str, list[list[float]]] = {name: [] for name in EXECUTED}
     for own in found:
         tokens, by_token = own["tokens"], own["patterns"]
         n_tokens, _, n_layers = by_token.shape
-        big = nats(tokens, torch.full((n_tokens, n_layers), FFN_BIG))
+        small.append([])
+        big = nats(tokens, always(FFN_BIG))
         order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(0))
         for name, rows in above.items():
             rows.append([])
@@ -228,8 +239,12 @@ def executed(
                     "shuffled": own["unlabelled_patterns"][order, count],
                     "labelled": by_token[:, count],
                 }
-                rows[-1].append(nats(tokens, chosen[name]) - big)
-    return {name: torch.tensor(rows) for name, rows in above.items()}
+                chooser = (
+                    router.chooser(count) if name == "router" else table(chosen[name].long()[None])
+                )
+                rows[-1].append(nats(tokens, chooser) - big)
+    had = torch.tensor(small)[:, -len(counts) :].mean(0)  # the router comes last
+    return {name: torch.tensor(rows) for name, rows in above.items()}, had.tolist()
 
 
 def summary(
@@ -238,6 +253,7 @@ def summary(
     settings: SearchSettings,
     training: Tensor,
     taken: dict[str, Tensor],
+    had: Sequence[float],
 ) -> dict[str, Any]:
     """All tables, as JSON.
 
@@ -247,6 +263,7 @@ def summary(
         settings: Of the search.
         training: (n,) tokens of other text, by which frequency is told.
         taken: Of `executed`.
+        had: Likewise.
     """
     tokens = torch.stack([own["tokens"] for own in found])
     difficulty = torch.stack([own["difficulty"] for own in found])
@@ -274,6 +291,7 @@ def summary(
             name: [{"n_small": n, **_told(values[:, i])} for i, n in enumerate(settings.counts)]
             for name, values in taken.items()
         },
+        "router_had_small": [round(n, 3) for n in had],
         "layers": {
             name: _shares(found, key)
             for name, key in (
@@ -386,6 +404,8 @@ def page(found: dict[str, Any]) -> str:
         ["small FFNs", *(str(r["n_small"]) for r in found["executed"]["fixed"])],
         [[what, *map(_cell, found["executed"][name])] for name, what in EXECUTED.items()],
     )
+    told = ", ".join(f"{n:.2f}" for n in found["router_had_small"])
+    made.say(f"The router was fitted to other texts. It had {told} FFNs small on average.")
     made.heading("Where FFNs are small")
     for name, what in (("labelled", "oracle"), ("unlabelled", "oracle without labels")):
         made.draw(
