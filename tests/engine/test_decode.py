@@ -134,7 +134,7 @@ CASES = [
 def test_both_paths_agree(weights: str, kv: str, kind: str, family: str):
     engine = native(weights, kv, family)
     method = method_for(engine, kind)
-    found = list(steps(engine, beside(engine, weights, family), method, 70))
+    found = list(steps(engine, beside(engine, weights, family), method, 52))
     check(found, weights, kv, kind)
 
 

@@ -14,7 +14,6 @@ from vesicle.errors import DataError, ModelError, VesicleError
 from vesicle.evaluation.execution.transformers_executor import TransformersExecutor
 from vesicle.evaluation.methods.descent import OracleConfig
 from vesicle.evaluation.methods.matching import TOLERANCE
-from vesicle.evaluation.methods.names import ON_A_TEXT
 from vesicle.evaluation.report.results import TaskResult, TaskRow
 from vesicle.evaluation.run import part_run, session
 from vesicle.evaluation.run.provenance import fingerprint
@@ -73,7 +72,7 @@ def test_whole_evaluation(run: Run, config: EvalConfig, tmp_path: Path):
     result = run(model_name="tiny", modulator_name="test")
     assert result.missing == []
     assert [row.key for row in result.rows] == config.keys()
-    assert {row.method for row in result.rows} == {"dense", *ON_A_TEXT}
+    assert {row.method for row in result.rows} == {"dense", *config.methods}
     for row in result.rows:
         assert row.ratio["flops"] == pytest.approx(row.budget, rel=TOLERANCE)
         assert row.n_items == len(nats_of(row)) == (5 if row.task == "text" else 2)
@@ -205,7 +204,7 @@ def test_what_cannot_be_reached_is_listed(run: Run, config: EvalConfig, llama: A
     result = run(config, modulator=modulator)
     assert {row.budget for row in result.rows} == {1.0, 0.99}
     missing = {m["method"] for m in result.missing if m["budget"] == 0.3}
-    assert missing == set(ON_A_TEXT)
+    assert missing == set(config.methods)
     assert run(config, modulator=modulator).to_dict() == result.to_dict()
 
 
@@ -307,3 +306,10 @@ def test_rows_of_other_code_are_computed_again(
     said.clear()
     assert run(config, say=said.append).to_dict() == second.to_dict()
     assert said == ["2 of 2 rows were done before and are kept"]
+
+
+def test_a_static_shape_is_run_where_it_is_asked_for(run: Run, config: EvalConfig):
+    result = run(replace(config, methods=("static-shape",), budgets=(0.8,)))
+    row = result.find("text", "static-shape", 0.8)
+    assert row.details["priced"] == pytest.approx(0.8, rel=TOLERANCE)
+    assert "dither" in row.details

@@ -17,6 +17,7 @@ from vesicle.evaluation.run.task_config import TaskConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _ORACLE = OracleConfig()
+_USUAL = tuple(name for name in METHODS if name != "static-shape")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class EvalConfig:
         length: Tokens in a window.
         limit: Windows, spread evenly over the text; None for all.
         budgets: Shares of the dense FLOPs, each in (0, 1].
-        methods: Of `METHODS`.
+        methods: Of `METHODS`; all but `static-shape` by default, whose search takes long.
         seed: Of random controls and bootstraps.
         best_of: Random tables among which `best-of-n` selects.
         selection_windows: Evaluated windows on which it selects: the first ones.
@@ -48,7 +49,7 @@ class EvalConfig:
     length: int = 1024
     limit: int | None = 16
     budgets: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6)
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = _USUAL
     seed: int = 0
     best_of: int = 100
     selection_windows: int = 2
