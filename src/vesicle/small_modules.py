@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vesicle.activations import ACTIVATIONS
+from vesicle.activations import ACTIVATIONS, hidden_units
 from vesicle.errors import VesicleError
 
 
@@ -191,13 +191,8 @@ class SmallFfn(SmallModule):
 
     def apply_layer(self, layer: int, x: Tensor) -> Tensor:
         """The FFN of `layer` on x (..., D)."""
-        inner, activate = x @ self.ffn_in[layer].to(x.dtype), ACTIVATIONS[self.activation]
-        if self.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = activate(gate) * up
-        else:
-            inner = activate(inner)
-        return inner @ self.ffn_out[layer].to(x.dtype)
+        inner = x @ self.ffn_in[layer].to(x.dtype)
+        return hidden_units(inner, self.activation, self.gated) @ self.ffn_out[layer].to(x.dtype)
 
 
 def _unknown(activation: str) -> str:

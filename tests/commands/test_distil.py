@@ -157,6 +157,8 @@ def test_an_oracle_and_its_report(made: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads(capsys.readouterr().out) == found
     assert kept[0].stat().st_mtime_ns == before
 
+    line = refused(capsys, oracle(made, "--json", "--no-report"))
+    assert line.endswith("--json prints the report, and --no-report makes none")
     line = refused(capsys, oracle(made, "--most", "1"))
     assert "holds a search of other texts or settings" in line
     line = refused(capsys, oracle(made, "--most", "3"))

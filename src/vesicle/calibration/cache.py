@@ -28,7 +28,11 @@ def fingerprint(tensors: Iterable[Tensor], settings: object = None) -> str:
 
 def sample_key(model: nn.Module) -> str:
     """A name for a model, by the first 256 numbers of each of its parameters."""
-    return fingerprint(p.detach().reshape(-1)[:256] for p in model.parameters())
+    return fingerprint(_sample(model))
+
+
+def _sample(model: nn.Module) -> list[Tensor]:
+    return [p.detach().reshape(-1)[:256] for p in model.parameters()]
 
 
 def measurement_key(
@@ -38,8 +42,7 @@ def measurement_key(
 
     Of the model's parameters the first 256 numbers each are read.
     """
-    sample = [p.detach().reshape(-1)[:256] for p in model.parameters()]
-    return fingerprint([*sample, windows, *parts], settings)
+    return fingerprint([*_sample(model), windows, *parts], settings)
 
 
 def recall(path: Path | None, key: str) -> Any | None:

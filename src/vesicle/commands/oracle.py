@@ -11,7 +11,7 @@ import typer
 from vesicle.commands import recipe
 from vesicle.commands.inputs import MODEL, REVISION, notice
 from vesicle.commands.outputs import print_json
-from vesicle.errors import DataError
+from vesicle.errors import DataError, VesicleError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +77,8 @@ def oracle(
     from vesicle.studies.deep_oracle import SearchSettings, executed, page, search_texts, summary
     from vesicle.training.display import progress_bar
 
+    if as_json and not report:
+        raise VesicleError("--json prints the report, and --no-report makes none")
     if report:
         new_figure(1, 1)  # what is missing for the report is told before the search
     subject = recipe.load_subject(model, revision)
@@ -126,5 +128,6 @@ def oracle(
 
 def _others(ids: Tensor, at: Tensor) -> Tensor:
     """Windows (N, T) without those at some places; all where no other is left."""
-    left = [i for i in range(len(ids)) if i not in set(at.tolist())]
+    taken = set(at.tolist())
+    left = [i for i in range(len(ids)) if i not in taken]
     return ids[left] if left else ids

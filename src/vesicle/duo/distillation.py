@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vesicle.activations import ACTIVATIONS
+from vesicle.activations import hidden_units
 from vesicle.duo.ffn_inputs import Seen, watched
 from vesicle.engine.small_codes import round_to_codes
 from vesicle.errors import DataError, VesicleError
@@ -152,17 +152,11 @@ class _Batches:
 
 def mean_error(small: SmallFfn, seen: list[Seen]) -> Tensor:
     """Relative squared error, mean over layers, through which gradients flow."""
-    activate = ACTIVATIONS[small.activation]
     total = torch.zeros(())
     # Unbound once: an index for each layer would have autograd add up whole stacks of zeros.
     for s, w_in, w_out in zip(seen, small.ffn_in.unbind(0), small.ffn_out.unbind(0), strict=True):
-        inner = s.x.float() @ w_in
-        if small.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = activate(gate) * up
-        else:
-            inner = activate(inner)
-        total = total + relative_error(inner @ w_out, s)
+        hidden = hidden_units(s.x.float() @ w_in, small.activation, small.gated)
+        total = total + relative_error(hidden @ w_out, s)
     return total / len(seen)
 
 

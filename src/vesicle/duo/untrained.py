@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vesicle.activations import ACTIVATIONS
+from vesicle.activations import hidden_units
 from vesicle.duo.ffn_inputs import Seen, watched
 from vesicle.errors import ModelError
 from vesicle.families import find_family
@@ -46,11 +46,7 @@ class OwnFfns:
 
     def inner(self, layer: int, x: Tensor) -> Tensor:
         """(N, F) activations of the hidden units of `layer` for x (N, D)."""
-        inner, activate = x @ self.ffn_in[layer], ACTIVATIONS[self.activation]
-        if not self.gated:
-            return activate(inner)
-        gate, up = inner.chunk(2, dim=-1)
-        return activate(gate) * up
+        return hidden_units(x @ self.ffn_in[layer], self.activation, self.gated)
 
 
 @torch.no_grad()
@@ -167,12 +163,7 @@ class _Sums:
         x = seen.x.float()
         with torch.enable_grad():
             inner = (x @ own.ffn_in[layer]).requires_grad_()
-            activate = ACTIVATIONS[own.activation]
-            if own.gated:
-                gate, up = inner.chunk(2, dim=-1)
-                h = activate(gate) * up
-            else:
-                h = activate(inner)
+            h = hidden_units(inner, own.activation, own.gated)
             (slopes,) = torch.autograd.grad(h.sum(), inner)
         self.n += len(x)
         self.slopes += slopes.double().sum(0)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vesicle.activations import ACTIVATIONS
+from vesicle.activations import hidden_units
 from vesicle.engine.encoding import GROUP, Grid, groups_of
 from vesicle.engine.packed import PackedWeight
 from vesicle.errors import VesicleError
@@ -49,7 +49,7 @@ def rounded(weight: Tensor) -> Tensor:
     """The nearest weights (out, in) on such grids."""
     grouped = _grouped(weight.detach().float())
     low, high = _ranges(grouped)
-    # A half more than 15 steps still rounds to 15: the end loses half a step, others win.
+    # The scale is rounded up, so that 15 steps reach to within half of one of the far end.
     step = ((high - low) / _TOP).clamp_min(_LEAST)
     mantissa, exponent = torch.frexp(step)  # from 1/2 up to 1
     scale = torch.ldexp((mantissa * 16).ceil() / 16, exponent)
@@ -141,13 +141,7 @@ def apply_coded(small: SmallFfn, layer: int, x: Tensor) -> Tensor:
     def times(weight: PackedWeight, x: Tensor) -> Tensor:
         return weight.multiply(x, np.full(len(x), weight.n_in), FULL_BITS)[0]
 
-    inner, activate = times(first, x), ACTIVATIONS[small.activation]
-    if small.gated:
-        gate, up = inner.chunk(2, dim=-1)
-        inner = activate(gate) * up
-    else:
-        inner = activate(inner)
-    return times(second, inner)
+    return times(second, hidden_units(times(first, x), small.activation, small.gated))
 
 
 def _pack(small: SmallFfn) -> Pairs:

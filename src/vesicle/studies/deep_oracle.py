@@ -39,6 +39,7 @@ from vesicle.files import atomic_path
 from vesicle.kept.classes import SPECIAL, classes
 from vesicle.plan import FFN_BIG, FFN_SMALL
 from vesicle.studies.bootstrap import interval
+from vesicle.studies.duo.difficulty import spans_of, told_groups
 from vesicle.studies.duo.paint import bars, heat, lines
 from vesicle.studies.duo.sections import shade
 from vesicle.studies.page import Page
@@ -303,9 +304,9 @@ def summary(
         "difficulty": {
             "mean": _told(difficulty.mean(1)),
             "idle": _told((difficulty < GAINS).float().mean(1)),
-            "by_position": _groups(by_position(difficulty, min(10, difficulty.shape[1]))),
-            "by_frequency": _groups(by_frequency(difficulty, tokens[:, 1:], training)),
-            "by_class": _groups(by_class(difficulty.flatten(), names)),
+            "by_position": told_groups(by_position(difficulty, min(10, difficulty.shape[1]))),
+            "by_frequency": told_groups(by_frequency(difficulty, tokens[:, 1:], training)),
+            "by_class": told_groups(by_class(difficulty.flatten(), names)),
             "correlations": {
                 name: _correlation(difficulty.flatten(), values.flatten())
                 for name, values in others.items()
@@ -344,24 +345,12 @@ def _shares(found: Sequence[dict[str, Tensor]], key: str) -> list[list[float]]:
 
 def _classes(text: Text, ids: list[int]) -> list[str]:
     """Classes of tokens by where they stand in what they spell."""
-    whole = text.decode(ids)
-    stops = [len(text.decode(ids[: n + 1])) for n in range(len(ids))]
-    for n in reversed(range(len(stops) - 1)):  # a part of a character counts once it is whole
-        stops[n] = min(stops[n], stops[n + 1])
-    spans = list(zip([0, *stops[:-1]], stops, strict=True))
-    told = classes(whole, spans)
+    spans = spans_of(text.decode, ids)
+    told = classes(text.decode(ids), spans)
     # Tokens that spell nothing are special, but for the first parts of a character.
     return [
         SPECIAL if start == stop and not text.decode([i]) else name
         for name, (start, stop), i in zip(told, spans, ids, strict=True)
-    ]
-
-
-def _groups(groups: Sequence[Any]) -> list[dict[str, Any]]:
-    return [
-        {"name": g.name, "tokens": g.n_tokens, "mean": round(g.mean, 5)}
-        for g in groups
-        if g.n_tokens
     ]
 
 

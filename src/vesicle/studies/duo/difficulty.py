@@ -6,6 +6,8 @@ token's. Each figure is told of each test text, or of each seed where texts are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +60,11 @@ def tell_difficulty(
             _share(d < GAINS, s > HARD) for d, s in zip(difficulty, small, strict=True)
         ],
         "idle_without_choice": rounded((small - big < GAINS).float().mean(1)),
-        "by_position": [_groups(by_position(d[None], n_parts)) for d in difficulty],
-        "small_by_position": [_groups(by_position(s[None], n_parts)) for s in small],
-        "by_frequency": _groups(by_frequency(difficulty, targets, run.split("train"))),
-        "by_class": _groups(by_class(difficulty.flatten(), flat)),
-        "small_by_class": _groups(by_class(small.flatten(), flat)),
+        "by_position": [told_groups(by_position(d[None], n_parts)) for d in difficulty],
+        "small_by_position": [told_groups(by_position(s[None], n_parts)) for s in small],
+        "by_frequency": told_groups(by_frequency(difficulty, targets, run.split("train"))),
+        "by_class": told_groups(by_class(difficulty.flatten(), flat)),
+        "small_by_class": told_groups(by_class(small.flatten(), flat)),
         "correlations": _correlations(run, tokens, difficulty, small, big),
         "drawn": {
             "pieces": [tokenizer.decode([i], skip_special_tokens=False) for i in targets[0]],
@@ -92,15 +94,18 @@ def _correlations(
 
 def token_classes(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """Classes of tokens by where they stand in what they spell; ends of texts are special."""
-    whole = tokenizer.decode(ids, skip_special_tokens=False)
-    stops = [
-        len(tokenizer.decode(ids[: n + 1], skip_special_tokens=False)) for n in range(len(ids))
-    ]
+    decode = partial(tokenizer.decode, skip_special_tokens=False)
+    told = classes(decode(ids), spans_of(decode, ids))
+    return [SPECIAL if i == 0 else name for i, name in zip(ids, told, strict=True)]
+
+
+def spans_of(decode: Callable[[list[int]], str], ids: list[int]) -> list[tuple[int, int]]:
+    """Where the characters of each token stand in the text that all of them spell."""
+    stops = [len(decode(ids[: n + 1])) for n in range(len(ids))]
     # A token may be a part of a character, which counts as one once it is whole.
     for n in reversed(range(len(stops) - 1)):
         stops[n] = min(stops[n], stops[n + 1])
-    told = classes(whole, list(zip([0, *stops[:-1]], stops, strict=True)))
-    return [SPECIAL if i == 0 else name for i, name in zip(ids, told, strict=True)]
+    return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
 def _share(marked: Tensor, among: Tensor) -> float | None:
@@ -109,7 +114,8 @@ def _share(marked: Tensor, among: Tensor) -> float | None:
     return round(int((marked & among).sum()) / n, 5) if n else None
 
 
-def _groups(groups: list[Group]) -> list[dict[str, Any]]:
+def told_groups(groups: list[Group]) -> list[dict[str, Any]]:
+    """Groups that have tokens, as JSON."""
     return [
         {"name": g.name, "tokens": g.n_tokens, "mean": round(g.mean, 5)}
         for g in groups
