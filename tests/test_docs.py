@@ -22,7 +22,7 @@ from vesicle.effectors import EFFECTORS
 from vesicle.evaluation.methods.names import ON_A_TEXT
 from vesicle.families import FAMILIES, supported_model_types
 from vesicle.plan import FIELDS, SITES
-from vesicle.predictors import CONTROLS, PREDICTORS
+from vesicle.predictors import BASELINES, CONTROLS, PREDICTORS
 from vesicle.training.trainer import TrainConfig
 from vesicle.transmitters import TRANSMITTERS
 
@@ -83,6 +83,12 @@ def test_every_predictor_and_control_has_a_page(name: str):
     text = text_of(f"predictors/{name}.md")
     assert f"Kind `{name}`" in text if name in PREDICTORS else f"Control `{name}`" in text
     assert name in PREDICTORS or missing([CONTROLS[name].__name__], text) == []
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_every_baseline_has_a_section(name: str):
+    text = text_of("adaptive_depth.md")
+    assert f"Kind `{name}`, class `{BASELINES[name].__name__}`" in text
 
 
 def test_every_family_has_a_section():

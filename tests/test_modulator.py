@@ -100,7 +100,7 @@ def refusal(folder: Path | str) -> str:
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another format": (lambda v: v.update(format="vesicle-modulator-9"), "is not a vesicle-mod"),
     "no predictor": (lambda v: v.pop("predictor"), "predictor"),
-    "unknown predictor": (lambda v: v["predictor"].update(kind="oracle"), "linear, mlp, recurrent"),
+    "unknown predictor": (lambda v: v["predictor"].update(kind="oracle"), ", ".join(PREDICTORS)),
     "unknown predictor setting": (lambda v: v["predictor"].update(depth=3), "depth"),
     "unknown transmitter": (lambda v: v["predictor"].update(transmitters=["x"]), "'x'"),
     "released without effector": (

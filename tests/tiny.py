@@ -19,7 +19,14 @@ from vesicle.modulator import Modulator
 from vesicle.plan import FIELDS, ROW, Plan, numbers
 from vesicle.plan.rows import PLACES, bounds
 from vesicle.plan.spread import UNIT
-from vesicle.predictors import CONTROLS, PREDICTORS, Levels, Predictor, PredictorConfig
+from vesicle.predictors import (
+    CONTROLS,
+    PREDICTORS,
+    Levels,
+    Predictor,
+    PredictorConfig,
+    QuadraticPredictor,
+)
 from vesicle.shapes import ModelShape, Spread
 
 VOCABULARY = 97
@@ -136,8 +143,10 @@ def perturb(levels: Levels, seed: int = 2) -> None:
     """Move a predictor's parameters off their initial values: levels differ by token and layer."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in levels.parameters():
+        for name, parameter in levels.named_parameters():
             scale = 1.5 / parameter.shape[-1] ** 0.5 if parameter.ndim == 3 else 0.3
+            if name in QuadraticPredictor.slow:
+                scale *= 0.3  # nothing bounds a square, and levels should not round to 1
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_((scale * noise).to(parameter.dtype))
 

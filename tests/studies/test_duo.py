@@ -16,8 +16,6 @@ from vesicle.files import read_json
 from vesicle.plan import FFN_BIG, FFN_SMALL
 from vesicle.studies.duo import SCALES, run_study
 from vesicle.studies.duo.claims import claims, router_is_chance
-from vesicle.studies.duo.difficulty import token_classes
-from vesicle.studies.duo.estimates import FAILS, HOLDS, UNTOLD, compared, estimate, verdict
 from vesicle.studies.duo.executed import executed, in_context, random_patterns, shuffled
 from vesicle.studies.duo.oracles import best_drawn, best_fixed
 from vesicle.studies.duo.plan import stages
@@ -29,6 +27,8 @@ from vesicle.studies.duo.sections import shade
 from vesicle.studies.duo.tables import CURVES, curves, points
 from vesicle.studies.duo.tables import difficulty as difficulty_table
 from vesicle.studies.duo.tables import executed as executed_table
+from vesicle.studies.estimates import FAILS, HOLDS, UNTOLD, compared, estimate, verdict
+from vesicle.studies.tokens import token_classes
 
 
 @pytest.fixture(scope="module")

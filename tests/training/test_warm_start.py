@@ -8,8 +8,10 @@ from vesicle.predictors import PREDICTORS, ConstantLevels
 from vesicle.reference.attach import attach
 from vesicle.training.warm_start import warm_start
 
+FITTED = ("linear", "mlp", "recurrent")
 
-@pytest.mark.parametrize("kind", PREDICTORS)
+
+@pytest.mark.parametrize("kind", FITTED)
 def test_levels_come_to_differ_between_tokens_but_not_on_average(kind):
     model = tiny_model()
     modulator = tiny_modulator(model, kind)
@@ -22,6 +24,14 @@ def test_levels_come_to_differ_between_tokens_but_not_on_average(kind):
     assert dopamine.std() > 0.02
     assert dopamine.mean() - torch.tensor(0.4 / 0.6).log() == pytest.approx(0, abs=0.02)
     assert torch.stack([d[:, :, 2] for d in drives]).std() < 1e-6  # GABA has no label
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PREDICTORS if kind not in FITTED])
+def test_other_kinds_are_refused(kind):
+    model = tiny_model()
+    allowed = f"a '{kind}' predictor cannot be warm-started; allowed: {', '.join(FITTED)}$"
+    with pytest.raises(VesicleError, match=allowed):
+        warm_start(model, tiny_modulator(model, kind), tiny_windows(1))
 
 
 def test_the_model_is_left_alone_and_controls_are_refused():

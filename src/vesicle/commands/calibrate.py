@@ -58,7 +58,7 @@ def calibrate(
         float, typer.Option(help="Largest difference between neighbouring rows of the dial table.")
     ] = 0.03,
     predictor: Annotated[
-        str, typer.Option(help="Of a new one: linear, mlp or recurrent.")
+        str, typer.Option(help="Of a new one, as vesicle train has them.")
     ] = "linear",
     hidden: Annotated[int, typer.Option(min=1, help="Its inner width, if it has one.")] = 16,
     transmitters: Annotated[

@@ -126,9 +126,11 @@ def new_modulator(
     from vesicle.calibration import allocate, fit_standins, measure_sensitivity
     from vesicle.evaluation.execution.language_modelling import model_shape
     from vesicle.modulator import Modulator
-    from vesicle.predictors import Predictor
+    from vesicle.predictors import PREDICTORS, Predictor
     from vesicle.small_modules import LowRankMaps
 
+    if predictor not in PREDICTORS:
+        raise VesicleError(f"predictor is {predictor!r}; allowed: {', '.join(PREDICTORS)}")
     torch.manual_seed(0)
     skips = "serotonin" in transmitters
     try:

@@ -24,6 +24,7 @@ class StudyName(StrEnum):
 
     att = "att"
     duo = "duo"
+    neuro = "neuro"
 
 
 class StudyScale(StrEnum):
@@ -35,7 +36,10 @@ class StudyScale(StrEnum):
 
 
 def study(
-    name: Annotated[StudyName, typer.Argument(help="att: Adaptive Tensor Tiling; duo: Duo-LLM.")],
+    name: Annotated[
+        StudyName,
+        typer.Argument(help="att: Adaptive Tensor Tiling; duo: Duo-LLM; neuro: transmitters."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write to; a study in it is gone on with.")],
     scale: Annotated[
         StudyScale,

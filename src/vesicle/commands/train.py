@@ -49,7 +49,11 @@ def train(
         ),
     ] = 32,
     predictor: Annotated[
-        str, typer.Option(help="linear, mlp or recurrent.", rich_help_panel=_MODULATOR)
+        str,
+        typer.Option(
+            help="linear, mlp, recurrent, quadratic, dendrites, delays, gain or pooled.",
+            rich_help_panel=_MODULATOR,
+        ),
     ] = "linear",
     hidden: Annotated[
         int, typer.Option(min=1, help="Its inner width, if any.", rich_help_panel=_MODULATOR)

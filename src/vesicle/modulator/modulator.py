@@ -15,7 +15,7 @@ from vesicle.errors import ModelError, VesicleError
 from vesicle.modulator.info import Measured, ModulatorInfo, check_budget
 from vesicle.phases import NEVER, Phases
 from vesicle.plan import StandIns
-from vesicle.predictors import PREDICTORS, Levels, PredictorConfig, State
+from vesicle.predictors import TRAINED, Levels, PredictorConfig, State
 from vesicle.shapes import ModelShape
 from vesicle.small_modules import LowRankMaps, SmallModule
 from vesicle.transmitters import NAMES, index
@@ -94,14 +94,14 @@ class Modulator(nn.Module):
         Raises:
             VesicleError: For an unknown kind of predictor.
         """
-        if predictor not in PREDICTORS:
-            raise VesicleError(f"predictor is {predictor!r}; allowed: {', '.join(PREDICTORS)}")
+        if predictor not in TRAINED:
+            raise VesicleError(f"predictor is {predictor!r}; allowed: {', '.join(TRAINED)}")
         config = PredictorConfig(
             n_layers=shape.n_layers, width=shape.width, transmitters=transmitters, hidden=hidden
         )
         chosen = {name: EFFECTORS[name]() for name in transmitters if name in EFFECTORS}
         return cls(
-            PREDICTORS[predictor](config),
+            TRAINED[predictor](config),
             {**chosen, **(effectors or {})},
             ModulatorInfo(model_name=model_name, model=shape.fingerprint()),
             ffn_standin=LowRankMaps(shape.n_layers, shape.width, ffn_rank),

@@ -17,7 +17,7 @@ from vesicle.models.finite import check_finite
 from vesicle.models.hub import fetch, local_path
 from vesicle.modulator.info import Dial, Measured, ModulatorInfo
 from vesicle.modulator.modulator import Modulator
-from vesicle.predictors import PREDICTORS, Predictor, PredictorConfig
+from vesicle.predictors import TRAINED, Predictor, PredictorConfig
 from vesicle.small_modules import KINDS, LowRankMaps, SmallModule, of_size
 
 FORMAT = "vesicle-modulator-1"
@@ -92,8 +92,8 @@ def _from_dict(values: dict[str, Any]) -> Modulator:
     kind = predictor.pop("kind")
     predictor["transmitters"] = tuple(predictor["transmitters"])
     config = PredictorConfig(**predictor)
-    if kind not in PREDICTORS:
-        raise ValueError(f"predictor is {kind!r}; allowed: {', '.join(PREDICTORS)}")
+    if kind not in TRAINED:
+        raise ValueError(f"predictor is {kind!r}; allowed: {', '.join(TRAINED)}")
     effectors = {}
     for name, settings in values["effectors"].items():
         if name not in EFFECTORS:
@@ -109,7 +109,7 @@ def _from_dict(values: dict[str, Any]) -> Modulator:
         training=values["training"],
     )
     small = {name: _small(name, values, config) for name in _SMALL}
-    return Modulator(PREDICTORS[kind](config), effectors, info, **small)
+    return Modulator(TRAINED[kind](config), effectors, info, **small)
 
 
 def _sizes(modulator: Modulator) -> dict[str, Any]:

@@ -15,10 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vesicle.predictors.averages import smooth
 from vesicle.predictors.base import Predictor, PredictorConfig, State, uniform_
-
-_SPAN = 64
-"""Tokens that one decay matrix covers: longer chunks are taken in pieces, which bounds memory."""
 
 
 class RecurrentPredictor(Predictor):
@@ -45,13 +43,8 @@ class RecurrentPredictor(Predictor):
         carried = state.get(layer)
         if carried is None:
             carried = torch.zeros_like(u[:, 0])
-        pieces = []
-        for piece in u.split(_SPAN, dim=1):
-            smooth = _smooth(piece, decay, carried)
-            carried = smooth[:, -1]
-            pieces.append(smooth)
-        state[layer] = carried
-        slow = torch.cat(pieces, dim=1)
+        slow = smooth(u, decay, carried)
+        state[layer] = slow[:, -1].clone()  # a view would keep the whole chunk
         return nn.functional.linear(u.tanh(), self.phasic[layer]) + nn.functional.linear(
             slow.tanh(), self.tonic[layer]
         )
@@ -60,12 +53,3 @@ class RecurrentPredictor(Predictor):
     def flops(self) -> int:
         """2 M (D + 2 A) and 4 M for the moving average."""
         return 2 * self.config.hidden * (self.config.width + 2 * len(self.config.transmitters) + 2)
-
-
-def _smooth(u: Tensor, decay: Tensor, carried: Tensor) -> Tensor:
-    """Exponential moving average of u (B, T, M) along T, started at carried (B, M)."""
-    steps = torch.arange(u.shape[1], device=u.device)
-    lag = steps[:, None] - steps[None, :]  # (T, T)
-    powers = decay[:, None, None] ** lag.clamp(min=0) * (lag >= 0)  # (M, T, T)
-    new = torch.einsum("mts,bsm->btm", powers, u * (1 - decay))
-    return new + carried[:, None] * decay ** (steps[:, None] + 1)

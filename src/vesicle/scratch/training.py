@@ -7,6 +7,7 @@ checkpoint was and ends with the same weights. A finished run is never repeated:
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -84,6 +85,7 @@ def fit(
     *,
     facts: dict[str, Any] | None = None,
     show: Callable[[int, float], None] | None = None,
+    faster: Callable[[str], float] | None = None,
 ) -> list[float]:
     """Train a model in place, or take up what `folder` holds of the same run.
 
@@ -94,6 +96,7 @@ def fit(
         folder: Of this run alone.
         facts: What the run depends on beside the recipe (JSON); another run is refused.
         show: Told the step that is done and its loss.
+        faster: How many times the learning rate a parameter has, by its name; once if not given.
 
     Returns:
         The loss of every step.
@@ -103,7 +106,8 @@ def fit(
     """
     from safetensors.torch import load_file, save_file
 
-    whole = {"recipe": asdict(recipe), **(facts or {})}
+    # As JSON has them: tuples are lists there.
+    whole = json.loads(json.dumps({"recipe": asdict(recipe), **(facts or {})}))
     done = folder / _RUN
     if done.exists():
         record = read_json(done)
@@ -111,15 +115,8 @@ def fit(
         model.load_state_dict(load_file(folder / _MODEL), strict=False)
         return list(record["losses"])
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in named.values() if p.dim() > 1]},
-        {"params": [p for p in named.values() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        weight_decay=recipe.weight_decay,
-        betas=(0.9, 0.95),
-        foreach=True,
+        _groups(named, recipe.weight_decay, faster), betas=(0.9, 0.95), foreach=True
     )
     losses: list[float] = []
     checkpoint = newest_checkpoint(folder / _CHECKPOINTS)
@@ -130,7 +127,7 @@ def fit(
     model.train()
     for step in range(len(losses), recipe.steps):
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
+            group["lr"] = recipe.rate(step) * group["times"]
         optimizer.zero_grad(set_to_none=True)
         loss = loss_at(step)
         loss.backward()
@@ -150,6 +147,20 @@ def fit(
     write_json(done, {"facts": whole, "losses": losses}, indent=None)
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
     return losses
+
+
+def _groups(
+    named: dict[str, nn.Parameter], decay: float, faster: Callable[[str], float] | None
+) -> list[dict[str, Any]]:
+    """Parameters that share a learning rate and a weight decay, which vectors do not have."""
+    found = dict[tuple[float, float], list[nn.Parameter]]()
+    for name, parameter in named.items():
+        times = 1.0 if faster is None else faster(name)
+        found.setdefault((times, decay if parameter.dim() > 1 else 0.0), []).append(parameter)
+    return [
+        {"params": those, "weight_decay": own, "times": times}
+        for (times, own), those in found.items()
+    ]
 
 
 def _keep(

@@ -120,15 +120,58 @@ def load_corpus(
     Raises:
         DataError: There is no such data, a row lacks a field, or there is too little text.
     """
+    return load_mixture(
+        (task,), data, vocabulary=vocabulary, length=length, most_test=most_test, more=more
+    )[task]
+
+
+def load_mixture(
+    tasks: Sequence[str],
+    data: str | None,
+    *,
+    vocabulary: int,
+    length: int,
+    most_test: int,
+    more: Sequence[str] = (),
+) -> dict[str, Corpus]:
+    """Several tasks in one vocabulary, learnt from the texts of all that are to be trained on.
+
+    Args:
+        tasks: Some of `TASKS`.
+        data: A local folder, `sample`, or None for the hub.
+        vocabulary: Tokens.
+        length: T, of all tasks.
+        most_test: Most windows of each to judge by, and to set dials with.
+        more: More running text to train on, for `lm`.
+
+    Raises:
+        DataError: There is no such data, a row lacks a field, or there is too little text.
+    """
     from vesicle.scratch import learn_tokenizer
 
+    rows = {task: _splits(task, data, more) for task in tasks}
+    learnt_from = [text for parts in rows.values() for row in parts[0] for text in row]
+    tokenizer = learn_tokenizer(learnt_from, vocabulary)
+    return {task: _cut(task, parts, tokenizer, length, most_test) for task, parts in rows.items()}
+
+
+def _splits(task: str, data: str | None, more: Sequence[str]) -> list[list[tuple[str, ...]]]:
+    """Texts to train on, to set dials with, to judge by."""
     known = _SETS[task]
     parts = [_texts(known, data, split) for split in known.splits]
     if task == "lm":
-        parts[0] += [(text,) for text in more]
-    else:
-        parts = [_pairs(task, rows) for rows in parts]
-    tokenizer = learn_tokenizer([text for row in parts[0] for text in row], vocabulary)
+        return [parts[0] + [(text,) for text in more], *parts[1:]]
+    return [_pairs(task, rows) for rows in parts]
+
+
+def _cut(
+    task: str,
+    parts: list[list[tuple[str, ...]]],
+    tokenizer: Tokenizer,
+    length: int,
+    most_test: int,
+) -> Corpus:
+    known = _SETS[task]
     cut = _windows if task == "lm" else _padded
     made = [cut(tokenizer, rows, length) for rows in parts]
     for split, (ids, _) in zip(known.splits, made, strict=True):

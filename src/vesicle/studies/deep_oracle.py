@@ -39,10 +39,11 @@ from vesicle.files import atomic_path
 from vesicle.kept.classes import SPECIAL, classes
 from vesicle.plan import FFN_BIG, FFN_SMALL
 from vesicle.studies.bootstrap import interval
-from vesicle.studies.duo.difficulty import spans_of, told_groups
-from vesicle.studies.duo.paint import bars, heat, lines
+from vesicle.studies.duo.difficulty import told_groups
 from vesicle.studies.duo.sections import shade
 from vesicle.studies.page import Page
+from vesicle.studies.paint import bars, heat, lines
+from vesicle.studies.tokens import spans_of
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -167,7 +167,7 @@ def page(found: dict[str, Any]) -> str:
 def _lines(
     curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str
 ) -> Callable[[Any], None]:
-    from vesicle.studies.duo.paint import lines
+    from vesicle.studies.paint import lines
 
     inner = lines(curves, across, up)
 

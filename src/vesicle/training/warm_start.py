@@ -61,7 +61,10 @@ def warm_start(
     """
     predictor = modulator.predictor
     if not isinstance(predictor, LinearPredictor | MlpPredictor | RecurrentPredictor):
-        raise VesicleError(f"a {predictor.kind!r} predictor cannot be warm-started")
+        raise VesicleError(
+            f"a {predictor.kind!r} predictor cannot be warm-started; "
+            "allowed: linear, mlp, recurrent"
+        )
     columns = {name: a for a, name in enumerate(predictor.config.transmitters)}
     config: Any = model.config
     family = find_family(config)

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from vesicle.studies.duo.difficulty import GAINS, HARD
-from vesicle.studies.duo.estimates import (
+from vesicle.studies.duo.tables import points
+from vesicle.studies.duo.verdicts import claim, control
+from vesicle.studies.estimates import (
     FAILS,
     HOLDS,
     Records,
@@ -19,8 +21,6 @@ from vesicle.studies.duo.estimates import (
     compared,
     estimate,
 )
-from vesicle.studies.duo.tables import points
-from vesicle.studies.duo.verdicts import claim, control
 
 _FEW = 0.01
 """Share of tokens that is more than none."""

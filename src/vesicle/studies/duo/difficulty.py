@@ -6,10 +6,8 @@ token's. Each figure is told of each test text, or of each seed where texts are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +22,11 @@ from vesicle.duo import (
     entropy,
     spearman,
 )
-from vesicle.kept.classes import SPECIAL, classes
 from vesicle.plan import FFN_BIG, FFN_SMALL
 from vesicle.studies.duo.oracles import rounded
 from vesicle.studies.duo.run import Run
 from vesicle.studies.duo.searched import searched
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from vesicle.studies.tokens import token_classes
 
 GAINS, HARD = 0.01, 1.0
 """Nats from which on a token gains, and from which on it is missed by much."""
@@ -90,22 +85,6 @@ def _correlations(
         name: round(spearman(difficulty.flatten(), values.flatten()), 4)
         for name, values in others.items()
     }
-
-
-def token_classes(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """Classes of tokens by where they stand in what they spell; ends of texts are special."""
-    decode = partial(tokenizer.decode, skip_special_tokens=False)
-    told = classes(decode(ids), spans_of(decode, ids))
-    return [SPECIAL if i == 0 else name for i, name in zip(ids, told, strict=True)]
-
-
-def spans_of(decode: Callable[[list[int]], str], ids: list[int]) -> list[tuple[int, int]]:
-    """Where the characters of each token stand in the text that all of them spell."""
-    stops = [len(decode(ids[: n + 1])) for n in range(len(ids))]
-    # A token may be a part of a character, which counts as one once it is whole.
-    for n in reversed(range(len(stops) - 1)):
-        stops[n] = min(stops[n], stops[n + 1])
-    return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
 def _share(marked: Tensor, among: Tensor) -> float | None:

@@ -8,9 +8,9 @@ from typing import Any
 from vesicle.files import atomic_path, write_json
 from vesicle.studies.duo import tables
 from vesicle.studies.duo.claims import claims
-from vesicle.studies.duo.estimates import Records, Row, by_seed
 from vesicle.studies.duo.scale import SCALES
 from vesicle.studies.duo.sections import page
+from vesicle.studies.estimates import Records, Row, by_seed
 
 
 def write_report(out: Path, scale: str, records: Records) -> dict[str, Any]:

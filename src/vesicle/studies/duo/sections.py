@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from vesicle.studies.duo import tables
-from vesicle.studies.duo.estimates import Row, told
-from vesicle.studies.duo.paint import bars, heat, lines
 from vesicle.studies.duo.routers import KINDS
+from vesicle.studies.estimates import Row, told
 from vesicle.studies.page import Page
+from vesicle.studies.paint import bars, heat, lines
 
 _SHADES = ((1.0, "s1"), (0.3, "s4"), (0.01, "s16"))
 """Nats from which on a token has a shade, the strongest first."""

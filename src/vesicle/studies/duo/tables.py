@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from vesicle.studies.duo.estimates import Records, Row, by_seed, compared, estimate
 from vesicle.studies.duo.routers import KINDS
+from vesicle.studies.estimates import Records, Row, by_seed, compared, estimate
 
 CURVES = {
     "labelled": "oracle",

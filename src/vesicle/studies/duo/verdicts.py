@@ -9,7 +9,7 @@ label is missing.
 
 from __future__ import annotations
 
-from vesicle.studies.duo.estimates import HOLDS, Row, verdict
+from vesicle.studies.estimates import HOLDS, Row, verdict
 
 _SIDES = {-1: "below 0", 1: "above 0"}
 

@@ -1,0 +1,145 @@
+"""One decoder of the study and what belongs to it: its texts, its weights, its variants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vesicle.scratch import DecoderSize, draw, new_decoder
+from vesicle.studies.corpora import TASKS, Corpus, load_mixture
+from vesicle.studies.neuro.scale import SCALES, Scale
+from vesicle.studies.neuro.subject import Subject
+from vesicle.studies.neuro.variants import Variant
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+_MIXING = 0.5
+"""Tasks are drawn by the square root of how many texts they have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A decoder of the study.
+
+    Attributes:
+        out: The study's folder.
+        scale: One of `SCALES`.
+        seed: Of the decoder and of the order of its texts.
+        texts: What they are, as `fingerprint` tells.
+        data: As `load_corpus` has it.
+        text: More text to train on.
+        sized: Width and layers, of the scaling study; None for those of the scale.
+    """
+
+    out: Path
+    scale: str
+    seed: int
+    texts: str
+    data: str | None
+    text: str | None
+    sized: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> Scale:
+        """Of the study."""
+        return SCALES[self.scale]
+
+    @property
+    def decoder(self) -> DecoderSize:
+        """Of the decoder."""
+        return self.size.sized(self.sized)
+
+    @property
+    def corpora(self) -> dict[str, Corpus]:
+        """Texts by task, in one vocabulary."""
+        return _corpora(self.scale, self.data, self.text)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the dense decoder depends on."""
+        return {
+            "texts": self.texts,
+            "seed": self.seed,
+            "decoder": asdict(self.decoder),
+            "batch": self.size.batch,
+            "steps": self.size.base_steps,
+        }
+
+    def folder(self, name: str) -> Path:
+        """Of the weights of one training."""
+        kind = name if self.sized is None else f"{name}-{self.sized[0]}x{self.sized[1]}"
+        return self.out / "models" / kind / str(self.seed)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Token ids of a step (B, T), and which of them are targets that count.
+
+        Each text is of a task that is drawn; the same (seed, step) gives the same batch.
+        """
+        rng = np.random.default_rng((self.seed, step))
+        sizes = np.array([len(c.train) for c in self.corpora.values()], dtype=float) ** _MIXING
+        which = rng.choice(len(sizes), self.size.batch, p=sizes / sizes.sum())
+        ids, scored = [], []
+        for number, corpus in enumerate(self.corpora.values()):
+            n = int((which == number).sum())
+            chosen = draw(len(corpus.train), self.size.batch, step, self.seed)[:n]
+            ids.append(corpus.train[chosen])
+            scored.append(corpus.scored[0][chosen])
+        return torch.cat(ids), torch.cat(scored)
+
+    def judged(self, split: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of each task its name, texts (N, T) and the targets that count: `valid` or `test`."""
+        place = {"valid": 1, "test": 2}[split]
+        most = self.size.test_windows if split == "test" else self.size.valid_windows
+        for task, corpus in self.corpora.items():
+            ids = corpus.test if split == "test" else corpus.valid
+            kept = torch.linspace(0, len(ids) - 1, min(len(ids), most)).round().long()
+            yield task, ids[kept], corpus.scored[place][kept]
+
+    def fresh(self) -> LlamaForCausalLM:
+        """The decoder before any training."""
+        return new_decoder(self.decoder, self.seed)
+
+    def base(self) -> LlamaForCausalLM:
+        """The dense decoder that all variants go on from."""
+        from safetensors.torch import load_file
+
+        model = self.fresh()
+        # What is tied is there once.
+        model.load_state_dict(load_file(self.folder("base") / "model.safetensors"), strict=False)
+        return model.eval()
+
+    def untrained(self, variant: Variant) -> Subject:
+        """A variant before its own training."""
+        return Subject(self.base(), variant, self.size.rank, self.seed)
+
+    def trained(self, variant: Variant) -> Subject:
+        """A variant after its training."""
+        from safetensors.torch import load_file
+
+        subject = self.untrained(variant)
+        weights = load_file(self.folder(variant.name) / "model.safetensors")
+        subject.load_state_dict(weights, strict=False)
+        return subject.eval()
+
+
+@lru_cache(maxsize=1)
+def _corpora(scale: str, data: str | None, text: str | None) -> dict[str, Corpus]:
+    from vesicle.training.data import load_documents
+
+    size = SCALES[scale]
+    return load_mixture(
+        TASKS,
+        data,
+        vocabulary=size.decoder.vocabulary,
+        length=size.length,
+        most_test=max(size.test_windows, size.valid_windows),
+        more=load_documents(text) if text is not None else [],
+    )
