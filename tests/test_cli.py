@@ -463,6 +463,31 @@ def test_calibrate_train_and_run(vesicle: Run, model: Path, text_file: Path, tmp
     assert vesicle("run", "hi", *words)[0] == 0
 
 
+def test_train_on_the_answers_of_tasks(vesicle: Run, longer: Path, tmp_path: Path):
+    words = ("train", "--tasks", "race,wikitext2", "--data", "sample", "--model", longer)
+    words += ("--sequence-length", 320, "--transmitters", "dopamine", "--calibration-windows", 1)
+    words += ("--steps", 1, "--eval-windows", 2, "--accumulation", 1, "--label-weight", 0.5)
+    status, out, err = vesicle(*words, "--limit", 3, "--out", tmp_path / "run")
+    assert (status, out) == (0, ""), err
+    assert re.search(r"3 of race, 3 of wikitext2 fit into 320 tokens", err)
+    trained = Modulator.from_pretrained(tmp_path / "run")
+    assert trained.info.training["tasks"] == ["race", "wikitext2"]
+    assert trained.info.training["metrics"]["labels"] > 0
+
+
+@pytest.mark.parametrize(
+    ("tasks", "told"),
+    [("race,sums", "'sums'"), ("race", "raise --sequence-length")],
+)
+def test_tasks_that_cannot_be_trained_on(
+    vesicle: Run, model: Path, tmp_path: Path, tasks: str, told: str
+):
+    words = ("train", "--tasks", tasks, "--data", "sample", "--model", model)
+    status, out, err = vesicle(*words, "--sequence-length", 32, "--out", tmp_path / "run")
+    assert (status, out) == (2, "")
+    assert told in err.splitlines()[-1]
+
+
 @pytest.fixture
 def longer(model: Path, tmp_path: Path) -> Path:
     """The same model with a window of 512."""

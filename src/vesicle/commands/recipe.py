@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from vesicle.commands.inputs import check_folder, notice
 from vesicle.errors import DataError, VesicleError
 from vesicle.folders import locked
 from vesicle.models.default import DEFAULT_MODEL
+from vesicle.training.processes import rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from vesicle.models import Text
     from vesicle.modulator import Modulator
     from vesicle.small_modules import SmallModule
+    from vesicle.training.lessons import Lessons
 
 SENSITIVITY_WINDOWS, DIAL_WINDOWS = 1, 4
 CALIBRATION = "calibration"
@@ -40,7 +43,8 @@ def holding_out(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def held(**given: Any) -> None:
         check_folder(given["out"])
-        with locked(given["out"]):
+        # Of several processes that train together, the first holds the folder.
+        with locked(given["out"]) if rank() == 0 else nullcontext():
             command(**given)
 
     return held
@@ -78,6 +82,45 @@ def read_windows(subject: Subject, data: str, split: str, field: str, length: in
             f"{subject.text.context_window}"
         )
     return token_windows(load_documents(data, split, field), subject.text.encode, length)
+
+
+def read_lessons(
+    subject: Subject, tasks: Sequence[str], data: str, length: int, limit: int, seed: int
+) -> Lessons:
+    """Prompts and answers of tasks' training splits.
+
+    Args:
+        subject: The model that they are for.
+        tasks: Names of tasks.
+        data: A local folder of data sets, `sample`, or `hub`.
+        length: Tokens of prompt and answer together.
+        limit: Most items of each task.
+        seed: Of the draw.
+
+    Raises:
+        DataError: A source cannot be read, or nothing of it fits.
+        VesicleError: There is no such task.
+    """
+    from vesicle.evaluation.execution.answers import pairs_of
+    from vesicle.tasks.base import Settings
+    from vesicle.tasks.registry import find_task
+    from vesicle.tasks.sources import load_items
+    from vesicle.training.lessons import Lessons
+
+    text = subject.text
+    settings = Settings(seed=seed, encode=text.encode)
+    found = {}
+    for task in [find_task(name) for name in tasks]:
+        split = "train" if "train" in task.splits else None
+        source = None if data == "hub" else data
+        loaded = load_items(task, data=source, split=split, settings=settings, limit=limit)
+        try:
+            pairs = pairs_of(task, loaded.items, text, sorted(text.eos_ids), length)
+        except DataError as error:
+            # What an evaluation calls the longest prompt is a window here.
+            raise DataError(str(error).replace("--max-length", "--sequence-length")) from error
+        found[task.name] = pairs[:limit]
+    return Lessons.of_answers(found, length, min(text.eos_ids, default=0))
 
 
 def read_small_ffns(

@@ -19,7 +19,8 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="A .txt, .jsonl or .jsonl.gz file, a folder of those, or a hub data set.",
+            help="A .txt, .jsonl or .jsonl.gz file, a folder of those, or a hub data set. With "
+            "--tasks: a folder of data sets, sample, or hub.",
             metavar="SOURCE",
             rich_help_panel=_TEXT,
         ),
@@ -36,6 +37,17 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew although --out holds a run.")
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on the answers of these tasks, with commas between, and not on text.",
+            show_default=False,
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Most items of each task.", rich_help_panel=_TEXT)
+    ] = 1000,
     split: Annotated[
         str, typer.Option(help="Which part of the data.", rich_help_panel=_TEXT)
     ] = "train",
@@ -123,6 +135,19 @@ def train(
         bool,
         typer.Option("--one-sided", help="Price overspending alone.", rich_help_panel=_TRAINING),
     ] = False,
+    label_weight: Annotated[
+        float,
+        typer.Option(
+            help="Of the cross-entropy of the text or the answers.", rich_help_panel=_TRAINING
+        ),
+    ] = 0.0,
+    task_temperature: Annotated[
+        float,
+        typer.Option(
+            help="Mixes tasks: 1 by how many lessons they have, higher more alike.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 2.0,
     temperature_start: Annotated[
         float, typer.Option(help="Of soft masks; 0: straight-through.", rich_help_panel=_TRAINING)
     ] = 0.0,
@@ -164,6 +189,10 @@ def train(
       vesicle train --data owner/name:configuration --model owner/model --out runs/other
 
       vesicle train --data train.txt --out runs/quick --steps 20 --sequence-length 128
+
+      vesicle train --tasks squad,race,cnn_dailymail --data data --out runs/tasks
+
+      torchrun --nproc-per-node 2 -m vesicle train --data train.txt --out runs/mine
     """
     given = dict(locals())
     from dataclasses import fields
@@ -176,6 +205,8 @@ def train(
     except ValueError as error:
         raise VesicleError(str(error)) from error
     from vesicle.modulator import Modulator
+    from vesicle.training.lessons import Lessons
+    from vesicle.training.processes import Processes
 
     start = None if modulator is None else Modulator.from_pretrained(modulator)
     subject = recipe.load_subject(model, revision)
@@ -183,28 +214,39 @@ def train(
     small = recipe.read_small_ffns(subject, small_ffns, released)
     if start is not None and small is not None:
         start.ffn_standin = small
-    ids = recipe.read_windows(subject, data, split, field, sequence_length)
     held = eval_windows if eval_every else 0
-    if len(ids) <= held:
+    if tasks is None:
+        lessons = Lessons.of_text(recipe.read_windows(subject, data, split, field, sequence_length))
+    else:
+        names = list(dict.fromkeys(tasks.split(",")))
+        lessons = recipe.read_lessons(subject, names, data, sequence_length, limit, seed)
+        told = ", ".join(
+            f"{int((lessons.task == k).sum())} of {name}" for k, name in enumerate(lessons.names)
+        )
+        notice(f"{told} fit into {sequence_length} tokens")
+    if len(lessons) <= held:
         raise DataError(
-            f"the text has {len(ids)} windows of {sequence_length} tokens; "
+            f"the text has {len(lessons)} windows of {sequence_length} tokens; "
             f"{held} are held out, and training needs more"
         )
-    windows, held_out = ids[: len(ids) - held], ids[len(ids) - held :] if held else None
+    kept, held_out = lessons.held_out(held) if held else (lessons, None)
+    windows = kept.tokens
     few, cache = windows[:calibration_windows], out / recipe.CALIBRATION
+    team = Processes(device)
     if start is None:
         notice("measuring each layer, after fitting stand-ins if serotonin is released")
-        start = recipe.new_modulator(
-            subject,
-            few,
-            cache,
-            predictor=predictor,
-            transmitters=transmitters.split(","),
-            hidden=hidden,
-            ffn_rank=ffn_rank,
-            attention_rank=attention_rank,
-            small_ffns=small,
-        )
+        with team.first_first():  # the others read what it measured
+            start = recipe.new_modulator(
+                subject,
+                few,
+                cache,
+                predictor=predictor,
+                transmitters=transmitters.split(","),
+                hidden=hidden,
+                ffn_rank=ffn_rank,
+                attention_rank=attention_rank,
+                small_ffns=small,
+            )
         if warm_start:
             from vesicle.training.warm_start import warm_start as fit_labels
 
@@ -213,7 +255,7 @@ def train(
     result = run_training(
         subject.model,
         start,
-        windows,
+        kept,
         held_out,
         config,
         out,
@@ -221,6 +263,9 @@ def train(
         restart=restart,
         say=notice,
     )
-    recipe.measure(subject, start, windows[: recipe.DIAL_WINDOWS], held_out, cache=cache)
+    if not team.first:
+        return
+    unseen = None if held_out is None else held_out.tokens
+    recipe.measure(subject, start, windows[: recipe.DIAL_WINDOWS], unseen, cache=cache)
     start.save_pretrained(out)
     notice(f"wrote {out} after {result.step} steps; try vesicle run --modulator {out} PROMPT")

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from vesicle.cost import Cost, price
 from vesicle.errors import ModelError, VesicleError
@@ -42,9 +42,16 @@ from vesicle.shapes import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class Soft:
-    """Differentiable execution: mask temperature, 0 for straight-through."""
+    """Differentiable execution.
+
+    Attributes:
+        temperature: Of the masks; 0 for straight-through.
+        acts: (B, T) on which tokens of the pass levels act, as phases tell where Plans are
+            executed; on all if not given.
+    """
 
     temperature: float = 0.0
+    acts: Tensor | None = None
 
 
 def attach(

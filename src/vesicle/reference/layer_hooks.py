@@ -176,6 +176,8 @@ class LayerHooks:
         state.levels = self.run.modulator.release(
             self.number, hidden, state.positions, state.dial, state.state
         )
+        if self.run.soft.acts is not None:
+            state.levels = state.levels.masked_fill(~self.run.soft.acts[..., None], 1.0)
         self.levels_ffn = state.levels
         self.run.charged.ffn(state.levels)
 

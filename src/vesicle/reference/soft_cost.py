@@ -96,3 +96,7 @@ class SoftCost:
     def share(self) -> Tensor:
         """Executed over dense FLOPs of all tokens, a scalar."""
         return self.executed.sum() / self.dense.sum()
+
+    def share_of(self, tokens: Tensor) -> Tensor:
+        """The same of some tokens, (B, T) booleans, of which there is one at least."""
+        return self.executed[tokens].sum() / self.dense[tokens].sum()

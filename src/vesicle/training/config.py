@@ -36,6 +36,9 @@ class TrainConfig:
         budget_high: Greatest.
         price: Nats per squared share off the budget.
         one_sided: Whether only overspending is priced.
+        label_weight: Of the cross-entropy of what is taught, beside the distance to the dense
+            model.
+        task_temperature: At which tasks are mixed; at 1 all of their lessons are as frequent.
         temperature_start: Of the soft masks; 0 is straight-through.
         temperature_end: At the last step.
         clip: Greatest gradient norm.
@@ -60,6 +63,8 @@ class TrainConfig:
     budget_high: float = 0.98
     price: float = 30.0
     one_sided: bool = False
+    label_weight: float = 0.0
+    task_temperature: float = 2.0
     temperature_start: float = 0.0
     temperature_end: float = 0.0
     clip: float = 1.0
@@ -102,8 +107,11 @@ class TrainConfig:
         for name in ("learning_rate", "scale_learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: above 0")
-        if not self.price >= 0:
-            raise ValueError(f"price is {self.price}; allowed: 0 and above")
+        for name in ("price", "label_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 and above")
+        if not self.task_temperature > 0:
+            raise ValueError(f"task_temperature is {self.task_temperature}; allowed: above 0")
         if not 0 < self.budget_low <= self.budget_high < 1:
             raise ValueError(
                 f"budgets go from {self.budget_low} to {self.budget_high}; "

@@ -3,11 +3,14 @@
 The base model stays frozen. For each micro-step some windows of text and one budget b, the dense
 model's logits without gradient, then a pass with the modulator at dial b and differentiable masks:
 
-    loss = KL(dense || modulated) + price (share - b)^2
+    loss = KL(dense || modulated) + weight CE(text) + price (share - b)^2
 
 so that the dial comes to mean the executed share, and within a share the levels go where they cost
 least. Budgets follow a golden-ratio sequence, which spreads any run of consecutive micro-steps
 evenly over the range.
+
+Of tasks (`training.lessons`) levels act on the tokens of answers, as they do where
+a model generates: prompts are read at rest, and share and loss are of what is taught.
 
 Everything random is a function of (seed, micro-step), so a run that is killed and started again
 continues from its newest checkpoint exactly: on one machine the loss curve is the undisturbed one
@@ -30,7 +33,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,9 @@ from vesicle.reference.attach import Soft, attach
 from vesicle.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from vesicle.training.config import DTYPES, TrainConfig
 from vesicle.training.display import curves, progress_bar
+from vesicle.training.lessons import Lessons, Order
 from vesicle.training.objectives import TemperatureSchedule, budget_penalty, divergence
+from vesicle.training.processes import Processes
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
@@ -78,8 +83,8 @@ class TrainResult:
 def train(
     model: nn.Module,
     modulator: Modulator,
-    windows: Tensor,
-    held_out: Tensor | None,
+    windows: Tensor | Lessons,
+    held_out: Tensor | Lessons | None,
     config: TrainConfig,
     out: Path | str,
     *,
@@ -98,8 +103,8 @@ def train(
     Args:
         model: A Hugging Face causal LM.
         modulator: With a trainable predictor; its stand-ins are used as they are.
-        windows: (N, sequence_length) token ids.
-        held_out: (M, sequence_length) token ids for evaluation; None for none.
+        windows: (N, sequence_length) token ids of running text, or lessons of that length.
+        held_out: The same for evaluation, (M, sequence_length); None for none.
         config: How to train.
         out: Folder to write to.
         data: What the text is, for the record.
@@ -119,25 +124,36 @@ def train(
     """
     if not isinstance(modulator.predictor, Predictor):
         raise VesicleError(f"a {modulator.predictor.kind!r} control cannot be trained")
-    for name, part in (("training", windows), ("held-out", held_out)):
-        if part is not None and part.shape[1] != config.sequence_length:
+    lessons, kept = _as_lessons(windows), None if held_out is None else _as_lessons(held_out)
+    for name, part in (("training", lessons), ("held-out", kept)):
+        if part is not None and part.length != config.sequence_length:
             raise DataError(
-                f"{name} windows have {part.shape[1]} tokens; sequence_length is "
+                f"{name} windows have {part.length} tokens; sequence_length is "
                 f"{config.sequence_length}"
             )
+    team = Processes(config.device)
+    if config.accumulation % team.count:
+        raise VesicleError(
+            f"accumulation is {config.accumulation}; allowed with {team.count} processes: its "
+            "multiples"
+        )
     speak = say or (lambda line: print(line, file=sys.stderr))
+    if not team.first:
+        speak, progress, tensorboard = _silent, False, False
     folder = Path(out)
-    with locked(folder), _frozen(model):
-        if restart:
+    with locked(folder) if team.first else nullcontext(), _frozen(model):
+        if restart and team.first:
             for name in (_CHECKPOINTS, _TENSORBOARD):
                 shutil.rmtree(folder / name, ignore_errors=True)
             (folder / _METRICS).unlink(missing_ok=True)
         model.to(device=config.device, dtype=DTYPES[config.dtype])
         modulator.to(config.device)
-        run = _Run(model, modulator, windows, held_out, config, folder, data)
-        if run.resume():
+        run = _Run(model, modulator, lessons, kept, config, folder, data, team)
+        with team.first_first():
+            resumed = run.resume()
+        if resumed:
             speak(f"resuming at step {run.step} of {config.steps}")
-        else:
+        elif team.first:
             keep_modulator(folder, speak)
         try:
             return run.finish(_loop(run, tensorboard, progress, speak))
@@ -155,7 +171,9 @@ def _loop(run: _Run, tensorboard: bool, progress: bool, speak: Callable[[str], N
     with (
         curves(run.folder / _TENSORBOARD, run.step, tensorboard, speak) as writer,
         progress_bar("training", config.steps, run.step, progress) as show,
-        (run.folder / _METRICS).open("a", encoding="utf-8") as file,
+        (run.folder / _METRICS if run.team.first else Path(os.devnull)).open(
+            "a", encoding="utf-8"
+        ) as file,
     ):
         while run.step < config.steps and not run.out_of_patience:
             lines = [run.train_step()]
@@ -170,9 +188,10 @@ def _loop(run: _Run, tensorboard: bool, progress: bool, speak: Callable[[str], N
             show(run.step, _note(lines[0]))
             last = run.step == config.steps or run.out_of_patience
             if last or run.step % config.checkpoint_every == 0:
-                # The curve must be on disk before a checkpoint that counts on it.
-                os.fsync(file.fileno())
-                run.save()
+                if run.team.first:
+                    # The curve must be on disk before a checkpoint that counts on it.
+                    os.fsync(file.fileno())
+                    run.save()
     return run.out_of_patience
 
 
@@ -190,18 +209,21 @@ class _Run:
         self,
         model: nn.Module,
         modulator: Modulator,
-        windows: Tensor,
-        held_out: Tensor | None,
+        windows: Lessons,
+        held_out: Lessons | None,
         config: TrainConfig,
         folder: Path,
         data: str,
+        team: Processes,
     ) -> None:
         self.model, self.modulator, self.config, self.folder = model, modulator, config, folder
-        self.windows, self.held_out = windows, held_out
+        self.windows, self.held_out, self.team = windows, held_out, team
         self.facts: dict[str, Any] = {
             "config": config.to_dict(),
             "data": data,
-            "windows": _fingerprint(windows, *([] if held_out is None else [held_out])),
+            "windows": "+".join(
+                part.fingerprint for part in (windows, held_out) if part is not None
+            ),
             "standins": _fingerprint(
                 *modulator.ffn_standin.parameters(), *modulator.attention_standin.parameters()
             ),
@@ -226,71 +248,86 @@ class _Run:
         self.bad_evaluations = 0
         self.last_metrics: dict[str, Any] = {}
         self._started_s = time.monotonic()
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order = Order(windows, config.task_temperature, config.seed)
 
     # Steps ----------------------------------------------------------------------------------------
 
-    def batch(self, micro_step: int) -> Tensor:
-        """The windows (B, T) of a micro-step: an order drawn anew for each pass over the text."""
-        rows = []
+    def batch(self, micro_step: int) -> Lessons:
+        """The lessons of a micro-step: an order drawn anew for each pass over a task's."""
         size = self.config.batch_size
-        for k in range(micro_step * size, (micro_step + 1) * size):
-            epoch, place = divmod(k, len(self.windows))
-            if self._order is None or self._order[0] != epoch:
-                generator = np.random.default_rng((self.config.seed, epoch))
-                self._order = (epoch, generator.permutation(len(self.windows)))
-            rows.append(self.windows[int(self._order[1][place])])
-        return torch.stack(rows).to(self.config.device)
+        chosen = [self._order.at(k) for k in range(micro_step * size, (micro_step + 1) * size)]
+        return self.windows.part(torch.tensor(chosen))
 
-    def positions(self, micro_step: int) -> Tensor | None:
-        """The positions (n,), rising, whose distributions a micro-step compares; None for all."""
-        n = self.config.loss_positions
-        if n == 0:
-            return None
+    def positions(self, micro_step: int, taught: Tensor) -> Tensor | None:
+        """The positions (n,), rising, whose distributions a micro-step compares; None for all.
+
+        Those that predict what is taught (B, T) in one of the lessons at least, or as many of them
+        as the configuration says.
+        """
+        n, told = self.config.loss_positions, _predicting(taught).any(0)
+        among = told.nonzero()[:, 0].numpy()
+        if n == 0 or n >= len(among):
+            return None if len(among) == len(told) else torch.from_numpy(among)
         # The third number keeps these draws apart from the order of the windows.
         generator = np.random.default_rng((self.config.seed, micro_step, 1))
-        chosen = generator.choice(self.config.sequence_length, n, replace=False)
-        return torch.from_numpy(np.sort(chosen)).to(self.config.device)
+        chosen = generator.choice(among, n, replace=False)
+        return torch.from_numpy(np.sort(chosen))
 
     def losses(
-        self, tokens: Tensor, budget: float, temperature: float, positions: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """KL, penalty and share of windows (B, T) at a budget, each a scalar.
+        self, lessons: Lessons, budget: float, temperature: float, positions: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`kl`, `labels`, `penalty` and `share` of lessons at a budget, each a scalar.
 
-        The KL is the mean over `positions` (n,), or over all. The share is of all, head included.
+        KL and the labels' cross-entropy are means over those of `positions` (n,), or of all, that
+        predict what is taught. The share is of what is taught, head included.
         """
+        config = self.config
+        tokens, taught = (x.to(config.device) for x in (lessons.tokens, lessons.taught))
+        text = lessons.is_text
         # transformers takes 0 for all of them.
-        keep = 0 if positions is None else positions
+        keep: Any = 0 if positions is None else positions.to(config.device)
         with torch.no_grad():
             dense = self.model(tokens, use_cache=False, logits_to_keep=keep).logits
         method = ModulatorMethod(self.modulator, budget)
-        with attach(self.model, method, soft=Soft(temperature=temperature)) as attached:
+        soft = Soft(temperature=temperature, acts=None if text else taught)
+        with attach(self.model, method, soft=soft) as attached:
             modulated = self.model(tokens, use_cache=False, logits_to_keep=keep).logits
-        assert attached.soft_cost is not None
-        share = attached.soft_cost.share
-        config = self.config
-        penalty = budget_penalty(share, budget, config.price, config.one_sided)
-        return divergence(dense, modulated), penalty, share
+        cost = attached.charged
+        share = cost.share if text else cost.share_of(taught)
+        pair = (dense, modulated)
+        if not text:
+            pair = (_counted(dense, taught, positions), _counted(modulated, taught, positions))
+        found = {
+            "kl": divergence(*pair),
+            "penalty": budget_penalty(share, budget, config.price, config.one_sided),
+            "share": share,
+        }
+        if config.label_weight:
+            found["labels"] = _label_loss(modulated, tokens, taught, positions)
+        return found
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns its line of metrics."""
         config, start_s = self.config, time.monotonic()
         temperature = self.temperature.at(self.step / max(1, config.steps - 1))
         self.optimizer.zero_grad(set_to_none=True)
-        sums = dict.fromkeys(("loss", "kl", "penalty", "share", "budget", "gap"), 0.0)
-        for i in range(config.accumulation):
+        names = ["loss", "kl", "penalty", "share", "budget", "gap"]
+        names += ["labels"] if config.label_weight else []
+        sums = dict.fromkeys(names, 0.0)
+        for i in self.team.shared(config.accumulation):
             micro_step = self.step * config.accumulation + i
-            budget = config.budget(micro_step)
-            kl, penalty, share = self.losses(
-                self.batch(micro_step), budget, temperature, self.positions(micro_step)
+            budget, lessons = config.budget(micro_step), self.batch(micro_step)
+            values = self.losses(
+                lessons, budget, temperature, self.positions(micro_step, lessons.taught)
             )
-            loss = (kl + penalty) / config.accumulation
-            loss.backward()
-            values = {"loss": kl + penalty, "kl": kl, "penalty": penalty, "share": share}
-            for name, value in values.items():
+            loss = self._total(values)
+            (loss / config.accumulation).backward()
+            for name, value in {"loss": loss, **values}.items():
                 sums[name] += value.item() / config.accumulation
             sums["budget"] += budget / config.accumulation
-            sums["gap"] += abs(share.item() - budget) / config.accumulation
+            sums["gap"] += abs(values["share"].item() - budget) / config.accumulation
+        self.team.add_gradients(self.predictor.parameters())
+        sums = dict(zip(sums, self._added(list(sums.values())), strict=True))
         norm = nn.utils.clip_grad_norm_(self.predictor.parameters(), config.clip, foreach=False)
         if not math.isfinite(sums["loss"]) or not math.isfinite(norm.item()):
             raise VesicleError(
@@ -321,26 +358,27 @@ class _Run:
         assert self.held_out is not None
         config = self.config
         n = min(config.eval_windows, len(self.held_out))
-        points: list[dict[str, float]] = []
+        keys = ("kl", "penalty", "share", *(("labels",) if config.label_weight else ()))
+        measured = [[0.0] * len(keys) for _ in range(n)]
         with torch.no_grad():
-            for i in range(n):
-                place = (i + 0.5) / n
-                budget = config.budget_low + (config.budget_high - config.budget_low) * place
-                tokens = self.held_out[i : i + 1].to(config.device)
-                kl, penalty, share = self.losses(tokens, budget, 0.0)
-                points.append(
-                    {
-                        "budget": budget,
-                        "kl": kl.item(),
-                        "penalty": penalty.item(),
-                        "share": share.item(),
-                    }
-                )
-        mean = {key: sum(p[key] for p in points) / n for key in ("kl", "penalty", "share")}
+            for i in self.team.shared(n):
+                lesson = self.held_out.part(slice(i, i + 1))
+                positions = None if lesson.is_text else self._all_positions(lesson)
+                found = self.losses(lesson, self._held_out_budget(i, n), 0.0, positions)
+                measured[i] = [found[key].item() for key in keys]
+        flat = self._added([value for row in measured for value in row])
+        points = [
+            {
+                "budget": self._held_out_budget(i, n),
+                **dict(zip(keys, flat[i * len(keys) : (i + 1) * len(keys)], strict=True)),
+            }
+            for i in range(n)
+        ]
+        mean = {key: sum(p[key] for p in points) / n for key in keys}
         line = {
             "event": "eval",
             "step": self.step,
-            "loss": mean["kl"] + mean["penalty"],
+            "loss": self._total(mean),
             **mean,
             "points": points,
         }
@@ -350,6 +388,28 @@ class _Run:
         else:
             self.bad_evaluations += 1
         return line
+
+    def _held_out_budget(self, i: int, n: int) -> float:
+        low, high = self.config.budget_low, self.config.budget_high
+        return low + (high - low) * (i + 0.5) / n
+
+    def _all_positions(self, lesson: Lessons) -> Tensor:
+        return _predicting(lesson.taught)[0].nonzero()[:, 0]
+
+    def _total(self, values: dict[str, Any]) -> Any:
+        """What is minimised, from its parts."""
+        return (
+            values["kl"] + self.config.label_weight * values.get("labels", 0.0) + values["penalty"]
+        )
+
+    def _added(self, values: list[float]) -> list[float]:
+        """Sums over all processes."""
+        if self.team.count == 1:
+            return values
+        total: list[float] = self.team.add(
+            torch.tensor(values, dtype=torch.float64, device=self.config.device)
+        ).tolist()
+        return total
 
     @property
     def out_of_patience(self) -> bool:
@@ -384,7 +444,8 @@ class _Run:
         if checkpoint is not None:
             self._check_same(checkpoint.facts)
             self._load(checkpoint)
-        _cut_back(self.folder / _METRICS, self.step)
+        if self.team.first:
+            _cut_back(self.folder / _METRICS, self.step)
         return checkpoint is not None
 
     def _check_same(self, facts: dict[str, Any]) -> None:
@@ -444,7 +505,8 @@ class _Run:
             "config": self.config.to_dict(),
             "seed": self.config.seed,
             "data": self.facts["data"],
-            "tokens_per_pass": int(self.windows.numel()),
+            "tokens_per_pass": int(self.windows.tokens.numel()),
+            **({} if self.windows.is_text else {"tasks": list(self.windows.names)}),
             "steps": self.step,
             "stopped_early": stopped_early,
             "metrics": metrics,
@@ -455,8 +517,41 @@ class _Run:
                 "python": platform.python_version(),
             },
         }
-        self.modulator.save_pretrained(self.folder)
+        if self.team.first:
+            self.modulator.save_pretrained(self.folder)
         return TrainResult(step=self.step, stopped_early=stopped_early, metrics=metrics)
+
+
+def _as_lessons(windows: Tensor | Lessons) -> Lessons:
+    return windows if isinstance(windows, Lessons) else Lessons.of_text(windows)
+
+
+def _silent(line: str) -> None:
+    """What processes say that do not write."""
+
+
+def _predicting(taught: Tensor) -> Tensor:
+    """(B, T) positions that predict what is taught; of running text all, the last one too."""
+    if bool(taught.all()):
+        return taught
+    return torch.cat([taught[:, 1:], torch.zeros_like(taught[:, :1])], dim=1)
+
+
+def _counted(logits: Tensor, taught: Tensor, positions: Tensor | None) -> Tensor:
+    """(1, n, V) of logits (B, T, V), or of some positions, those that predict what is taught."""
+    mask = _predicting(taught)
+    if positions is not None:
+        mask = mask[:, positions.to(mask.device)]
+    return logits[mask][None]
+
+
+def _label_loss(logits: Tensor, tokens: Tensor, taught: Tensor, positions: Tensor | None) -> Tensor:
+    """Mean cross-entropy of what is taught, where logits (B, n, V) predict it."""
+    wanted = torch.cat([tokens[:, 1:], torch.zeros_like(tokens[:, :1])], dim=1)
+    counts = torch.cat([taught[:, 1:], torch.zeros_like(taught[:, :1])], dim=1)
+    if positions is not None:
+        wanted, counts = (x[:, positions.to(x.device)] for x in (wanted, counts))
+    return nn.functional.cross_entropy(logits[counts].float(), wanted[counts])
 
 
 def _cut_back(path: Path, step: int) -> None:
