@@ -32,10 +32,11 @@ def answer(out: Path) -> dict[str, Any]:
     Beside each stands the executed share of the dense FLOPs, prompt included, and of each of its
     tokens the mean level of dopamine.
     """
-    import vesicle
+    from vesicle.engine import Engine
+    from vesicle.shipped import load_default_modulator
 
-    engine = vesicle.Engine.from_pretrained()
-    modulator = vesicle.load_default_modulator()
+    engine = Engine.from_pretrained()
+    modulator = load_default_modulator()
     chat = [{"role": "user", "content": REQUEST}]
     answers = []
     for budget in _BUDGETS:
