@@ -85,6 +85,8 @@ def study(
       vesicle study att --scale small --data data --out runs/att
 
       vesicle study duo --scale small --data data --out runs/duo
+
+      vesicle study neuro --scale small --data data --out runs/neuro
     """
     check_folder(out)
     check_free(out)

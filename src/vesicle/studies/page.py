@@ -27,7 +27,8 @@ p, figcaption { color: var(--dim); margin: .4rem 0 .8rem; max-width: 46rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0 1rem; }
 th { text-align: left; color: var(--dim); font-weight: normal; font-size: .9rem; }
 th, td { padding: .15rem 1.1rem .15rem 0; border-bottom: 1px solid var(--line); }
-.n { text-align: right; } .wide { overflow-x: auto; } figure { margin: 1rem 0; }
+.n { text-align: right; white-space: nowrap; } .wide { overflow-x: auto; }
+figure { margin: 1rem 0; }
 figure svg { max-width: 100%; height: auto; background: #ffffff; border-radius: 6px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line);
   border-radius: 6px; padding: 1rem; font: 14px/1.7 ui-monospace, monospace; }
@@ -59,9 +60,15 @@ class Page:
         """A paragraph."""
         self._parts.append(f"<p>{escape(text)}</p>")
 
-    def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table; all columns but the first are of numbers."""
-        lines = [_row("th", head), *(_row("td", row) for row in rows)]
+    def table(self, head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> None:
+        """A table; all columns but the first ones are of numbers.
+
+        Args:
+            head: Titles of its columns.
+            rows: Cells.
+            words: How many columns, from the first on, are of words.
+        """
+        lines = [_row("th", head, words), *(_row("td", row, words) for row in rows)]
         self._parts.append('<div class="wide"><table>' + "\n".join(lines) + "</table></div>")
 
     def draw(self, caption: str, paint: Callable[[Axes], None], width: float = 7.5) -> None:
@@ -107,7 +114,11 @@ class Page:
         )
 
 
-def _row(kind: str, cells: Sequence[str]) -> str:
-    first, *rest = (escape(cell) for cell in cells)
-    numbers = "".join(f'<{kind} class="n">{cell}</{kind}>' for cell in rest)
-    return f"<tr><{kind}>{first}</{kind}>{numbers}</tr>"
+def _row(kind: str, cells: Sequence[str], words: int) -> str:
+    told = "".join(
+        f"<{kind}>{escape(cell)}</{kind}>"
+        if number < words
+        else f'<{kind} class="n">{escape(cell)}</{kind}>'
+        for number, cell in enumerate(cells)
+    )
+    return f"<tr>{told}</tr>"

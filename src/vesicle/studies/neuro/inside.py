@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from vesicle.predictors.delays import TAPS
 from vesicle.studies.corpora import TASKS
 from vesicle.studies.estimates import Records, Row, by_seed, compared, estimate
 from vesicle.studies.neuro.hybrids import REMEMBERING, SETS
 from vesicle.studies.neuro.judging import Point, at_cost
+from vesicle.studies.neuro.pruning import KEPT
 from vesicle.studies.neuro.tables import DENSE, losses_at, points_of
 
 
@@ -146,6 +148,22 @@ def _rise(points: Sequence[Sequence[Point]], dense: Any, cost: float) -> Row | N
         return None
     own = losses_at(points, cost)
     return None if own is None else compared(own, dense)
+
+
+def pruned(records: Records, budgets: Sequence[float]) -> list[Row]:
+    """How much more is lost with fewer taps than with all, at each cost."""
+    seeds = by_seed(records, "pruned")
+    whole = [record["points"][str(TAPS)] for record in seeds]
+    rows = []
+    for keep in KEPT[1:]:
+        own = [record["points"][str(keep)] for record in seeds]
+        row: Row = {"kept": keep, "budgets": []}
+        for cost in budgets:
+            mine, theirs = losses_at(own, cost), losses_at(whole, cost)
+            there = mine is not None and theirs is not None
+            row["budgets"].append({"cost": cost, "more": compared(mine, theirs) if there else None})
+        rows.append(row)
+    return rows
 
 
 def times(records: Records, shapes: Sequence[str]) -> list[Row]:

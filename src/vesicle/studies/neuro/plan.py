@@ -22,6 +22,7 @@ _INSIDE = {
     "lesions": "analysis:lesion",
     "paths": "analysis:draw_paths",
     "pollution": "pollution:judge_pollution",
+    "pruned": "pruning:judge_pruned",
 }
 SIZED = ("dense", WHOLE, "uniform")
 """Variants of the scaling study."""

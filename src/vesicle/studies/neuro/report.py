@@ -46,6 +46,7 @@ def tables_of(scale: str, records: Records) -> dict[str, Any]:
             "lesions": inside.lesions(records),
             "pollution": inside.pollution(records),
             "hybrids": inside.hybrids(records, budgets),
+            "pruned": inside.pruned(records, budgets),
             "times": inside.times(records, list(size.timed)),
         },
         "scaling": tables.scaling(records, size.sizes, budgets),

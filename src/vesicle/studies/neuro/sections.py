@@ -46,7 +46,7 @@ def page(found: dict[str, Any], drawn: dict[str, Any]) -> str:
         made.heading(title)
         made.say(_SAYS[group])
         rows = found["groups"][group]
-        made.table(_group_head(found), [_group_row(row, found) for row in rows])
+        made.table(_group_head(found), [_group_row(row, found) for row in rows], words=2)
         if group != "baseline":
             made.table(_beyond_head(found), [_beyond_row(r) for r in rows if r["name"] != WHOLE])
         else:
@@ -59,7 +59,7 @@ def page(found: dict[str, Any], drawn: dict[str, Any]) -> str:
                     made.say(_fixed(row))
     for title, head, rows in _others(found):
         made.heading(title)
-        made.table(head, rows)
+        made.table(head, rows, words=2 if "levels" in head else 1)
     made.heading("By size: fits")
     for fit in found["scaling"]["fits"]:
         made.say(_fit(fit))

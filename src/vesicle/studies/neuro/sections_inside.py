@@ -24,6 +24,7 @@ def write_inside(made: Page, found: dict[str, Any], drawn: dict[str, Any]) -> No
     _doses(made, found["doses"])
     _lesions(made, found["lesions"])
     _hybrids(made, found["hybrids"], found["pollution"])
+    _pruned(made, found["pruned"])
     _times(made, found["times"])
     _paths(made, drawn["paths"])
     if drawn.get("case"):
@@ -100,6 +101,7 @@ def _lesions(made: Page, rows: list[Row]) -> None:
             ]
             for row in rows
         ],
+        words=5,
     )
 
 
@@ -129,6 +131,24 @@ def _hybrids(made: Page, rows: list[Row], pollution: list[Row]) -> None:
     made.table(
         ["first half served by", "first half", "dense half after it"],
         [[r["what"], told(r["approximate"]), told(r["dense_after"])] for r in pollution],
+    )
+
+
+def _pruned(made: Page, rows: list[Row]) -> None:
+    made.heading("Delays, pruned")
+    made.say(
+        "Each feature reads its largest taps alone, with no further training: more loss than with "
+        "all taps."
+    )
+    made.table(
+        ["taps of a feature", *(f"{b['cost']:g}" for b in rows[0]["budgets"])],
+        [
+            [
+                str(row["kept"]),
+                *("not reached" if b["more"] is None else told(b["more"]) for b in row["budgets"]),
+            ]
+            for row in rows
+        ],
     )
 
 
