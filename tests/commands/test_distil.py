@@ -167,3 +167,17 @@ def test_an_oracle_and_its_report(made: Path, capsys: pytest.CaptureFixture[str]
     assert line.endswith("--search is 'best'; allowed: gains, greedy, beam")
     line = refused(capsys, oracle(made, "--texts", "999"))
     assert "--texts 999 needs 1001" in line
+
+
+def test_difficulty_by_task(made: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["oracle", "--tasks", "race,wikitext2", "--data", "sample", "--texts", "1"]
+    words += ["--model", str(made / "model"), "--small-ffns", str(made / "small"), "--most", "1"]
+    words += ["--length", "17", "--random", "2", "--out", str(made / "tasks")]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["texts"] == 2
+    assert list(found["difficulty"]["by_task"]) == ["race", "wikitext2"]
+    by_task = [row["mean"] for row in found["difficulty"]["by_task"].values()]
+    assert sum(by_task) / 2 == pytest.approx(found["difficulty"]["mean"]["mean"], abs=1e-4)
+    assert "wikitext2" in (made / "tasks" / "report.html").read_text()
+    assert "race has" in refused(capsys, [*words, "--texts", "999"])

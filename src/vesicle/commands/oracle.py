@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +28,8 @@ def oracle(
     data: Annotated[
         str,
         typer.Option(
-            help="A .txt, .jsonl or .jsonl.gz file, a folder of those, or a hub data set.",
+            help="A .txt, .jsonl or .jsonl.gz file, a folder of those, or a hub data set. With "
+            "--tasks: a folder of data sets, sample, or hub.",
             metavar="SOURCE",
         ),
     ],
@@ -35,9 +37,17 @@ def oracle(
     out: Annotated[Path, typer.Option(help="Folder to write to; a search in it is gone on with.")],
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Search the ends of these tasks' prompts and answers, with commas between, and "
+            "tell difficulty by task.",
+            show_default=False,
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
     field: Annotated[str, typer.Option(help="The field of JSON lines with the text.")] = "text",
-    texts: Annotated[int, typer.Option(min=1, help="Texts, evenly spread.")] = 8,
+    texts: Annotated[int, typer.Option(min=1, help="Texts, evenly spread; of tasks, of each.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a text.")] = 257,
     most: Annotated[
         int | None,
@@ -66,9 +76,10 @@ def oracle(
 
       vesicle oracle --data test.jsonl --small-ffns runs/small --out runs/six --most 6 --search
       greedy --texts 2
-    """
-    import torch
 
+      vesicle oracle --tasks squad,cnn_dailymail --data data --small-ffns runs/small --out
+      runs/tasks --texts 4
+    """
     from vesicle.calibration.cache import fingerprint, sample_key
     from vesicle.duo import fit_error_router, load_small_ffns, make_duo_of
     from vesicle.evaluation.execution.language_modelling import model_shape
@@ -93,15 +104,9 @@ def oracle(
     settings.check(shape.n_layers)
     small = load_small_ffns(small_ffns, shape)
     weights = sample_key(subject.model)
-    ids = recipe.read_windows(subject, data, split, field, length)
-    if len(ids) < texts + _SELECTION:
-        raise DataError(
-            f"the text has {len(ids)} windows of {length} tokens; --texts {texts} needs "
-            f"{texts + _SELECTION}, of which {_SELECTION} choose the fixed pattern"
-        )
-    at = torch.linspace(0, len(ids) - 1, texts + _SELECTION).round().long()
-    chosen, selection = ids[at[_SELECTION:]], ids[at[:_SELECTION]]
-    others = _others(ids, at)
+    chosen, selection, others, named = _texts(
+        subject, data, split, field, length, texts, tasks, seed
+    )
     router = fit_error_router(subject.model, small, others[:_FITTED]) if report else None
     choices = make_duo_of(subject.model, small)
     facts = {
@@ -110,13 +115,13 @@ def oracle(
         "texts": fingerprint([chosen, selection]),
         "small_ffns": fingerprint(list(small.parameters())),
     }
-    with progress_bar("searching", texts, 0, sys.stderr.isatty() and not as_json) as bar:
+    with progress_bar("searching", len(chosen), 0, sys.stderr.isatty() and not as_json) as bar:
         found = search_texts(subject.model, chosen, selection, settings, out, facts=facts, show=bar)
     if router is None:
-        notice(f"wrote {texts} texts to {out / 'texts'}")
+        notice(f"wrote {len(chosen)} texts to {out / 'texts'}")
         return
     taken, had = executed(subject.model, choices, found, settings.counts, router)
-    told = summary(found, subject.text, settings, others.flatten(), taken, had)
+    told = summary(found, subject.text, settings, others.flatten(), taken, had, named)
     write_json(out / "report.json", told)
     with atomic_path(out / "report.html") as part:
         part.write_text(page(told), encoding="utf-8")
@@ -124,6 +129,45 @@ def oracle(
         print_json(told)
         return
     notice(f"wrote {out / 'report.html'} and report.json")
+
+
+def _texts(
+    subject: recipe.Subject,
+    data: str,
+    split: str,
+    field: str,
+    length: int,
+    texts: int,
+    tasks: str | None,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Texts to search, texts to choose the fixed pattern on, others; and whose tasks the first are.
+
+    Of tasks each has as many texts, and others are what they have beside those.
+    """
+    import torch
+
+    if tasks is not None:
+        names = list(dict.fromkeys(tasks.split(",")))
+        least = texts + -(-_SELECTION // len(names))
+        of_tasks = recipe.read_task_windows(
+            subject, names, data, length, least=least, most=texts + _FITTED, seed=seed
+        )
+        searched = torch.cat([own[:texts] for own in of_tasks.values()])
+        # Of all tasks by turns.
+        spare = [own[texts:].unbind() for own in of_tasks.values()]
+        rest = torch.stack([w for turn in zip_longest(*spare) for w in turn if w is not None])
+        others = rest[_SELECTION:] if len(rest) > _SELECTION else searched
+        kept = [name for name in of_tasks for _ in range(texts)]
+        return searched, rest[:_SELECTION], others, kept
+    ids = recipe.read_windows(subject, data, split, field, length)
+    if len(ids) < texts + _SELECTION:
+        raise DataError(
+            f"the text has {len(ids)} windows of {length} tokens; --texts {texts} needs "
+            f"{texts + _SELECTION}, of which {_SELECTION} choose the fixed pattern"
+        )
+    at = torch.linspace(0, len(ids) - 1, texts + _SELECTION).round().long()
+    return ids[at[_SELECTION:]], ids[at[:_SELECTION]], _others(ids, at), []
 
 
 def _others(ids: Tensor, at: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from vesicle.training.processes import rank
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vesicle.evaluation.execution.answers import Pair
     from vesicle.models import Text
     from vesicle.modulator import Modulator
     from vesicle.small_modules import SmallModule
@@ -101,26 +102,80 @@ def read_lessons(
         DataError: A source cannot be read, or nothing of it fits.
         VesicleError: There is no such task.
     """
+    from vesicle.training.lessons import Lessons
+
+    try:
+        found = _pairs(subject, tasks, data, length, limit, seed, "train")
+    except DataError as error:
+        # What an evaluation calls the longest prompt is a window here.
+        raise DataError(str(error).replace("--max-length", "--sequence-length")) from error
+    return Lessons.of_answers(found, length, min(subject.text.eos_ids, default=0))
+
+
+def read_task_windows(
+    subject: Subject,
+    tasks: Sequence[str],
+    data: str,
+    length: int,
+    *,
+    least: int,
+    most: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Windows (N, length) by task: the ends of prompts with their answers.
+
+    Args:
+        subject: The model that they are for.
+        tasks: Names of tasks.
+        data: As `read_lessons` has it.
+        length: Tokens of a window.
+        least: Windows that each task must have.
+        most: Windows of each task.
+        seed: Of the draw.
+
+    Raises:
+        DataError: A source cannot be read, or holds too few that are as long.
+        VesicleError: There is no such task.
+    """
+    import torch
+
+    found = {}
+    window = subject.text.context_window
+    for name, pairs in _pairs(subject, tasks, data, window, 8 * most, seed, None).items():
+        long = [both[-length:] for p, a in pairs if len(both := [*p, *a]) >= length]
+        if len(long) < least:
+            raise DataError(
+                f"{name} has {len(long)} prompts with answers of {length} tokens; {least} are "
+                "needed: fewer texts, or shorter ones"
+            )
+        found[name] = torch.tensor(long[:most], dtype=torch.long)
+    return found
+
+
+def _pairs(
+    subject: Subject,
+    tasks: Sequence[str],
+    data: str,
+    length: int,
+    limit: int,
+    seed: int,
+    split: str | None,
+) -> dict[str, list[Pair]]:
+    """Prompts and answers by task; of the split where a task has it, else of its own choice."""
     from vesicle.evaluation.execution.answers import pairs_of
     from vesicle.tasks.base import Settings
     from vesicle.tasks.registry import find_task
     from vesicle.tasks.sources import load_items
-    from vesicle.training.lessons import Lessons
 
-    text = subject.text
+    text, found = subject.text, {}
     settings = Settings(seed=seed, encode=text.encode)
-    found = {}
     for task in [find_task(name) for name in tasks]:
-        split = "train" if "train" in task.splits else None
+        own = split if split in task.splits else None
         source = None if data == "hub" else data
-        loaded = load_items(task, data=source, split=split, settings=settings, limit=limit)
-        try:
-            pairs = pairs_of(task, loaded.items, text, sorted(text.eos_ids), length)
-        except DataError as error:
-            # What an evaluation calls the longest prompt is a window here.
-            raise DataError(str(error).replace("--max-length", "--sequence-length")) from error
+        loaded = load_items(task, data=source, split=own, settings=settings, limit=limit)
+        pairs = pairs_of(task, loaded.items, text, sorted(text.eos_ids), length)
         found[task.name] = pairs[:limit]
-    return Lessons.of_answers(found, length, min(text.eos_ids, default=0))
+    return found
 
 
 def read_small_ffns(

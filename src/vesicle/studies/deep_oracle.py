@@ -256,6 +256,7 @@ def summary(
     training: Tensor,
     taken: dict[str, Tensor],
     had: Sequence[float],
+    tasks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All tables, as JSON.
 
@@ -266,6 +267,7 @@ def summary(
         training: (n,) tokens of other text, by which frequency is told.
         taken: Of `executed`.
         had: Likewise.
+        tasks: Which task each text is of, if they are of tasks.
     """
     tokens = torch.stack([own["tokens"] for own in found])
     difficulty = torch.stack([own["difficulty"] for own in found])
@@ -308,6 +310,10 @@ def summary(
             "by_position": told_groups(by_position(difficulty, min(10, difficulty.shape[1]))),
             "by_frequency": told_groups(by_frequency(difficulty, tokens[:, 1:], training)),
             "by_class": told_groups(by_class(difficulty.flatten(), names)),
+            "by_task": {
+                task: _told(difficulty[[own == task for own in tasks]].mean(1))
+                for task in dict.fromkeys(tasks)
+            },
             "correlations": {
                 name: _correlation(difficulty.flatten(), values.flatten())
                 for name, values in others.items()
@@ -428,6 +434,14 @@ def _difficulty(made: Page, found: dict[str, Any]) -> None:
         made.table(
             [head, "tokens", "difficulty"],
             [[r["name"], str(r["tokens"]), f"{r['mean']:.3f}"] for r in told[key]],
+        )
+    if told["by_task"]:
+        made.table(
+            ["task", "difficulty, mean over texts"],
+            [
+                [task, f"{r['mean']:.3f} ({r['low']:.3f} to {r['high']:.3f})"]
+                for task, r in told["by_task"].items()
+            ],
         )
     made.draw("By class.", bars({r["name"]: r["mean"] for r in told["by_class"]}, "nats a token"))
     made.table(
