@@ -192,6 +192,15 @@ def test_a_dial_is_found_for_a_cost(run: Run):
     assert dial_for(run, subject, record["points"], 0.01) is None
 
 
+def test_levels_that_are_not_learnt_are_turned_to_what_they_cost(run: Run):
+    subject = run.untrained(variants()["uniform-without-depth"])
+    _, ids, scored = next(run.judged("test"))
+    for budget in (0.97, 0.9):
+        _, cost, _ = executed(subject, subject.method(subject.dial(budget)), ids, scored)
+        assert cost == pytest.approx(budget, abs=0.01)
+    assert run.untrained(variants()["transmitters"]).dial(0.6) == 0.6
+
+
 def test_what_patterns_leave_unread_is_taken_off_the_cost(run: Run):
     subject = run.untrained(variants()["sparse-attention"])
     ids = next(run.judged("test"))[1][:1]

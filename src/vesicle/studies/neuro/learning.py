@@ -2,10 +2,10 @@
 
     loss = loss of the output + price (share - budget)²
 
-with the budget as the dial, drawn anew for each step from a golden-ratio sequence; a budget of 1 or
-more is a dense step, so that rest stays good. The output is held to the text, to the dense decoder
-(`training.divergence`), or to both. Decoder, maps and predictor learn together unless the variant
-says otherwise.
+with the budget as the dial of what is learnt, drawn anew for each step from a golden-ratio
+sequence; a budget of 1 or more is a dense step, so that rest stays good. The output is held to the
+text, to the dense decoder (`training.divergence`), or to both. Decoder, maps and predictor learn
+together unless the variant says otherwise.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ def _modulated(
     with (
         _told_alone(predictor, bool(variant.supervised)),
         policy or _nothing(),
-        attach(subject.model, subject.method(budget), soft=Soft(temperature=heat)) as attached,
+        attach(
+            subject.model, subject.method(subject.dial(budget)), soft=Soft(temperature=heat)
+        ) as attached,
     ):
         logits = subject.model(ids, use_cache=False).logits
     cost = attached.charged

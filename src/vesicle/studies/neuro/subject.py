@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
 from vesicle.effectors import SerotoninDepth
+from vesicle.evaluation.execution.executor import Span
 from vesicle.evaluation.execution.language_modelling import model_shape
+from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.phases import EVERYWHERE
 from vesicle.predictors import MlpPredictor, PredictorConfig
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
     from vesicle.plan import Method
     from vesicle.scratch.patterns import Pattern
+
+_DIALS = np.linspace(0.01, 0.99, 99)
+"""Of levels that are not learnt, at which their cost is looked up."""
 
 _SMALLER, _RECENT = 8, 16
 """Hidden units of a big FFN for each one of a small; newest positions that tiles leave alone."""
@@ -52,6 +58,7 @@ class Subject(nn.Module):
         super().__init__()
         self.model, self.variant = model, variant
         self.shape = model_shape(model)
+        self._dials: list[tuple[float, float]] | None = None
         self.patterns: list[Pattern] = []
         self.tiles: TilesState | None = None
         self.importance: MlpPredictor | None = None
@@ -86,6 +93,23 @@ class Subject(nn.Module):
     def reads(self) -> torch.Tensor:
         """(L,) entries that a query of each layer read in the last pass, on average."""
         return torch.stack([pattern.reads for pattern in self.patterns])
+
+    def dial(self, budget: float) -> float:
+        """Where to turn to for a budget while training.
+
+        Learnt levels come to mean the share that they are asked for. Others do not, so that the
+        dial is looked up at which they execute it: all variants are trained at the same costs.
+        """
+        if self.variant.predictor != "none":
+            return budget
+        assert self.modulator is not None
+        if self._dials is None:
+            length = int(self.model.config.max_position_embeddings)
+            ledger = Ledger(self.modulator, self.shape, [[Span(0, length, 0)]], phases=EVERYWHERE)
+            sizes = self.shape.n_layers, len(self.variant.transmitters)
+            self._dials = [(ledger.share(np.full(sizes, 1 - d)), d) for d in _DIALS]
+        shares, dials = zip(*self._dials, strict=True)
+        return float(np.interp(budget, shares, dials))
 
     def method(self, dial: float) -> Method:
         """The modulator at a dial, acting on every token."""

@@ -59,7 +59,7 @@ class Variant:
     transmitters: tuple[str, ...] = ("dopamine", "serotonin", "gaba")
     predictor: str = "linear"
     layers_alone: bool = False
-    budgets: tuple[float, float] = (0.3, 1.1)
+    budgets: tuple[float, float] = (0.5, 1.1)
     tune: str = "all"
     labels: str = "text"
     supervised: str = ""
