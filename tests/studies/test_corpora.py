@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vesicle.errors import DataError
-from vesicle.studies.corpora import TASKS, fingerprint, load_corpus
+from vesicle.studies.corpora import TASKS, fingerprint, load_corpus, load_mixture
 
 
 @pytest.fixture
@@ -90,3 +90,20 @@ def test_what_is_refused(folder: Path, tmp_path: Path):
     (folder / "multi30k" / "train.jsonl").write_text('{"en": "alone"}\n')
     with pytest.raises(DataError, match="no text in field 'de'"):
         load("translation", str(folder))
+
+
+def test_a_source_is_left_room_by_its_target():
+    corpora = load_mixture(
+        ("translation", "summary"),
+        "sample",
+        vocabulary=300,
+        length=120,
+        most_test=2,
+        captions=1,
+        told=0.5,
+    )
+    for corpus in corpora.values():
+        scored = corpus.scored[0]
+        assert 0 < int(scored.sum(1).max()) <= 60
+        first = scored.int().argmax(1)
+        assert int(first.min()) > 8  # a source and a mark come first

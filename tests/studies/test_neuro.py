@@ -16,6 +16,7 @@ from vesicle.predictors import ConstantLevels, Predictor
 from vesicle.reference.attach import attach
 from vesicle.studies.corpora import TASKS
 from vesicle.studies.neuro import SCALES, run_study
+from vesicle.studies.neuro.analysis import _cost, _flattened
 from vesicle.studies.neuro.controls import _mirrored
 from vesicle.studies.neuro.hybrids import REMEMBERING, SETS
 from vesicle.studies.neuro.judging import at_cost, dense_flops, dial_for, executed, unread
@@ -114,6 +115,9 @@ def test_every_scale_can_be_planned():
         ({"transmitters": ["melatonin"]}, "melatonin"),
         ({"budgets": [0.5, 0.3]}, "budgets are"),
         ({"tiles": 1.5}, "tiles is 1.5"),
+        ({"predictor": "mod"}, "'mod' releases serotonin alone"),
+        ({"attention": {"blok": 3}}, "attention has blok; allowed: block and columns"),
+        ({"budgets": 0.5}, "not iterable"),
         ({"colour": "red"}, "unknown field 'colour'"),
     ],
 )
@@ -192,6 +196,31 @@ def test_a_dial_is_found_for_a_cost(run: Run):
     assert dial_for(run, subject, record["points"], 0.01) is None
 
 
+def test_flat_levels_cost_what_they_did(run: Run):
+    subject = run.trained(variants()["without-serotonin"])
+    levels = np.random.default_rng(0).uniform(0.4, 1, (2, run.size.length, 3, 2))
+    flat = _flattened(subject, levels, (0,))
+    assert flat is not None
+    assert np.ptp(flat[..., 0], axis=(0, 1)).max() < 1e-6
+    np.testing.assert_array_equal(flat[..., 1], levels[..., 1])
+    assert _cost(subject, flat) == pytest.approx(_cost(subject, levels), rel=3e-3)
+
+
+def test_levels_that_are_the_dial_need_no_predictor(run: Run):
+    subject = run.untrained(variants()["uniform-without-depth"])
+    _, ids, scored = next(run.judged("test"))
+    shares = [
+        executed(subject, m, ids, scored)[1] for m in (subject.served(0.8), subject.method(0.8))
+    ]
+    assert 0 < shares[1] - shares[0] < 0.02
+
+
+def test_a_step_mixes_tasks_and_their_order(run: Run):
+    ids, scored = run.batch(3)
+    assert torch.equal(ids, run.batch(3)[0])
+    assert scored[:, 1:].any(1).all()
+
+
 def test_levels_that_are_not_learnt_are_turned_to_what_they_cost(run: Run):
     subject = run.untrained(variants()["uniform-without-depth"])
     _, ids, scored = next(run.judged("test"))
@@ -236,7 +265,7 @@ def test_perturbed_levels_reward_what_did_better(run: Run):
     assert subject.modulator is not None
     predictor = subject.modulator.predictor
     assert isinstance(predictor, Predictor)
-    policy = Perturbed(predictor, step=3)
+    policy = Perturbed(predictor, seed=0, step=3)
     ids = policy.grouped(torch.arange(12).view(4, 3))
     assert ids.shape == (GROUP, 3)
     assert (ids == ids[0]).all()
@@ -256,7 +285,7 @@ def test_release_is_as_before_after_a_perturbed_pass(run: Run):
     subject = run.untrained(variants()["policy"])
     assert subject.modulator is not None
     before = subject.modulator.predictor.release
-    with Perturbed(subject.modulator.predictor, step=0):  # type: ignore[arg-type]
+    with Perturbed(subject.modulator.predictor, seed=0, step=0):  # type: ignore[arg-type]
         pass
     assert subject.modulator.predictor.release == before
 

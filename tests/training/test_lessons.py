@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.training.tiny_run import tiny_model, tiny_modulator
-from vesicle.errors import DataError
+from vesicle.errors import DataError, VesicleError
 from vesicle.reference.attach import Soft, attach
+from vesicle.training import trainer
 from vesicle.training.lessons import Lessons, Order
 from vesicle.training.trainer import TrainConfig, train
 
@@ -51,8 +52,56 @@ def test_held_out_are_the_last_of_each_task():
     assert len(kept) == 46
     assert Counter(held.task.tolist()) == {0: 2, 1: 2}
     assert held.part(slice(0, 2)).task.tolist() == [0, 1]
-    with pytest.raises(DataError, match="a task has 10 lessons; 10 of each are held out"):
+    with pytest.raises(DataError, match="short has 10 windows of 8 tokens; 10 are held out"):
         lessons().held_out(20)
+
+
+def test_one_of_each_task_is_held_out_as_far_as_they_go():
+    kept, held = lessons().held_out(1)
+    assert (len(kept), len(held)) == (49, 1)
+    kept, held = lessons().held_out(0)
+    assert (len(kept), len(held)) == (50, 0)
+
+
+def test_packed_windows_hold_no_filler_and_all_tasks():
+    packed = lessons().packed()
+    assert packed.shape[1] == 8
+    assert len(packed) == (40 * 5 + 10 * 6) // 8
+    assert not (packed == 0).any()
+    assert (packed[:4] == 6).any()
+    assert (packed[:4] == 1).any()
+    assert int((packed == 6).sum()) >= 9  # each lesson once
+    windows = torch.arange(12).view(6, 2)
+    assert Lessons.of_text(windows).packed() is windows
+
+
+def test_a_task_meets_all_budgets():
+    config = TrainConfig()
+    found = lessons()
+    order = Order(found, 1e9, seed=0)
+    for task in (0, 1):
+        own = [config.budget(k) for k in range(300) if int(found.task[order.at(k)]) == task]
+        assert min(own) < config.budget_low + 0.05
+        assert max(own) > config.budget_high - 0.05
+
+
+def test_levels_act_in_training_where_they_are_executed():
+    model = tiny_model()
+    modulator = tiny_modulator(model)
+    prompt, answer = list(range(5, 17)), list(range(30, 37))
+    lesson = Lessons.of_answers({"a": [(prompt, answer)]}, 24, filler=0)
+    acts = trainer._predicting(lesson.taught)
+    with torch.no_grad(), attach(model, modulator.at(0.5), prompt_tokens=len(prompt)) as run:
+        model(torch.tensor([prompt + answer]))
+    executed = (run.levels[0] < 1).any((1, 2))  # the last token of an answer is not fed back
+    assert np.flatnonzero(executed)[:-1].tolist() == acts[0].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "delays", "gain", "pooled"])
+def test_predictors_that_remember_are_trained_on_text_alone(tmp_path, kind: str):
+    model, config = tiny_model(), TrainConfig(sequence_length=8)
+    with pytest.raises(VesicleError, match=f"a '{kind}' predictor carries state"):
+        train(model, tiny_modulator(model, kind), lessons(), None, config, tmp_path)
 
 
 def test_text_is_held_out_as_it_lies():

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from vesicle.training.lessons import Lessons
 
 SENSITIVITY_WINDOWS, DIAL_WINDOWS = 1, 4
+_APART = 1_000_003
+"""Between the seeds of what is trained on and of what is judged by."""
+
 CALIBRATION = "calibration"
 """Folder inside the output that keeps measurements, so that going on repeats none."""
 
@@ -77,12 +80,16 @@ def read_windows(subject: Subject, data: str, split: str, field: str, length: in
     """
     from vesicle.training.data import load_documents, token_windows
 
+    _check_length(subject, length)
+    return token_windows(load_documents(data, split, field), subject.text.encode, length)
+
+
+def _check_length(subject: Subject, length: int) -> None:
     if length > subject.text.context_window:
         raise DataError(
             f"windows have {length} tokens; the model's context window is "
             f"{subject.text.context_window}"
         )
-    return token_windows(load_documents(data, split, field), subject.text.encode, length)
 
 
 def read_lessons(
@@ -102,10 +109,18 @@ def read_lessons(
         DataError: A source cannot be read, or nothing of it fits.
         VesicleError: There is no such task.
     """
+    from vesicle.tasks.registry import find_task
     from vesicle.training.lessons import Lessons
 
+    _check_length(subject, length)
+    for name in tasks:
+        if "train" not in find_task(name).splits:
+            raise VesicleError(
+                f"{name} has no training split: what it is judged by would be trained on"
+            )
     try:
-        found = _pairs(subject, tasks, data, length, limit, seed, "train")
+        # Generated tasks make their items from the seed: not those that they are judged by.
+        found = _pairs(subject, tasks, data, length, limit, seed + _APART, "train")
     except DataError as error:
         # What an evaluation calls the longest prompt is a window here.
         raise DataError(str(error).replace("--max-length", "--sequence-length")) from error
@@ -173,8 +188,7 @@ def _pairs(
         own = split if split in task.splits else None
         source = None if data == "hub" else data
         loaded = load_items(task, data=source, split=own, settings=settings, limit=limit)
-        pairs = pairs_of(task, loaded.items, text, sorted(text.eos_ids), length)
-        found[task.name] = pairs[:limit]
+        found[task.name] = pairs_of(task, loaded.items, text, text.turn_end, length)[:limit]
     return found
 
 

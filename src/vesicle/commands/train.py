@@ -9,7 +9,7 @@ import typer
 
 from vesicle.commands import recipe
 from vesicle.commands.inputs import MODEL, REVISION, notice
-from vesicle.errors import DataError, VesicleError
+from vesicle.errors import VesicleError
 
 _TEXT, _MODULATOR, _TRAINING = "Text", "A new modulator", "Training"
 
@@ -197,6 +197,7 @@ def train(
     given = dict(locals())
     from dataclasses import fields
 
+    from vesicle.training.processes import Processes, check_shares
     from vesicle.training.trainer import TrainConfig
     from vesicle.training.trainer import train as run_training
 
@@ -204,9 +205,9 @@ def train(
         config = TrainConfig(**{f.name: given[f.name] for f in fields(TrainConfig)})
     except ValueError as error:
         raise VesicleError(str(error)) from error
+    check_shares(config.accumulation)
     from vesicle.modulator import Modulator
     from vesicle.training.lessons import Lessons
-    from vesicle.training.processes import Processes
 
     start = None if modulator is None else Modulator.from_pretrained(modulator)
     subject = recipe.load_subject(model, revision)
@@ -224,13 +225,8 @@ def train(
             f"{int((lessons.task == k).sum())} of {name}" for k, name in enumerate(lessons.names)
         )
         notice(f"{told} fit into {sequence_length} tokens")
-    if len(lessons) <= held:
-        raise DataError(
-            f"the text has {len(lessons)} windows of {sequence_length} tokens; "
-            f"{held} are held out, and training needs more"
-        )
     kept, held_out = lessons.held_out(held) if held else (lessons, None)
-    windows = kept.tokens
+    windows = kept.packed()
     few, cache = windows[:calibration_windows], out / recipe.CALIBRATION
     team = Processes(device)
     if start is None:
@@ -265,7 +261,7 @@ def train(
     )
     if not team.first:
         return
-    unseen = None if held_out is None else held_out.tokens
+    unseen = None if held_out is None else held_out.packed()
     recipe.measure(subject, start, windows[: recipe.DIAL_WINDOWS], unseen, cache=cache)
     start.save_pretrained(out)
     notice(f"wrote {out} after {result.step} steps; try vesicle run --modulator {out} PROMPT")

@@ -241,6 +241,22 @@ class Text:
             return self._tokenizer.encode(rendered, add_special_tokens=False).ids
         return self._control.encode_chat(messages, self._render)
 
+    @property
+    def turn_end(self) -> int | None:
+        """The token id that the chat template puts behind an answer, if it is one that ends a text.
+
+        Without a template, or if it puts none, the lowest of those that end a text; None if there
+        are none.
+        """
+        if self.has_chat_template:
+            asked: Messages = [{"role": "user", "content": "a"}]
+            told = [*asked, {"role": "assistant", "content": "b"}, *asked]
+            behind = self.chat(told)[len(self.chat(asked)) :]
+            found = next((i for i in behind if i in self.eos_ids), None)
+            if found is not None:
+                return found
+        return min(self.eos_ids, default=None)
+
     def _render(self, messages: Messages) -> str:
         """Fill in the chat template, up to where the model's answer begins."""
         variables: dict[str, object] = {"messages": messages, "tools": None, "documents": None}

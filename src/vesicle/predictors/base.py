@@ -64,6 +64,7 @@ class Levels(nn.Module, ABC):
     """Anything that releases levels: trained predictors and controls alike."""
 
     kind: ClassVar[str]
+    remembers: ClassVar[bool] = False  # whether `state` goes from token to token
     config: PredictorConfig
 
     @abstractmethod

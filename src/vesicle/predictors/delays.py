@@ -40,6 +40,7 @@ class DelaysPredictor(Predictor):
     """
 
     kind = "delays"
+    remembers = True
     kept: Tensor
 
     def __init__(self, config: PredictorConfig) -> None:

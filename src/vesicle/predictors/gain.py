@@ -36,6 +36,7 @@ class GainPredictor(Predictor):
     """M features, each divided by a power of its recent spread."""
 
     kind = "gain"
+    remembers = True
 
     def __init__(self, config: PredictorConfig) -> None:
         """Random features, decays from about 2 to 200 tokens, gamma 1/2, zero read-outs."""

@@ -18,6 +18,7 @@ class PooledPredictor(Predictor):
     """A linear read-out W_l (A, D), starting at zero, of the mean feature so far."""
 
     kind = "pooled"
+    remembers = True
 
     def __init__(self, config: PredictorConfig) -> None:
         """Start with read-outs (L, A, D) of zero."""
@@ -35,7 +36,7 @@ class PooledPredictor(Predictor):
         sums = counted.cumsum(1)
         if layer in state:
             sums = sums + state[layer][:, None]
-        state[layer] = sums[:, -1]
+        state[layer] = sums[:, -1].clone()  # a view would keep the whole chunk
         return nn.functional.linear(sums[..., :-1] / sums[..., -1:], self.weight[layer])
 
     @property

@@ -23,6 +23,7 @@ class RecurrentPredictor(Predictor):
     """Tonic and phasic read-outs of M shared features per layer."""
 
     kind = "recurrent"
+    remembers = True
 
     def __init__(self, config: PredictorConfig) -> None:
         """Random features with decays from about 2 to 200 tokens, zero read-outs."""

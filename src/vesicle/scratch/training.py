@@ -97,6 +97,7 @@ def fit(
         facts: What the run depends on beside the recipe (JSON); another run is refused.
         show: Told the step that is done and its loss.
         faster: How many times the learning rate a parameter has, by its name; once if not given.
+            Those that have more have no weight decay.
 
     Returns:
         The loss of every step.
@@ -152,11 +153,15 @@ def fit(
 def _groups(
     named: dict[str, nn.Parameter], decay: float, faster: Callable[[str], float] | None
 ) -> list[dict[str, Any]]:
-    """Parameters that share a learning rate and a weight decay, which vectors do not have."""
+    """Parameters that share a learning rate and a weight decay, which vectors do not have.
+
+    Nor have those that learn faster: they are few, and would be pulled to 0 as much faster.
+    """
     found = dict[tuple[float, float], list[nn.Parameter]]()
     for name, parameter in named.items():
         times = 1.0 if faster is None else faster(name)
-        found.setdefault((times, decay if parameter.dim() > 1 else 0.0), []).append(parameter)
+        own = decay if parameter.dim() > 1 and times == 1 else 0.0
+        found.setdefault((times, own), []).append(parameter)
     return [
         {"params": those, "weight_decay": own, "times": times}
         for (times, own), those in found.items()

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TASKS = ("lm", "translation", "summary")
-_CAPTIONS = 8
+CAPTIONS = 8
+"""Of a text of translation, unless told otherwise."""
 _MARK = "\n=>\n"
 
 
@@ -133,6 +134,8 @@ def load_mixture(
     length: int,
     most_test: int,
     more: Sequence[str] = (),
+    captions: int = CAPTIONS,
+    told: float = 1.0,
 ) -> dict[str, Corpus]:
     """Several tasks in one vocabulary, learnt from the texts of all that are to be trained on.
 
@@ -143,25 +146,32 @@ def load_mixture(
         length: T, of all tasks.
         most_test: Most windows of each to judge by, and to set dials with.
         more: More running text to train on, for `lm`.
+        captions: Of a text of translation.
+        told: Most of a text that may be its target, as a share: the rest is left to the source.
 
     Raises:
         DataError: There is no such data, a row lacks a field, or there is too little text.
     """
     from vesicle.scratch import learn_tokenizer
 
-    rows = {task: _splits(task, data, more) for task in tasks}
+    rows = {task: _splits(task, data, more, captions) for task in tasks}
     learnt_from = [text for parts in rows.values() for row in parts[0] for text in row]
     tokenizer = learn_tokenizer(learnt_from, vocabulary)
-    return {task: _cut(task, parts, tokenizer, length, most_test) for task, parts in rows.items()}
+    most = int(told * length)
+    return {
+        task: _cut(task, parts, tokenizer, length, most_test, most) for task, parts in rows.items()
+    }
 
 
-def _splits(task: str, data: str | None, more: Sequence[str]) -> list[list[tuple[str, ...]]]:
+def _splits(
+    task: str, data: str | None, more: Sequence[str], captions: int
+) -> list[list[tuple[str, ...]]]:
     """Texts to train on, to set dials with, to judge by."""
     known = _SETS[task]
     parts = [_texts(known, data, split) for split in known.splits]
     if task == "lm":
         return [parts[0] + [(text,) for text in more], *parts[1:]]
-    return [_pairs(task, rows) for rows in parts]
+    return [_pairs(task, rows, captions) for rows in parts]
 
 
 def _cut(
@@ -170,10 +180,15 @@ def _cut(
     tokenizer: Tokenizer,
     length: int,
     most_test: int,
+    most_told: int,
 ) -> Corpus:
     known = _SETS[task]
-    cut = _windows if task == "lm" else _padded
-    made = [cut(tokenizer, rows, length) for rows in parts]
+    made = [
+        _windows(tokenizer, rows, length)
+        if task == "lm"
+        else _padded(tokenizer, rows, length, most_told)
+        for rows in parts
+    ]
     for split, (ids, _) in zip(known.splits, made, strict=True):
         if len(ids) == 0:
             raise DataError(f"{known.folder}/{split} has too little text for {length} tokens")
@@ -181,7 +196,7 @@ def _cut(
     references: tuple[str, ...] = ()
     if task != "lm":
         kept = parts[2][:most_test]
-        prompts = tuple(_prompt(tokenizer, row[0], row[1], length)[0] for row in kept)
+        prompts = tuple(_prompt(tokenizer, row[0], row[1], length, most_told)[0] for row in kept)
         references = tuple(target for _, target in kept)
     return Corpus(
         tokenizer=tokenizer,
@@ -246,11 +261,11 @@ def _file(known: _Set, root: Path, split: str) -> Path:
     )
 
 
-def _pairs(task: str, rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def _pairs(task: str, rows: list[tuple[str, ...]], captions: int) -> list[tuple[str, ...]]:
     """Source and target texts."""
     if task == "summary":
         return rows
-    groups = [rows[i : i + _CAPTIONS] for i in range(0, len(rows) - _CAPTIONS + 1, _CAPTIONS)]
+    groups = [rows[i : i + captions] for i in range(0, len(rows) - captions + 1, captions)]
     groups = groups or [rows]
     return [tuple("\n".join(row[k] for row in group) for k in (0, 1)) for group in groups]
 
@@ -268,14 +283,14 @@ def _windows(
 
 
 def _padded(
-    tokenizer: Tokenizer, rows: list[tuple[str, ...]], length: int
+    tokenizer: Tokenizer, rows: list[tuple[str, ...]], length: int, most_told: int
 ) -> tuple[Tensor, Tensor]:
     """One text a window, filled up with ends; of which the target counts."""
     import torch
 
     ids, scored = [], []
     for source, target in rows:
-        asked, told = _prompt(tokenizer, source, target, length)
+        asked, told = _prompt(tokenizer, source, target, length, most_told)
         left = length - len(asked) - len(told)
         ids.append([*asked, *told, *[0] * left])
         scored.append([len(asked) <= i < length - left for i in range(length)])
@@ -286,10 +301,10 @@ def _padded(
 
 
 def _prompt(
-    tokenizer: Tokenizer, source: str, target: str, length: int
+    tokenizer: Tokenizer, source: str, target: str, length: int, most_told: int
 ) -> tuple[list[int], list[int]]:
     """Ids of source and mark, and of the target and its end; of the source as much as fits."""
     mark = tokenizer.encode(_MARK).ids
-    told = [*tokenizer.encode(target).ids, 0][: length - len(mark) - 1]
+    told = [*tokenizer.encode(target).ids, 0][: min(length - len(mark) - 1, most_told)]
     source_ids = tokenizer.encode(source).ids[: length - len(mark) - len(told)]
     return [*source_ids, *mark], told

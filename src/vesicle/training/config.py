@@ -15,7 +15,8 @@ import torch
 from vesicle.training.objectives import TemperatureSchedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_GOLDEN = (math.sqrt(5) - 1) / 2
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Between the budgets of steps: any run of them is spread evenly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,5 +150,5 @@ class TrainConfig:
     def budget(self, micro_step: int) -> float:
         """The budget of a micro-step, counted from 0."""
         # The seed moves the sequence's start; 0.5 puts that of seed 0 in the middle of the range.
-        place = (0.5 + self.seed * math.sqrt(2) + micro_step * _GOLDEN) % 1.0
+        place = (0.5 + self.seed * math.sqrt(2) + micro_step * GOLDEN) % 1.0
         return self.budget_low + (self.budget_high - self.budget_low) * place

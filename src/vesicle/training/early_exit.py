@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 
 def early_exit_loss(
-    model: LlamaForCausalLM, predictor: EarlyExit, ids: Tensor, scored: Tensor
+    model: LlamaForCausalLM,
+    predictor: EarlyExit,
+    ids: Tensor,
+    scored: Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of all exits and of the whole model, in one dense pass.
 
@@ -43,6 +47,8 @@ def early_exit_loss(
         ids: (B, T).
         scored: (B, T) which tokens are targets that count; the first of a text has nothing before
             it and never does.
+        weights: (B, T - 1) or what broadcasts to it: how much each target weighs beside the others
+            in cross-entropies; alike if not given.
 
     Returns:
         Scalar, fp32 or the predictor's dtype, whichever is finer.
@@ -54,6 +60,9 @@ def early_exit_loss(
     if not counted.any():
         raise ValueError("scored marks no target; allowed: one or more after the first token")
     wanted = ids[:, 1:][counted]  # (N,)
+    weighs = torch.ones_like(counted, dtype=torch.float32) if weights is None else weights
+    weighs = weighs.expand(counted.shape)[counted]
+    weighs = weighs / weighs.sum()
     exits: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -70,7 +79,8 @@ def early_exit_loss(
     def judge(normed: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy, and the likeliest tokens (N,), of normed states (N, D)."""
         logits = model.lm_head(normed)
-        return cross_entropy(logits.float(), wanted), logits.argmax(-1)
+        each = cross_entropy(logits.float(), wanted, reduction="none")
+        return (each * weighs).sum(), logits.argmax(-1)
 
     def judge_exit(state: Tensor) -> tuple[Tensor, Tensor]:
         return judge(model.model.norm(state))

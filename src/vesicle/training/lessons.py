@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vesicle.errors import DataError
 
-_GOLDEN = (5**0.5 - 1) / 2
+_STRIDE = 2**0.5 - 1
+"""Between the draws of tasks; not that of budgets, which would tie the two together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +124,44 @@ class Lessons:
         Raises:
             DataError: There are not more than n.
         """
-        last = [i for k in range(len(self.names)) for i in _last(self.task == k, n, self.names)]
+        count = -(-n // len(self.names))
+        last = [self._last(k, count) for k in range(len(self.names))]
+        # One of each task after the other, so that however many they are, they are of all tasks.
+        ordered = torch.stack(last, dim=1).flatten()[:n]
         kept = torch.ones(len(self), dtype=torch.bool)
-        kept[last] = False
-        # One of each task after the other, so that the first n of them are of all tasks.
-        ordered = torch.tensor(last).view(len(self.names), -1).T.flatten()[:n]
+        kept[ordered] = False
         return self.part(kept), self.part(ordered)
+
+    def _last(self, task: int, count: int) -> Tensor:
+        """Places of the last lessons of a task."""
+        places = (self.task == task).nonzero()[:, 0]
+        if len(places) <= count:
+            raise DataError(
+                f"{self.names[task]} has {len(places)} windows of {self.length} tokens; {count} "
+                "are held out, and training needs more"
+            )
+        return places[len(places) - count :]
+
+    def packed(self) -> Tensor:
+        """(M, T) windows of their tokens without what fills up, tasks mixed evenly.
+
+        Raises:
+            DataError: There are too few tokens for one window.
+        """
+        if self.is_text:
+            return self.tokens
+        place = torch.zeros(len(self))
+        for k in range(len(self.names)):
+            own = self.task == k
+            place[own] = (torch.arange(int(own.sum())) + 0.5) / own.sum()
+        joined = torch.cat([self.tokens[i][: self._end(i)] for i in place.argsort().tolist()])
+        if len(joined) < self.length:
+            raise DataError(f"lessons have {len(joined)} tokens; a window needs {self.length}")
+        return joined[: len(joined) // self.length * self.length].view(-1, self.length)
+
+    def _end(self, i: int) -> int:
+        """Tokens of a lesson up to the last one that is taught."""
+        return int(self.taught[i].nonzero()[-1, 0]) + 1
 
     @property
     def fingerprint(self) -> str:
@@ -150,8 +183,10 @@ class Order:
             (lessons.task == k).nonzero()[:, 0].numpy() for k in range(len(lessons.names))
         ]
         sizes = np.array([len(own) for own in self._of_task], dtype=float)
-        weights = sizes ** (1 / temperature)
+        weights = (sizes / sizes.max()) ** (1 / temperature)
         self._edges = np.cumsum(weights / weights.sum())[:-1]
+        self._tasks = np.zeros(0, dtype=int)  # of the lessons from 0 on
+        self._before = np.zeros(0, dtype=int)  # how many of its task were before each
         self._drawn: dict[tuple[int, int], np.ndarray] = {}
 
     def at(self, k: int) -> int:
@@ -171,18 +206,11 @@ class Order:
         """Which task the k-th lesson is of, and how many of that task were before it."""
         if not len(self._edges):
             return 0, k
-        places = (np.arange(k + 1) * _GOLDEN + 0.5) % 1
-        tasks = np.searchsorted(self._edges, places, side="right")
-        return int(tasks[-1]), int((tasks[:-1] == tasks[-1]).sum())
-
-
-def _last(own: Tensor, n: int, names: Sequence[str]) -> list[int]:
-    """Places of the last lessons of one task, of n that are held out of all of them."""
-    places = own.nonzero()[:, 0].tolist()
-    count = -(-n // len(names))
-    if len(places) <= count:
-        raise DataError(
-            f"a task has {len(places)} lessons; {count} of each are held out, and training needs "
-            "more"
-        )
-    return list(places[len(places) - count :])
+        if k >= len(self._tasks):
+            places = (np.arange(2 * k + 64) * _STRIDE + 0.5) % 1
+            self._tasks = np.searchsorted(self._edges, places, side="right")
+            self._before = np.zeros_like(self._tasks)
+            for task in range(len(self._of_task)):
+                own = self._tasks == task
+                self._before[own] = np.arange(own.sum())
+        return int(self._tasks[k]), int(self._before[k])

@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from vesicle.errors import VesicleError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,8 +38,11 @@ class Processes:
         if launched() == 1:
             return
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
-        self._accelerator = Accelerator(cpu=device == "cpu")
+        # The others wait while the first one measures the model.
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+        self._accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
         self.rank = int(self._accelerator.process_index)
         self.count = int(self._accelerator.num_processes)
 
@@ -83,3 +89,16 @@ def launched() -> int:
 def rank() -> int:
     """Which of them this is, before they have met."""
     return int(os.environ.get("RANK", "0"))
+
+
+def check_shares(accumulation: int) -> None:
+    """Refuse micro-steps that the processes cannot share evenly.
+
+    Raises:
+        VesicleError: Naming both numbers.
+    """
+    if accumulation % launched():
+        raise VesicleError(
+            f"accumulation is {accumulation}; allowed with {launched()} processes: multiples of "
+            f"{launched()}"
+        )

@@ -9,8 +9,8 @@ so that the dial comes to mean the executed share, and within a share the levels
 least. Budgets follow a golden-ratio sequence, which spreads any run of consecutive micro-steps
 evenly over the range.
 
-Of tasks (`training.lessons`) levels act on the tokens of answers, as they do where
-a model generates: prompts are read at rest, and share and loss are of what is taught.
+Of tasks (`training.lessons`) levels act on the tokens that predict an answer's, as they do where a
+model generates: a prompt but for its last token is read at rest, and share and loss are of these.
 
 Everything random is a function of (seed, micro-step), so a run that is killed and started again
 continues from its newest checkpoint exactly: on one machine the loss curve is the undisturbed one
@@ -54,7 +54,7 @@ from vesicle.training.config import DTYPES, TrainConfig
 from vesicle.training.display import curves, progress_bar
 from vesicle.training.lessons import Lessons, Order
 from vesicle.training.objectives import TemperatureSchedule, budget_penalty, divergence
-from vesicle.training.processes import Processes
+from vesicle.training.processes import Processes, check_shares
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
@@ -63,6 +63,8 @@ READ_OUT = ("offset", "log_slope", "position_weight")
 
 _METRICS, _CHECKPOINTS, _TENSORBOARD = "metrics.jsonl", "checkpoints", "tensorboard"
 _HARMLESS = ("checkpoint_every", "device")
+_DEFAULTS = TrainConfig().to_dict()
+"""Of settings that a run did not know when it was begun."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +133,13 @@ def train(
                 f"{name} windows have {part.length} tokens; sequence_length is "
                 f"{config.sequence_length}"
             )
-    team = Processes(config.device)
-    if config.accumulation % team.count:
+    if modulator.predictor.remembers and not lessons.is_text:
         raise VesicleError(
-            f"accumulation is {config.accumulation}; allowed with {team.count} processes: its "
-            "multiples"
+            f"a {modulator.predictor.kind!r} predictor carries state from token to token, which it "
+            "would not on prompts that are read at rest; train it on text"
         )
+    team = Processes(config.device)
+    check_shares(config.accumulation)
     speak = say or (lambda line: print(line, file=sys.stderr))
     if not team.first:
         speak, progress, tensorboard = _silent, False, False
@@ -289,11 +292,12 @@ class _Run:
         with torch.no_grad():
             dense = self.model(tokens, use_cache=False, logits_to_keep=keep).logits
         method = ModulatorMethod(self.modulator, budget)
-        soft = Soft(temperature=temperature, acts=None if text else taught)
+        acts = _predicting(taught)
+        soft = Soft(temperature=temperature, acts=None if text else acts)
         with attach(self.model, method, soft=soft) as attached:
             modulated = self.model(tokens, use_cache=False, logits_to_keep=keep).logits
         cost = attached.charged
-        share = cost.share if text else cost.share_of(taught)
+        share = cost.share if text else cost.share_of(acts)
         pair = (dense, modulated)
         if not text:
             pair = (_counted(dense, taught, positions), _counted(modulated, taught, positions))
@@ -452,7 +456,7 @@ class _Run:
         """Refuse to go on with a run that was started differently."""
         theirs, ours = dict(facts.get("config", {})), dict(self.facts["config"])
         for name in sorted(theirs.keys() | ours.keys()):
-            if name not in _HARMLESS and theirs.get(name) != ours.get(name):
+            if name not in _HARMLESS and theirs.get(name, _DEFAULTS.get(name)) != ours.get(name):
                 raise VesicleError(
                     f"{self.folder} holds a run with {name} {theirs.get(name)}, and now it is "
                     f"{ours.get(name)}: use another folder, or --restart to begin anew"
@@ -551,7 +555,8 @@ def _label_loss(logits: Tensor, tokens: Tensor, taught: Tensor, positions: Tenso
     counts = torch.cat([taught[:, 1:], torch.zeros_like(taught[:, :1])], dim=1)
     if positions is not None:
         wanted, counts = (x[:, positions.to(x.device)] for x in (wanted, counts))
-    return nn.functional.cross_entropy(logits[counts].float(), wanted[counts])
+    each = nn.functional.cross_entropy(logits[counts].float(), wanted[counts], reduction="sum")
+    return each / counts.sum().clamp_min(1)  # the last position of text predicts nothing
 
 
 def _cut_back(path: Path, step: int) -> None:

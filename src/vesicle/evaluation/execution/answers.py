@@ -20,7 +20,7 @@ Pair = tuple[list[int], list[int]]
 
 
 def pairs_of(
-    task: Task, items: Sequence[Item], codec: Codec, ends: Sequence[int], length: int
+    task: Task, items: Sequence[Item], codec: Codec, end: int | None, length: int
 ) -> list[Pair]:
     """Prompts and right answers of a task's items.
 
@@ -28,21 +28,21 @@ def pairs_of(
         task: The task.
         items: Its items; of a text, its documents.
         codec: The model's text side.
-        ends: Token ids that end a turn, the first of which is put behind a chat's answer.
+        end: Token id that ends a turn, put behind a chat's answer; None for none.
         length: Tokens of prompt and answer together, at most; a text's windows have as many.
 
     Returns:
-        Those that fit, at least one.
+        Those that fit whole, which may be none.
 
     Raises:
         DataError: None can be asked.
     """
     prepared, _ = prepare(task, items, codec, length, length=length)
-    found = [_pair(task, own, codec, ends) for own in prepared]
+    found = [_pair(task, own, codec, end) for own in prepared if not own.prompt.shortened]
     return [(prompt, answer) for prompt, answer in found if len(prompt) + len(answer) <= length]
 
 
-def _pair(task: Task, prepared: Prepared, codec: Codec, ends: Sequence[int]) -> Pair:
+def _pair(task: Task, prepared: Prepared, codec: Codec, end: int | None) -> Pair:
     item, ids = prepared.item, prepared.prompt.ids
     if task.kind == "loss":
         return ids[:1], ids[1:]
@@ -52,7 +52,6 @@ def _pair(task: Task, prepared: Prepared, codec: Codec, ends: Sequence[int]) -> 
     answer = item.references[0]
     if (item.style or task.style) == "chat":
         told = codec.encode(answer, control_tokens=False, continues=True)
-        return ids, [*told, *ends[:1]]
+        return ids, told if end is None else [*told, end]
     stop = item.stop[0] if item.stop else ""
-    opening = codec.decode(ids) if prepared.prompt.shortened else item.prompt
-    return continuation(opening, f" {answer.strip()}{stop}", codec)
+    return continuation(item.prompt, f" {answer.strip()}{stop}", codec)

@@ -1,8 +1,8 @@
 """What is released where, by the whole, and what it goes with; jobs of the study.
 
 Levels are of the dial at which the test texts execute `COST`. Beside them stands a token's *need*:
-what it loses where every token is served by its layer's mean levels at equal cost, over the dense
-pass. Levels that know what they do are higher where need is.
+what it loses where every token is served by its layer's mean levels, scaled to equal cost, over the
+dense pass. Levels that know what they do are higher where need is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vesicle.duo.difficulty import by_class, by_frequency, by_position, entropy, spearman
+from vesicle.errors import BudgetError
+from vesicle.evaluation.execution.executor import Span
+from vesicle.evaluation.methods.ledger import Ledger
+from vesicle.evaluation.methods.matching import match
 from vesicle.modulator import ModulatorMethod
 from vesicle.phases import EVERYWHERE
 from vesicle.plan import FloatArray, Method
@@ -110,8 +114,9 @@ def lesion(
 ) -> dict[str, Any]:
     """One transmitter at a time loses what it knows of tokens, or rests; a job.
 
-    *Flat* has it at its mean in each layer, *resting* at 1; others are as released. What a flat one
-    loses is what its tokens' levels were good for, and by class it says for what.
+    *Flat* has its mean deficit in each layer, scaled so that all cost what they did; *resting* is
+    at 1, at more cost; others are as released. What a flat one loses is what its tokens' levels
+    were good for, and by class it says for what.
     """
     run = Run(out=out, scale=scale, seed=seed, texts=texts, data=data, text=text)
     subject, dial, _ = served(run)
@@ -124,10 +129,17 @@ def lesion(
         base = token_losses(subject, replayed(subject, released), ids)
         classes = [token_classes(run.corpora[task].tokenizer, own.tolist())[1:] for own in ids]
         flat_classes = [name for own in classes for name in own]
+        counted = scored[:, 1:]
+        judged = [name for name, kept in zip(flat_classes, counted.flatten(), strict=True) if kept]
         for a, name in enumerate(config.transmitters):
             for how in ("flat", "resting"):
                 changed = released.copy()
-                changed[..., a] = released.mean((0, 1))[:, a] if how == "flat" else 1.0
+                changed[..., a] = 1.0
+                if how == "flat":
+                    flat = _flattened(subject, released, (a,))
+                    if flat is None:
+                        continue
+                    changed = flat
                 losses = token_losses(subject, replayed(subject, changed), ids)
                 more = losses - base
                 counts = scored[:, 1:].to(more.dtype)
@@ -138,7 +150,8 @@ def lesion(
                         "transmitter": name,
                         "how": how,
                         "more": [round(v, 5) for v in each.tolist()],
-                        "by_class": _groups(by_class(more.flatten(), flat_classes)),
+                        "cost": round(_cost(subject, changed), 5),
+                        "by_class": _groups(by_class(more[counted], judged)),
                     }
                 )
     return {"rows": rows}
@@ -216,9 +229,43 @@ def token_losses(subject: Subject, methods: Sequence[Method] | None, ids: Tensor
 
 def _need(subject: Subject, levels: FloatArray, ids: Tensor) -> Tensor:
     """(N, T - 1)."""
-    flat = np.broadcast_to(levels.mean((0, 1)), levels.shape).copy()
+    flat = _flattened(subject, levels, tuple(range(levels.shape[-1])))
+    if flat is None:  # no scale of the means costs as much: inside a step that all take together
+        flat = np.broadcast_to(levels.mean((0, 1)), levels.shape).copy()
     served = token_losses(subject, replayed(subject, flat), ids)
     return served - token_losses(subject, None, ids)
+
+
+def _flattened(subject: Subject, levels: FloatArray, columns: Sequence[int]) -> FloatArray | None:
+    """Levels (N, T, L, A) with some transmitters at their mean deficits, scaled to equal cost.
+
+    None where no scale costs as much.
+    """
+    ledger, deficits = _ledger(subject, levels), 1.0 - levels
+    mean = deficits.mean((0, 1))
+
+    def family(x: float) -> list[FloatArray]:
+        changed = deficits.copy()
+        for a in columns:
+            changed[..., a] = np.clip(x * mean[:, a], 0.0, 1.0)
+        return list(changed)
+
+    try:
+        found = match(ledger, family, ledger.share(list(deficits)))
+    except BudgetError:
+        return None
+    return 1.0 - np.clip(np.stack(list(found.deficits)), 0.0, 1.0)
+
+
+def _cost(subject: Subject, levels: FloatArray) -> float:
+    """Executed share of levels (N, T, L, A)."""
+    return _ledger(subject, levels).share(list(1.0 - levels))
+
+
+def _ledger(subject: Subject, levels: FloatArray) -> Ledger:
+    assert subject.modulator is not None
+    spans = [[Span(0, levels.shape[1], 0)]] * len(levels)
+    return Ledger(subject.modulator, subject.shape, spans, phases=EVERYWHERE)
 
 
 def _tokens(

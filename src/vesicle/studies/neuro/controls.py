@@ -1,11 +1,13 @@
 """Whether it matters what is released where: the trained whole beside levels that no one learnt.
 
-The decoder stays the one that was trained with its modulator; only the levels are others, at equal
-executed cost. Beside the rivals of `evaluation.methods.controls` stand
+The decoder stays the one that was trained with its modulator; only the levels are others, at the
+cost that the learnt ones executed on the same task. Beside the rivals of
+`evaluation.methods.controls` stand
 
 - *swapped*: each transmitter takes the next one's levels;
 - *inverted*: deficits are mirrored at their layer's mean, so that what had more has less;
-- *oracle*: a table for each text, found greedily with that text's own labels, on some texts.
+- *oracle*: a table for each text, found greedily with that text's own labels, at what the learnt
+  levels cost on that text; on some texts.
 """
 
 from __future__ import annotations
@@ -77,15 +79,16 @@ class _Judged:
     ) -> None:
         assert subject.modulator is not None
         self.run, self.subject, self.task, self.budget = run, subject, task, budget
-        self.ids, self.scored = ids, scored
+        self.ids, self.scored, self.dial = ids, scored, dial
         self.learnt = levels_at(subject, dial, ids, scored)
         self.ledger = self._ledger(len(ids))
         losses, cost, _ = executed(subject, subject.method(dial), ids, scored)
         self._found = [self._row("learnt", losses, cost)]
+        self.cost = cost
 
     def rows(self) -> list[dict[str, Any]]:
         """The learnt levels, and each control that reaches the budget."""
-        ledger, budget, learnt = self.ledger, self.budget, self.learnt
+        ledger, budget, learnt = self.ledger, self.cost, self.learnt
         seed = self.run.seed
         deficits = [1.0 - levels[..., ledger.columns] for levels in learnt]
         made: dict[str, Callable[[], Control]] = {
@@ -117,7 +120,7 @@ class _Judged:
         }
 
     def _scaled(self, name: str, deficits: list[FloatArray]) -> Control:
-        found = match(self.ledger, lambda x: [x * d for d in deficits], self.budget)
+        found = match(self.ledger, lambda x: [x * d for d in deficits], self.cost)
         return from_deficits(name, self.ledger, found)
 
     def _best_of_n(self) -> Control:
@@ -128,7 +131,7 @@ class _Judged:
             return float(np.mean(executed(self.subject, method, ids, scored)[0]))
 
         return best_of_n(
-            self.ledger, self.budget, loss, n=self.run.size.random_tables, seed=self.run.seed
+            self.ledger, self.cost, loss, n=self.run.size.random_tables, seed=self.run.seed
         )
 
     def _search(self) -> None:
@@ -144,7 +147,8 @@ class _Judged:
             ) -> list[float]:
                 return [executed(self.subject, m, ids, scored)[0][0] for m in methods]
 
-            found = Descent(run, ledger, OracleConfig()).at(self.budget)
+            own_cost = executed(self.subject, self.subject.method(self.dial), ids, scored)[1]
+            found = Descent(run, ledger, OracleConfig()).at(own_cost)
             if found is None:
                 return
             control = from_deficits(ORACLE, ledger, found)

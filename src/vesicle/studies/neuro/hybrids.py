@@ -13,7 +13,7 @@ from typing import Any
 
 from vesicle.eviction import SinksAndRecent
 from vesicle.plan import Dense
-from vesicle.studies.neuro.judging import Point, executed
+from vesicle.studies.neuro.judging import point
 from vesicle.studies.neuro.run import Run
 from vesicle.studies.neuro.variants import variants
 
@@ -59,14 +59,9 @@ def judge_memory(
     subject, size = run.trained(variants()[variant]), run.size
     dials = sorted(size.dials, reverse=True) if subject.modulator is not None else []
     entries = max(_INTERVAL, size.length // 2)
-    points = list[Point]()
+    points = []
     for dial in [1.0, *dials]:
-        inner = Dense() if subject.modulator is None else subject.method(dial)
+        inner = Dense() if subject.modulator is None else subject.served(dial)
         method = SinksAndRecent(entries, interval=_INTERVAL, inner=inner)
-        losses, shares = dict[str, list[float]](), list[float]()
-        for task, ids, scored in run.judged("test"):
-            found, share, _ = executed(subject, method, ids, scored)
-            losses[task] = [round(v, 5) for v in found]
-            shares.append(share)
-        points.append({"dial": dial, "cost": sum(shares) / len(shares), "losses": losses})
+        points.append(point(run, subject, dial, method))
     return {"entries": entries, "points": points}

@@ -11,7 +11,7 @@ from vesicle.predictors.delays import TAPS
 from vesicle.studies.corpora import TASKS
 from vesicle.studies.estimates import Records, Row, by_seed, compared, estimate
 from vesicle.studies.neuro.hybrids import REMEMBERING, SETS
-from vesicle.studies.neuro.judging import Point, at_cost
+from vesicle.studies.neuro.judging import Point
 from vesicle.studies.neuro.pruning import KEPT
 from vesicle.studies.neuro.tables import DENSE, losses_at, points_of
 
@@ -21,7 +21,7 @@ def levels(records: Records) -> dict[str, Any]:
     seeds = by_seed(records, "levels")
     names = seeds[0]["transmitters"]
     return {
-        "cost": seeds[0]["cost"],
+        "cost": _mean(s["cost"] for s in seeds),
         "by_task": {
             task: {name: _mean(s["by_task"][task][name] for s in seeds) for name in names}
             for task in TASKS
@@ -83,12 +83,14 @@ def doses(records: Records) -> list[Row]:
 def lesions(records: Records) -> list[Row]:
     """What each task and class loses where a transmitter is flat, or rests."""
     seeds = by_seed(records, "lesions")
-    rows = []
-    for place, first in enumerate(seeds[0]["rows"]):
-        own = [record["rows"][place] for record in seeds]
+    rows, keys = [], ("task", "transmitter", "how")
+    for which in dict.fromkeys(tuple(r[k] for k in keys) for s in seeds for r in s["rows"]):
+        own = [r for s in seeds for r in s["rows"] if tuple(r[k] for k in keys) == which]
         rows.append(
             {
-                **{key: first[key] for key in ("task", "transmitter", "how")},
+                **dict(zip(keys, which, strict=True)),
+                "seeds": len(own),
+                "cost": _mean(row["cost"] for row in own),
                 "more": estimate([row["more"] for row in own]),
                 "by_class": _groups([row["by_class"] for row in own]),
             }
@@ -144,8 +146,6 @@ def hybrids(records: Records, budgets: Sequence[float]) -> list[Row]:
 
 
 def _rise(points: Sequence[Sequence[Point]], dense: Any, cost: float) -> Row | None:
-    if any(at_cost(own, cost) is None for own in points):
-        return None
     own = losses_at(points, cost)
     return None if own is None else compared(own, dense)
 

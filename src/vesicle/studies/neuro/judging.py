@@ -81,6 +81,9 @@ def unread(subject: Subject, plans: Sequence[Plan]) -> float:
         return 0.0
     each = 4.0 * subject.shape.query_width
     left = 0.0
+    if subject.importance is not None:  # who says where tiles are small is paid for
+        n_tokens = sum(plan.n_tokens for plan in plans)
+        left -= subject.importance.flops * subject.shape.n_layers * n_tokens / each
     for plan in plans:
         dense = (plan.n_tokens + 1) / 2
         runs = plan.rows["attention"].sum(0)  # (L,) tokens
@@ -95,35 +98,40 @@ def dense_flops(subject: Subject, n_texts: int, length: int) -> int:
 
 
 def curve(run: Run, subject: Subject) -> list[Point]:
-    """A variant on the test texts: at rest, or as it is, and at each dial; costs falling."""
-    texts = list(run.judged("test"))
-    dials = sorted(run.size.dials, reverse=True) if subject.modulator is not None else []
-    points = [_undivided(subject, texts)]
-    for dial in dials:
-        losses, shares = dict[str, list[float]](), []
-        for task, ids, scored in texts:
-            found, share, _ = executed(subject, subject.method(dial), ids, scored)
-            losses[task] = _rounded(found)
-            shares.append(share)
-        points.append({"dial": dial, "cost": float(np.mean(shares)), "losses": losses})
-    return points
+    """A variant on the test texts: at rest, or as it is, and at each dial."""
+    points = [_undivided(subject, list(run.judged("test")))]
+    if subject.modulator is None:
+        return points
+    dials = sorted(run.size.dials, reverse=True)
+    return points + [point(run, subject, dial, subject.served(dial)) for dial in dials]
+
+
+def point(run: Run, subject: Subject, dial: float, method: Method) -> Point:
+    """What a method loses and costs on the test texts."""
+    losses, shares = dict[str, list[float]](), list[float]()
+    for task, ids, scored in run.judged("test"):
+        found, share, _ = executed(subject, method, ids, scored)
+        losses[task] = _rounded(found)
+        shares.append(share)
+    return {"dial": dial, "cost": float(np.mean(shares)), "losses": losses}
 
 
 @torch.no_grad()
 def _undivided(subject: Subject, texts: Sequence[tuple[str, Tensor, Tensor]]) -> Point:
     """The model by itself; what a fixed pattern of attention leaves out is left out of its cost."""
     _harden(subject)
-    losses = dict[str, list[float]]()
+    losses, saved = dict[str, list[float]](), 0.0
+    rest = Plan.rest(subject.shape, texts[0][1].shape[1])
     for task, ids, scored in texts:
         found = []
         for start in range(0, len(ids), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             logits = subject.model(ids[part], use_cache=False).logits
             found += text_losses(logits, ids[part], scored[part]).tolist()
+            saved += unread(subject, [rest] * len(logits))
         losses[task] = _rounded(found)
-    length = texts[0][1].shape[1]
-    saved = unread(subject, [Plan.rest(subject.shape, length)])
-    cost = 1 - saved / dense_flops(subject, 1, length)
+    n_texts = sum(len(ids) for _, ids, _ in texts)
+    cost = 1 - saved / dense_flops(subject, n_texts, rest.n_tokens)
     return {"dial": 1.0, "cost": float(cost), "losses": losses}
 
 
@@ -170,7 +178,7 @@ def dial_for(run: Run, subject: Subject, points: Sequence[Point], cost: float) -
     for _ in range(_TRIES):
         part = 0.5 if above == below else (cost - below) / (above - below)
         dial = low + min(max(part, 0.1), 0.9) * (high - low)
-        own = float(np.mean([executed(subject, subject.method(dial), *t[1:])[1] for t in texts]))
+        own = float(np.mean([executed(subject, subject.served(dial), *t[1:])[1] for t in texts]))
         if abs(own - cost) <= _NEAR:
             return dial
         if own < cost:

@@ -10,7 +10,6 @@ together unless the variant says otherwise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -25,8 +24,10 @@ from vesicle.reference.attach import Soft, attach
 from vesicle.studies.neuro.needs import needs_loss
 from vesicle.studies.neuro.policy import Perturbed
 from vesicle.studies.neuro.subject import Subject
+from vesicle.training.config import GOLDEN
 from vesicle.training.early_exit import early_exit_loss
 from vesicle.training.objectives import TemperatureSchedule, budget_penalty, divergence
+from vesicle.training.trainer import READ_OUT
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -36,18 +37,16 @@ if TYPE_CHECKING:
 PRICE = 30.0
 """Nats per squared share off the budget."""
 
-_GOLDEN = (math.sqrt(5) - 1) / 2
 _EDGES = TemperatureSchedule(start=0.15, end=0.02)
 _TILES_PRICE = 4.0
 _HARDENING = TemperatureSchedule(start=0.5, end=0.05)
-_READ_OUT = ("offset", "log_slope", "position_weight")
 
 
 def faster(name: str) -> float:
     """How many times the decoder's learning rate a parameter of a subject has."""
     if not name.startswith("modulator."):
         return 1.0
-    return 20.0 if name.rpartition(".")[2] in _READ_OUT else 3.0
+    return 20.0 if name.rpartition(".")[2] in READ_OUT else 3.0
 
 
 def text_losses(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
@@ -66,10 +65,8 @@ def text_losses(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
 
 
 def dense_loss(model: nn.Module, ids: Tensor, scored: Tensor) -> Tensor:
-    """Mean nats of all targets that count, nothing left out."""
-    wanted = ids[:, 1:].masked_fill(~scored[:, 1:], -100)
-    logits = model(ids, use_cache=False).logits
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten())
+    """Mean over texts, nothing left out."""
+    return text_losses(model(ids, use_cache=False).logits, ids, scored).mean()
 
 
 def loss_of(run: Run, subject: Subject, steps: int) -> Callable[[int], Tensor]:
@@ -90,12 +87,13 @@ def loss_of(run: Run, subject: Subject, steps: int) -> Callable[[int], Tensor]:
         if subject.tiles is not None:
             subject.tiles.temperature = _EDGES.at(place)
         if isinstance(predictor, EarlyExit):
-            return early_exit_loss(subject.model, predictor, ids, scored)
+            each = scored[:, 1:].sum(1, keepdim=True).clamp_min(1)
+            return early_exit_loss(subject.model, predictor, ids, scored, 1 / each)
         low, high = variant.budgets
-        budget = low + (high - low) * ((step + 1) * _GOLDEN % 1)
+        budget = low + (high - low) * ((step + 1) * GOLDEN % 1)
         if predictor is None or (budget >= 1 and variant.tune == "all"):
             return dense_loss(subject.model, ids, scored) + _tiles_price(subject, ids)
-        loss = _modulated(subject, teacher, ids, scored, min(budget, 0.99), place, step)
+        loss = _modulated(subject, teacher, ids, scored, min(budget, 0.99), place, step, run.seed)
         return loss + _tiles_price(subject, ids)
 
     return loss_at
@@ -117,6 +115,7 @@ def _modulated(
     budget: float,
     place: float,
     step: int,
+    seed: int,
 ) -> Tensor:
     variant, modulator = subject.variant, subject.modulator
     assert modulator is not None
@@ -124,7 +123,7 @@ def _modulated(
     predictor = modulator.predictor
     policy = None
     if variant.estimator == "policy":
-        policy = Perturbed(predictor, step)
+        policy = Perturbed(predictor, seed, step)
         ids, scored = policy.grouped(ids), policy.grouped(scored)
     heat = _HARDENING.at(place) if variant.estimator == "soft" else 0.0
     with (
@@ -165,7 +164,7 @@ def _nothing() -> Iterator[None]:
 @contextmanager
 def _told_alone(predictor: Predictor, told: bool) -> Iterator[None]:
     """Where read-outs are told what tokens need, the output has no say in them."""
-    own = [p for n, p in predictor.named_parameters() if told and n not in _READ_OUT]
+    own = [p for n, p in predictor.named_parameters() if told and n not in READ_OUT]
     for parameter in own:
         parameter.requires_grad_(False)
     try:

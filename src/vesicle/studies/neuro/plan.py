@@ -139,7 +139,10 @@ def run_study(
     Raises:
         VesicleError: A job failed, or another process writes to the folder.
     """
+    from vesicle.models.resolve import resolve_model
     from vesicle.studies.neuro.report import write_report
 
+    if scale != "debug":
+        resolve_model(None)  # for the passage at the end: missing, it is told before hours of work
     plan = stages(scale, data, text, workers)
     return run_stages(plan, out, partial(write_report, out, scale), show)

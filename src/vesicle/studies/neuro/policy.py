@@ -1,8 +1,9 @@
 """Policy gradients for levels: a group of perturbed releases, judged against each other.
 
-Each text stands in the batch `GROUP` times. With z the log odds of a level, as the predictor has
-them, z + s e is released instead, e ~ N(0, 1) for each token, layer and transmitter; the reward of
-a copy is the negative loss of its text and of its budget, and
+Of a batch's texts one in `GROUP` is taken, and stands in it `GROUP` times, for equal tokens. With z
+the log odds of a level, as the predictor has them, z + s e is released instead, e ~ N(0, 1) for
+each token, layer and transmitter; the reward of a copy is the negative loss of its text and of its
+budget, and
 
     loss = -mean over copies of A log p(z + s e),   A = (reward - mean) / deviation in its group
 
@@ -27,10 +28,10 @@ _DEVIATION = 0.5
 class Perturbed:
     """A predictor whose levels are perturbed inside a `with` statement."""
 
-    def __init__(self, predictor: Predictor, step: int) -> None:
-        """Perturbations are a function of the step."""
+    def __init__(self, predictor: Predictor, seed: int, step: int) -> None:
+        """Perturbations are a function of seed and step."""
         self._predictor = predictor
-        self._generator = torch.Generator().manual_seed(step)
+        self._generator = torch.Generator().manual_seed(1_000_003 * seed + step)
         self._log_p: Tensor | None = None
         self._n = 0
 

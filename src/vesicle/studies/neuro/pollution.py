@@ -40,13 +40,19 @@ def judge_pollution(
         for name, levels in tried.items():
             levels[:, half:] = 1.0
             more = token_losses(subject, replayed(subject, levels), ids) - dense
+            counts = scored[:, 1:].to(more.dtype)
+            # The first dense token is predicted by the last approximate one.
+            parts = {"approximate": slice(0, half - 1), "dense_after": slice(half, None)}
             rows.append(
-                {
-                    "task": task,
-                    "what": name,
-                    "approximate": [round(v, 5) for v in more[:, : half - 1].mean(1).tolist()],
-                    # The first dense token is predicted by the last approximate one.
-                    "dense_after": [round(v, 5) for v in more[:, half:].mean(1).tolist()],
+                {"task": task, "what": name}
+                | {
+                    key: [
+                        round(v, 5)
+                        for v in (
+                            (more * counts)[:, part].sum(1) / counts[:, part].sum(1).clamp_min(1)
+                        ).tolist()
+                    ]
+                    for key, part in parts.items()
                 }
             )
     return {"cost": round(cost, 4), "held": _HELD, "rows": rows}

@@ -21,6 +21,9 @@ from vesicle.studies.neuro.variants import Variant
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+_PER_CAPTION = 64
+"""Tokens of a text for each caption and its translation, of which they fill some 50."""
+
 _MIXING = 0.5
 """Tasks are drawn by the square root of how many texts they have."""
 
@@ -71,6 +74,7 @@ class Run:
             "decoder": asdict(self.decoder),
             "batch": self.size.batch,
             "steps": self.size.base_steps,
+            "captions": self.size.length // _PER_CAPTION,
         }
 
     def folder(self, name: str) -> Path:
@@ -92,7 +96,8 @@ class Run:
             chosen = draw(len(corpus.train), self.size.batch, step, self.seed)[:n]
             ids.append(corpus.train[chosen])
             scored.append(corpus.scored[0][chosen])
-        return torch.cat(ids), torch.cat(scored)
+        order = torch.from_numpy(rng.permutation(self.size.batch))
+        return torch.cat(ids)[order], torch.cat(scored)[order]
 
     def judged(self, split: str) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Of each task its name, texts (N, T) and the targets that count: `valid` or `test`."""
@@ -142,4 +147,6 @@ def _corpora(scale: str, data: str | None, text: str | None) -> dict[str, Corpus
         length=size.length,
         most_test=max(size.test_windows, size.valid_windows),
         more=load_documents(text) if text is not None else [],
+        captions=max(1, size.length // _PER_CAPTION),
+        told=0.5,
     )

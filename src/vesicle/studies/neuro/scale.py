@@ -96,7 +96,7 @@ SCALES = {
     ),
     "small": Scale(
         decoder=DecoderSize(
-            vocabulary=1024, width=128, n_layers=5, n_heads=4, n_kv_heads=2, ffn=384, context=256
+            vocabulary=1024, width=128, n_layers=6, n_heads=4, n_kv_heads=2, ffn=384, context=256
         ),
         sizes=((64, 4), (192, 6)),
         timed={

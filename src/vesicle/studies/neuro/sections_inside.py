@@ -85,23 +85,24 @@ def _doses(made: Page, rows: list[Row]) -> None:
 def _lesions(made: Page, rows: list[Row]) -> None:
     made.heading("Lesions")
     made.say(
-        "Flat: a transmitter at its mean in each layer, the others as released; what is lost more "
-        "is what its levels knew of tokens. Resting: at 1, at more cost. In nats a token, and the "
-        "classes that lose most."
+        "Flat: a transmitter at its layers' mean deficits, scaled to equal cost, the others as "
+        "released; what is lost more is what its levels knew of tokens. Resting: at 1, at more "
+        "cost. In nats a token, and the classes that lose most."
     )
     made.table(
-        ["task", "transmitter", "how", "more", "most, by class"],
+        ["task", "transmitter", "how", "cost", "more", "most, by class"],
         [
             [
                 row["task"],
                 row["transmitter"],
                 row["how"],
+                f"{row['cost']:.3f}",
                 told(row["more"]),
                 _classes(row["by_class"]),
             ]
             for row in rows
         ],
-        words=5,
+        words=3,
     )
 
 

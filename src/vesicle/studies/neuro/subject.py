@@ -14,10 +14,11 @@ from vesicle.evaluation.execution.language_modelling import model_shape
 from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.phases import EVERYWHERE
-from vesicle.predictors import MlpPredictor, PredictorConfig
+from vesicle.predictors import ConstantLevels, MlpPredictor, PredictorConfig
 from vesicle.scratch.patterns import Strided, Tiles, TilesState, patterned
 from vesicle.small_modules import LowRankMaps, SmallFfn
 from vesicle.studies.neuro.variants import Variant
+from vesicle.training.trainer import READ_OUT
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -30,8 +31,6 @@ _DIALS = np.linspace(0.01, 0.99, 99)
 
 _SMALLER, _RECENT = 8, 16
 """Hidden units of a big FFN for each one of a small; newest positions that tiles leave alone."""
-
-_READ_OUT = ("offset", "log_slope", "position_weight")
 
 
 class Subject(nn.Module):
@@ -116,6 +115,14 @@ class Subject(nn.Module):
         assert self.modulator is not None
         return ModulatorMethod(self.modulator, dial, EVERYWHERE)
 
+    def served(self, dial: float) -> Method:
+        """The same as it is executed: levels that are the dial itself need no predictor."""
+        assert self.modulator is not None
+        if self.variant.predictor != "none" or dial >= 1:
+            return self.method(dial)
+        levels = ConstantLevels(self.modulator.predictor.config, dial)
+        return ModulatorMethod(self.modulator.with_levels(levels), 1.0, EVERYWHERE)
+
 
 def _modulator(subject: Subject, rank: int) -> Modulator:
     variant, effectors = subject.variant, {}
@@ -147,5 +154,5 @@ def _modulator(subject: Subject, rank: int) -> Modulator:
         made.predictor.requires_grad_(False)
     elif variant.layers_alone:
         for name, parameter in made.predictor.named_parameters():
-            parameter.requires_grad_(name in _READ_OUT)
+            parameter.requires_grad_(name in READ_OUT)
     return made

@@ -74,7 +74,7 @@ class Variant:
         Raises:
             ValueError: Naming the field, its value and what is allowed.
         """
-        from vesicle.predictors import TRAINED
+        from vesicle.predictors import BASELINES, TRAINED
 
         kinds = (_NONE, *TRAINED)
         for name, allowed in (
@@ -91,6 +91,15 @@ class Variant:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         for transmitter in self.transmitters:
             index(transmitter)
+        if self.predictor in BASELINES and self.transmitters != ("serotonin",):
+            raise ValueError(
+                f"transmitters are {', '.join(self.transmitters)}; {self.predictor!r} releases "
+                "serotonin alone"
+            )
+        if self.attention is not None and set(self.attention) != {"block", "columns"}:
+            raise ValueError(
+                f"attention has {', '.join(sorted(self.attention))}; allowed: block and columns"
+            )
         low, high = self.budgets
         if not 0 < low <= high:
             raise ValueError(f"budgets are {self.budgets}; allowed: above 0, rising")
@@ -130,14 +139,14 @@ def of_group(*groups: str) -> list[Variant]:
 
 
 def _read(name: str, text: str) -> Variant:
-    values = json.loads(text)
-    known = {f.name for f in fields(Variant)} - {"name"}
-    if unknown := sorted(set(values) - known):
-        raise VesicleError(f"{name}: unknown field {unknown[0]!r}; known: {', '.join(known)}")
-    for field in ("transmitters", "budgets"):
-        if field in values:
-            values[field] = tuple(values[field])
+    known = sorted({f.name for f in fields(Variant)} - {"name"})
     try:
+        values = json.loads(text)
+        if unknown := sorted(set(values) - set(known)):
+            raise VesicleError(f"{name}: unknown field {unknown[0]!r}; known: {', '.join(known)}")
+        for field in ("transmitters", "budgets"):
+            if field in values:
+                values[field] = tuple(values[field])
         return Variant(name=name, **values)
     except (TypeError, ValueError) as error:
         raise VesicleError(f"{name}: {error}") from error
