@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vesicle.training.lessons import Lessons
 
 SENSITIVITY_WINDOWS, DIAL_WINDOWS = 1, 4
+_ANY = 1 << 30
 _APART = 1_000_003
 """Between the seeds of what is trained on and of what is judged by."""
 
@@ -155,8 +156,9 @@ def read_task_windows(
     import torch
 
     found = {}
-    window = subject.text.context_window
-    for name, pairs in _pairs(subject, tasks, data, window, 8 * most, seed, None).items():
+    # However long a prompt is, its end is what is taken.
+    pairs_by_task = _pairs(subject, tasks, data, _ANY, 8 * most, seed, None, window=length)
+    for name, pairs in pairs_by_task.items():
         long = [both[-length:] for p, a in pairs if len(both := [*p, *a]) >= length]
         if len(long) < least:
             raise DataError(
@@ -175,6 +177,7 @@ def _pairs(
     limit: int,
     seed: int,
     split: str | None,
+    window: int | None = None,
 ) -> dict[str, list[Pair]]:
     """Prompts and answers by task; of the split where a task has it, else of its own choice."""
     from vesicle.evaluation.execution.answers import pairs_of
@@ -188,7 +191,7 @@ def _pairs(
         own = split if split in task.splits else None
         source = None if data == "hub" else data
         loaded = load_items(task, data=source, split=own, settings=settings, limit=limit)
-        found[task.name] = pairs_of(task, loaded.items, text, text.turn_end, length)[:limit]
+        found[task.name] = pairs_of(task, loaded.items, text, text.turn_end, length, window)[:limit]
     return found
 
 

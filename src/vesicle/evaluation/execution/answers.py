@@ -20,7 +20,12 @@ Pair = tuple[list[int], list[int]]
 
 
 def pairs_of(
-    task: Task, items: Sequence[Item], codec: Codec, end: int | None, length: int
+    task: Task,
+    items: Sequence[Item],
+    codec: Codec,
+    end: int | None,
+    length: int,
+    window: int | None = None,
 ) -> list[Pair]:
     """Prompts and right answers of a task's items.
 
@@ -29,7 +34,8 @@ def pairs_of(
         items: Its items; of a text, its documents.
         codec: The model's text side.
         end: Token id that ends a turn, put behind a chat's answer; None for none.
-        length: Tokens of prompt and answer together, at most; a text's windows have as many.
+        length: Tokens of prompt and answer together, at most.
+        window: Of a text's windows; `length` if not given.
 
     Returns:
         Those that fit whole, which may be none.
@@ -37,7 +43,7 @@ def pairs_of(
     Raises:
         DataError: None can be asked.
     """
-    prepared, _ = prepare(task, items, codec, length, length=length)
+    prepared, _ = prepare(task, items, codec, length, length=window or length)
     found = [_pair(task, own, codec, end) for own in prepared if not own.prompt.shortened]
     return [(prompt, answer) for prompt, answer in found if len(prompt) + len(answer) <= length]
 
