@@ -479,6 +479,7 @@ def test_train_on_the_answers_of_tasks(vesicle: Run, longer: Path, tmp_path: Pat
     ("tasks", "told"),
     [
         ("race,sums", "'sums'"),
+        ("race,", "--tasks is 'race,'; allowed: names of tasks with commas between"),
         ("race", "raise --sequence-length"),
         ("longbench", "longbench has no training split"),
     ],
@@ -490,6 +491,17 @@ def test_tasks_that_cannot_be_trained_on(
     status, out, err = vesicle(*words, "--sequence-length", 32, "--out", tmp_path / "run")
     assert (status, out) == (2, "")
     assert told in err.splitlines()[-1]
+
+
+def test_a_predictor_that_tasks_cannot_train(vesicle: Run, model: Path, tmp_path: Path):
+    words = ("train", "--tasks", "race", "--data", "sample", "--model", model, "--out", tmp_path)
+    status, _, err = vesicle(*words, "--predictor", "recurrent")
+    assert status == 2
+    assert err.splitlines()[-1].endswith("allowed with --tasks: linear, mlp, quadratic, dendrites")
+    status, _, err = vesicle(*words, "--predictor", "mod")
+    assert status == 2
+    assert "predictor is 'mod'" in err
+    assert "label_weight is inf" in vesicle(*words, "--label-weight", "inf")[2]
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def _texts(
     import torch
 
     if tasks is not None:
-        names = list(dict.fromkeys(tasks.split(",")))
+        names = recipe.task_names_of(tasks)
         least = texts + -(-_SELECTION // len(names))
         of_tasks = recipe.read_task_windows(
             subject, names, data, length, least=least, most=texts + _FITTED, seed=seed

@@ -85,6 +85,32 @@ def read_windows(subject: Subject, data: str, split: str, field: str, length: in
     return token_windows(load_documents(data, split, field), subject.text.encode, length)
 
 
+def check_predictor(kind: str, tasks: str | None) -> None:
+    """Refuse a predictor that cannot be trained so, before anything is measured.
+
+    Raises:
+        VesicleError: It is unknown, or carries state and is to be trained on tasks.
+    """
+    from vesicle.predictors import PREDICTORS
+
+    fitting = [name for name, p in PREDICTORS.items() if tasks is None or not p.remembers]
+    if kind not in fitting:
+        on = "" if tasks is None else " with --tasks"
+        raise VesicleError(f"predictor is {kind!r}; allowed{on}: {', '.join(fitting)}")
+
+
+def task_names_of(given: str) -> list[str]:
+    """The names in a list with commas between, each once.
+
+    Raises:
+        VesicleError: One of them is empty.
+    """
+    names = [name.strip() for name in given.split(",")]
+    if not all(names):
+        raise VesicleError(f"--tasks is {given!r}; allowed: names of tasks with commas between")
+    return list(dict.fromkeys(names))
+
+
 def _check_length(subject: Subject, length: int) -> None:
     if length > subject.text.context_window:
         raise DataError(

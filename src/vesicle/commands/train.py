@@ -206,6 +206,8 @@ def train(
     except ValueError as error:
         raise VesicleError(str(error)) from error
     check_shares(config.accumulation)
+    if modulator is None:
+        recipe.check_predictor(predictor, tasks)
     from vesicle.modulator import Modulator
     from vesicle.training.lessons import Lessons
 
@@ -219,7 +221,7 @@ def train(
     if tasks is None:
         lessons = Lessons.of_text(recipe.read_windows(subject, data, split, field, sequence_length))
     else:
-        names = list(dict.fromkeys(tasks.split(",")))
+        names = recipe.task_names_of(tasks)
         lessons = recipe.read_lessons(subject, names, data, sequence_length, limit, seed)
         told = ", ".join(
             f"{int((lessons.task == k).sum())} of {name}" for k, name in enumerate(lessons.names)

@@ -109,8 +109,8 @@ class TrainConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: above 0")
         for name in ("price", "label_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 and above")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 and above, finite")
         if not self.task_temperature > 0:
             raise ValueError(f"task_temperature is {self.task_temperature}; allowed: above 0")
         if not 0 < self.budget_low <= self.budget_high < 1:

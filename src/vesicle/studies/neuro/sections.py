@@ -83,8 +83,10 @@ def summary(found: dict[str, Any]) -> str:
 
 def _about(found: dict[str, Any]) -> str:
     first = found["decoders"][0]
+    count = len(found["decoders"])
+    tried = "Figures of this scale mean nothing. " if found["scale"] == "debug" else ""
     return (
-        f"Scale: {found['scale']}. {len(found['decoders'])} decoders of "
+        f"Scale: {found['scale']}. {tried}{count} decoder{'s' if count > 1 else ''} of "
         f"{first['parameters']:,} parameters, trained from scratch on running text, translation "
         "and summaries. All costs were executed and priced; losses are nats a target on test "
         "texts, intervals are of 95 % over texts, differences paired by text and seed."
