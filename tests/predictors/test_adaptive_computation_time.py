@@ -1,6 +1,5 @@
 """Adaptive computation time: tokens halt by a sum over layers, for good, and skip what follows."""
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from tests.parity.test_soft import hard, soft
 from tests.predictors.test_predictors import B, D, L, T, hidden, released
-from tests.tiny import perturb, shape_of, tokens
+from tests.tiny import shape_of, tokens
 from vesicle.cost import price_dense
 from vesicle.effectors import SerotoninDepth
 from vesicle.modulator import Modulator
@@ -31,67 +30,8 @@ def depth_modulator(model: Any, predictor: Predictor) -> Modulator:
     return Modulator(predictor, {"serotonin": skips}, info)
 
 
-@pytest.fixture
-def act() -> AdaptiveComputationTime:
-    """Halts about half of the tokens on the way."""
-    predictor = AdaptiveComputationTime(CONFIG)
-    perturb(predictor)
-    with torch.no_grad():
-        predictor.offset += 2.5
-    return predictor.double().eval()
-
-
-def test_dial_one_is_rest_whatever_was_learnt(act: AdaptiveComputationTime):
-    assert (released(act, hidden(), 1.0) == 1).all()
-    assert (released(act.float(), 1000 * hidden(), 1.0) == 1).all()
-
-
 def test_an_untrained_one_halts_nothing_in_few_layers():
     assert (released(AdaptiveComputationTime(CONFIG), hidden(), 0.5) > 0.5).all()
-
-
-@pytest.mark.parametrize("t", [0, 63, 100])
-def test_causal(act: AdaptiveComputationTime, t: int):
-    x = hidden()
-    other = x.clone()
-    other[:, :, t + 1 :] = hidden(1)[:, :, t + 1 :]
-    assert torch.equal(released(act, x)[:, : t + 1], released(act, other)[:, : t + 1])
-
-
-@pytest.mark.parametrize("cuts", [(1,), (17, 40, 129), tuple(range(1, T))])
-def test_pieces_agree_with_the_whole(act: AdaptiveComputationTime, cuts: tuple[int, ...]):
-    torch.testing.assert_close(
-        released(act, hidden(), cuts=cuts), released(act, hidden()), rtol=0, atol=1e-12
-    )
-
-
-def test_rows_agree_with_the_whole_and_carry_nothing(act: AdaptiveComputationTime):
-    x, state = hidden(), dict[int, torch.Tensor]()
-    whole = released(act, x).detach()
-    for t in range(20):
-        for layer in range(L):
-            row = act.release_row(layer, x[layer, 0, t], t, 0.6, state)
-            assert row == pytest.approx(whole[0, t, layer].numpy(), abs=1e-12)
-        assert not state  # between tokens, so that a sequence can be forked anywhere
-
-
-def test_sequences_of_a_batch_do_not_meet(act: AdaptiveComputationTime):
-    x = hidden()
-    other = x.clone()
-    other[:, 1] = hidden(1)[:, 1]
-    assert torch.equal(released(act, x)[0], released(act, other)[0])
-    positions, state = torch.arange(T).expand(B, T), dict[int, torch.Tensor]()
-    for layer in range(L):
-        mixed = act.release(layer, x[layer], positions, torch.tensor([0.3, 0.9]), state)
-    for row, value in enumerate((0.3, 0.9)):
-        torch.testing.assert_close(mixed[row], released(act, x, value)[row, :, -1])
-
-
-def test_levels_rise_with_the_dial(act: AdaptiveComputationTime):
-    at = [released(act, hidden(), value) for value in (*DIALS, 1.0)]
-    for low, high in pairwise(at):
-        assert (low < high).all()
-        assert (low >= 0.5).double().mean() < (high >= 0.5).double().mean()
 
 
 def test_a_token_halts_where_the_sum_of_deficits_says_so(act: AdaptiveComputationTime):

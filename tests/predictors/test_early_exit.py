@@ -1,6 +1,5 @@
 """Early exit: tokens leave at the first layer that is confident enough, and exits are trained."""
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,8 +9,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from tests.parity.test_soft import hard, soft
 from tests.predictors.test_adaptive_computation_time import CONFIG, TOLERANCE, depth_modulator
-from tests.predictors.test_predictors import B, D, L, T, hidden, released
-from tests.tiny import perturb, tiny_model, tokens
+from tests.predictors.test_predictors import D, L, hidden, released
+from tests.tiny import tiny_model, tokens
 from vesicle.cost import price_dense
 from vesicle.plan import FFN_BIG, FFN_SKIP
 from vesicle.predictors import PredictorConfig
@@ -20,13 +19,6 @@ from vesicle.training.early_exit import early_exit_loss
 from vesicle.transmitters import index
 
 DIALS = (0.1, 0.3, 0.6, 0.9)
-
-
-@pytest.fixture
-def calm() -> EarlyExit:
-    predictor = EarlyExit(CONFIG)
-    perturb(predictor)
-    return predictor.double().eval()
 
 
 def exits(model: Any, ids: Tensor) -> list[Tensor]:
@@ -42,55 +34,6 @@ def exits(model: Any, ids: Tensor) -> list[Tensor]:
     for handle in handles:
         handle.remove()
     return found
-
-
-def test_dial_one_is_rest_whatever_was_learnt(calm: EarlyExit):
-    assert (released(calm, hidden(), 1.0) == 1).all()
-    assert (released(calm.float(), 1000 * hidden(), 1.0) == 1).all()
-
-
-@pytest.mark.parametrize("t", [0, 63, 100])
-def test_causal(calm: EarlyExit, t: int):
-    x = hidden()
-    other = x.clone()
-    other[:, :, t + 1 :] = hidden(1)[:, :, t + 1 :]
-    assert torch.equal(released(calm, x)[:, : t + 1], released(calm, other)[:, : t + 1])
-
-
-@pytest.mark.parametrize("cuts", [(1,), (17, 40, 129), tuple(range(1, T))])
-def test_pieces_agree_with_the_whole(calm: EarlyExit, cuts: tuple[int, ...]):
-    torch.testing.assert_close(
-        released(calm, hidden(), cuts=cuts), released(calm, hidden()), rtol=0, atol=1e-12
-    )
-
-
-def test_rows_agree_with_the_whole_and_carry_nothing(calm: EarlyExit):
-    x, state = hidden(), dict[int, Tensor]()
-    whole = released(calm, x).detach()
-    for t in range(20):
-        for layer in range(L):
-            row = calm.release_row(layer, x[layer, 0, t], t, 0.6, state)
-            assert row == pytest.approx(whole[0, t, layer].numpy(), abs=1e-12)
-        assert not state  # between tokens, so that a sequence can be forked anywhere
-
-
-def test_sequences_of_a_batch_do_not_meet(calm: EarlyExit):
-    x = hidden()
-    other = x.clone()
-    other[:, 1] = hidden(1)[:, 1]
-    assert torch.equal(released(calm, x)[0], released(calm, other)[0])
-    positions, state = torch.arange(T).expand(B, T), dict[int, Tensor]()
-    for layer in range(L):
-        mixed = calm.release(layer, x[layer], positions, torch.tensor([0.3, 0.9]), state)
-    for row, value in enumerate((0.3, 0.9)):
-        torch.testing.assert_close(mixed[row], released(calm, x, value)[row, :, -1])
-
-
-def test_levels_rise_with_the_dial(calm: EarlyExit):
-    at = [released(calm, hidden(), value) for value in (*DIALS, 1.0)]
-    for low, high in pairwise(at):
-        assert (low < high).all()
-        assert (low >= 0.5).double().mean() < (high >= 0.5).double().mean()
 
 
 @pytest.mark.parametrize("value", DIALS)

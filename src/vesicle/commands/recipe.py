@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SENSITIVITY_WINDOWS, DIAL_WINDOWS = 1, 4
 _ANY = 1 << 30
+"""More tokens than any prompt has."""
+
 _APART = 1_000_003
 """Between the seeds of what is trained on and of what is judged by."""
 
@@ -267,11 +269,10 @@ def new_modulator(
     from vesicle.calibration import allocate, fit_standins, measure_sensitivity
     from vesicle.evaluation.execution.language_modelling import model_shape
     from vesicle.modulator import Modulator
-    from vesicle.predictors import PREDICTORS, Predictor
+    from vesicle.predictors import Predictor
     from vesicle.small_modules import LowRankMaps
 
-    if predictor not in PREDICTORS:
-        raise VesicleError(f"predictor is {predictor!r}; allowed: {', '.join(PREDICTORS)}")
+    check_predictor(predictor, None)
     torch.manual_seed(0)
     skips = "serotonin" in transmitters
     try:

@@ -17,15 +17,14 @@ from torch.nn.functional import cross_entropy
 
 from vesicle.duo.difficulty import by_class, by_frequency, by_position, entropy, spearman
 from vesicle.errors import BudgetError
-from vesicle.evaluation.execution.executor import Span
-from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.evaluation.methods.matching import match
 from vesicle.modulator import ModulatorMethod
 from vesicle.phases import EVERYWHERE
-from vesicle.plan import FloatArray, Method
+from vesicle.plan import BLOCK, FloatArray, Method
 from vesicle.predictors import ConstantLevels, ReplayLevels
 from vesicle.reference.attach import attach
-from vesicle.studies.neuro.judging import curve, dial_for, executed
+from vesicle.studies.duo.difficulty import told_groups
+from vesicle.studies.neuro.judging import dial_for, executed
 from vesicle.studies.neuro.run import Run
 from vesicle.studies.neuro.tables import WHOLE
 from vesicle.studies.neuro.variants import variants
@@ -35,7 +34,6 @@ from vesicle.transmitters import index
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vesicle.duo.difficulty import Group
     from vesicle.studies.neuro.subject import Subject
 
 COST = 0.5
@@ -151,7 +149,7 @@ def lesion(
                         "how": how,
                         "more": [round(v, 5) for v in each.tolist()],
                         "cost": round(_cost(subject, changed), 5),
-                        "by_class": _groups(by_class(more[counted], judged)),
+                        "by_class": told_groups(by_class(more[counted], judged)),
                     }
                 )
     return {"rows": rows}
@@ -181,15 +179,15 @@ def draw_paths(
         "channels": np.round((rows["channels"] / widths).mean(-1).T, 4).tolist(),
         "ffn": rows["ffn"].T.tolist(),
         "attention": rows["attention"].T.tolist(),
-        "blocks": np.minimum(rows["kv_blocks"], (np.arange(n) // 16 + 1)[:, None]).T.tolist(),
+        "blocks": np.minimum(rows["kv_blocks"], (np.arange(n) // BLOCK + 1)[:, None]).T.tolist(),
         "maps": _attention_maps(subject, dial, own),
     }
 
 
 def served(run: Run) -> tuple[Subject, float, float]:
     """The whole, the dial at which levels are looked at, and the cost there."""
-    subject = run.trained(variants()[WHOLE])
-    points = curve(run, subject)
+    whole = variants()[WHOLE]
+    subject, points = run.trained(whole), run.points(whole)
     for cost in (COST, *sorted(run.size.budgets)):
         dial = dial_for(run, subject, points, cost)
         if dial is not None:
@@ -241,7 +239,7 @@ def _flattened(subject: Subject, levels: FloatArray, columns: Sequence[int]) -> 
 
     None where no scale costs as much.
     """
-    ledger, deficits = _ledger(subject, levels), 1.0 - levels
+    ledger, deficits = subject.ledger(*levels.shape[:2]), 1.0 - levels
     mean = deficits.mean((0, 1))
 
     def family(x: float) -> list[FloatArray]:
@@ -259,13 +257,7 @@ def _flattened(subject: Subject, levels: FloatArray, columns: Sequence[int]) -> 
 
 def _cost(subject: Subject, levels: FloatArray) -> float:
     """Executed share of levels (N, T, L, A)."""
-    return _ledger(subject, levels).share(list(1.0 - levels))
-
-
-def _ledger(subject: Subject, levels: FloatArray) -> Ledger:
-    assert subject.modulator is not None
-    spans = [[Span(0, levels.shape[1], 0)]] * len(levels)
-    return Ledger(subject.modulator, subject.shape, spans, phases=EVERYWHERE)
+    return subject.ledger(*levels.shape[:2]).share(list(1.0 - levels))
 
 
 def _tokens(
@@ -282,9 +274,9 @@ def _tokens(
     for a, name in enumerate(names):
         own = mean[..., a]
         found[name] = {
-            "by_class": _groups(by_class(own.flatten(), classes)),
-            "by_position": _groups(by_position(own, n_parts)),
-            "by_frequency": _groups(by_frequency(own, ids, corpus.train)),
+            "by_class": told_groups(by_class(own.flatten(), classes)),
+            "by_position": told_groups(by_position(own, n_parts)),
+            "by_frequency": told_groups(by_frequency(own, ids, corpus.train)),
             "with_entropy": _correlation(own.flatten(), surprise.flatten()),
             **_words(corpus.tokenizer, ids, own),
         }
@@ -326,14 +318,6 @@ def _attention_maps(subject: Subject, dial: float, ids: Tensor) -> dict[str, Any
             for name, found in (("dense", dense), ("modulated", served))
         },
     }
-
-
-def _groups(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    return [
-        {"name": g.name, "tokens": g.n_tokens, "mean": round(g.mean, 4)}
-        for g in groups
-        if g.n_tokens
-    ]
 
 
 def _correlation(left: Tensor, right: Tensor) -> float | None:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vesicle.errors import BudgetError
-from vesicle.evaluation.execution.executor import Span
 from vesicle.evaluation.methods.controls import (
     Control,
     best_of_n,
@@ -30,11 +29,9 @@ from vesicle.evaluation.methods.controls import (
     uniform,
 )
 from vesicle.evaluation.methods.descent import Descent, OracleConfig
-from vesicle.evaluation.methods.ledger import Ledger
 from vesicle.evaluation.methods.matching import match
-from vesicle.phases import EVERYWHERE
 from vesicle.plan import FloatArray, Method
-from vesicle.studies.neuro.judging import curve, dial_for, executed, levels_at
+from vesicle.studies.neuro.judging import dial_for, executed
 from vesicle.studies.neuro.run import Run
 from vesicle.studies.neuro.tables import WHOLE
 from vesicle.studies.neuro.variants import variants
@@ -52,8 +49,9 @@ def judge_controls(
 ) -> dict[str, Any]:
     """Losses of the whole under other levels, at each budget, by task and text; a job."""
     run = Run(out=out, scale=scale, seed=seed, texts=texts, data=data, text=text)
-    subject = run.trained(variants()[WHOLE])
-    points, rows = curve(run, subject), list[dict[str, Any]]()
+    whole = variants()[WHOLE]
+    subject, points = run.trained(whole), run.points(whole)
+    rows = list[dict[str, Any]]()
     for budget in run.size.budgets:
         dial = dial_for(run, subject, points, budget)
         if dial is None:
@@ -77,14 +75,11 @@ class _Judged:
         budget: float,
         dial: float,
     ) -> None:
-        assert subject.modulator is not None
         self.run, self.subject, self.task, self.budget = run, subject, task, budget
         self.ids, self.scored, self.dial = ids, scored, dial
-        self.learnt = levels_at(subject, dial, ids, scored)
-        self.ledger = self._ledger(len(ids))
-        losses, cost, _ = executed(subject, subject.method(dial), ids, scored)
-        self._found = [self._row("learnt", losses, cost)]
-        self.cost = cost
+        self.ledger = subject.ledger(*ids.shape)
+        losses, self.cost, self.learnt = executed(subject, subject.method(dial), ids, scored)
+        self._found = [self._row("learnt", losses, self.cost)]
 
     def rows(self) -> list[dict[str, Any]]:
         """The learnt levels, and each control that reaches the budget."""
@@ -137,7 +132,7 @@ class _Judged:
     def _search(self) -> None:
         """The oracle, on the first texts alone; of the others' it has no losses."""
         n = min(self.run.size.oracle_windows, len(self.ids))
-        ledger, costs = self._ledger(1), []
+        ledger, costs = self.subject.ledger(1, self.ids.shape[1]), []
         losses: list[float | None] = [None] * len(self.ids)
         for i in range(n):
             ids, scored = self.ids[i : i + 1], self.scored[i : i + 1]
@@ -156,12 +151,6 @@ class _Judged:
             losses[i] = own[0]
             costs.append(cost)
         self._found.append(self._row(ORACLE, losses, float(np.mean(costs))))
-
-    def _ledger(self, n: int) -> Ledger:
-        assert self.subject.modulator is not None
-        length = self.ids.shape[1]
-        spans = [[Span(0, length, 0)]] * n
-        return Ledger(self.subject.modulator, self.subject.shape, spans, phases=EVERYWHERE)
 
 
 def _mirrored(deficits: FloatArray) -> FloatArray:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from vesicle.cost import Cost, price
-from vesicle.modulator import ModulatorMethod
 from vesicle.plan import FloatArray, Method, Plan
 from vesicle.reference.attach import attach
 from vesicle.shapes import Overhead
@@ -186,13 +185,6 @@ def dial_for(run: Run, subject: Subject, points: Sequence[Point], cost: float) -
         else:
             above, high = own, dial
     return None
-
-
-def levels_at(subject: Subject, dial: float, ids: Tensor, scored: Tensor) -> list[FloatArray]:
-    """Released levels (T, L, 5) of texts (N, T) at a dial."""
-    method = subject.method(dial)
-    assert isinstance(method, ModulatorMethod)
-    return executed(subject, method, ids, scored)[2]
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

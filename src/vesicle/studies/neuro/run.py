@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vesicle.files import read_json
 from vesicle.scratch import DecoderSize, draw, new_decoder
 from vesicle.studies.corpora import TASKS, Corpus, load_mixture
 from vesicle.studies.neuro.scale import SCALES, Scale
@@ -133,6 +134,12 @@ class Run:
         weights = load_file(self.folder(variant.name) / "model.safetensors")
         subject.load_state_dict(weights, strict=False)
         return subject.eval()
+
+    def points(self, variant: Variant) -> list[dict[str, Any]]:
+        """Along a variant's dial, as its own job recorded them."""
+        record = read_json(self.out / "records" / "variant" / variant.name / f"{self.seed}.json")
+        found: list[dict[str, Any]] = record["result"]["points"]
+        return found
 
 
 @lru_cache(maxsize=1)

@@ -103,12 +103,17 @@ class Subject(nn.Module):
             return budget
         assert self.modulator is not None
         if self._dials is None:
-            length = int(self.model.config.max_position_embeddings)
-            ledger = Ledger(self.modulator, self.shape, [[Span(0, length, 0)]], phases=EVERYWHERE)
+            ledger = self.ledger(1, int(self.model.config.max_position_embeddings))
             sizes = self.shape.n_layers, len(self.variant.transmitters)
             self._dials = [(ledger.share(np.full(sizes, 1 - d)), d) for d in _DIALS]
         shares, dials = zip(*self._dials, strict=True)
         return float(np.interp(budget, shares, dials))
+
+    def ledger(self, n_texts: int, length: int) -> Ledger:
+        """What levels cost on texts of one length, logits at every position."""
+        assert self.modulator is not None
+        spans = [[Span(0, length, 0)]] * n_texts
+        return Ledger(self.modulator, self.shape, spans, phases=EVERYWHERE)
 
     def method(self, dial: float) -> Method:
         """The modulator at a dial, acting on every token."""

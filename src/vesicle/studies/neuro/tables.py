@@ -1,7 +1,7 @@
 """The study's tables, made from the records of its jobs alone.
 
-Losses are nats a target; differences are paired by text and seed, and tasks weigh the same. What a
-variant cannot reach along its dial has no figure.
+Losses are nats a target; differences are paired by text and seed, and each text weighs the same.
+What a variant cannot reach along its dial has no figure.
 """
 
 from __future__ import annotations
