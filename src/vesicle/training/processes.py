@@ -1,4 +1,4 @@
-"""Several processes that train together, as `accelerate launch` or `torchrun` start them.
+"""Several processes that train together, as `torchrun` starts them.
 
 Each takes its share of the micro-steps of a step; gradients and sums are added up over all of them,
 so that parameters stay the same everywhere and the run is that of a single process, up to the order
