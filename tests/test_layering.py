@@ -13,7 +13,7 @@ TIERS = """
     < namm < cost < families < models < predictors < effectors < modulator
     < shipped reference engine
     < integrations < presses < calibration < training < scratch < duo < tasks < evaluation
-    < evolution kept < report < bench < studies < commands < cli
+    < neurons evolution kept < report < bench < studies < commands < cli
 """
 # A module may import itself and lower tiers. Two names in one tier may not import each other.
 RANK = {name: rank for rank, tier in enumerate(TIERS.split("<")) for name in tier.split()}
