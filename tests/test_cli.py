@@ -229,6 +229,20 @@ def test_json_has_the_documented_schema(vesicle: Run, model: Path, modulator: Pa
     assert [key for key in sorted(keys(SCHEMA)) if f"`{key}`" not in document] == []
 
 
+def test_what_was_executed_is_priced_on_other_hardware_if_asked_for(vesicle: Run):
+    words = ("run", "hi", "--goal", "flops", "--price", "hnlpu")
+    priced = json.loads(vesicle(*words, "--json", tiny=True)[1])["price"]
+    assert priced["machine"] == "hnlpu"
+    share = priced["share"]["joules"]
+    assert 0 < share["low"] <= share["middle"] <= share["high"] <= 1
+    status, out, err = vesicle(*words, tiny=True)
+    assert status == 0
+    assert "hardwired" not in out
+    assert "arithmetic on published constants" in " ".join(err.split())
+    err = error_line(*vesicle(*words, "--no-report", tiny=True))
+    assert "--price is part of the report" in err
+
+
 def test_what_saves_no_time_rests_unless_flops_are_the_goal(vesicle: Run):
     def phases(*words: str) -> dict[str, str]:
         answer = json.loads(vesicle("run", "hi", "--budget", "0.5", "--json", *words, tiny=True)[1])

@@ -16,7 +16,7 @@ import typer
 
 import vesicle
 from vesicle.cli import app, load_command
-from vesicle.commands import SUMMARIES
+from vesicle.commands import GROUPS, SUMMARIES, neurons
 from vesicle.cost import Cost
 from vesicle.effectors import EFFECTORS
 from vesicle.evaluation.methods.names import ON_A_TEXT
@@ -212,7 +212,11 @@ def test_commands_have_these_options(words: list[str]):
     rest = list(words)
     if rest and not rest[0].startswith("-"):
         assert rest[0] in SUMMARIES, f"no command {rest[0]!r}"
-        command = load_command(rest.pop(0))
+        name = rest.pop(0)
+        command = load_command(name)
+        if name in GROUPS and rest and not rest[0].startswith("-"):
+            assert rest[0] in command.commands, f"no command {name} {rest[0]!r}"
+            command = load_command(rest.pop(0), f"vesicle.commands.{name}")
     options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
     given = [word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)]
     assert [option for option in given if option not in options] == []
@@ -228,7 +232,14 @@ def test_readme_shows_every_command():
 
 @pytest.mark.parametrize("name", SUMMARIES)
 def test_a_summary_is_how_the_help_begins(name: str):
-    assert load_command(name).help.startswith(f"{SUMMARIES[name]}\n\n")
+    assert f"{load_command(name).help}\n\n".startswith(f"{SUMMARIES[name]}\n\n")
+
+
+@pytest.mark.parametrize("name", neurons.SUMMARIES)
+def test_so_it_does_for_commands_about_neurons(name: str):
+    command = load_command(name, "vesicle.commands.neurons")
+    assert command.help.startswith(f"{neurons.SUMMARIES[name]}\n\n")
+    assert f"vesicle neurons {name}" in command.help
 
 
 @pytest.mark.parametrize("marker", ["README.md:results", "docs/training.md:shipped"])

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from vesicle import __version__, processors
-from vesicle.commands import SUMMARIES
+from vesicle.commands import GROUPS, SUMMARIES
 from vesicle.commands.signals import ended_by_signals
 from vesicle.errors import VesicleError
 from vesicle.streams import ReaderGone, StandardStreams, StreamError
@@ -26,37 +26,49 @@ USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-def load_command(name: str) -> Any:
+def load_command(name: str, folder: str = "vesicle.commands") -> Any:
     """Import a command with its options (typer's own type, which is click's in older versions).
 
     Args:
-        name: One of `SUMMARIES`.
+        name: One of the folder's `SUMMARIES`; a command with commands of its own is a folder.
+        folder: The package that it is in.
     """
-    module = import_module(f"vesicle.commands.{name}")
+    if name in GROUPS:
+        return typer.main.get_command(_group(name, f"{folder}.{name}", SUMMARIES[name]))
+    module = import_module(f"{folder}.{name}")
     function = getattr(module, "evaluate" if name == "eval" else name)  # eval is Python's own
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
     alone.command(name)(function)
     return typer.main.get_command(alone)
 
 
-class _Commands(typer.core.TyperGroup):
-    """The commands by name and summary, which is all that help and mistyped names need."""
+def _group(name: str, folder: str, text: str, epilog: str | None = None) -> typer.Typer:
+    """Commands by name and summary, which is all that help and mistyped names need."""
 
-    def resolve_command(self, *given: Any) -> Any:
-        name, summary, rest = super().resolve_command(*given)
-        return name, load_command(name) if name else summary, rest
+    class Commands(typer.core.TyperGroup):
+        def resolve_command(self, *given: Any) -> Any:
+            called, summary, rest = super().resolve_command(*given)
+            return called, load_command(called, folder) if called else summary, rest
+
+    found = typer.Typer(
+        name=name,
+        cls=Commands,
+        help=text,
+        epilog=epilog,
+        add_completion=False,
+        rich_markup_mode="rich",
+    )
+    for own, summary in import_module(folder).SUMMARIES.items():
+        found.command(own, help=summary)(lambda: None)
+    return found
 
 
-app = typer.Typer(
-    name="vesicle",
-    cls=_Commands,
-    help="Neurotransmitters for language models: spend compute per token and layer, skip the rest.",
-    epilog='Start with: vesicle run "Why is the sky blue?"',
-    add_completion=False,
-    rich_markup_mode="rich",
+app = _group(
+    "vesicle",
+    "vesicle.commands",
+    "Neurotransmitters for language models: spend compute per token and layer, skip the rest.",
+    'Start with: vesicle run "Why is the sky blue?"',
 )
-for _name, _summary in SUMMARIES.items():
-    app.command(_name, help=_summary)(lambda: None)
 
 
 def _show_version(wanted: bool) -> None:

@@ -17,6 +17,9 @@ SUMMARIES = {
     "difficult it is.",
     "bench": "Measure speed side by side: this engine at rest, at a budget, and its rivals.",
     "study": "Run a whole experiment plan: train, judge, ablate, draw, time, and write one report.",
+    "neurons": "Look inside a model: what single neurons, levels and decisions do.",
     "models": "List the models that go by a short name, and what the cache holds.",
     "info": "Tell what a modulator is, and what the engine finds on this machine.",
 }
+GROUPS = ("neurons",)
+"""Those that have commands of their own, in a folder."""

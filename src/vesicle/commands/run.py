@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vesicle.engine import Engine, Sampling, Sequence
     from vesicle.models import Text
     from vesicle.modulator import Modulator
+    from vesicle.neurons.hnlpu import ChipReport
     from vesicle.phases import Phases
     from vesicle.plan import Method, Plan
     from vesicle.reading import Reading
@@ -61,6 +62,12 @@ class WeightFormat(StrEnum):
     bf16 = "bf16"
     fp32 = "fp32"
     fp64 = "fp64"
+
+
+class PriceList(StrEnum):
+    """Other hardware, whose prices are arithmetic and no measurement."""
+
+    hnlpu = "hnlpu"
 
 
 class KvFormat(StrEnum):
@@ -232,6 +239,15 @@ def run(
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.", rich_help_panel=_HOW)
     ] = 0,
+    price: Annotated[
+        PriceList | None,
+        typer.Option(
+            help="Price what was executed on other hardware besides: hnlpu, a chip with the model "
+            "in its metal (arithmetic on published numbers).",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     save_plan: Annotated[
         Path | None,
         typer.Option(
@@ -284,6 +300,8 @@ def run(
         raise DataError("--replay and --goal are both given; a saved plan is executed as it is")
     _check_memory(memory, namm, replay)
     _check_read(read, replay)
+    if price is not None and no_report and not as_json:
+        raise DataError("--price is part of the report, which --no-report leaves out")
     show_progress = sys.stderr.isatty()
 
     with _status("loading", show_progress):
@@ -356,10 +374,11 @@ def run(
     if compare:
         with _status("generating once more, dense", show_progress):
             dense, _ = _generate(settings, Dense(), _discard)
+    priced = None if price is None else _priced(sequence)
 
     if as_json:
         source_namm = (namm or namm_for(folder)) if memory is not None and memory < 1 else None
-        about = {
+        about: dict[str, Any] = {
             "memory": memory,
             "read": read,
             "model": model or DEFAULT_MODEL,
@@ -367,12 +386,20 @@ def run(
             "modulator": source,
             "namm": None if source_namm is None else str(source_namm),
         }
+        if priced is not None:
+            about["price"] = {"machine": "hnlpu", **priced.to_dict()}
         print_json({**answer.to_dict(), "budget": budget, **about, **_compared(dense)})
     elif not no_report:
         from vesicle.report import show
 
         console = SafeConsole(stderr=True, highlight=False)
         show(answer, console, budget=budget, compared=dense, heat=not no_heat)
+        if priced is not None:
+            from vesicle.neurons.hnlpu import tables
+
+            for table in tables(priced):
+                console.print()
+                console.print(table)
     elif dense is not None:
         notice("the dense answer is part of the report, which --no-report leaves out")
 
@@ -677,6 +704,16 @@ def _generate(
         decode_s=decode_s,
     )
     return answer, sequence
+
+
+def _priced(sequence: Sequence) -> ChipReport:
+    """What was executed, on a hardwired chip."""
+    from vesicle.neurons.hnlpu import report
+
+    engine = sequence.engine
+    return report(
+        sequence.cost, sequence.dense_cost, engine.shape, sequence.length, plan=sequence.plan
+    )
 
 
 def _compared(dense: Answer | None) -> dict[str, Any]:

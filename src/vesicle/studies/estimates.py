@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vesicle.studies.bootstrap import interval
+from vesicle.intervals import interval
 
 Records = dict[str, dict[str, Any]]
 Row = dict[str, Any]

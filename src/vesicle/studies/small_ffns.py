@@ -20,7 +20,7 @@ from vesicle.calibration import fit_standins
 from vesicle.duo import Compared, OwnFfns, compare, jacobian, nested, relative_errors
 from vesicle.shapes import ModelShape
 from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
-from vesicle.studies.bootstrap import interval
+from vesicle.intervals import interval
 from vesicle.studies.page import Page
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Neurons as words: what a neuron's weights say in the terms of the LM head."""
