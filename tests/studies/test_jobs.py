@@ -77,3 +77,16 @@ def test_what_fails_is_named_and_what_was_done_stays(tmp_path: Path):
     assert job(2).done(tmp_path) == {"square": 4}
     assert job(-1).done(tmp_path) is None
     assert job(3).done(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ['{"call": ', "[]", '{"facts": {}}'])
+def test_a_damaged_record_is_named_and_can_be_removed(tmp_path: Path, content: str):
+    run_jobs([job(2)], tmp_path, workers=1)
+    path = tmp_path / "records" / "some" / "2.json"
+    path.write_text(content)
+    with pytest.raises(VesicleError, match=r"2\.json is damaged; remove it") as told:
+        run_jobs([job(2)], tmp_path, workers=1)
+    assert "at at" not in str(told.value)
+    path.unlink()
+    run_jobs([job(2)], tmp_path, workers=1)
+    assert ran(tmp_path) == [2, 2]

@@ -88,6 +88,7 @@ def oracle(
     from vesicle.studies.deep_oracle import SearchSettings, executed, page, search_texts, summary
     from vesicle.training.display import progress_bar
 
+    names = [] if tasks is None else recipe.task_names_of(tasks)
     if as_json and not report:
         raise VesicleError("--json prints the report, and --no-report makes none")
     if report:
@@ -105,7 +106,7 @@ def oracle(
     small = load_small_ffns(small_ffns, shape)
     weights = sample_key(subject.model)
     chosen, selection, others, named = _texts(
-        subject, data, split, field, length, texts, tasks, seed
+        subject, data, split, field, length, texts, names, seed
     )
     router = fit_error_router(subject.model, small, others[:_FITTED]) if report else None
     choices = make_duo_of(subject.model, small)
@@ -138,7 +139,7 @@ def _texts(
     field: str,
     length: int,
     texts: int,
-    tasks: str | None,
+    names: list[str],
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     """Texts to search, texts to choose the fixed pattern on, others; and whose tasks the first are.
@@ -147,8 +148,7 @@ def _texts(
     """
     import torch
 
-    if tasks is not None:
-        names = recipe.task_names_of(tasks)
+    if names:
         least = texts + -(-_SELECTION // len(names))
         of_tasks = recipe.read_task_windows(
             subject, names, data, length, least=least, most=texts + _FITTED, seed=seed

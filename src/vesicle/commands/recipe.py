@@ -105,11 +105,15 @@ def task_names_of(given: str) -> list[str]:
     """The names in a list with commas between, each once.
 
     Raises:
-        VesicleError: One of them is empty.
+        VesicleError: One of them is empty, or there is no such task.
     """
+    from vesicle.tasks.registry import find_task
+
     names = [name.strip() for name in given.split(",")]
     if not all(names):
         raise VesicleError(f"--tasks is {given!r}; allowed: names of tasks with commas between")
+    for name in names:
+        find_task(name)
     return list(dict.fromkeys(names))
 
 

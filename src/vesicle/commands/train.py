@@ -197,7 +197,7 @@ def train(
     given = dict(locals())
     from dataclasses import fields
 
-    from vesicle.training.processes import Processes, check_shares
+    from vesicle.training.processes import Processes, check_shares, rank
     from vesicle.training.trainer import TrainConfig
     from vesicle.training.trainer import train as run_training
 
@@ -206,6 +206,8 @@ def train(
     except ValueError as error:
         raise VesicleError(str(error)) from error
     check_shares(config.accumulation)
+    names = None if tasks is None else recipe.task_names_of(tasks)
+    tell = notice if rank() == 0 else _nothing  # of several processes one speaks
     if modulator is None:
         recipe.check_predictor(predictor, tasks)
     from vesicle.modulator import Modulator
@@ -218,21 +220,20 @@ def train(
     if start is not None and small is not None:
         start.ffn_standin = small
     held = eval_windows if eval_every else 0
-    if tasks is None:
+    if names is None:
         lessons = Lessons.of_text(recipe.read_windows(subject, data, split, field, sequence_length))
     else:
-        names = recipe.task_names_of(tasks)
         lessons = recipe.read_lessons(subject, names, data, sequence_length, limit, seed)
         told = ", ".join(
             f"{int((lessons.task == k).sum())} of {name}" for k, name in enumerate(lessons.names)
         )
-        notice(f"{told} fit into {sequence_length} tokens")
+        tell(f"{told} fit into {sequence_length} tokens")
     kept, held_out = lessons.held_out(held) if held else (lessons, None)
     windows = kept.packed()
     few, cache = windows[:calibration_windows], out / recipe.CALIBRATION
     team = Processes(device)
     if start is None:
-        notice("measuring each layer, after fitting stand-ins if serotonin is released")
+        tell("measuring each layer, after fitting stand-ins if serotonin is released")
         with team.first_first():  # the others read what it measured
             start = recipe.new_modulator(
                 subject,
@@ -248,7 +249,7 @@ def train(
         if warm_start:
             from vesicle.training.warm_start import warm_start as fit_labels
 
-            notice("fitting read-outs to oracle labels")
+            tell("fitting read-outs to oracle labels")
             fit_labels(subject.model, start, few)
     result = run_training(
         subject.model,
@@ -259,11 +260,15 @@ def train(
         out,
         data=Path(data).name if Path(data).exists() else data,
         restart=restart,
-        say=notice,
+        say=tell,
     )
     if not team.first:
         return
     unseen = None if held_out is None else held_out.packed()
     recipe.measure(subject, start, windows[: recipe.DIAL_WINDOWS], unseen, cache=cache)
     start.save_pretrained(out)
-    notice(f"wrote {out} after {result.step} steps; try vesicle run --modulator {out} PROMPT")
+    tell(f"wrote {out} after {result.step} steps; try vesicle run --modulator {out} PROMPT")
+
+
+def _nothing(line: str) -> None:
+    pass

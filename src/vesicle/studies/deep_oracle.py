@@ -36,9 +36,9 @@ from vesicle.duo import (
 )
 from vesicle.errors import VesicleError
 from vesicle.files import atomic_path
+from vesicle.intervals import interval
 from vesicle.kept.classes import SPECIAL, classes
 from vesicle.plan import FFN_BIG, FFN_SMALL
-from vesicle.intervals import interval
 from vesicle.studies.duo.difficulty import told_groups
 from vesicle.studies.duo.sections import shade
 from vesicle.studies.page import Page

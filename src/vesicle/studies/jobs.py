@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from vesicle.errors import VesicleError
+from vesicle.errors import DataError, VesicleError
 from vesicle.files import read_json, write_json
 from vesicle.folders import locked
 
@@ -45,14 +45,24 @@ class Job:
         return out / "records" / f"{self.name}.json"
 
     def done(self, out: Path) -> dict[str, Any] | None:
-        """Its record, if it was done with these facts."""
+        """Its record, if it was done with these facts.
+
+        Raises:
+            DataError: There is one that is damaged.
+        """
         path = self.path(out)
         if not path.exists():
             return None
-        record = read_json(path)
+        try:
+            record = read_json(path)
+            result: dict[str, Any] = record["result"]
+        except (DataError, KeyError, TypeError) as error:
+            raise DataError(
+                f"the record {path} is damaged; remove it, and its job is done again ({error})"
+            ) from error
         # As JSON has them: tuples are lists there.
         same = record.get("facts") == json.loads(json.dumps(self.facts))
-        return record["result"] if same and record.get("call") == self.call else None
+        return result if same and record.get("call") == self.call else None
 
 
 Stage = tuple[str, int, list[Job]]

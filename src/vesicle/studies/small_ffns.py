@@ -18,9 +18,9 @@ import numpy as np
 
 from vesicle.calibration import fit_standins
 from vesicle.duo import Compared, OwnFfns, compare, jacobian, nested, relative_errors
+from vesicle.intervals import interval
 from vesicle.shapes import ModelShape
 from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
-from vesicle.intervals import interval
 from vesicle.studies.page import Page
 
 if TYPE_CHECKING:

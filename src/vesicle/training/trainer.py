@@ -461,7 +461,11 @@ class _Run:
                     f"{self.folder} holds a run with {name} {theirs.get(name)}, and now it is "
                     f"{ours.get(name)}: use another folder, or --restart to begin anew"
                 )
-        for name, what in (("windows", "text"), ("model", "model"), ("standins", "stand-ins")):
+        for name, what in (
+            ("windows", "text or other tasks"),
+            ("model", "model"),
+            ("standins", "stand-ins"),
+        ):
             if facts.get(name) != self.facts[name]:
                 raise VesicleError(
                     f"{self.folder} holds a run on another {what}: use another folder, "

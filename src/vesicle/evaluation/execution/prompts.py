@@ -73,9 +73,9 @@ def make_prompt(
         decode=codec.decode,
     )
     if found is None:
+        room = f"more than {most_tokens} tokens" if most_tokens > 0 else "room for a prompt"
         raise DataError(
-            f"item {item.id!r} needs more than {most_tokens} tokens without any of its "
-            "context; raise --max-length"
+            f"item {item.id!r} needs {room} without any of its context; raise --max-length"
         )
     n_context = _n_opening(codec, style, found.text, found.ids)
     preamble = item.preamble
