@@ -70,4 +70,4 @@ def test_what_cannot_be_attributed_is_told(method, named):
         modulator = tiny_modulator(shape_of(model))
         hooked = Hooked(model, ModulatorMethod(modulator, 1.0 if method == "rest" else 0.4))
     with pytest.raises(VesicleError, match=named):
-        attribute(hooked, "caffeine", tokens(4))
+        attribute(hooked, "caffeine", tokens(12))

@@ -6,11 +6,15 @@ tokens and layers. That is attribution at first order (gradient times input, Shr
 and only a claim. The test: neurons with the largest mean contributions are held at their means in
 texts that were not looked at, and the released levels move; as many random neurons of the same
 layers are held likewise. Levels are then those that a modulator releases at work.
+
+The first tokens of a text do not count: a few neurons have activations of thousands at the first
+one (Sun et al. 2024, "Massive activations in large language models"), and would come first for
+every transmitter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +30,8 @@ from vesicle.neurons.hooks import Hooked
 from vesicle.predictors import Predictor
 from vesicle.transmitters import index as column_of
 
+SKIP = 8
+"""First tokens of a text that do not count."""
 _POST, _MID = "mlp.hook_post", "hook_resid_mid"
 
 
@@ -68,9 +74,11 @@ def attribute(
         show: Told how many texts are done.
 
     Raises:
-        VesicleError: There is no modulator that reads hidden states, or it does not release this.
+        VesicleError: There is no modulator that reads hidden states, it does not release this, or
+            texts are too short.
     """
     method, predictor = _released(hooked, transmitter)
+    _check_length(texts)
     place = predictor.config.transmitters.index(transmitter)
     n_layers, width = hooked.shape.n_layers, hooked.shape.ffn_width
     dense = Hooked(hooked.model, check=False)
@@ -79,7 +87,7 @@ def attribute(
     with torch.no_grad():
         for text in texts:
             seen = dense.run(text[None], read=posts)
-            means += torch.stack([seen[name][0].mean(0) for name in posts])
+            means += torch.stack([seen[name][0, SKIP:].mean(0) for name in posts])
     means /= len(texts)
     drive, size = torch.zeros(n_layers, width), torch.zeros(n_layers, width)
     for number, text in enumerate(texts):
@@ -90,14 +98,14 @@ def attribute(
         for layer in range(n_layers):
             hidden = seen[f"blocks.{layer}.{_MID}"]
             levels = predictor.release(layer, hidden, positions, dial, state)
-            total = total + levels[0, :, place].sum().float()
+            total = total + levels[0, SKIP:, place].sum().float()
         # The last layer's own neurons come after its level.
         inner = [seen[name] for name in posts[:-1]]
         slopes = torch.autograd.grad(total, inner, allow_unused=True)
         for layer, (slope, name) in enumerate(zip(slopes, posts, strict=False)):
             if slope is None:
                 continue
-            own = slope[0] * (seen[name][0].detach() - means[layer])
+            own = (slope[0] * (seen[name][0].detach() - means[layer]))[SKIP:]
             drive[layer] += own.mean(0) / n_layers
             size[layer] += own.abs().mean(0) / n_layers
         if show is not None:
@@ -138,6 +146,7 @@ def check_by_lesion(
         VesicleError: There are fewer neurons.
     """
     _released(hooked, found.transmitter)
+    _check_length(texts)
     n_layers, width = found.size.shape
     top = (n_layers - 1) * width // 2
     if not 1 <= count <= top:
@@ -160,9 +169,9 @@ def check_by_lesion(
         base = _levels(hooked, text, [])
         cost[-1, number] = base[1]
         for i, own in enumerate(sets):
-            edits = _held(own, found.means)
+            edits = _held(own, found.means, range(SKIP, len(text)))
             levels, spent = _levels(hooked, text, edits)
-            change = levels[..., column] - base[0][..., column]
+            change = (levels[..., column] - base[0][..., column])[SKIP:]
             moved[i, number] = np.abs(change).mean(), change.mean()
             cost[i, number] = spent
         if show is not None:
@@ -183,12 +192,12 @@ def check_by_lesion(
     return told
 
 
-def _held(neurons: list[tuple[int, int]], means: Tensor) -> list[Edit]:
+def _held(neurons: list[tuple[int, int]], means: Tensor, tokens: Sequence[int]) -> list[Edit]:
     """Edits that hold neurons at their means, one a layer."""
     edits = []
     for layer in sorted({layer for layer, _ in neurons}):
         own = [i for one, i in neurons if one == layer]
-        edits.append(clamp(f"blocks.{layer}.{_POST}", own, means[layer, own]))
+        edits.append(clamp(f"blocks.{layer}.{_POST}", own, means[layer, own], tokens))
     return edits
 
 
@@ -197,6 +206,16 @@ def _levels(hooked: Hooked, text: Tensor, edits: list[Edit]) -> tuple[np.ndarray
     run = hooked.run(text[None], edits=edits).run
     assert run is not None
     return run.levels[0], float(run.cost.flops_total)
+
+
+def _check_length(texts: Tensor) -> None:
+    """Refuse texts that are too short to count.
+
+    Raises:
+        VesicleError: With what is allowed.
+    """
+    if texts.shape[1] <= SKIP:
+        raise VesicleError(f"texts have {texts.shape[1]} tokens; allowed: {SKIP + 1} and more")
 
 
 def _released(hooked: Hooked, transmitter: str) -> tuple[ModulatorMethod, Predictor]:

@@ -34,7 +34,7 @@ def probe(
     split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
     field: Annotated[str, typer.Option(help="The field of JSON lines with the text.")] = "text",
     texts: Annotated[int, typer.Option(min=2, help="Texts, half to attribute on.")] = 16,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a text.")] = 64,
+    length: Annotated[int, typer.Option(min=9, help="Tokens of a text.")] = 64,
     count: Annotated[int, typer.Option(min=1, help="Neurons to lesion.")] = 50,
     draws: Annotated[int, typer.Option(min=1, help="Of as many random neurons.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of texts and random neurons.")] = 0,
