@@ -1,6 +1,7 @@
 """Every example runs as a reader would run it."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
+NEURONS = [p for p in sorted((ROOT / "examples" / "neurons").glob("*.py")) if p.stem != "subject"]
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +39,13 @@ def test_example(example: Path, arguments: list[str]):
     )
     assert done.returncode == 0, done.stderr
     assert "of dense" in done.stdout
+
+
+@pytest.mark.parametrize("example", NEURONS, ids=lambda path: path.stem)
+def test_example_of_neurons_on_a_tiny_model(
+    example: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", [str(example), "--tiny"])
+    monkeypatch.syspath_prepend(str(example.parent))  # where a program finds its neighbours
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out.strip()

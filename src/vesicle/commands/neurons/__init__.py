@@ -7,6 +7,7 @@ SUMMARIES = {
     "decode": "Decode every neuron of a model into tokens, through the LM head.",
     "clamp": "Clamp neurons, and see what becomes of the tokens that they decode to.",
     "lens": "Fit a Jacobian lens, and tell whether it foretells clamps better than none.",
+    "basis": "Find the features of layers that interact sparsely, and tell how sparsely.",
     "experts": "Train experts that route by sparsity, and ask what their neurons know.",
     "hnlpu": "Price a Plan in energy, time, area and money on a chip with the model in its metal.",
     "membership": "Infer which documents a model was trained on.",
