@@ -87,6 +87,10 @@ class Effect:
             # Neurons are paired by layer.
             ("above_random", own - chance),
             ("above_other_token", own - other),
+            # What a gate or an up projection reads does not tell which way the neuron pushes.
+            ("specialised_size", np.abs(own)),
+            ("random_size", np.abs(chance)),
+            ("size_above_random", np.abs(own) - np.abs(chance)),
         ):
             low, high = interval(values)
             found[name] = {"mean": float(values.mean()), "low": low, "high": high}

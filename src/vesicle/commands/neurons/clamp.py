@@ -141,7 +141,16 @@ def _print(told: dict[str, Any]) -> None:
             console.print(visible(answer["text"]), markup=False)
         return
     table = Table("tokens of", "nats", "95 %", title="rise of log probability")
-    for name in ("specialised", "random", "other_token", "above_random", "above_other_token"):
+    for name in (
+        "specialised",
+        "random",
+        "other_token",
+        "above_random",
+        "above_other_token",
+        "specialised_size",
+        "random_size",
+        "size_above_random",
+    ):
         row = told[name]
         interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
         table.add_row(name.replace("_", " "), f"{row['mean']:+.3f}", interval)
