@@ -148,7 +148,9 @@ def _print(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
         )
         for name, what in CONTROLS.items():
             above = own[f"above_{name}"]
-            console.print(f"  {what}: {_told(own[name])}; above that by {_told(above)}")
+            console.print(
+                f"  {what}: {_told(own[name])}; above that by {_told(above)}", soft_wrap=True
+            )
     console.print(f"\nnot described by either: {summary['not_described_by_either']}")
 
 
