@@ -22,8 +22,8 @@ from vesicle.duo import Reevaluated, by_chance, load_small_ffns, reevaluate, uns
 from vesicle.errors import VesicleError
 from vesicle.evaluation.execution.language_modelling import load_windows
 from vesicle.files import check_target, read_json, write_json
+from vesicle.intervals import interval
 from vesicle.plan import FFN_BIG, FFN_SMALL, Dense, Plan, Replay, StandIns
-from vesicle.studies.bootstrap import interval
 
 PROMPT, LENGTH = 64, 320
 CONFIDENCES = (0.1, 0.2, 0.4)

@@ -388,8 +388,9 @@ def _evenly(windows: Tensor, settings: ContextSettings) -> Tensor:
 
 def _check(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise VesicleError(
-                f"{folder} holds contexts made with {name} {theirs.get(name)!r}, not {value!r}: "
-                "use another folder, or remove it"
-            )
+        if theirs.get(name) == value:
+            continue
+        told = f"with {name} {theirs.get(name)!r}, not {value!r}"
+        if name == "windows":  # a digest tells nobody anything
+            told = "of another text, or of more or less of it, or in windows of another length"
+        raise VesicleError(f"{folder} holds contexts made {told}: use another folder, or remove it")

@@ -5,8 +5,8 @@ A source is
 - a `.txt` or `.txt.gz` file: one document;
 - a `.jsonl` or `.jsonl.gz` file: one document a line, taken from one field;
 - a folder: its files of these kinds, in the order of their names. If some names begin with the
-  wanted split (`train-00.jsonl`, `test.txt`), only those are read; local files have no other notion
-  of a split;
+  wanted split (`train-00.jsonl`, `test.txt`), only those are read, and if some begin with another
+  one's alone, none is; local files have no other notion of a split;
 - a hub data set, `owner/name` or `owner/name:configuration`, streamed.
 
 Some data sets (WikiText among them) hold one *line* a row, line end included. If every row that is
@@ -28,6 +28,8 @@ from vesicle.files import lone_surrogate, read_json_lines, read_text
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SPLITS = ("train", "valid", "dev", "test")
+_LISTED = 12
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
@@ -149,7 +151,14 @@ def _files(path: Path, split: str) -> list[Path]:
     files = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES))
     if not files:
         raise DataError(f"{path} holds no {', '.join(SUFFIXES)} file")
-    return [f for f in files if f.name.startswith(split)] or files
+    wanted = [f for f in files if f.name.startswith(split)]
+    # What is named after splits is of splits: a misspelt one must not mix them.
+    if not wanted and any(f.name.startswith(_SPLITS) for f in files):
+        raise DataError(
+            f"{path} has no file of the split {split!r}; files there: "
+            f"{', '.join(f.name for f in files[:_LISTED])}"
+        )
+    return wanted or files
 
 
 def _read_file(path: Path, field: str) -> Iterator[str]:

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from vesicle.commands.inputs import MODEL, REVISION, check_writable, notice
-from vesicle.commands.neurons.subject import DATA
+from vesicle.commands.inputs import MODEL, REVISION, check_writable, notice, read_prompt
+from vesicle.commands.neurons.subject import DATA, MOST_SEED, check_strength
 from vesicle.commands.outputs import print_json
 from vesicle.errors import VesicleError
 
-_LENGTH, _SPAN = 24, 240
-"""Tokens of a prompt, and of a text by which a neuron's largest value is told."""
+_LENGTH = 24
+"""Tokens of a prompt."""
 
 
 class Kind(StrEnum):
@@ -53,7 +53,9 @@ def clamp(
     split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
     field: Annotated[str, typer.Option(help="The field of JSON lines with the text.")] = "text",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 40,
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts and random neurons.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of prompts and random neurons.")
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option(help="A JSON file to write to, each neuron included.")
     ] = None,
@@ -76,6 +78,9 @@ def clamp(
         raise VesicleError("--neuron needs PROMPT, which is answered while it is held")
     if decoded is not None and prompt is not None:
         raise VesicleError("PROMPT goes with --neuron; --decoded takes prompts from --data")
+    if neuron is not None:
+        prompt = read_prompt(prompt, None)
+    check_strength(strength)
     check_writable(out, "--out")
     from vesicle.commands.neurons import subject as shared
     from vesicle.files import write_json
@@ -89,8 +94,20 @@ def clamp(
     subject = shared.load(model, revision)
     hooked = Hooked(subject.model)
     one = None if neuron is None else Neuron.parse(neuron, hooked.shape)
+    if prompt is not None:
+        room = subject.text.context_window - len(subject.text.chat(prompt))
+        if new_tokens > room:
+            raise VesicleError(
+                f"--new-tokens is {new_tokens}; allowed after this prompt: up to {max(0, room)}"
+            )
     spans = shared.texts(
-        subject, data, split, field, length=_SPAN, count=4 if data is None else 8, seed=seed
+        subject,
+        data,
+        split,
+        field,
+        length=shared.span(subject),
+        count=4 if data is None else 8,
+        seed=seed,
     )
     most = largest_values(hooked, spans, kind.value)
     told: dict[str, Any]

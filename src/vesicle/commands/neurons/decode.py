@@ -10,7 +10,9 @@ import typer
 
 from vesicle.commands import recipe
 from vesicle.commands.inputs import MODEL, REVISION, notice
+from vesicle.commands.neurons.subject import check_apart
 from vesicle.commands.outputs import print_json
+from vesicle.errors import DataError
 
 
 @recipe.holding_out
@@ -44,15 +46,20 @@ def decode(
 
       vesicle neurons decode --model runs/tuned --out runs/tuned-decoded --against runs/decoded
     """
+    check_apart(out)
+    if against is not None and against.resolve() == out.resolve():
+        raise DataError(f"--against and --out are both {out}; give the folder of another run")
     from vesicle.commands.neurons import subject as shared
     from vesicle.neurons.decoding.lens import load_lens
-    from vesicle.neurons.decoding.tokens import Decoded, decode_all, same_top_token
+    from vesicle.neurons.decoding.tokens import Decoded, check_alike, decode_all, same_top_token
     from vesicle.training.display import progress_bar
 
     other = None if against is None else Decoded.load(against)
     subject = shared.load(model, revision)
     maps = None if lens is None else load_lens(lens, subject.model)
     n_layers = subject.model.config.num_hidden_layers
+    if other is not None:
+        check_alike(other, subject.model)
     with progress_bar("decoding", n_layers, 0, sys.stderr.isatty() and not as_json) as bar:
         found = decode_all(subject.model, out, name=subject.name, k=top, lens=maps, show=bar)
     told = {

@@ -10,10 +10,10 @@ import typer
 
 from vesicle.commands import recipe
 from vesicle.commands.inputs import MODEL, REVISION, notice
-from vesicle.commands.neurons.subject import DATA
+from vesicle.commands.neurons.subject import DATA, MOST_SEED, check_apart, check_strength
 from vesicle.commands.outputs import print_json
 
-_LENGTH, _SPAN = 24, 240
+_LENGTH = 24
 
 
 @recipe.holding_out
@@ -30,7 +30,7 @@ def lens(
     strength: Annotated[
         float, typer.Option(help="Times the largest value that a neuron has in the text.")
     ] = 2.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of texts and neurons.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of texts and neurons.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison.")] = False,
 ) -> None:
     """Fit a Jacobian lens, and tell whether it foretells clamps better than none.
@@ -44,6 +44,8 @@ def lens(
 
       vesicle neurons decode --lens runs/lens --out runs/decoded-by-lens
     """
+    check_apart(out)
+    check_strength(strength)
     from vesicle.commands.neurons import subject as shared
     from vesicle.files import write_json
     from vesicle.neurons.clamping import largest_values
@@ -56,7 +58,9 @@ def lens(
     windows = shared.texts(
         subject, data, split, field, length=_LENGTH, count=texts + prompts, seed=seed
     )
-    spans = shared.texts(subject, data, split, field, length=_SPAN, count=4, seed=seed)
+    spans = shared.texts(
+        subject, data, split, field, length=shared.span(subject), count=4, seed=seed
+    )
     shows = sys.stderr.isatty() and not as_json
     with progress_bar("fitting", texts, 0, shows) as bar:
         maps = fit_lens(hooked, windows[:texts], out, show=bar)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vesicle.commands.inputs import MODEL, REVISION, check_budget, check_writable, notice
-from vesicle.commands.neurons.subject import DATA
+from vesicle.commands.inputs import MODEL, REVISION, check_writable, notice
+from vesicle.commands.neurons.subject import DATA, MOST_SEED, check_below_rest
 from vesicle.commands.outputs import print_json
 from vesicle.errors import VesicleError
 
@@ -37,7 +37,9 @@ def probe(
     length: Annotated[int, typer.Option(min=9, help="Tokens of a text.")] = 64,
     count: Annotated[int, typer.Option(min=1, help="Neurons to lesion.")] = 50,
     draws: Annotated[int, typer.Option(min=1, help="Of as many random neurons.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Of texts and random neurons.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of texts and random neurons.")
+    ] = 0,
     out: Annotated[Path | None, typer.Option(help="A JSON file to write to.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -53,7 +55,7 @@ def probe(
 
       vesicle neurons probe --transmitter gaba,dopamine --budget 0.8 --json
     """
-    check_budget(budget)
+    check_below_rest(budget)
     check_writable(out, "--out")
     from vesicle.commands.neurons import subject as shared
     from vesicle.files import write_json

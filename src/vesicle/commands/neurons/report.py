@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from vesicle.commands import recipe
-from vesicle.commands.inputs import MODEL, REVISION, check_budget, notice
-from vesicle.commands.neurons.subject import DATA
+from vesicle.commands.inputs import MODEL, REVISION, notice
+from vesicle.commands.neurons.subject import DATA, check_apart, check_below_rest
 from vesicle.commands.outputs import print_json
 
 _CHARACTERS = 32
@@ -48,7 +48,8 @@ def report(
 
       vesicle neurons report --out runs/try --tokens 1024 --length 128
     """
-    check_budget(budget)
+    check_apart(out)
+    check_below_rest(budget)
     import time
 
     from vesicle.commands.neurons import subject as shared

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vesicle.commands import recipe
-from vesicle.errors import DataError
+from vesicle.commands.inputs import check_budget
+from vesicle.errors import BudgetError, DataError, VesicleError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
     from vesicle.neurons.hooks import Hooked
 
+_SPAN = 240
+MOST_SEED = 2**63 - 1
+MOST_STRENGTH = 1e6
 DATA = (
     "Text to look at: a .txt, .jsonl or .jsonl.gz file, a folder of those, or a hub data set; a "
     "short text that comes with Vesicle if none."
@@ -58,7 +62,12 @@ def texts(
     import torch
 
     place, part = source(data, split)
-    ids = recipe.read_windows(subject, place, part, field, length)
+    try:
+        ids = recipe.read_windows(subject, place, part, field, length)
+    except DataError as error:
+        # Commands about neurons have no option for the length of a window.
+        told = str(error).replace("give more text or a shorter sequence length", "give more text")
+        raise DataError(told) from error
     if len(ids) < count:
         raise DataError(
             f"the text has {len(ids)} windows of {length} tokens, and {count} are needed; give a "
@@ -66,6 +75,44 @@ def texts(
         )
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     return ids[order[:count]]
+
+
+def span(subject: recipe.Subject) -> int:
+    """Tokens of a text by which a neuron's largest value is told."""
+    return min(_SPAN, subject.text.context_window)
+
+
+def check_apart(out: Path) -> None:
+    """Refuse to write into the folder of a model.
+
+    Raises:
+        DataError: It holds one.
+    """
+    if (out / "config.json").is_file():
+        raise DataError(f"--out {out} is the folder of a model; give another one")
+
+
+def check_strength(strength: float) -> None:
+    """Refuse what is no number to multiply with.
+
+    Raises:
+        VesicleError: With what is allowed.
+    """
+    if not 0 < abs(strength) <= MOST_STRENGTH:
+        raise VesicleError(
+            f"--strength is {strength:g}; allowed: up to {MOST_STRENGTH:g}, below 0 too, and not 0"
+        )
+
+
+def check_below_rest(budget: float) -> None:
+    """Refuse a budget at which levels follow from nothing.
+
+    Raises:
+        BudgetError: It is 1, or out of range.
+    """
+    check_budget(budget)
+    if budget == 1:
+        raise BudgetError("--budget is 1; allowed: above 0, below 1, since at 1 all levels rest")
 
 
 def source(data: str | None, split: str) -> tuple[str, str]:

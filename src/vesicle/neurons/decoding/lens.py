@@ -66,7 +66,9 @@ def fit_lens(
         kept = read_json(out / _FACTS)
         if {name: kept.get(name) for name in facts} != facts:
             raise VesicleError(
-                f"{out} holds a lens of another model or other texts: use another folder"
+                f"{out} holds a lens of "
+                f"{'another model' if kept.get('weights') != facts['weights'] else 'other texts'} "
+                "(number, seed and source decide which): use another folder, or remove it"
             )
         done, total = int(kept["done"]), load_file(out / _TENSORS)["total"]
     while done < len(texts):
@@ -147,18 +149,25 @@ def compare(
         strength: Of the change, times `most`, up and down by turns.
         seed: Of the draw.
         show: Told how many neurons are done.
+
+    Raises:
+        VesicleError: More neurons than half of the model's.
     """
     readout, rng = Readout(hooked.model), np.random.default_rng(seed)
     n_layers, n_neurons = most.shape
-    thirds = np.array_split(np.arange(n_layers), 3)
-    drawn = [
-        (int(rng.choice(thirds[i % 3])), int(rng.integers(n_neurons)), i % 3) for i in range(count)
-    ]
+    if not 3 <= count <= most.numel() // 2:
+        raise VesicleError(f"{count} neurons to compare on; allowed: 3 to {most.numel() // 2}")
+    parts = np.arange(count) % 3
+    drawn = np.zeros((count, 2), dtype=int)
+    for third, layers in enumerate(np.array_split(np.arange(n_layers), 3)):
+        own = parts == third
+        places = rng.choice(len(layers) * n_neurons, own.sum(), replace=False)
+        drawn[own] = np.stack([layers[places // n_neurons], places % n_neurons], 1)
     base = next_chances(hooked, prompts, [])
     last = [prompts.shape[1] - 1]
     foretold: dict[str, list[Tensor]] = {name: [] for name in _READOUTS}
     happened = []
-    for number, (layer, index, _) in enumerate(drawn):
+    for number, (layer, index) in enumerate(drawn.tolist()):
         way = 1.0 if number % 2 else -1.0
         value = way * strength * float(most[layer, index])
         # Added, so that what happens does not hang on where the neuron was.
@@ -177,7 +186,6 @@ def compare(
     rolled = [*foretold["lens"][3:], *foretold["lens"][:3]]  # of the same third of the layers
     own["shuffled"] = np.array([_correlation(a, b) for a, b in zip(rolled, happened, strict=True)])
     own["lens_above_plain"] = own["lens"] - own["plain"]
-    parts = np.array([part for _, _, part in drawn])
     return {
         "neurons": count,
         "strength": strength,

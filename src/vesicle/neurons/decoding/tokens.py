@@ -74,12 +74,23 @@ class Decoded:
         """Refuse a model that these are not the neurons of.
 
         Raises:
-            VesicleError: Its weights are others.
+            VesicleError: Its weights are others, or the numbers are damaged.
         """
         if self.facts["weights"] != sample_key(model):
             raise VesicleError(
                 f"these are decoded neurons of another model, {self.facts['model']}; decode this "
                 "one's first"
+            )
+        shape = Readout(model).shape
+        n_layers, _, width = self.scores.shape[:3]
+        low, high = int(self.ids.min()), int(self.ids.max())
+        if (n_layers, width) != (shape.n_layers, shape.ffn_width) or not (
+            0 <= low <= high < shape.vocabulary
+        ):
+            raise DataError(
+                f"the decoded neurons are damaged: {n_layers} layers of {width} with tokens {low} "
+                f"to {high}, and the model has {shape.n_layers} of {shape.ffn_width} with tokens 0 "
+                f"to {shape.vocabulary - 1}; decode again"
             )
 
     def save(self, folder: Path) -> None:
@@ -100,13 +111,24 @@ class Decoded:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        facts = read_json(folder / _FACTS)
+        facts, again = read_json(folder / _FACTS), f"remove {folder}, and decode again"
+        if not isinstance(facts, dict) or not isinstance(facts.get("kinds"), list):
+            raise DataError(f"{folder / _FACTS} is not what decode wrote; {again}")
+        kinds = tuple(facts.pop("kinds"))
         try:
             tensors = load_file(folder / _TENSORS)
-            kinds = tuple(facts.pop("kinds"))
-            return cls(kinds=kinds, facts=facts, **{name: tensors[name] for name in _NAMES})
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise DataError(f"{folder / _TENSORS} cannot be read: {error}") from error
+            found = cls(kinds=kinds, facts=facts, **{name: tensors[name] for name in _NAMES})
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DataError(f"{folder / _TENSORS} cannot be read: {error}; {again}") from error
+        size = found.scores.shape
+        if (
+            len(size) != 4
+            or size[1] != len(kinds)
+            or found.ids.shape != found.chances.shape
+            or found.ids.shape[:-1] != size
+        ):
+            raise DataError(f"{folder / _TENSORS} and {_FACTS} do not belong together; {again}")
+        return found
 
 
 def decode_all(
@@ -144,6 +166,7 @@ def decode_all(
     if (out / _FACTS).is_file():
         found = Decoded.load(out)
         _check(out, found.facts, facts)
+        found.check(model)
         return found
     parts = []
     for layer in range(shape.n_layers):
@@ -156,6 +179,18 @@ def decode_all(
     decoded.save(out)
     shutil.rmtree(out / "layers", ignore_errors=True)
     return decoded
+
+
+def check_alike(other: Decoded, model: nn.Module) -> None:
+    """Refuse another checkpoint's neurons that cannot be compared with a model's.
+
+    Raises:
+        DataError: Shapes differ.
+    """
+    readout = Readout(model)
+    own = (readout.shape.n_layers, len(readout.kinds), readout.shape.ffn_width)
+    if tuple(other.scores.shape[:3]) != own:
+        raise DataError(_apart(own, tuple(other.scores.shape[:3])))
 
 
 def same_top_token(one: Decoded, other: Decoded, kind: str) -> dict[str, float]:
@@ -173,10 +208,7 @@ def same_top_token(one: Decoded, other: Decoded, kind: str) -> dict[str, float]:
         DataError: Shapes differ.
     """
     if one.ids.shape != other.ids.shape or one.kinds != other.kinds:
-        raise DataError(
-            f"the two models have neurons of shapes {tuple(one.ids.shape[:3])} and "
-            f"{tuple(other.ids.shape[:3])}; allowed: two checkpoints of one shape"
-        )
+        raise DataError(_apart(tuple(one.ids.shape[:3]), tuple(other.ids.shape[:3])))
     left, right = one.best(kind)[0], other.best(kind)[0]
     return {
         "same": float((left == right).double().mean()),
@@ -213,8 +245,19 @@ def _layer(
 
 def _check(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise VesicleError(
-                f"{folder} holds neurons decoded with {name} {theirs.get(name)!r}, not {value!r}: "
-                "use another folder, or remove it"
-            )
+        if theirs.get(name) == value:
+            continue
+        told = f"with {name} {theirs.get(name)!r}, not {value!r}"
+        if name == "lens":
+            through = ("without a lens", "through another lens")[theirs.get(name) is not None]
+            told = f"{through}, and now it is {'no lens' if value is None else 'a lens'}"
+        raise VesicleError(
+            f"{folder} holds neurons decoded {told}: use another folder, or remove it"
+        )
+
+
+def _apart(one: tuple[int, ...], other: tuple[int, ...]) -> str:
+    return (
+        f"the two models have (layers, projections, neurons) {one} and {other}; allowed: two "
+        "checkpoints of one shape"
+    )
