@@ -204,7 +204,7 @@ def test_a_run_that_was_cut_off_goes_on(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("text", "contexts made with windows"),
+        ("text", "contexts made of another text"),
         ("model", "neurons decoded with weights"),
         ("dial", "at dial 0.4, made with another"),
         ("modulator", "drives of transmitters"),

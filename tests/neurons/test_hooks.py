@@ -7,6 +7,7 @@ import torch
 from tests.tiny import CONFIGS, shape_of, tiny_model, tiny_modulator, tokens
 from vesicle.errors import ModelError, VesicleError
 from vesicle.modulator import ModulatorMethod
+from vesicle.neurons.decisions import EditedMethod
 from vesicle.neurons.edits import Edit, clamp, lesion, transplant
 from vesicle.neurons.hooks import Hooked
 from vesicle.phases import EVERYWHERE
@@ -174,6 +175,31 @@ def test_an_edited_method_replays_in_the_engine_as_it_was():
     with torch.no_grad(), attach(model, Replay(held.run.plan, method.stand_ins)):
         again = model(ids, use_cache=False).logits
     torch.testing.assert_close(again, held.logits)
+
+
+def test_a_fork_goes_on_as_the_whole_does():
+    model, method = modulated()
+    edit = clamp("blocks.1.hook_levels", "gaba", 0.5, tokens=[2, 9]).checked(5)
+    whole, part = (EditedMethod(method, [edit]).author(shape_of(model)) for _ in range(2))
+    hidden = torch.randn(12, 48, generator=torch.Generator().manual_seed(1)).double()
+
+    def read(author, start, stop):
+        positions = np.arange(start, stop, dtype=np.int32)
+        rows = resting_rows(author.shape, positions)
+        for layer in range(3):
+            author.attention(layer, positions, rows[:, layer])
+            author.ffn(layer, hidden[start:stop], positions, rows[:, layer])
+        return rows
+
+    expected = read(whole, 0, 12)
+    read(part, 0, 8)
+    other = part.fork(6)
+    assert np.array_equal(read(other, 6, 12), expected[6:])
+    assert np.array_equal(other.levels, whole.levels)
+    assert whole.levels[9, 1, 2] == 0.5
+    part.rewind(6)
+    assert np.array_equal(read(part, 6, 12), expected[6:])
+    assert np.array_equal(part.levels, whole.levels)
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from vesicle.modulator import ModulatorMethod
 from vesicle.modulator.author import ModulatorAuthor
 from vesicle.neurons.edits import Edit
 from vesicle.neurons.names import LEVELS, PLAN, split
-from vesicle.plan import Author, FloatArray, IntArray, Method, Rows, StandIns
+from vesicle.plan import Author, FloatArray, IntArray, Method, Rows, StandIns, opening
 from vesicle.plan.rows import BY_NAME
 from vesicle.shapes import ModelShape, Overhead
 from vesicle.transmitters import NAMES
@@ -71,7 +71,7 @@ class EditedAuthor(Author):
 
     def __init__(self, inner: Author, shape: ModelShape, edits: Sequence[Edit]) -> None:
         """Wrap one sequence's author on a model of `shape`."""
-        self.inner, self.shape = inner, shape
+        self.inner, self.shape, self._edits = inner, shape, tuple(edits)
         self.evict_after, self.forgetter = inner.evict_after, inner.forgetter
         self._of_levels: dict[int, list[Edit]] = {}
         self._of_fields: dict[int, list[tuple[str, Edit]]] = {}
@@ -104,6 +104,17 @@ class EditedAuthor(Author):
     def acting(self, positions: IntArray) -> NDArray[np.bool_]:
         """The inner author's."""
         return self.inner.acting(positions)
+
+    def fork(self, n_tokens: int) -> Author:
+        """The inner author's fork, edited as this one is."""
+        other = EditedAuthor(self.inner.fork(n_tokens), self.shape, self._edits)
+        other._edited = opening(self._edited, n_tokens)
+        return other
+
+    def rewind(self, n_tokens: int) -> None:
+        """Tell the inner author, and forget what was released since."""
+        self.inner.rewind(n_tokens)
+        self._edited = opening(self._edited, n_tokens)
 
     def attention(self, layer: int, positions: IntArray, rows: Rows) -> None:
         """What the edited levels of the layer before decide, then edits of fields."""
