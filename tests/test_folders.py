@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,23 @@ def test_another_process_is_named(tmp_path: Path):
     with locked(folder):
         pass
     assert list(folder.iterdir()) == []
+
+
+def test_who_waits_has_it_once_the_other_lets_go(tmp_path: Path):
+    held, done = list[bool](), list[bool]()
+
+    def wait() -> None:
+        with locked(tmp_path, wait=True):
+            held.append(bool(done))
+
+    with held_by_another(tmp_path):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.5)
+        assert not held
+        done.append(True)
+    thread.join(30)
+    assert held == [True]
 
 
 def test_a_folder_made_for_nothing_is_removed(tmp_path: Path):

@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,22 +24,29 @@ from vesicle.errors import VesicleError
 from vesicle.files import atomic_path
 
 LOCK, EARLIER = ".vesicle-lock", "earlier"
+_LOOK_AGAIN = 0.2
+"""Seconds between looks at a folder that another process holds."""
+
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
 @contextmanager
-def locked(folder: Path | str) -> Iterator[None]:
+def locked(folder: Path | str, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder, made if it is missing, for this process while the body runs.
 
     A folder that was made for nothing is removed. A process that holds one may ask again. On file
     systems that know no locks, none is held.
+
+    Args:
+        folder: To hold.
+        wait: For another process that holds it to let go, in place of an error.
 
     Raises:
         VesicleError: Another process holds it, or it cannot be made or written.
     """
     path = Path(folder) / LOCK
     made = [part for part in path.parents if not part.exists()]  # innermost first
-    descriptor, ours = _acquire(path)
+    descriptor, ours = _acquire(path, wait)
     try:
         yield
     finally:
@@ -97,7 +105,7 @@ def set_aside(folder: Path, names: Sequence[str], *, copy: bool = False) -> Path
     return target
 
 
-def _acquire(path: Path) -> tuple[int | None, bool]:
+def _acquire(path: Path, wait: bool) -> tuple[int | None, bool]:
     """A descriptor that holds the lock, and whether it was taken here.
 
     None where the file system has no locks, or this process has it already.
@@ -120,6 +128,9 @@ def _acquire(path: Path) -> tuple[int | None, bool]:
                 return None, False
             if owner == _name():
                 return None, False
+            if wait:
+                time.sleep(_LOOK_AGAIN)
+                continue
             process, _, host = owner.partition(" ")
             where = f" on {host}" if host and host != socket.gethostname() else ""
             raise VesicleError(

@@ -1,6 +1,7 @@
 """The study of transmitters at its smallest, from its jobs to the report, and its parts by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from vesicle.studies.neuro.needs import needs_loss
 from vesicle.studies.neuro.plan import stages
 from vesicle.studies.neuro.policy import GROUP, Perturbed
 from vesicle.studies.neuro.run import Run
-from vesicle.studies.neuro.tables import _fit
+from vesicle.studies.neuro.tables import WHOLE, _fit
 from vesicle.studies.neuro.variants import GROUPS, Variant, _read, of_group, variants
 
 
@@ -88,6 +89,19 @@ def test_a_job_that_is_lost_is_done_again_with_the_same_result(out: Path):
     path.unlink()
     run_study(out, "debug", data="sample")
     assert read_json(path)["result"]["points"] == before
+
+
+def test_weights_that_are_lost_are_trained_again_for_the_jobs_that_need_them(out: Path):
+    path = out / "records" / "doses" / "0.json"
+    before = read_json(path)
+    path.unlink()
+    weights = [out / "models" / name / "0" / "model.safetensors" for name in ("base", WHOLE)]
+    kept = [file.read_bytes() for file in weights]
+    for file in weights:
+        shutil.rmtree(file.parent)
+    run_study(out, "debug", data="sample")
+    assert read_json(path) == before
+    assert [file.read_bytes() for file in weights] == kept
 
 
 def test_all_at_rest_cost_what_the_dense_decoder_costs(out: Path):

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from vesicle.files import read_json
-from vesicle.scratch import DecoderSize, draw, new_decoder
+from vesicle.folders import locked
+from vesicle.scratch import DecoderSize, Recipe, draw, fit, new_decoder
 from vesicle.studies.corpora import TASKS, Corpus, load_mixture
+from vesicle.studies.neuro.learning import dense_loss, faster, loss_of
 from vesicle.studies.neuro.scale import SCALES, Scale
 from vesicle.studies.neuro.subject import Subject
 from vesicle.studies.neuro.variants import Variant
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 _PER_CAPTION = 64
 """Tokens of a text for each caption and its translation, of which they fill some 50."""
+
+_RATE = 1e-3
+"""Learning rate of variants."""
 
 _MIXING = 0.5
 """Tasks are drawn by the square root of how many texts they have."""
@@ -114,26 +119,47 @@ class Run:
         return new_decoder(self.decoder, self.seed)
 
     def base(self) -> LlamaForCausalLM:
-        """The dense decoder that all variants go on from."""
-        from safetensors.torch import load_file
-
+        """The dense decoder that all variants go on from; trained again where weights are gone."""
         model = self.fresh()
-        # What is tied is there once.
-        model.load_state_dict(load_file(self.folder("base") / "model.safetensors"), strict=False)
+        self.fit_base(model)
         return model.eval()
+
+    def fit_base(self, model: LlamaForCausalLM) -> list[float]:
+        """Train the dense decoder from `fresh`, or take up what was trained; losses by step."""
+        recipe = Recipe(steps=self.size.base_steps)
+        folder = self.folder("base")
+        with locked(folder, wait=True):
+            return fit(
+                model,
+                lambda step: dense_loss(model, *self.batch(step)),
+                recipe,
+                folder,
+                facts=self.facts,
+            )
 
     def untrained(self, variant: Variant) -> Subject:
         """A variant before its own training."""
         return Subject(self.base(), variant, self.size.rank, self.seed)
 
     def trained(self, variant: Variant) -> Subject:
-        """A variant after its training."""
-        from safetensors.torch import load_file
-
+        """A variant after its training; trained again where weights are gone."""
         subject = self.untrained(variant)
-        weights = load_file(self.folder(variant.name) / "model.safetensors")
-        subject.load_state_dict(weights, strict=False)
+        self.fit_variant(subject)
         return subject.eval()
+
+    def fit_variant(self, subject: Subject) -> list[float]:
+        """Train a variant from `untrained`, or take up what was trained; losses by step."""
+        variant, steps = subject.variant, self.size.steps
+        folder = self.folder(variant.name)
+        with locked(folder, wait=True):
+            return fit(
+                subject,
+                loss_of(self, subject, steps),
+                Recipe(steps=steps, learning_rate=_RATE),
+                folder,
+                facts={**self.facts, "variant": variant.facts, "steps": steps},
+                faster=faster,
+            )
 
     def points(self, variant: Variant) -> list[dict[str, Any]]:
         """Along a variant's dial, as its own job recorded them."""

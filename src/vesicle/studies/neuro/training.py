@@ -6,15 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from vesicle.scratch import Recipe, fit
 from vesicle.studies.neuro.judging import curve
-from vesicle.studies.neuro.learning import dense_loss, faster, loss_of
 from vesicle.studies.neuro.run import Run
 from vesicle.studies.neuro.variants import variants
-
-_RATE = 1e-3
 
 
 def train_base(
@@ -29,15 +23,9 @@ def train_base(
 ) -> dict[str, Any]:
     """The dense decoder of a seed and a size; a job."""
     run = _run(out, scale, seed, texts, data, text, sized)
-    model = run.fresh()
+    model, size = run.fresh(), run.size
     started = time.monotonic()
-
-    def loss_at(step: int) -> Tensor:
-        return dense_loss(model, *run.batch(step))
-
-    size = run.size
-    recipe = Recipe(steps=size.base_steps)
-    losses = fit(model, loss_at, recipe, run.folder("base"), facts=run.facts)
+    losses = run.fit_base(model)
     return {
         "losses": losses,
         "tokens": size.base_steps * size.batch * size.length,
@@ -75,10 +63,7 @@ def train_variant(
     run = _run(out, scale, seed, texts, data, text, sized)
     subject = run.untrained(variants()[variant])
     started, size = time.monotonic(), run.size
-    facts = {**run.facts, "variant": what, "steps": size.steps}
-    recipe = Recipe(steps=size.steps, learning_rate=_RATE)
-    loss_at = loss_of(run, subject, size.steps)
-    losses = fit(subject, loss_at, recipe, run.folder(variant), facts=facts, faster=faster)
+    losses = run.fit_variant(subject)
     trained_s = time.monotonic() - started
     return {
         "losses": losses,
