@@ -31,6 +31,7 @@ from vesicle.models.text import TextStream
 from vesicle.modulator import Modulator
 from vesicle.phases import Phases
 from vesicle.plan import Plan
+from vesicle.processors import maker
 from vesicle.tasks.registry import TASKS
 from vesicle.transmitters import NAMES
 
@@ -248,7 +249,7 @@ def test_what_saves_no_time_rests_unless_flops_are_the_goal(vesicle: Run):
         answer = json.loads(vesicle("run", "hi", "--budget", "0.5", "--json", *words, tiny=True)[1])
         return answer["phases"]
 
-    here = Phases.saving_time(core.instructions()).to_dict()
+    here = Phases.saving_time(core.instructions(), maker()).to_dict()
     released = ("dopamine", "serotonin", "gaba")
     assert phases() == {name: here[name] for name in released}
     assert phases("--goal", "flops") == dict.fromkeys(released, "generated")

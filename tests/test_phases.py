@@ -58,6 +58,9 @@ def test_what_saves_no_time_rests_unless_a_word_says_otherwise():
     rest = {"dopamine": "never", "serotonin": "never"}
     assert avx2 == Phases.saving_time(None) == Phases(gaba="all", **rest)
     assert Phases.saving_time("avx512") == Phases.saving_time("neon") == Phases(gaba="all")
+    assert Phases.saving_time("avx512", "GenuineIntel") == Phases(gaba="all")
+    assert Phases.saving_time("avx512", "AuthenticAMD") == avx2
+    assert Phases.saving_time("avx2", "AuthenticAMD") == avx2
     assert Phases.parse(("serotonin=all",), avx2) == Phases(
         dopamine="never", serotonin="all", gaba="all"
     )

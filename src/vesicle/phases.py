@@ -32,12 +32,18 @@ PROMPT, GENERATED, ALL, NEVER = "prompt", "generated", "all", "never"
 PLACES = (GENERATED, ALL, PROMPT, NEVER)
 """Where a transmitter may act."""
 
-_SAVE_NO_TIME = {"avx2": ("dopamine", "serotonin"), "generic": ("dopamine", "serotonin")}
-"""By instruction set, transmitters of the shipped modulator that are not worth their loss in time.
+_SAVE_NO_TIME = {
+    "avx2": ("dopamine", "serotonin"),
+    "generic": ("dopamine", "serotonin"),
+    "avx512 AuthenticAMD": ("dopamine", "serotonin"),
+}
+"""Transmitters of the shipped modulator that are not worth their loss in time, by instruction set,
+or by instruction set and the processor's maker, which goes first.
 
-Measured on AVX2 (docs/log.md): rows of codes that are left out lie one cache line each among those
-that are read, so reading three quarters of them takes as long as all; and a small FFN in 2 % of
-places costs 0.05 nats for 1 % of the time. Where nothing was measured all of them act.
+Measured (docs/log.md): rows of codes that are left out lie one cache line each among those that are
+read, so on AVX2 reading three quarters of them takes as long as all, and on AMD's processors with
+AVX-512 (Zen 4) longer; and a small FFN in 2 % of places costs 0.05 nats for 1 % of the time. Where
+nothing was measured all of them act.
 """
 
 
@@ -67,7 +73,7 @@ class Phases:
         return cls(**dict.fromkeys(NAMES, ALL))
 
     @classmethod
-    def saving_time(cls, instructions: str | None) -> Self:
+    def saving_time(cls, instructions: str | None, maker: str | None = None) -> Self:
         """Where transmitters act if a lower budget is to save time, not only FLOPs.
 
         GABA acts on prompts too: tokens side by side choose much the same blocks, which are read
@@ -76,8 +82,10 @@ class Phases:
         Args:
             instructions: Of the engine's kernels, as `engine.core.instructions` says; None where it
                 has none.
+            maker: Of the processor, as `processors.maker` says.
         """
-        rest = _SAVE_NO_TIME.get(instructions or "generic", ())
+        named = instructions or "generic"
+        rest = _SAVE_NO_TIME.get(f"{named} {maker}", _SAVE_NO_TIME.get(named, ()))
         return cls(gaba=ALL, **dict.fromkeys(rest, NEVER))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""How many processors this process may use: those it may run on, within its container's quota.
+"""Processors: what they are, and how many this process may use, within its container's quota.
 
 A container's quota (`docker run --cpus 2`) leaves all of the machine's processors in sight, and
 stops whoever has used up its time until the next period. With a thread on each of them all work for
@@ -9,10 +9,36 @@ from __future__ import annotations
 
 import math
 import os
+import platform
+from functools import cache
 from pathlib import Path
 
 THREADS = "OMP_NUM_THREADS"
 """Environment variable with which a user sets the number of threads; it goes before a quota."""
+
+
+@cache
+def described() -> dict[str, str]:
+    """What the system says of the first processor; nothing where it keeps no list of them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    facts = dict[str, str]()
+    for line in lines:
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    return facts
+
+
+def model_name() -> str:
+    """Of the first processor, as far as the system tells."""
+    return described().get("model name") or platform.processor() or platform.machine()
+
+
+def maker() -> str | None:
+    """`GenuineIntel`, `AuthenticAMD` and the like; None where the system does not say."""
+    return described().get("vendor_id")
 
 
 def allowed() -> list[int]:

@@ -15,7 +15,7 @@ from vesicle.phases import EVERYWHERE
 from vesicle.plan import Plan
 from vesicle.predictors import ConstantLevels, Predictor
 from vesicle.reference.attach import attach
-from vesicle.studies.corpora import TASKS
+from vesicle.studies.corpora import TASKS, fingerprint
 from vesicle.studies.neuro import SCALES, run_study
 from vesicle.studies.neuro.analysis import _cost, _flattened
 from vesicle.studies.neuro.controls import _mirrored
@@ -39,7 +39,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(out: Path) -> Run:
-    return Run(out=out, scale="debug", seed=0, texts="sample", data="sample", text=None)
+    texts = "+".join(fingerprint(task, "sample", None) for task in TASKS)
+    return Run(out=out, scale="debug", seed=0, texts=texts, data="sample", text=None)
 
 
 def test_the_report_has_all_steps(out: Path):

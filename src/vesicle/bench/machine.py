@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vesicle.processors import allowed
+from vesicle.processors import allowed, described, model_name
 
 FLAGS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16"),
@@ -169,13 +169,5 @@ def _kilobytes(path: Path, field: str) -> int | None:
 
 def _cpu() -> tuple[str, set[str]]:
     """Name and flags of the first CPU listed."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    facts: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        facts.setdefault(name.strip(), value.strip())
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    return name, set((facts.get("flags") or facts.get("Features") or "").split())
+    facts = described()
+    return model_name(), set((facts.get("flags") or facts.get("Features") or "").split())

@@ -58,8 +58,9 @@ def read_phases(words: Sequence[str] | None, goal: Goal = Goal.flops) -> Phases:
     default = None
     if goal is Goal.time:
         from vesicle.engine import core
+        from vesicle.processors import maker
 
-        default = Phases.saving_time(core.instructions())
+        default = Phases.saving_time(core.instructions(), maker())
     return Phases.parse(words or (), default)
 
 

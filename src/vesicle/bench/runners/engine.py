@@ -18,6 +18,7 @@ from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.phases import Phases
 from vesicle.plan import Dense, Method, Plan
 from vesicle.predictors import Predictor
+from vesicle.processors import maker
 from vesicle.shapes import ModelShape
 
 _MIDDLE = 0.5
@@ -163,7 +164,7 @@ def _method(contender: Contender, shape: ModelShape) -> tuple[Method, dict[str, 
     modulator = Modulator.from_pretrained(contender.modulator)
     if contender.mode == BUDGET:
         saving = contender.goal == "time"
-        phases = Phases.saving_time(core.instructions()) if saving else Phases()
+        phases = Phases.saving_time(core.instructions(), maker()) if saving else Phases()
         budget = modulator.default_budget(phases) if contender.budget is None else contender.budget
         facts = {"budget": budget, "phases": phases.to_dict()}
         line = modulator.below_reach(budget, phases)

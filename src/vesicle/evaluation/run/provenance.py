@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vesicle.processors import allowed
+from vesicle.processors import allowed, model_name
 
 _CODE = {".py", ".cpp", ".inc", ".h", ".so", ".pyd", ".dylib"}
 
@@ -68,22 +68,10 @@ def base_of(hash_: str) -> str:
 def hardware() -> dict[str, Any]:
     """CPU model, cores that this process may use, and torch's threads."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": model_name(),
         "cores": len(allowed()),
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def fingerprint(module: nn.Module, samples: int = 4096) -> str:
