@@ -172,8 +172,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+# How a spelling is read does not depend on the family: all run in one, and some in each.
+RUN = [
+    (model_type, name)
+    for model_type, name in CASES
+    if model_type in ("llama", "gemma3_text")
+    or name not in SPELLINGS
+    or name in ("default", "yarn, all", "bare scaling")
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(("model_type", "name"), CASES)
+@pytest.mark.parametrize(("model_type", "name"), RUN)
 def test_spellings(model_type: str, name: str, saved: dict[str, Path], tmp_path: Path):
     values = values_of(model_type, VARIANTS[model_type][name])
     folder = model_folder(tmp_path / "model", saved[model_type], values)

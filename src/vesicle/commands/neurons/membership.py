@@ -94,7 +94,7 @@ def membership(
     bits: Annotated[
         str | None,
         typer.Option(
-            help="Bits of its weights, likewise: 8, 4, 3 or 2. \\[default: 8,4,3,2; none of a "
+            help="Bits of its weights, likewise: 16, 8, 4, 3 or 2. \\[default: 8,4,3,2; none of a "
             "model of your own]",
             show_default=False,
         ),
