@@ -41,8 +41,8 @@ _SAVE_NO_TIME = {
 or by instruction set and the processor's maker, which goes first.
 
 Measured (docs/log.md): rows of codes that are left out lie one cache line each among those that are
-read, so on AVX2 reading three quarters of them takes as long as all, and on AMD's processors with
-AVX-512 (Zen 4) longer; and a small FFN in 2 % of places costs 0.05 nats for 1 % of the time. Where
+read, so on AVX2, and on AMD's processors with AVX-512 (Zen 4), reading three quarters of them takes
+as long as all; and a small FFN in 2 % of places costs 0.05 nats for 1 % of the time. Where
 nothing was measured all of them act.
 """
 

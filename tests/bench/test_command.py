@@ -25,7 +25,6 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch, workshop: Workshop):
     monkeypatch.setitem(schedule.run_bench.__kwdefaults__, "start", workshop.start)
 
 
-@pytest.mark.slow  # two of them import PyTorch and transformers: half a minute beside other tests
 def test_end_to_end_with_real_workers(
     bench_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

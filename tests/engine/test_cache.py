@@ -117,7 +117,7 @@ def some_of(held: np.ndarray, blocks: bool, rng: np.random.Generator) -> np.ndar
     return np.sort(rng.permutation(held[: complete * BLOCK])[: n * BLOCK])
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_histories(seed: int):
     rng, pool = np.random.default_rng(seed), pool_of("fp64", 300)
     pairs: list[tuple[SequenceCache, Model]] = []

@@ -34,5 +34,5 @@ def test_results_do_not_depend_on_the_batch(tmp_path: Path):
         driver,
     ]
     subprocess.run(command, check=True, timeout=120)
-    run = subprocess.run([driver, "40"], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run([driver, "80"], capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stdout

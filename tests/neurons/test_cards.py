@@ -305,7 +305,9 @@ def test_report_and_card_from_end_to_end(
     assert list(found["transmitters"]) == ["dopamine", "serotonin", "gaba"]
     assert "<h1>Neurons of" in (out / "atlas.html").read_text(encoding="utf-8")
     before = (out / "atlas.html").read_bytes()
-    assert "240 cards" in run(*words)[1]
+    again = run(*words)[1]
+    assert "240 cards" in again
+    assert "no modulator" not in again
     assert (out / "atlas.html").read_bytes() == before
     told = json.loads(run("card", "1.7", "--cards", out, "--model", model, "--json")[0])
     own = Cards.load(out).card(Neuron(1, 7), tiny_text())
@@ -325,6 +327,7 @@ def test_a_shorter_text_is_read_whole_and_told_of(
         *("--tokens", 1000, "--length", 40),
     )
     assert "the text has 80 tokens in whole windows of 40" in told
+    assert "no modulator ships with this model: cards have no drives" in told
 
 
 @pytest.mark.parametrize(

@@ -57,14 +57,13 @@ def report(
     from vesicle.neurons.atlas import page, summary
     from vesicle.neurons.cards import CardSettings, make_cards
     from vesicle.neurons.contexts import windows_of
-    from vesicle.plan import Dense
     from vesicle.training.data import load_documents
     from vesicle.training.display import progress_bar
 
     started = time.monotonic()
     subject = shared.load(model, revision)
     hooked = shared.hooked(subject, model, modulator, budget)
-    if isinstance(hooked.method, Dense):
+    if hooked.method is None:
         notice("no modulator ships with this model: cards have no drives, and --budget is not used")
     documents = load_documents(
         *shared.source(data, split), field, max_characters=_CHARACTERS * max(tokens, length)
