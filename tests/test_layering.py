@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "vesicle"
 TIERS = """
     errors < terminal streams files processors < figures intervals records folders
-    < transmitters shapes < nested activations phases < small_modules < plan tiling
+    < transmitters shapes < nested activations phases < small_modules preview < plan tiling
     < blocks retention eviction reading
     < namm < cost < families < models < predictors < effectors < modulator
     < shipped reference engine

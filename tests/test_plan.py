@@ -22,6 +22,7 @@ from vesicle.plan import (
     visible_blocks,
 )
 from vesicle.plan.events import evict_after_of, forgetting
+from vesicle.plan.rows import OF_HEAD
 from vesicle.shapes import ModelShape
 
 T = 40
@@ -31,8 +32,8 @@ POSITIONS = np.arange(T, dtype=np.int32)
 
 @pytest.fixture
 def plan(shape: ModelShape, rng: np.random.Generator) -> Plan:
-    head = rng.integers(0, shape.vocabulary + 1, T).astype(np.int32)
-    return random_plan(shape, T, rng).with_fields(head=head)
+    words = rng.integers(0, shape.vocabulary + 1, (len(OF_HEAD), T)).astype(np.int32)
+    return random_plan(shape, T, rng).with_fields(**dict(zip(OF_HEAD, words, strict=True)))
 
 
 def test_visible_blocks():
@@ -49,7 +50,7 @@ def test_rest_fits_and_says_dense(shape: ModelShape):
     assert (rest.ffn == 2).all()
     assert (rest.attention == 1).all()
     assert rest.kv_blocks[[0, 15, 16, 39], 2].tolist() == [1, 1, 2, 3]
-    assert rest.head.tolist() == [0] * T
+    assert [getattr(rest, name).tolist() for name in OF_HEAD] == [[0] * T] * len(OF_HEAD)
 
 
 def test_random_plans_fit_and_vary_every_field(plan: Plan, shape: ModelShape):
@@ -74,6 +75,10 @@ BAD = [
     ("kv_blocks", 0, "2 to 3"),
     ("head", -1, "0 to 97"),
     ("head", 98, "0 to 97"),
+    ("likeliest", -1, "0 to 97"),
+    ("likeliest", 98, "0 to 97"),
+    ("logits", -1, "0 to 97"),
+    ("logits", 98, "0 to 97"),
 ]
 
 
@@ -88,7 +93,7 @@ def test_check_names_field_value_and_allowed(
     values = getattr(plan, name).copy()
     place = (37, 1, 3)[: values.ndim]
     values[place] = value
-    where = (37, shape.n_layers - 1) if name == "head" else place
+    where = (37, shape.n_layers - 1) if name in OF_HEAD else place
     with pytest.raises(VesicleError) as caught:
         plan.with_fields(**{name: values}).check(shape)
     assert str(caught.value) == f"plan field {name!r} is {value} at {where}; allowed: {allowed}"
@@ -155,9 +160,10 @@ def test_a_plan_saved_before_the_head_was_a_field_has_the_whole_head(tmp_path: P
     from safetensors.numpy import save_file
 
     path = tmp_path / "a.safetensors"
-    old = {name: np.ascontiguousarray(getattr(plan, name)) for name in NAMES if name != "head"}
+    old = {name: np.ascontiguousarray(getattr(plan, name)) for name in NAMES if name not in OF_HEAD}
     save_file(old, path, metadata={"format": "vesicle-plan-1"})
-    assert Plan.load(path).equals(plan.with_fields(head=np.zeros(T, np.int32)))
+    none = np.zeros(T, np.int32)
+    assert Plan.load(path).equals(plan.with_fields(**dict.fromkeys(OF_HEAD, none)))
     assert Plan.of(**old).head.tolist() == [0] * T
 
 

@@ -21,7 +21,8 @@ for the dense model:
   the query's own, and with their keys. Where it reads entries, those of each token are read a
   second time, once it was asked. What a forgetter makes of all that is its own affair.
 - The LM head is paid for each position whose logits are asked for. With m survivors it reads the
-  leading plane of all rows and the trailing plane of m, and multiplies those m again.
+  leading plane of all rows and the trailing plane of m, and multiplies those m again. With a
+  preview of k directions it multiplies k (D + V) weights, and m rows.
 - Small modules are stored like dense weights, and beside packed ones in fp32, or in 4-bit codes if
   they lie on such a grid.
 
@@ -192,12 +193,12 @@ def price_tokens(
     width[..., 3] *= big
     weights = channels * width
     bits_read = (weights * shape.charged_bits(plan.bits)).sum((1, 2))
-    # Where the head cannot be screened, the full one runs whatever the Plan says.
-    survivors = plan.head.astype(np.int64) * heads * shape.screens_head
-    head_flops = 2 * shape.width * (shape.vocabulary * heads.astype(np.int64) + survivors)
-    screened = 5 * shape.vocabulary + 4 * survivors
-    whole = shape.charged_head_bits * shape.vocabulary
-    bits_read += shape.width * np.where(survivors > 0, screened, whole * heads)
+    # Where the head cannot be previewed or screened, the full one runs whatever the Plan says.
+    asked = heads.astype(np.int64)
+    exact = np.maximum(plan.likeliest, plan.logits) * asked * (overhead.head_rank > 0)
+    survivors = plan.head * asked * shape.screens_head * (exact == 0)
+    head_flops, head_bits = shape.price_head(overhead, asked, survivors, exact)
+    bits_read += head_bits
 
     held = held_before(plan, shape, first_position)  # (T, L, G or 1)
     windows = shape.layer_windows[:, None]

@@ -172,6 +172,38 @@ class ModelShape:
         """Bits that reading one weight of the whole LM head takes."""
         return 8 * self.weight_bytes if self.head_bits is None else self.head_bits + 1
 
+    @property
+    def charged_preview_bits(self) -> int:
+        """Bits that reading one weight of the LM head's preview takes: 8 of code where packed."""
+        return 8 * self.weight_bytes if self.head_bits is None else 9
+
+    def price_head(
+        self,
+        overhead: Overhead,
+        runs: NDArray[np.integer],
+        screened: NDArray[np.integer],
+        exact: NDArray[np.integer],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(T,) FLOPs of the LM head, and bits read.
+
+        Args:
+            overhead: Of the method; its `head_rank`.
+            runs: (T,) 1 where it runs at all, 0 elsewhere.
+            screened: (T,) survivors of a screen by leading bits, 0 for none.
+            exact: (T,) words that are exact after a preview, 0 for none; not beside a screen.
+        """
+        width, words, rank = self.width, self.vocabulary, overhead.head_rank
+        weights = np.where(exact > 0, rank * (width + words) + exact * width, words * width * runs)
+        whole = self.charged_head_bits * words * width * runs
+        leading = width * (5 * words + 4 * screened)
+        previewed = (
+            32 * rank * width
+            + self.charged_preview_bits * rank * words
+            + self.charged_head_bits * exact * width
+        )
+        bits = np.where(exact > 0, previewed, np.where(screened > 0, leading, whole))
+        return 2 * (weights + screened * width), bits
+
     def small_module_bytes(self, weights: NDArray[np.int64], coded: NDArray[np.int64]) -> Any:
         """Bytes that reading weights of small modules takes, of which some are coded.
 
@@ -208,6 +240,7 @@ class Overhead:
         small_ffn_weights: Weights that a token reads of a small FFN, in one layer.
         small_ffn_coded: Whether they are 4-bit codes beside packed weights.
         small_attention_weights: The same of what it takes in place of attention.
+        head_rank: Directions by which the LM head may be previewed; 0 for no preview.
         selection_vectors: Summary vectors per block read to choose blocks (1 mean, 2 bounds).
         reads_attention: Whether a forgetter is told what attention entries received.
         observes: Of how many of the newest queries it is told what attention they pay.
@@ -221,6 +254,7 @@ class Overhead:
     small_ffn_weights: int = 0
     small_ffn_coded: bool = False
     small_attention_weights: int = 0
+    head_rank: int = 0
     selection_vectors: int = 1
     reads_attention: bool = False
     observes: int = 0

@@ -24,6 +24,7 @@ from vesicle.plan import (
     Rows,
     resting_rows,
 )
+from vesicle.plan.rows import OF_HEAD
 from vesicle.reference.attach import attach
 from vesicle.shapes import ModelShape
 
@@ -34,6 +35,8 @@ BAD = {
     "attention": ((2, "0 to 1"), (-1, "0 to 1")),
     "kv_blocks": ((0, "2 to 2"), (-5, "2 to 2"), (3, "2 to 2")),
     "head": ((-1, "0 to 97"), (98, "0 to 97")),
+    "likeliest": ((-1, "0 to 97"), (98, "0 to 97")),
+    "logits": ((-1, "0 to 97"), (98, "0 to 97")),
 }
 CASES = [(name, value, allowed) for name, each in BAD.items() for value, allowed in each]
 TOKEN = 20
@@ -67,7 +70,7 @@ class CarelessAuthor(Author):
         rows[self._method.name][positions == TOKEN] = values
 
     def attention(self, layer: int, positions: IntArray, rows: Rows) -> None:
-        if layer == self._shape.n_layers - 1 and self._method.name != "head":
+        if layer == self._shape.n_layers - 1 and self._method.name not in OF_HEAD:
             self._write(positions, rows)
 
     def ffn(self, layer: int, hidden: Any, positions: IntArray, rows: Rows) -> None:

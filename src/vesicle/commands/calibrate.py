@@ -74,6 +74,25 @@ def calibrate(
     ] = None,
     ffn_rank: Annotated[int, typer.Option(min=1, help="Of its FFN stand-ins.")] = 32,
     attention_rank: Annotated[int, typer.Option(min=1, help="Of its attention stand-ins.")] = 16,
+    head_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Fit a preview of the LM head with so many directions, by which most words are "
+            "told roughly.",
+            show_default=False,
+        ),
+    ] = None,
+    head_likeliest: Annotated[
+        int,
+        typer.Option(
+            min=1, help="With --head-rank: words ranked exactly where one is to be chosen."
+        ),
+    ] = 512,
+    head_logits: Annotated[
+        int,
+        typer.Option(min=1, help="With --head-rank: words whose logits are exact where all count."),
+    ] = 4096,
 ) -> None:
     """Measure which dial position executes which share of the dense FLOPs.
 
@@ -88,6 +107,8 @@ def calibrate(
       --long-windows 4
 
       vesicle calibrate --data train.txt --model owner/name --out runs/untrained
+
+      vesicle calibrate --data train.jsonl --modulator runs/mine --head-rank 128 --out runs/mine
     """
     from vesicle.errors import DataError, VesicleError
     from vesicle.modulator import Modulator, keep_modulator
@@ -101,10 +122,19 @@ def calibrate(
         raise VesicleError(
             f"--small-ffns is {small_ffns} and --windows 0; other FFNs need the dial measured anew"
         )
+    if not windows and head_rank is not None:
+        raise VesicleError(
+            f"--head-rank is {head_rank} and --windows 0; a preview is fitted to windows of text"
+        )
     if not windows and held_out:
         raise VesicleError(f"--held-out is {held_out}; allowed: 0 where --windows is 0")
     loaded = None if modulator is None else Modulator.from_pretrained(modulator)
     released = transmitters.split(",") if loaded is None else loaded.predictor.config.transmitters
+    if head_rank is not None and "gaba" not in released:
+        raise VesicleError(
+            f"--head-rank is {head_rank}; allowed: none for a modulator that releases "
+            f"{', '.join(released)}: the LM head is previewed where GABA is released"
+        )
     if long_windows and not GABA_ALONE.only("gaba", released):
         raise VesicleError(
             f"--long-windows is {long_windows}; allowed: 0 for a modulator that releases "
@@ -142,6 +172,11 @@ def calibrate(
         loaded.check_fits(model_shape(subject.model))
         if small is not None:
             loaded.ffn_standin = small
+    if head_rank is not None:
+        notice("fitting the preview of the LM head")
+        loaded = recipe.with_preview(
+            subject, loaded, ids, head_rank, likeliest=head_likeliest, logits=head_logits
+        )
     recipe.measure(subject, loaded, ids, last, gap=gap, cache=cache, long=long)
     if modulator is None or Path(modulator).resolve() != out.resolve():
         keep_modulator(out, notice)

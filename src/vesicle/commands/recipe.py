@@ -305,6 +305,37 @@ def new_modulator(
     return modulator
 
 
+def with_preview(
+    subject: Subject,
+    modulator: Modulator,
+    windows: Tensor,
+    rank: int,
+    *,
+    likeliest: int,
+    logits: int,
+) -> Modulator:
+    """The modulator with a preview of the LM head, fitted to windows (N, T).
+
+    Raises:
+        VesicleError: A number is more than the model has, the text is too short, or GABA is not
+            released.
+    """
+    from vesicle.calibration import fit_preview
+    from vesicle.evaluation.execution.language_modelling import model_shape
+
+    shape = model_shape(subject.model)
+    most = {
+        "--head-rank": (rank, shape.width),
+        "--head-likeliest": (likeliest, shape.vocabulary),
+        "--head-logits": (logits, shape.vocabulary),
+    }
+    for name, (value, limit) in most.items():
+        if value > limit:
+            raise VesicleError(f"{name} is {value}; allowed: 1 to {limit} for this model")
+    preview = fit_preview(subject.model, windows, rank)
+    return modulator.with_preview(preview, likeliest, logits)
+
+
 def measure(
     subject: Subject,
     modulator: Modulator,

@@ -21,12 +21,13 @@ from vesicle.effectors.rules import Ladder, Share
 from vesicle.engine import core
 from vesicle.engine.counters import Counters
 from vesicle.engine.pool import summary_dtype
+from vesicle.engine.previewed import PreviewedHead, address
 from vesicle.engine.rotary import STRIDE, Rotary, RotaryTable
 from vesicle.engine.small_codes import packed, written
 from vesicle.errors import VesicleError
 from vesicle.modulator import ModulatorAuthor
 from vesicle.plan import BLOCK, FULL_BITS, ROW, check_rows, resting_rows
-from vesicle.plan.rows import BY_NAME, PLACES
+from vesicle.plan.rows import BY_NAME, OF_HEAD, PLACES
 from vesicle.plan.windows import visible_blocks
 from vesicle.predictors.linear import LinearPredictor
 from vesicle.small_modules import LowRankMaps, SmallFfn, SmallModule
@@ -41,7 +42,7 @@ _ROWS = core.MOST_TOKENS
 _MOST_STEPS = 8
 """Steps of a ladder that the core takes."""
 _BITS = 1 << np.arange(len(NAMES))
-_EXECUTED = ("channels", "bits", "ffn", "attention", "kv_blocks", "head")
+_EXECUTED = ("channels", "bits", "ffn", "attention", "kv_blocks", *OF_HEAD)
 """Fields that the core executes; tokens below rest in another one run in PyTorch."""
 OTHERS = [name for name in BY_NAME if name not in _EXECUTED]
 """Fields that it does not."""
@@ -111,6 +112,16 @@ class ChunkBuffer:
         self._spread = np.array(sequence.stand_ins.spread, np.int32)
         if self._spread.size:
             self.chunk.spread = self._spread.ctypes.data
+        self._preview: PreviewedHead | None = None
+
+    def follow_preview(self, sequence: Sequence) -> None:
+        """Point to what previews the head, unless nothing is ever left out."""
+        preview, author = sequence.stand_ins.head, sequence.author
+        if preview is None or author.rests:
+            return
+        made = sequence.engine.previews.of(preview)
+        if made is not self._preview:
+            self._preview, self.chunk.preview = made, address(made)
 
     def follows(self, author: ModulatorAuthor, packed: bool) -> bool:
         """Whether the core evaluates all rules of an author, which do not change."""
@@ -389,7 +400,9 @@ class ChunkBuffer:
         counters.adopt(bits=self.plan["bits"][:n], **counted)
         counters.released(sequence.overhead, slice(0, n), self.released[:n])
         ran = np.nonzero(self.heads[:n])[0]
-        counters.head(ran, self.plan["head"][ran, -1])
+        of_head = {name: self.plan[name][ran, -1] for name in OF_HEAD}
+        exact = np.maximum(of_head["likeliest"], of_head["logits"])
+        counters.head(ran, sequence.overhead, of_head["head"], exact)
         sequence.counted.append(counters.totals(slice(0, n)))
         self._clear(slice(0, n))
 

@@ -46,7 +46,7 @@ class Counters:
         self._coded = np.zeros(n_tokens, np.int64)
         self._modulator_flops = np.zeros(n_tokens, np.int64)
         self._modulator_bytes = np.zeros(n_tokens, np.int64)
-        self._head_rows = np.zeros(n_tokens, np.int64)
+        self._head_flops = np.zeros(n_tokens, np.int64)
         self._head_bits = np.zeros(n_tokens, np.int64)
 
     def projection(
@@ -103,16 +103,25 @@ class Counters:
         self._small[tokens] += weights
         self._coded[tokens] += weights * (coded and self._shape.stored_bits is not None)
 
-    def head(self, rows: slice | NDArray[np.intp], survivors: IntArray | int = 0) -> None:
-        """The LM head run for rows: whole, or screened with that many rows read again."""
-        shape = self._shape
-        again = np.zeros(len(self._head_rows[rows]), np.int64) + survivors
-        self._head_rows[rows] += shape.vocabulary + again
-        # The leading plane and the scales of every row, then the trailing plane of the survivors.
-        screened = 5 * shape.vocabulary + 4 * again
-        self._head_bits[rows] += np.where(
-            again > 0, screened, shape.charged_head_bits * shape.vocabulary
-        )
+    def head(
+        self,
+        rows: slice | NDArray[np.intp],
+        overhead: Overhead,
+        survivors: IntArray | int = 0,
+        exact: IntArray | int = 0,
+    ) -> None:
+        """The LM head run for rows: whole; screened, with survivors; or previewed, with exact ones.
+
+        Args:
+            rows: Which of the tokens.
+            overhead: Of their method.
+            survivors: Of each, rows of the head that are read again after a screen.
+            exact: Of each, rows of the head that are read after a preview.
+        """
+        none = np.zeros(len(self._head_flops[rows]), np.int64)
+        flops, bits = self._shape.price_head(overhead, none + 1, none + survivors, none + exact)
+        self._head_flops[rows] += flops
+        self._head_bits[rows] += bits
 
     def totals(self, rows: slice) -> dict[str, NDArray[np.int64]]:
         """Fields of `cost.Cost` (but the bytes held) for a slice of tokens."""
@@ -120,7 +129,7 @@ class Counters:
         numbers = self._rows[..., rows] * self._outputs[..., rows]
         charged = np.moveaxis(shape.charged_bits(np.moveaxis(self._bits[..., rows], -1, 0)), 0, -1)
         bits_read = (numbers * charged).sum((0, 1))
-        bits_read += shape.width * self._head_bits[rows]
+        bits_read += self._head_bits[rows]
         visited, compared, summed = (
             counted[:, rows].sum(0) for counted in (self._visited, self._compared, self._summed)
         )
@@ -132,7 +141,7 @@ class Counters:
             "flops_evidence": again["flops_evidence"],
             "flops_standin": 2 * small,
             "flops_modulator": self._modulator_flops[rows],
-            "flops_head": 2 * shape.width * self._head_rows[rows],
+            "flops_head": self._head_flops[rows],
             "weight_bytes": bits_read // 8
             + shape.small_module_bytes(small, self._coded[rows])
             + self._modulator_bytes[rows],

@@ -31,6 +31,7 @@ from vesicle.engine.generation import Generation
 from vesicle.engine.linear import normalise
 from vesicle.engine.native import MOST_TOKENS, NativeCore, uncovered
 from vesicle.engine.pool import BlockPool, default_capacity, kv_dtype, with_kv
+from vesicle.engine.previewed import Previews
 from vesicle.engine.prompt import Prompt, checked_count, checked_ends, is_chat, prompt_ids
 from vesicle.engine.rotary import Rotary
 from vesicle.engine.sampling import Sampling
@@ -102,6 +103,7 @@ class Engine:
         self.pool = BlockPool(shape, kv, kv_capacity, self.device)
         self._rotaries = [Rotary(rotation, self.dtype) for rotation in loaded.config.rotaries]
         self._native = NativeCore.build(loaded, self.config, self.pool)
+        self.previews = Previews(loaded.head, loaded.head_bias)
         self._activation = ACTIVATIONS[loaded.config.activation]
         self._text, self._folder, self._ends = text, folder, frozenset(ends)
         self.lock = threading.RLock()
@@ -133,8 +135,8 @@ class Engine:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes in memory of all weights; a tied embedding counts once."""
-        return self._weights.bytes_held
+        """Bytes in memory of all weights, previews included; a tied embedding counts once."""
+        return self._weights.bytes_held + self.previews.bytes_held
 
     @classmethod
     def from_pretrained(
@@ -361,8 +363,8 @@ class Engine:
     def likeliest(self, batch: list[tuple[Sequence, list[int]]]) -> list[int]:
         """One pass over the next tokens of each sequence; the likeliest token to follow each.
 
-        As the largest of `forward`'s last logits, but where a Plan screens the LM head only the
-        survivors' logits are exact.
+        As the largest of `forward`'s last logits, but where a Plan previews or screens the LM head
+        only some words' logits are exact, and those are ranked.
 
         Raises:
             VesicleError: As `forward`; or if a logit is not finite, when the pass has run.

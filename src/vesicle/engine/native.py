@@ -165,16 +165,10 @@ class NativeCore:
 
     def _head(self, head: Tensor | PackedHead, bias: Tensor | None) -> core.Projection:
         """The LM head or the embedding."""
-        if isinstance(head, PackedHead):
-            return core.describe(head)
-        return core.Projection(
-            data=head.data_ptr(),
-            bias=self._fp32(bias),
-            n_in=head.shape[1],
-            n_out=head.shape[0],
-            stride=head.shape[1],
-            format=_dense_format(head),
-        )
+        rows = core.rows_of(head)
+        if isinstance(head, Tensor):
+            rows.bias = self._fp32(bias)
+        return rows
 
     @classmethod
     def build(cls, weights: Weights, config: DecoderConfig, pool: BlockPool) -> NativeCore | None:
@@ -187,6 +181,7 @@ class NativeCore:
         author, buffer = sequence.author, sequence.buffer()
         if not buffer.follow_small(sequence, self._executes, self._described):
             return 0
+        buffer.follow_preview(sequence)
         decides = Decides.BEFORE
         if isinstance(author, ModulatorAuthor) and author.reads_hidden:
             if buffer.acts(sequence, author):

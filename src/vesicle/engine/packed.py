@@ -352,7 +352,7 @@ class PackedHead:
 
     def multiply(self, x: Tensor, bits: int | None = None) -> Tensor:
         """Logits (T, V) fp32 of x (T, D) on activations rounded to 8 bits, as the kernels do."""
-        rounded, out = self._rounded(x), torch.empty(len(x), self.n_out)
+        rounded, out = self.rounded(x), torch.empty(len(x), self.n_out)
         tiles = SLICE // HEAD_TILE
         for start in range(0, self.n_out, SLICE):
             part = out[:, start : start + SLICE]
@@ -379,7 +379,7 @@ class PackedHead:
         rows = torch.addcmul(low, codes.reshape(*scale.shape[:3], GROUP), scale)
         return rows.flatten(2).flatten(0, 1)[:, : self.n_in]
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor) -> Tensor:
         """X (T, D) as activations of 8 bits stand for it, fp32."""
         code, step = quantize_activations(x.float())
         return (code * step[..., None]).flatten(1)[:, : self.n_in]
@@ -400,7 +400,7 @@ class PackedHead:
         count = min(count, self.n_out)
         screened = self.multiply(x, 4) if screened is None else screened
         ids = screened.topk(count, dim=-1).indices.sort(-1).values
-        rounded = self._rounded(x)
+        rounded = self.rounded(x)
         rows = self.rows(ids.flatten()).view(*ids.shape, self.n_in)
         logits = (rows @ rounded[..., None]).squeeze(-1)
         return ids, logits if self.bias is None else logits + self.bias[ids]

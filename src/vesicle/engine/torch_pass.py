@@ -13,16 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vesicle.activations import capped
 from vesicle.engine.asked import Asked
 from vesicle.engine.attention import Masks, attend
 from vesicle.engine.counters import Counters
 from vesicle.engine.linear import normalise, project, survivors
 from vesicle.engine.packed import PackedHead
+from vesicle.engine.previewed import PreviewedHead
 from vesicle.engine.sampling import likeliest_of
 from vesicle.engine.sequence import Outcome, Sequence, Wanted
 from vesicle.engine.small_codes import apply_coded
 from vesicle.families.base import Affine
-from vesicle.plan import FFN_BIG, FFN_SMALL, IntArray, Rows, resting_rows
+from vesicle.plan import FFN_BIG, FFN_SMALL, IntArray, Rows, rest_head, resting_rows
+from vesicle.plan.rows import OF_HEAD
 from vesicle.plan.spread import as_array
 from vesicle.small_modules import SmallFfn
 
@@ -65,8 +68,8 @@ class TorchPass:
             hidden = self.layer(number, hidden)
             if len(self.asked.failed) == len(self.batch):
                 break
-        self.screens = self.plan["head"][:, -1].copy()
-        self.plan["head"] = 0  # unless it is screened below
+        self.of_head = {name: self.plan[name][:, -1].copy() for name in OF_HEAD}
+        rest_head(self.plan)  # unless it leaves something out below
         found: list[Outcome] = []
         for i in range(len(self.batch)):
             if i in self.asked.failed:
@@ -95,8 +98,17 @@ class TorchPass:
         """Logits of sequence i's last, all or none of its tokens, from hidden (N, D)."""
         rows = self.rows[i]
         chosen = {"last": slice(rows.stop - 1, rows.stop), "all": rows, "none": slice(0, 0)}[wanted]
-        self.counters.head(chosen)
-        return self.engine._weights.logits(self.engine._final_norm(hidden[chosen]))
+        x, exact = self.engine._final_norm(hidden[chosen]), self.exact(i, "logits")[chosen]
+        self.plan["logits"][chosen, -1] = exact
+        self.counters.head(chosen, self.sequences[i].overhead, exact=exact)
+        if not exact.any():
+            return self.engine._weights.logits(x)
+        found = torch.empty(len(x), self.engine.shape.vocabulary, dtype=x.dtype)
+        whole, some = np.flatnonzero(exact == 0), np.flatnonzero(exact)
+        found[whole] = self.engine._weights.logits(x[whole])
+        rough = self.preview(i).logits(x[some], exact[some])
+        found[some] = capped(rough, self.engine.config.logit_cap).to(x.dtype)
+        return found
 
     def likeliest(self, i: int, hidden: Tensor) -> Outcome:
         """Id of the word most likely to follow sequence i's last token, from hidden (N, D).
@@ -105,15 +117,36 @@ class TorchPass:
         """
         engine, stop = self.engine, self.rows[i].stop
         head, last = engine._weights.head, slice(stop - 1, stop)
-        position = int(self.positions[i][-1])
-        m = int(self.screens[stop - 1]) if engine.shape.screens_head else 0
-        if m == 0 or not isinstance(head, PackedHead):
-            return likeliest_of(self.logits(i, hidden, "last")[0], position)
-        self.plan["head"][stop - 1, -1] = m
-        self.counters.head(last, m)
-        ids, logits = survivors(engine._final_norm(hidden[last]), head, m)
-        place = likeliest_of(logits[0], position)
-        return int(ids[0, place]) if isinstance(place, int) else place
+        position, overhead = int(self.positions[i][-1]), self.sequences[i].overhead
+        exact = int(self.exact(i, "likeliest")[stop - 1])
+        m = int(self.of_head["head"][stop - 1]) if engine.shape.screens_head else 0
+        x = engine._final_norm(hidden[last])
+        if exact:
+            self.plan["likeliest"][stop - 1, -1] = exact
+            self.counters.head(last, overhead, exact=exact)
+            ids, logits, scores = self.preview(i).best(x[0], exact)
+            if not scores.isfinite().all():
+                logits = scores
+        elif m and isinstance(head, PackedHead):
+            self.plan["head"][stop - 1, -1] = m
+            self.counters.head(last, overhead, m)
+            (ids,), (logits,) = survivors(x, head, m)
+        else:
+            self.counters.head(last, overhead)
+            return likeliest_of(engine._weights.logits(x)[0], position)
+        place = likeliest_of(logits, position)
+        return int(ids[place]) if isinstance(place, int) else place
+
+    def exact(self, i: int, field: str) -> IntArray:
+        """(N,) how many words a field has computed exactly; 0 where sequence i has no preview."""
+        counts = self.of_head[field]
+        return counts if self.sequences[i].stand_ins.head is not None else np.zeros_like(counts)
+
+    def preview(self, i: int) -> PreviewedHead:
+        """What previews the head of sequence i."""
+        preview = self.sequences[i].stand_ins.head
+        assert preview is not None
+        return self.engine.previews.of(preview)
 
     def normed_ffn(self, number: int, hidden: Tensor, decided: Rows) -> Tensor:
         """The FFN's contribution to the residual stream, (N, D), from its input before the norm."""

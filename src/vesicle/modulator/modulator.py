@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +17,7 @@ from vesicle.modulator.info import Measured, ModulatorInfo, check_budget
 from vesicle.phases import NEVER, Phases
 from vesicle.plan import StandIns
 from vesicle.predictors import TRAINED, Levels, PredictorConfig, State
+from vesicle.preview import HeadPreview
 from vesicle.shapes import ModelShape
 from vesicle.small_modules import LowRankMaps, SmallModule
 from vesicle.transmitters import NAMES, index
@@ -50,6 +52,7 @@ class Modulator(nn.Module):
         *,
         ffn_standin: SmallModule | None = None,
         attention_standin: SmallModule | None = None,
+        head_preview: HeadPreview | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -67,6 +70,8 @@ class Modulator(nn.Module):
         for module in (ffn_standin, attention_standin):
             if module is not None:
                 module.check(n_layers, width)
+        if head_preview is not None:
+            head_preview.check(width)
         self.predictor = predictor
         self.effectors = dict(effectors)
         self._dopamine = _effector(effectors, DopaminePrecision)
@@ -75,6 +80,7 @@ class Modulator(nn.Module):
         self.info = info
         self.ffn_standin = ffn_standin or LowRankMaps(n_layers, width, 1)
         self.attention_standin = attention_standin or LowRankMaps(n_layers, width, 1)
+        self.head_preview = head_preview
 
     @classmethod
     def new(
@@ -116,6 +122,34 @@ class Modulator(nn.Module):
             self.info,
             ffn_standin=self.ffn_standin,
             attention_standin=self.attention_standin,
+            head_preview=self.head_preview,
+        )
+
+    def with_preview(self, preview: HeadPreview, likeliest: int, logits: int) -> Modulator:
+        """This modulator, with the LM head previewed where GABA's last level is below rest.
+
+        Args:
+            preview: Of the head.
+            likeliest: Words that are ranked exactly where the likeliest alone is asked for.
+            logits: Words whose logits are exact where logits are asked for.
+
+        Raises:
+            ValueError: If a count is negative.
+            VesicleError: If the preview is of another width, or GABA is not released.
+        """
+        if "gaba" not in self.predictor.config.transmitters:
+            raise VesicleError(
+                "the LM head is previewed where GABA is released; this modulator releases "
+                f"{', '.join(self.predictor.config.transmitters)}"
+            )
+        gaba = replace(self.gaba, likeliest=likeliest, logits=logits)
+        return Modulator(
+            self.predictor,
+            {**self.effectors, "gaba": gaba},
+            self.info,
+            ffn_standin=self.ffn_standin,
+            attention_standin=self.attention_standin,
+            head_preview=preview,
         )
 
     @property
@@ -144,6 +178,7 @@ class Modulator(nn.Module):
         return StandIns(
             ffn=self.ffn_standin,
             attention=self.attention_standin,
+            head=self.head_preview,
             summary=self.gaba.summary,
         )
 

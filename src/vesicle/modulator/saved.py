@@ -18,6 +18,7 @@ from vesicle.models.hub import fetch, local_path
 from vesicle.modulator.info import Dial, Measured, ModulatorInfo
 from vesicle.modulator.modulator import Modulator
 from vesicle.predictors import TRAINED, Predictor, PredictorConfig
+from vesicle.preview import HeadPreview
 from vesicle.small_modules import KINDS, LowRankMaps, SmallModule, of_size
 
 FORMAT = "vesicle-modulator-1"
@@ -25,6 +26,8 @@ _WEIGHTS, _CONFIG = "modulator.safetensors", "modulator.json"
 _SMALL = {"ffn_standin": "ffn_rank", "attention_standin": "attention_rank"}
 """Where the config has the rank of low-rank maps; it has the whole `size` of other small modules,
 by the name of the attribute."""
+_PREVIEW = "head_rank"
+"""Where it has the rank of the LM head's preview, if there is one."""
 
 
 def save(modulator: Modulator, folder: Path) -> None:
@@ -41,8 +44,9 @@ def save(modulator: Modulator, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    kinds = {"standin": torch.bfloat16, "preview": torch.float16}
     tensors = {
-        name: t.detach().to("cpu", torch.bfloat16 if "standin" in name else None).contiguous()
+        name: t.detach().to("cpu", kinds.get(name.split(".")[0].split("_")[-1])).contiguous()
         for name, t in modulator.state_dict().items()
     }
     with atomic_path(folder / _WEIGHTS) as temporary:
@@ -84,7 +88,7 @@ def load(source: Path | str, revision: str | None, token: str | bool | None) -> 
 
 
 def _from_dict(values: dict[str, Any]) -> Modulator:
-    known = {"format", "predictor", "effectors", *_SMALL, *_SMALL.values()}
+    known = {"format", "predictor", "effectors", *_SMALL, *_SMALL.values(), _PREVIEW}
     unknown = set(values) - known - {f.name for f in fields(ModulatorInfo)}
     if unknown:
         raise ValueError(f"unknown setting {sorted(unknown)[0]!r}")
@@ -109,7 +113,9 @@ def _from_dict(values: dict[str, Any]) -> Modulator:
         training=values["training"],
     )
     small = {name: _small(name, values, config) for name in _SMALL}
-    return Modulator(TRAINED[kind](config), effectors, info, **small)
+    rank = values.get(_PREVIEW)
+    preview = None if rank is None else HeadPreview(rank, config.width)
+    return Modulator(TRAINED[kind](config), effectors, info, **small, head_preview=preview)
 
 
 def _sizes(modulator: Modulator) -> dict[str, Any]:
@@ -121,6 +127,8 @@ def _sizes(modulator: Modulator) -> dict[str, Any]:
             sizes[rank] = module.rank
         else:
             sizes[name] = module.size
+    if modulator.head_preview is not None:
+        sizes[_PREVIEW] = modulator.head_preview.rank
     return sizes
 
 

@@ -20,12 +20,12 @@ from vesicle.modulator.author import ModulatorAuthor
 from vesicle.neurons.edits import Edit
 from vesicle.neurons.names import LEVELS, PLAN, split
 from vesicle.plan import Author, FloatArray, IntArray, Method, Rows, StandIns, opening
-from vesicle.plan.rows import BY_NAME
+from vesicle.plan.rows import BY_NAME, OF_HEAD
 from vesicle.shapes import ModelShape, Overhead
 from vesicle.transmitters import NAMES
 
 _WITH_ATTENTION = {"channels": (0, 1), "bits": (0, 1), "attention": (0,), "kv_blocks": (0,)}
-_WITH_FFN = {"channels": (2, 3), "bits": (2, 3), "ffn": (0,), "head": (0,)}
+_WITH_FFN = {"channels": (2, 3), "bits": (2, 3), "ffn": (0,), **dict.fromkeys(OF_HEAD, (0,))}
 """Which numbers of a field are due when."""
 
 

@@ -13,6 +13,8 @@ ffn          (T, L)      FFN module: 0 skip, 1 small (stand-in), 2 big
 attention    (T, L)      1 attention runs, 0 its stand-in; keys and values are written either way
 kv_blocks    (T, L)      blocks of 16 cached positions that the query reads, of those it sees
 head         (T,)        LM head: 0 whole; m screens it by leading bits, then ranks the m best
+likeliest    (T,)        LM head: m words are ranked exactly, the best by a preview; 0 for all
+logits       (T,)        LM head: m logits are exact, the others are the preview's; 0 for all
 ===========  ==========  =====================================================================
 
 and events between tokens: which entries of the cache end.
@@ -23,8 +25,9 @@ values), `attention_out`, `ffn_in` (gate and up) and `ffn_out` (down).
 Causality: every decision about token t is a function of tokens up to t. A Plan fills layer by
 layer, and a pass in one piece, in chunks or token by token fills it with the same values.
 
-`head` is of the last layer. It is 0 wherever the whole head ran: where logits were needed for more
-than the likeliest token, and where the head is not stored in planes of bits.
+The last three are of the last layer. `head` and `likeliest` act where the likeliest token alone is
+asked for, `logits` where logits are, and the last two where there is a preview (`StandIns.head`),
+which goes before planes of bits. Each is 0 wherever it did not act.
 
 A new decision is a line in `layout.FIELDS`, a price in `cost.py` and its execution.
 """
@@ -47,6 +50,7 @@ from vesicle.plan.rows import (
     Rows,
     check_rows,
     numbers,
+    rest_head,
     resting_rows,
 )
 from vesicle.plan.windows import BLOCK, visible_blocks
@@ -82,6 +86,7 @@ __all__ = [
     "check_rows",
     "numbers",
     "opening",
+    "rest_head",
     "resting_rows",
     "visible_blocks",
 ]

@@ -19,6 +19,7 @@ from vesicle.transmitters import NAMES
 if TYPE_CHECKING:
     import torch
 
+    from vesicle.preview import HeadPreview
     from vesicle.small_modules import SmallModule
 
 
@@ -145,8 +146,8 @@ class Author(ABC):
             hidden: (T, D) the residual stream after the layer's self-attention.
             positions: (T,) of the tokens.
             rows: (T,) of the layer. To be written: `channels` and `bits` at the sites 2 and 3,
-                `ffn`, and in the last layer `head`, which acts where nothing but the likeliest
-                token is asked for.
+                `ffn`, and in the last layer `head`, `likeliest` and `logits`, each of which acts
+                where that is asked for.
         """
 
 
@@ -157,6 +158,7 @@ class StandIns:
     Attributes:
         ffn: Where tokens go whose FFN is small; None skips it outright.
         attention: Where tokens go whose attention is skipped; likewise.
+        head: What words score that the LM head does not compute exactly; None where it must.
         summary: What stands for the keys of a KV block when blocks are chosen: `mean` or `bounds`.
         spread: L rows of G numbers: how unequally KV heads read, see `spread`; empty for alike.
         nearest: Blocks up to its own that a query reads before it chooses others, the own included.
@@ -164,6 +166,7 @@ class StandIns:
 
     ffn: SmallModule | None = None
     attention: SmallModule | None = None
+    head: HeadPreview | None = None
     summary: str = "mean"
     spread: Spread = ()
     nearest: int = 1
@@ -178,6 +181,8 @@ class StandIns:
         for module in (self.ffn, self.attention):
             if module is not None:
                 module.check(shape.n_layers, shape.width)
+        if self.head is not None:
+            self.head.check(shape.width)
 
 
 class Method(ABC):
@@ -207,6 +212,7 @@ class Method(ABC):
             small_ffn_weights=ffn.weights if ffn else 0,
             small_ffn_coded=ffn is not None and ffn.coded,
             small_attention_weights=attention.weights if attention else 0,
+            head_rank=self.stand_ins.head.rank if self.stand_ins.head else 0,
             selection_vectors=1 if self.stand_ins.summary == "mean" else 2,
             spread=self.stand_ins.spread,
         )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vesicle.plan.events import FOREVER, Events, check_windows, forgetting, joined
 from vesicle.plan.plan import Plan
-from vesicle.plan.rows import ROW, IntArray, Rows
+from vesicle.plan.rows import ROW, IntArray, Rows, rest_head
 from vesicle.shapes import ModelShape
 
 _T = TypeVar("_T", bound=np.generic)
@@ -61,12 +61,12 @@ class PlanBuilder:
     def opening(self, n_tokens: int) -> PlanBuilder:
         """A builder of its own that begins with the first `n_tokens` rows.
 
-        `head` is whole there: who takes a token over is not asked for its logits.
+        The LM head is whole there: who takes a token over is not asked for its logits.
         """
         other = PlanBuilder(self._shape, self._evict_after)
         other._passes = [rows.copy() for rows in opening(self._passes, n_tokens)]
         for rows in other._passes:
-            rows["head"] = 0
+            rest_head(rows)
         other._forgotten = [events[events["position"] <= n_tokens] for events in self._forgotten]
         return other
 

@@ -55,6 +55,8 @@ FIELDS = (
     Field(name="attention", lowest=0, highest=1, rest=1, axis="serotonin"),
     Field(name="kv_blocks", lowest=SMALLEST, highest=VISIBLE, rest=VISIBLE, axis="gaba"),
     Field(name="head", lowest=0, highest=WORDS, rest=0, axis="dopamine", last_layer=True),
+    Field(name="likeliest", lowest=0, highest=WORDS, rest=0, axis="gaba", last_layer=True),
+    Field(name="logits", lowest=0, highest=WORDS, rest=0, axis="gaba", last_layer=True),
 )
 N_NUMBERS = sum(field.width for field in FIELDS)
 """32-bit numbers of a row."""

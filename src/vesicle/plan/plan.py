@@ -25,7 +25,16 @@ from vesicle.plan.events import (
     evict_after_of,
     forgetting,
 )
-from vesicle.plan.rows import BY_NAME, ROW, IntArray, Rows, check_rows, numbers, resting_rows
+from vesicle.plan.rows import (
+    BY_NAME,
+    OF_HEAD,
+    ROW,
+    IntArray,
+    Rows,
+    check_rows,
+    numbers,
+    resting_rows,
+)
 from vesicle.shapes import ModelShape
 
 _FORMAT, _OLD_FORMAT = "vesicle-plan-2", "vesicle-plan-1"
@@ -39,7 +48,7 @@ class Plan:
     """The discrete decisions of one sequence of T tokens.
 
     Every field of its rows is an attribute as well: `plan.channels` is (T, L, 4), `plan.ffn`
-    (T, L), and `plan.head` (T,), since it is of the last layer alone.
+    (T, L), and `plan.head` (T,), as all that are of the last layer alone.
 
     Attributes:
         rows: (T, L) of type `ROW`.
@@ -55,7 +64,7 @@ class Plan:
 
         Args:
             evict_after: As the attribute; nothing is forgotten by default.
-            fields: Each as the attribute of that name; `head` is whole by default.
+            fields: Each as the attribute of that name; those of the LM head rest by default.
 
         Raises:
             VesicleError: If a shape is not that of the others, or numbers are not int32.
@@ -64,8 +73,9 @@ class Plan:
         if len(shape) != 2:
             raise VesicleError(f"plan field 'ffn' has shape {shape}")
         rows = np.zeros(shape, ROW)
-        for name in BY_NAME if "head" in fields else [n for n in BY_NAME if n != "head"]:
-            _fill(rows, name, fields[name])
+        for name in BY_NAME:
+            if name in fields or name not in OF_HEAD:
+                _fill(rows, name, fields[name])
         plan = cls(rows=rows)
         return plan if evict_after is None else plan.with_fields(evict_after=evict_after)
 
@@ -174,7 +184,7 @@ class Plan:
             raise VesicleError(f"cannot read {path} as a plan: {error}") from error
         if any(a.dtype != np.int32 for a in arrays.values()):
             raise VesicleError(f"plan {path} must hold int32 arrays")
-        missing = [name for name in BY_NAME if name not in arrays and name != "head"]
+        missing = [name for name in BY_NAME if name not in arrays and name not in OF_HEAD]
         unknown = set(arrays) - {*BY_NAME, _EVENTS, "retained", "turns"}
         if missing or unknown:
             what = f"no {missing[0]!r}" if missing else f"an unknown field {min(unknown)!r}"
@@ -186,8 +196,9 @@ class Plan:
         events = arrays.pop(_EVENTS, np.zeros((0, N_EVENT), np.int32))
         if events.ndim != 2 or events.shape[1] != N_EVENT:
             raise VesicleError(f"plan field {_EVENTS!r} has shape {events.shape}")
-        if "head" in arrays and arrays["head"].ndim == 2:
-            arrays["head"] = arrays["head"][:, -1]
+        for name in OF_HEAD:
+            if name in arrays and arrays[name].ndim == 2:
+                arrays[name] = arrays[name][:, -1]
         found = np.ascontiguousarray(events).view(EVENT)[:, 0]
         found = found[found["kind"] != _TURN]
         return Plan(rows=Plan.of(**arrays).rows, events=np.sort(found, order=EVENT.names))

@@ -28,6 +28,8 @@ FFN_SKIP, FFN_SMALL, FFN_BIG = 0, 1, 2
 ROW = np.dtype([(f.name, np.int32, (f.width,) if f.width > 1 else ()) for f in FIELDS])
 PLACES = places()
 BY_NAME = {field.name: field for field in FIELDS}
+OF_HEAD = tuple(field.name for field in FIELDS if field.last_layer)
+"""What is decided about the LM head; 0 is rest."""
 _WITH_ATTENTION = [
     *(PLACES[name] + site for name in ("channels", "bits") for site in (0, 1)),
     PLACES["attention"],
@@ -64,6 +66,13 @@ def resting_rows(shape: ModelShape, positions: IntArray) -> Rows:
     rows = np.empty((len(positions), shape.n_layers), ROW)
     numbers(rows)[:] = _values("rest", shape, positions, np.arange(shape.n_layers))
     return rows
+
+
+def rest_head(rows: Rows, but: str = "") -> None:
+    """Have rows run the whole LM head, as far as all fields but one say."""
+    for name in OF_HEAD:
+        if name != but:
+            rows[name] = 0
 
 
 def bounds(

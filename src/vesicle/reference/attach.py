@@ -35,6 +35,7 @@ from vesicle.plan import Author, FloatArray, Method, Plan, PlanBuilder
 from vesicle.plan.forgetting import with_evidence
 from vesicle.reference.attention import BASES, PREFIX, register
 from vesicle.reference.forward_pass import ForwardPass
+from vesicle.reference.head_hooks import HeadHooks
 from vesicle.reference.layer_hooks import LayerHooks
 from vesicle.reference.soft_cost import SoftCost
 from vesicle.shapes import ModelShape
@@ -153,6 +154,8 @@ class Run:
             self._handles += self.forward.install()
             for number, layer in enumerate(self.family.layers(self.model)):
                 self._handles += LayerHooks(self, number, layer).install()
+            if self.method.stand_ins.head is not None:
+                self._handles += HeadHooks(self).install()
         except BaseException:
             self.__exit__(None, None, None)
             raise

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vesicle.errors import VesicleError
 from vesicle.families import find_cache
 from vesicle.modulator import ModulatorMethod
-from vesicle.plan import IntArray, PlanBuilder, Rows, check_rows, resting_rows
+from vesicle.plan import IntArray, PlanBuilder, Rows, check_rows, rest_head, resting_rows
 from vesicle.plan.forgetting import forgetter_of
 from vesicle.plan.rows import check_kept, of_attention
 from vesicle.predictors import State
@@ -144,8 +144,9 @@ class ForwardPass:
                 author.ffn(layer, own, p, table[:, layer])
                 check_kept(table[:, layer], before, layer)
         found = self.checked(layer)
+        previews = self.run.method.stand_ins.head is not None
         for table in self.rows:
-            table["head"] = 0  # the whole head runs
+            rest_head(table, but="logits" if previews else "")
         return found
 
     def checked(self, layer: int) -> list[Rows]:

@@ -180,6 +180,8 @@ class LayerHooks:
             state.levels = state.levels.masked_fill(~self.run.soft.acts[..., None], 1.0)
         self.levels_ffn = state.levels
         self.run.charged.ffn(state.levels)
+        if self.number == self.run.shape.n_layers - 1:
+            self.run.charged.preview(state.levels)
 
     def before_ffn(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Mask channels of the FFN's input."""

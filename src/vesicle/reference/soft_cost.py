@@ -92,6 +92,15 @@ class SoftCost:
             + small * 2.0 * self._overhead.small_ffn_weights
         )
 
+    def preview(self, levels: Tensor) -> None:
+        """Charge a preview for the LM head where the last layer's levels (B, T, 5) say so."""
+        shape, rank, gaba = self._shape, self._overhead.head_rank, self._modulator.gaba
+        exact = gaba.logits
+        if not rank or not 0 < exact < shape.vocabulary:
+            return
+        saved = shape.width * (shape.vocabulary - exact) - rank * (shape.width + shape.vocabulary)
+        self.executed = self.executed - 2.0 * saved * gaba.previews(levels[..., index("gaba")])
+
     @property
     def share(self) -> Tensor:
         """Executed over dense FLOPs of all tokens, a scalar."""

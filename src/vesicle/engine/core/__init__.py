@@ -149,6 +149,12 @@ class Screen(ctypes.Structure):
     ]
 
 
+class Preview(ctypes.Structure):
+    """Mirrors `VesiclePreview`."""
+
+    _fields_ = [("down", _POINTER), ("words", Projection)]
+
+
 class Chunk(ctypes.Structure):
     """Mirrors `VesicleChunk`."""
 
@@ -159,7 +165,7 @@ class Chunk(ctypes.Structure):
         ),
         *_fields(_POINTER * MOST_ROTARIES, "cosine", "sine"),
         *_fields(_POINTER, "tables", "starts", "held", "summaries", "spread"),
-        *_fields(_POINTER, "modulator", "acting", "small_ffn", "small_attention"),
+        *_fields(_POINTER, "modulator", "acting", "small_ffn", "small_attention", "preview"),
         *_fields(_POINTER, "plan", "levels"),
         *_fields(_POINTER, "rows", "outputs", "visited", "compared", "small", "coded"),
         ("received", _POINTER),
@@ -193,6 +199,7 @@ _MIRRORS = (
     Rule,
     ModulatorParts,
     Screen,
+    Preview,
     Chunk,
     Encoding,
 )
@@ -300,6 +307,19 @@ def describe(weight: PackedWeight | PackedHead) -> Projection:
         n_out=weight.n_out,
         stride=0,
         format=PACKED4 if weight.bits == 4 else PACKED8,
+    )
+
+
+def rows_of(head: Tensor | PackedHead) -> Projection:
+    """The structure of a head's rows, which must outlive it; without a dense one's bias."""
+    if isinstance(head, PackedHead):
+        return describe(head)
+    return Projection(
+        data=head.data_ptr(),
+        n_in=head.shape[1],
+        n_out=head.shape[0],
+        stride=head.shape[1],
+        format=DENSE_BF16 if head.dtype == torch.bfloat16 else DENSE32,
     )
 
 

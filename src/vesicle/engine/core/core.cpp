@@ -172,9 +172,9 @@ uint64_t vesicle_plan_layout() { return kPlanLayout; }  // lets Python check its
 int64_t vesicle_sizes(int64_t which) {  // lets Python check its mirrors
   const int64_t sizes[] = {sizeof(VesicleProjection), sizeof(VesicleNorm), sizeof(VesicleLayer),
                            sizeof(VesicleSmall),      sizeof(VesicleModel), sizeof(VesicleRule),
-                           sizeof(VesicleModulator),  sizeof(VesicleScreen), sizeof(VesicleChunk),
-                           sizeof(VesicleEncoding)};
-  return which >= 0 && which < 10 ? sizes[which] : -1;
+                           sizeof(VesicleModulator),  sizeof(VesicleScreen), sizeof(VesiclePreview),
+                           sizeof(VesicleChunk),      sizeof(VesicleEncoding)};
+  return which >= 0 && which < 11 ? sizes[which] : -1;
 }
 
 // Limits the instruction set (generic, avx2, avx512; null for the best). Returns the name in use, or null.

@@ -51,6 +51,12 @@ struct VesicleScreen {
   float slack, offset;       // of rounding, by norm of the input, and whatever the input
 };
 
+// What previews the head: directions (rank, D), and rows (V, rank) of what it makes of them; see previewed.py.
+struct VesiclePreview {
+  const float* down;
+  VesicleProjection words;
+};
+
 struct VesicleModel {
   int64_t n_layers, width, heads, kv_heads, size, ffn_width, vocabulary;
   float eps, scale, embedding_scale;
@@ -107,6 +113,7 @@ struct VesicleChunk {
   const VesicleModulator* modulator;                      // null: nothing is released
   const int64_t* acting;                                  // (n) bit a: transmitter a acts; the others rest
   const VesicleSmall *small_ffn, *small_attention;        // null: skipped outright; the second holds maps alone
+  const VesiclePreview* preview;                          // of the head; null: none
   VesiclePlanRow* plan;
   double* levels;                                          // (n, L, 5)
   // (n, L, 4), (n, L, 4), (n, L), (n, L), (n): weights of small modules, and those of them that are packed.

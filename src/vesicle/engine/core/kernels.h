@@ -79,6 +79,8 @@ struct Kernels {
   // y[t] of tiles [first, last) of the LM head.
   void (*head_tiles)(const uint8_t* high, const uint8_t* trailing, int64_t groups, int64_t first, int64_t last,
                      const Precision* precision, const Quantized* const* x, int64_t tokens, float* const* y);
+  // The logit of one row of it, of all stored bits; `trailing` is null where there are four.
+  float (*head_row)(const uint8_t* high, const uint8_t* trailing, int64_t groups, int64_t row, const Quantized* x);
   // What the trailing nibbles of a tile of an 8-bit head are worth beside their middle: its products (k, 16) in fp16
   // with directions (k, n_in), its norms (16), and the norms (16) of the whole rows.
   void (*head_rest)(const uint8_t* high, const uint8_t* trailing, int64_t n_in, int64_t tile, const float* directions,

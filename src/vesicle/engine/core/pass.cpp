@@ -36,7 +36,7 @@ void Pass::release(Lane& lane, Token& token, int64_t l, bool reports) {
     std::copy(planned.channels + 2, planned.channels + 4, lane.row.channels + 2);
     std::copy(planned.bits + 2, planned.bits + 4, lane.row.bits + 2);
     lane.row.ffn = planned.ffn;
-    if (next == model->n_layers) lane.head = planned.head;
+    if (next == model->n_layers) decide_head(lane, token, planned);
     return;
   }
   const double scale = 1.0 / std::sqrt(static_cast<double>(k->dot(lane.after, lane.after, width)) / width + 1e-6);
@@ -63,7 +63,7 @@ void Pass::release(Lane& lane, Token& token, int64_t l, bool reports) {
     if (reports && !r->last) reinterpret_cast<int32_t*>(&token.plan[layer])[r->number] = value;
   }
   if (next == model->n_layers) {
-    lane.head = token.wants == kLikeliest ? lane.row.head : 0;
+    decide_head(lane, token, lane.row);
     return;
   }
   if (m->most) {

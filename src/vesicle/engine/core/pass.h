@@ -75,7 +75,8 @@ struct Lane {
   Activation in;
   // Decisions for the layer at hand: attention for this layer, FFN for this layer.
   VesiclePlanRow row;
-  int32_t blocks, head;  // to be read, of those that are held
+  int32_t blocks, head, words;  // blocks to be read, of those that are held; rows of the head, screened or previewed
+  Activation low;               // what a preview makes of the head's input
   // For a screened head: products of its input with the screen's directions, how far what is left of the input reaches,
   // and what rounding may change.
   Buffer<float> along_;
@@ -213,6 +214,12 @@ class Pass {
   std::vector<Candidate> reached_;  // of (thread, token that wants): the likeliest row scores as much at least
   std::vector<int64_t> counted_;  // of the same: rows that were read whole
   void prepare_head();
+  Shelf low_shelf;
+  void decide_head(Lane& lane, const Token& token, const VesiclePlanRow& row);
+  float exact(const Lane& lane, int64_t row) const;
+  bool previewed(int64_t thread, int64_t t) { return lane(thread, t).words > 0; }
+  void preview_part(int64_t thread, const int64_t* which, int64_t count, int64_t first, int64_t last);
+  Candidate rank(int64_t thread, int64_t t, int64_t i, int64_t at, int64_t count, float* y);
   bool staged(int64_t thread, int64_t t);
   bool screened(int64_t thread, int64_t t);
   void bound(Lane& lane);
@@ -221,7 +228,7 @@ class Pass {
   Candidate survive(int64_t thread, int64_t t, int64_t i, int64_t first, int64_t last, float least,
                     Candidate best, int64_t* count);
   void best(const float* y, int64_t first, int64_t last, int64_t count, std::vector<Candidate>& out);
-  int64_t likeliest(std::vector<Candidate>& all, const Activation& x, int64_t survivors);
+  int64_t likeliest(std::vector<Candidate>& all, const Lane& lane, int64_t survivors);
   void head(int64_t thread);
   void head_part(int64_t thread, const int64_t* which, int64_t count, int64_t first, int64_t last);
 };

@@ -1,4 +1,5 @@
-// The LM head of a pass: whole, or screened by leading bits where the likeliest token alone is asked for.
+// The LM head of a pass: whole, previewed by few directions, or screened by leading bits where the likeliest token alone
+// is asked for.
 
 #include <algorithm>
 #include <cmath>
@@ -13,6 +14,9 @@ constexpr int64_t kTogether = 16;
 
 // Most of them that are screened by a bound: more read nearly every line anyhow, and bounding takes longer.
 constexpr int64_t kScreened = 4;
+
+// Most rows that are kept in order while others are looked through.
+constexpr int64_t kHeap = 256;
 
 float from_half(const uint8_t* at) {
   uint16_t bits;
@@ -47,18 +51,6 @@ void head_codes(const VesicleProjection& w, int64_t row, int64_t g, int32_t* cod
     }
   *scale = from_half(high + 256 + 2 * o);
   *low = from_half(high + 256 + 2 * (kHeadTile + o));
-}
-
-float head_logit(const VesicleProjection& w, const Quantized& x, int64_t row) {
-  float total = 0, scale, low;
-  int32_t codes[kGroup];
-  for (int64_t g = 0; g < (w.n_in + kGroup - 1) / kGroup; ++g) {
-    head_codes(w, row, g, codes, &scale, &low);
-    int32_t sum = 0;
-    for (int64_t i = 0; i < kGroup; ++i) sum += codes[i] * x.codes(g)[i];
-    total += scale * (x.scale(g) * static_cast<float>(sum)) + low * x.sum(g);
-  }
-  return total;
 }
 
 }  // namespace
@@ -96,11 +88,89 @@ void Pass::prepare_head() {
   candidates.resize(each);
   counted_.assign(each, 0);
   lost_.assign(n, 0);
+  int64_t rank = 0;
+  for (const int64_t t : wanting)
+    if (tokens[t].chunk->preview) rank = std::max(rank, tokens[t].chunk->preview->words.n_in);
+  if (rank) {
+    low_shelf.room(alone() ? T : n, rank);
+    reached_.assign(each, {-INFINITY, -1});
+  }
   if (!model->screen) return;
   const int64_t tiles = (model->vocabulary + kHeadTile - 1) / kHeadTile;
   reached_.assign(each, {-INFINITY, -1});
   tops_.get(tiles * most);
   uppers_.get(tiles * most);
+}
+
+// What a row says of the head: how many of its rows are computed exactly, and how the others are left out.
+void Pass::decide_head(Lane& lane, const Token& token, const VesiclePlanRow& row) {
+  const bool likeliest = token.wants == kLikeliest;
+  lane.words = !token.chunk->preview || !token.wants ? 0 : likeliest ? row.likeliest : row.logits;
+  lane.head = likeliest && !lane.words ? row.head : 0;
+}
+
+// The logit of a row of the head.
+float Pass::exact(const Lane& lane, int64_t row) const {
+  const VesicleProjection& w = model->head;
+  const float bias = w.bias ? w.bias[row] : 0.0f;
+  if (packed(w))
+    return k->head_row(static_cast<const uint8_t*>(w.data), static_cast<const uint8_t*>(w.trailing),
+                       (w.n_in + kGroup - 1) / kGroup, row, &lane.in.quantized) + bias;
+  return (w.format == kDense32 ? k->dot(lane.in.x, static_cast<const float*>(w.data) + row * w.n_in, w.n_in)
+                               : k->dot_bf16(lane.in.x, static_cast<const uint16_t*>(w.data) + row * w.n_in, w.n_in)) + bias;
+}
+
+// Scores of rows [first, last) of the head's tiles by the previews of some tokens, each preview with all of its tokens.
+void Pass::preview_part(int64_t thread, const int64_t* which, int64_t count, int64_t first, int64_t last) {
+  const int64_t room = padded(model->vocabulary, kHeadTile);
+  const int64_t begin = first * kHeadTile, end = std::min(model->vocabulary, last * kHeadTile);
+  bool done[kTogether] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    if (done[i] || !previewed(thread, which[i])) continue;
+    const VesicleProjection& words = tokens[which[i]].chunk->preview->words;
+    const Quantized* x[kTogether];
+    float* y[kTogether];
+    int64_t chosen = 0;
+    for (int64_t j = i; j < count; ++j) {
+      if (!previewed(thread, which[j]) || &tokens[which[j]].chunk->preview->words != &words) continue;
+      done[j] = true;
+      Activation& low = lane(thread, which[j]).low;
+      x[chosen] = &low.quantized;
+      float* to = y[chosen++] = logits_.get(0) + j * room;
+      if (packed(words)) continue;
+      for (int64_t row = begin; row < end; ++row)
+        to[row] = words.format == kDense32
+                      ? k->dot(low.x, static_cast<const float*>(words.data) + row * words.n_in, words.n_in)
+                      : k->dot_bf16(low.x, static_cast<const uint16_t*>(words.data) + row * words.n_in, words.n_in);
+    }
+    const Precision precision = precision_of(words.format, kFullBits);
+    if (packed(words))
+      k->head_tiles(static_cast<const uint8_t*>(words.data), static_cast<const uint8_t*>(words.trailing),
+                    (words.n_in + kGroup - 1) / kGroup, first, last, &precision, x, chosen, y);
+  }
+}
+
+// After all threads have their best by a token's preview: computes those exactly that are best of all, of this thread's
+// rows, into y. The best of them; a score that is not finite where there is no order, row -1 where none is of this thread.
+Candidate Pass::rank(int64_t thread, int64_t t, int64_t i, int64_t at, int64_t count, float* y) {
+  std::vector<Candidate> all;
+  for (int64_t other = 0; other < pool->threads(); ++other) {
+    const auto& more = candidates[other * count + i];
+    all.insert(all.end(), more.begin(), more.end());
+  }
+  if (std::any_of(all.begin(), all.end(), [](const Candidate& c) { return c.row < 0; })) return {NAN, -1};
+  const Lane& a = lane(thread, t);
+  const int64_t most = std::min<int64_t>(a.words, all.size());
+  std::nth_element(all.begin(), all.begin() + (most - 1), all.end());
+  const Candidate cut = all[most - 1];
+  Candidate found{-INFINITY, -1};
+  for (const Candidate& c : candidates[at]) {
+    if (cut < c) continue;
+    const Candidate here{y[c.row] = exact(a, c.row), c.row};
+    if (!std::isfinite(here.score)) return {NAN, -1};
+    if (found.row < 0 || here < found) found = here;
+  }
+  return found;
 }
 
 // Whether a token's logits are screened first.
@@ -112,7 +182,7 @@ bool Pass::staged(int64_t thread, int64_t t) {
 // Whether the rows that cannot be the likeliest are found out by their leading bits, and the others read whole.
 bool Pass::screened(int64_t thread, int64_t t) {
   return tokens[t].wants == kLikeliest && !tokens[t].logits && model->screen && static_cast<int64_t>(wanting.size()) <= kScreened &&
-         !staged(thread, t);
+         !staged(thread, t) && !previewed(thread, t);
 }
 
 // How far a token's screened scores may be from the exact ones. What is left unread of a row, e, changes its score by
@@ -191,7 +261,7 @@ Candidate Pass::survive(int64_t thread, int64_t t, int64_t i, int64_t first, int
   return best;
 }
 
-// The `count` best of y[first:last), best first; ties to the lower row. Row -1 where a number is not finite: such
+// The `count` best of y[first:last), best first unless they are many; ties to the lower row. Row -1 where a number is not finite: such
 // numbers have no order.
 void Pass::best(const float* y, int64_t first, int64_t last, int64_t count, std::vector<Candidate>& out) {
   out.clear();
@@ -204,6 +274,13 @@ void Pass::best(const float* y, int64_t first, int64_t last, int64_t count, std:
   if (count == 1) {
     const int64_t row = std::find(y + first, y + last, top) - y;
     out.push_back({top, static_cast<int32_t>(row)});
+    return;
+  }
+  if (count > kHeap) {
+    for (int64_t i = first; i < last; ++i) out.push_back({y[i], static_cast<int32_t>(i)});
+    if (count >= last - first) return;
+    std::nth_element(out.begin(), out.begin() + (count - 1), out.end());
+    out.resize(count);
     return;
   }
   // Only what beats the worst of the kept heap is looked at again.
@@ -222,14 +299,13 @@ void Pass::best(const float* y, int64_t first, int64_t last, int64_t count, std:
 }
 
 // The likeliest row of a token's candidates; -1 where a logit is not finite.
-int64_t Pass::likeliest(std::vector<Candidate>& all, const Activation& x, int64_t survivors) {
+int64_t Pass::likeliest(std::vector<Candidate>& all, const Lane& lane, int64_t survivors) {
   const auto doubtful = [](const Candidate& c) { return c.row < 0 || !std::isfinite(c.score); };
   if (std::any_of(all.begin(), all.end(), doubtful)) return -1;
   std::sort(all.begin(), all.end());
   if (survivors) {
-    const float* bias = model->head.bias;
     all.resize(std::min<size_t>(all.size(), survivors));
-    for (auto& c : all) c.score = head_logit(model->head, x.quantized, c.row) + (bias ? bias[c.row] : 0.0f);
+    for (auto& c : all) c.score = exact(lane, c.row);
     if (std::any_of(all.begin(), all.end(), doubtful)) return -1;
     std::sort(all.begin(), all.end());
   }
@@ -248,6 +324,7 @@ void Pass::head_part(int64_t thread, const int64_t* which, int64_t count, int64_
       float* y[kTogether];
       int64_t chosen = 0;
       for (int64_t i = 0; i < count; ++i) {
+        if (previewed(thread, which[i])) continue;
         if ((staged(thread, which[i]) || screened(thread, which[i])) != (stage == 1)) continue;
         x[chosen] = &lane(thread, which[i]).in.quantized;
         y[chosen++] = logits + i * room;
@@ -260,17 +337,19 @@ void Pass::head_part(int64_t thread, const int64_t* which, int64_t count, int64_
   } else {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t i = 0; i < count; ++i) {
+        if (previewed(thread, which[i])) continue;
         const float* x = lane(thread, which[i]).in.x;
         logits[i * room + row] =
             w.format == kDense32 ? k->dot(x, static_cast<const float*>(w.data) + row * width, width)
                                  : k->dot_bf16(x, static_cast<const uint16_t*>(w.data) + row * width, width);
       }
   }
+  preview_part(thread, which, count, first, last);
   for (int64_t i = 0; i < count && begin < end; ++i) {
     const Token& token = tokens[which[i]];
     float* y = logits + i * room;
     if (w.bias) k->add(y + begin, w.bias + begin, end - begin);
-    if (token.logits) std::memcpy(token.logits + begin, y + begin, (end - begin) * sizeof(float));
+    if (token.logits && !previewed(thread, which[i])) std::memcpy(token.logits + begin, y + begin, (end - begin) * sizeof(float));
   }
 }
 
@@ -282,13 +361,23 @@ void Pass::head(int64_t thread) {
     Lane& a = lane(thread, t);
     if (reports(thread)) {
       lost_[t] = std::isnan(k->largest(a.residual, width));
-      tokens[t].plan[model->n_layers - 1].head = tokens[t].wants == kLikeliest && w.format == kPacked8 ? a.head : 0;
+      VesiclePlanRow& told = tokens[t].plan[model->n_layers - 1];
+      const bool likeliest = tokens[t].wants == kLikeliest;
+      told.head = w.format == kPacked8 ? a.head : 0;
+      told.likeliest = likeliest ? a.words : 0;
+      told.logits = likeliest ? 0 : a.words;
     }
     if (tokens[t].states && reports(thread)) norm(model->final_norm, a.residual, tokens[t].states);
     if (!tokens[t].wants) return;
     norm(model->final_norm, a.residual, a.in.room(width));
     a.in.prepare(k, width, width, packed(w), &shelf, place(thread, t));
     if (screened(thread, t)) bound(a);
+    if (!previewed(thread, t)) return;
+    const VesiclePreview& preview = *tokens[t].chunk->preview;
+    const int64_t rank = preview.words.n_in;
+    float* low = a.low.room(rank);
+    for (int64_t d = 0; d < rank; ++d) low[d] = k->dot(preview.down + d * width, a.in.x, width);
+    a.low.prepare(k, rank, rank, packed(preview.words), &low_shelf, place(thread, t));
   });
   const int64_t tiles = (model->vocabulary + kHeadTile - 1) / kHeadTile, count = wanting.size();
   const int64_t first = tiles * thread / threads, last = tiles * (thread + 1) / threads;
@@ -298,11 +387,16 @@ void Pass::head(int64_t thread) {
   for (int64_t start = 0; start < count; start += kTogether) {
     const int64_t here = std::min(kTogether, count - start);
     head_part(thread, wanting.data() + start, here, first, last);
-    bool screens = false;
+    bool screens = false, previews = false;
     for (int64_t i = 0; i < here; ++i) {
       const int64_t t = wanting[start + i], at = thread * count + start + i;
+      if (previewed(thread, t)) {
+        previews = true;
+        best(logits_.get(0) + i * room, begin, end, lane(thread, t).words, candidates[at]);
+      }
       if (tokens[t].wants != kLikeliest) continue;
       ranks = true;
+      if (previewed(thread, t)) continue;
       if (screened(thread, t)) {
         screens = true;
         reached_[at] = reached(thread, t, i, first, last);
@@ -310,10 +404,15 @@ void Pass::head(int64_t thread) {
       }
       best(logits_.get(0) + i * room, begin, end, staged(thread, t) ? lane(thread, t).head : 1, candidates[at]);
     }
-    if (!screens) continue;
+    if (!screens && !previews) continue;
     pool->barrier();
     for (int64_t i = 0; i < here; ++i) {
       const int64_t t = wanting[start + i], at = thread * count + start + i;
+      if (previewed(thread, t)) {
+        float *y = logits_.get(0) + i * room, *to = tokens[t].logits;
+        reached_[at] = rank(thread, t, start + i, at, count, y);
+        if (to && begin < end) std::memcpy(to + begin, y + begin, (end - begin) * sizeof(float));
+      }
       if (!screened(thread, t)) continue;
       float least = -INFINITY;
       bool known = true;
@@ -337,13 +436,17 @@ void Pass::head(int64_t thread) {
     std::vector<Candidate> all;
     int64_t scored = 0;
     for (int64_t other = 0; other < threads; ++other) {
-      const auto& more = candidates[other * count + i];
-      all.insert(all.end(), more.begin(), more.end());
-      scored += counted_[other * count + i];
+      const int64_t at = other * count + i;
+      scored += counted_[at];
+      if (!previewed(thread, t)) all.insert(all.end(), candidates[at].begin(), candidates[at].end());
+      else if (reached_[at].row >= 0 || std::isnan(reached_[at].score)) all.push_back(reached_[at]);
     }
     const Lane& a = lane(thread, t);
-    tokens[t].chunk->likeliest = likeliest(all, a.in, staged(thread, t) ? a.head : 0);
-    tokens[t].chunk->scored = screened(thread, t) ? scored : staged(thread, t) ? a.head : model->vocabulary;
+    tokens[t].chunk->likeliest = likeliest(all, a, staged(thread, t) ? a.head : 0);
+    tokens[t].chunk->scored = previewed(thread, t)  ? a.words
+                              : screened(thread, t) ? scored
+                              : staged(thread, t)   ? a.head
+                                                    : model->vocabulary;
   }
 }
 

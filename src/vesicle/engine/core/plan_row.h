@@ -10,6 +10,8 @@ struct VesiclePlanRow {
   int32_t attention;
   int32_t kv_blocks;
   int32_t head;
+  int32_t likeliest;
+  int32_t logits;
 };
 
-constexpr uint64_t kPlanLayout = 0x43028ba618bbe4cbu;
+constexpr uint64_t kPlanLayout = 0x7562699fd1dd2166u;

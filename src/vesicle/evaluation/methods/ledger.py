@@ -17,7 +17,7 @@ from vesicle.cost import price_tokens
 from vesicle.evaluation.execution.executor import Span
 from vesicle.modulator import DECIMALS, Modulator, ModulatorMethod, plan_rows
 from vesicle.phases import Phases
-from vesicle.plan import FloatArray, Plan
+from vesicle.plan import FloatArray, Plan, rest_head
 from vesicle.predictors import ConstantLevels, Levels, PredictorConfig, ReplayLevels
 from vesicle.shapes import ModelShape, Overhead
 from vesicle.transmitters import NAMES, index
@@ -61,8 +61,7 @@ class Ledger:
             modulator: Whose effectors and stand-ins act.
             shape: Of the model.
             items: Spans of each item, of the tokens that a budget counts.
-            screens: Whether the LM head only looks for the likeliest token, so that dopamine may
-                screen it.
+            screens: Whether the LM head only looks for the likeliest token.
             phases: On which tokens controls act.
         """
         self.modulator, self.shape, self._screens = modulator, shape, screens
@@ -112,12 +111,14 @@ class Ledger:
         return total / self._dense
 
     def plan(self, levels: FloatArray) -> Plan:
-        """The Plan for levels (T, L, 5), the screened LM head included."""
+        """The Plan for levels (T, L, 5), with what the LM head leaves out."""
         positions = np.arange(len(levels), dtype=np.int32)
         levels = np.where(self._rests, 1.0, levels)
         rows = plan_rows(self.modulator, self.shape, levels.round(DECIMALS), positions)
-        if not self._screens:
-            rows["head"] = 0
+        if self._screens:
+            rows["logits"] = 0
+        else:
+            rest_head(rows, but="logits")
         return Plan(rows=rows)
 
     def _totals(
