@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.engine.decoding import IDS as LONG
 from tests.engine.decoding import VOCABULARY, modulator_for
 from tests.engine.test_head import BOTH, WEIGHTS, decoded, engine_for
-from tests.tiny import tiny_model, tokens
+from tests.tiny import randomise, tiny_model, tokens
 from vesicle.cost import price, price_tokens
 from vesicle.engine import Engine, core
 from vesicle.errors import VesicleError
@@ -55,7 +56,9 @@ def test_where_all_words_are_exact_it_is_the_whole_head(path: str, weights: str)
     found = engine.forward(
         [(engine.start(replay(engine, previewed(engine, VOCABULARY, "logits"))), IDS)], "all"
     )[0]
-    torch.testing.assert_close(found, logits, rtol=1e-3, atol=2e-2 if weights == "bf16" else 1e-4)
+    close = torch.isclose(found, logits, rtol=1e-3, atol=2e-2 if weights == "bf16" else 1e-4)
+    # An activation that lies between two codes may be rounded otherwise: one token of a hundred.
+    assert close.float().mean() >= (1 if path == "native" else 0.98)
 
 
 @BOTH
@@ -278,3 +281,51 @@ def test_not_finite_scores_are_told():
     engine.forward([(sequence, IDS[:1])], "none")
     with pytest.raises(VesicleError, match="finite"):
         engine.likeliest([(sequence, [IDS[1]])])
+
+
+WORDS = 6000
+
+
+def many_words(misleading: bool) -> Engine:
+    """Enough words that few are looked at closely; in the worst case those few tell a lie."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=WORDS,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    randomise(model, 0)
+    if misleading:  # the native core looks at every 32nd score first
+        with torch.no_grad():
+            model.lm_head.weight[::32] *= 50
+    return Engine.from_model(model.eval(), weights="int8", kv="fp32")
+
+
+@pytest.mark.skipif(not core.available(), reason="the core is not built here")
+@pytest.mark.parametrize("misleading", [False, True])
+@pytest.mark.parametrize("exact", [1, 90, 700, WORDS])
+def test_the_best_of_many_words_are_found(misleading: bool, exact: int):
+    """Those that are exact are the best by all the scores that the preview gives."""
+    engine = many_words(misleading)
+    ids = [i % WORDS for i in range(7, 7 + 40 * 13, 13)]
+    plan = Plan.rest(engine.shape, len(ids))
+    method = Replay(
+        plan.with_fields(logits=np.full(len(ids), exact, np.int32)),
+        StandIns(head=preview_for(64, 40)),
+    )
+    one = Replay(
+        plan.with_fields(logits=np.full(len(ids), 1, np.int32)), StandIns(head=preview_for(64, 40))
+    )
+    whole, found, rough = (
+        engine.forward([(engine.start(how), ids)], "all")[0] for how in (None, method, one)
+    )
+    for t in range(len(ids)):
+        best = rough[t].topk(exact).indices
+        expected = rough[t].scatter(0, best, whole[t, best])
+        close = torch.isclose(found[t], expected, rtol=1e-4, atol=1e-3 * float(whole[t].std()))
+        # `rough` itself has one that is exact, which may have left or entered the best.
+        assert int((~close).sum()) <= 2

@@ -219,6 +219,11 @@ class Pass {
   float exact(const Lane& lane, int64_t row) const;
   bool previewed(int64_t thread, int64_t t) { return lane(thread, t).words > 0; }
   void preview_part(int64_t thread, const int64_t* which, int64_t count, int64_t first, int64_t last);
+  std::vector<uint32_t> bins_;  // of (thread, token of those together): how many scores are where
+  std::vector<float> floors_;   // of the same: scores from which on they were counted
+  std::vector<std::vector<float>> samples_;  // of a thread
+  bool count_scores(int64_t thread, int64_t i, const float* y, int64_t first, int64_t last, int64_t count);
+  void shortlist(int64_t i, const float* y, int64_t first, int64_t last, int64_t count, std::vector<Candidate>& out);
   Candidate rank(int64_t thread, int64_t t, int64_t i, int64_t at, int64_t count, float* y);
   bool staged(int64_t thread, int64_t t);
   bool screened(int64_t thread, int64_t t);

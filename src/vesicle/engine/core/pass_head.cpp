@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "pass.h"
 
@@ -15,8 +16,39 @@ constexpr int64_t kTogether = 16;
 // Most of them that are screened by a bound: more read nearly every line anyhow, and bounding takes longer.
 constexpr int64_t kScreened = 4;
 
-// Most rows that are kept in order while others are looked through.
-constexpr int64_t kHeap = 256;
+// Scores are counted by their leading bits: sign, exponent, and four of the fraction.
+constexpr int64_t kBins = 1 << 13;
+
+// Which of them a finite score is of; larger scores are of no lower one.
+int64_t bin_of(float score) {
+  uint32_t bits;
+  score += 0.0f;  // there is one zero
+  std::memcpy(&bits, &score, sizeof bits);
+  return (bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u)) >> 19;
+}
+
+// Of so many scores one is looked at to tell where the best begin.
+constexpr int64_t kStride = 32;
+
+// Calls f(row) for rows of y[first:last) that are not below `least`, in order.
+template <typename F>
+void each_above(const float* y, int64_t first, int64_t last, float least, F f) {
+  constexpr int64_t kRun = 32;
+  for (int64_t start = first; start < last; start += kRun) {
+    const int64_t stop = std::min(last, start + kRun);
+    if (stop - start == kRun) {
+      float most[8];
+      std::memcpy(most, y + start, sizeof most);
+      for (int64_t row = start + 8; row < stop; row += 8)
+        for (int64_t i = 0; i < 8; ++i) most[i] = most[i] < y[row + i] ? y[row + i] : most[i];
+      bool any = false;
+      for (int64_t i = 0; i < 8; ++i) any |= !(most[i] < least);
+      if (!any) continue;
+    }
+    for (int64_t row = start; row < stop; ++row)
+      if (!(y[row] < least)) f(row);
+  }
+}
 
 float from_half(const uint8_t* at) {
   uint16_t bits;
@@ -93,6 +125,9 @@ void Pass::prepare_head() {
     if (tokens[t].chunk->preview) rank = std::max(rank, tokens[t].chunk->preview->words.n_in);
   if (rank) {
     low_shelf.room(alone() ? T : n, rank);
+    bins_.resize(T * kTogether * kBins);
+    floors_.resize(T * kTogether);
+    samples_.resize(T);
     reached_.assign(each, {-INFINITY, -1});
   }
   if (!model->screen) return;
@@ -150,8 +185,50 @@ void Pass::preview_part(int64_t thread, const int64_t* which, int64_t count, int
   }
 }
 
-// After all threads have their best by a token's preview: computes those exactly that are best of all, of this thread's
-// rows, into y. The best of them; a score that is not finite where there is no order, row -1 where none is of this thread.
+// Counts the scores y[first:last) of a token by bins; false where one is not finite, and there is no order. Scores that
+// are most likely too low to be among the `count` best are passed over: those below what a few of them say.
+bool Pass::count_scores(int64_t thread, int64_t i, const float* y, int64_t first, int64_t last, int64_t count) {
+  const int64_t at = thread * kTogether + i;
+  uint32_t* bins = bins_.data() + at * kBins;
+  std::fill(bins, bins + kBins, 0);
+  floors_[at] = -INFINITY;
+  if (first >= last) return true;
+  if (std::isnan(k->largest(y + first, last - first))) return false;
+  const int64_t wanted = 4 * (count / pool->threads() / kStride + 8);
+  if ((last - first) / kStride > 2 * wanted) {
+    std::vector<float>& some = samples_[thread];
+    some.clear();
+    for (int64_t row = first; row < last; row += kStride) some.push_back(y[row]);
+    std::nth_element(some.begin(), some.begin() + wanted, some.end(), std::greater<float>());
+    floors_[at] = some[wanted];
+  }
+  each_above(y, first, last, floors_[at], [&](int64_t row) { ++bins[bin_of(y[row])]; });
+  return true;
+}
+
+// After all threads have counted: those of y[first:last) of which no `count` others are in higher bins, rows rising.
+void Pass::shortlist(int64_t i, const float* y, int64_t first, int64_t last, int64_t count, std::vector<Candidate>& out) {
+  const int64_t threads = pool->threads();
+  float floor = -INFINITY;
+  for (int64_t other = 0; other < threads; ++other) floor = std::max(floor, floors_[other * kTogether + i]);
+  const int64_t stop = floor == -INFINITY ? 0 : bin_of(floor) + 1;  // bins from here on were counted whole
+  int64_t lowest = kBins, above = 0;
+  while (lowest > stop && above < count) {
+    --lowest;
+    for (int64_t other = 0; other < threads; ++other) above += bins_[(other * kTogether + i) * kBins + lowest];
+  }
+  float least = -INFINITY;  // all, where too many were passed over
+  if (above >= count && lowest > 0) {
+    uint32_t bits = static_cast<uint32_t>(lowest) << 19;  // the smallest score of the bin
+    bits ^= bits >> 31 ? 0x80000000u : 0xffffffffu;
+    std::memcpy(&least, &bits, sizeof least);
+  }
+  out.clear();
+  each_above(y, first, last, least, [&](int64_t row) { out.push_back({y[row], static_cast<int32_t>(row)}); });
+}
+
+// After all threads have their shortlists by a token's preview: computes those exactly that are best of all, of this
+// thread's rows, into y. The best of them; a score that is not finite where there is no order, row -1 where none is of this thread.
 Candidate Pass::rank(int64_t thread, int64_t t, int64_t i, int64_t at, int64_t count, float* y) {
   std::vector<Candidate> all;
   for (int64_t other = 0; other < pool->threads(); ++other) {
@@ -261,7 +338,7 @@ Candidate Pass::survive(int64_t thread, int64_t t, int64_t i, int64_t first, int
   return best;
 }
 
-// The `count` best of y[first:last), best first unless they are many; ties to the lower row. Row -1 where a number is not finite: such
+// The `count` best of y[first:last), best first; ties to the lower row. Row -1 where a number is not finite: such
 // numbers have no order.
 void Pass::best(const float* y, int64_t first, int64_t last, int64_t count, std::vector<Candidate>& out) {
   out.clear();
@@ -274,13 +351,6 @@ void Pass::best(const float* y, int64_t first, int64_t last, int64_t count, std:
   if (count == 1) {
     const int64_t row = std::find(y + first, y + last, top) - y;
     out.push_back({top, static_cast<int32_t>(row)});
-    return;
-  }
-  if (count > kHeap) {
-    for (int64_t i = first; i < last; ++i) out.push_back({y[i], static_cast<int32_t>(i)});
-    if (count >= last - first) return;
-    std::nth_element(out.begin(), out.begin() + (count - 1), out.end());
-    out.resize(count);
     return;
   }
   // Only what beats the worst of the kept heap is looked at again.
@@ -392,7 +462,9 @@ void Pass::head(int64_t thread) {
       const int64_t t = wanting[start + i], at = thread * count + start + i;
       if (previewed(thread, t)) {
         previews = true;
-        best(logits_.get(0) + i * room, begin, end, lane(thread, t).words, candidates[at]);
+        candidates[at].clear();
+        const float* y = logits_.get(0) + i * room;
+        if (!count_scores(thread, i, y, begin, end, lane(thread, t).words)) candidates[at].push_back({NAN, -1});
       }
       if (tokens[t].wants != kLikeliest) continue;
       ranks = true;
@@ -406,6 +478,12 @@ void Pass::head(int64_t thread) {
     }
     if (!screens && !previews) continue;
     pool->barrier();
+    for (int64_t i = 0; previews && i < here; ++i) {
+      const int64_t t = wanting[start + i], at = thread * count + start + i;
+      if (previewed(thread, t) && candidates[at].empty())
+        shortlist(i, logits_.get(0) + i * room, begin, end, lane(thread, t).words, candidates[at]);
+    }
+    if (previews) pool->barrier();
     for (int64_t i = 0; i < here; ++i) {
       const int64_t t = wanting[start + i], at = thread * count + start + i;
       if (previewed(thread, t)) {
