@@ -472,9 +472,26 @@ def test_calibrate_train_and_run(vesicle: Run, model: Path, text_file: Path, tmp
     assert "another folder" in vesicle(*words, "--seed", 1)[2]
 
     status, out, err = vesicle(
-        "calibrate", *shared, "--modulator", tmp_path / "run", "--windows", 2, "--out", tmp_path
+        "calibrate",
+        *shared,
+        "--modulator",
+        tmp_path / "run",
+        "--windows",
+        4,
+        "--out",
+        tmp_path,
+        "--head-rank",
+        7,
+        "--head-likeliest",
+        5,
+        "--head-logits",
+        20,
     )
     assert (status, out) == (0, ""), err
+    previewed = Modulator.from_pretrained(tmp_path)
+    assert previewed.head_preview is not None
+    assert previewed.head_preview.rank == 7
+    assert previewed.info.dial[0][0] < trained.info.dial[0][0]
     words = ("--model", model, "--modulator", tmp_path, "--max-new-tokens", 2, "--budget", 0.8)
     assert vesicle("run", "hi", *words)[0] == 0
 
@@ -811,6 +828,20 @@ _LONG_GABA = ("--transmitters", "gaba", "--long-windows", "1")
         (["calibrate", "--data", "x", "--out", "y", "--gap", "1"], "--gap"),
         (["calibrate", "--data", "x", "--out", "y", "--windows", "0"], "--long-windows"),
         (["calibrate", "--data", "x", "--out", "y", *_LONG_GABA], "releases gaba"),
+        (
+            [
+                "calibrate",
+                "--data",
+                "x",
+                "--out",
+                "y",
+                "--head-rank",
+                "8",
+                "--transmitters",
+                "dopamine",
+            ],
+            "--head-rank is 8; allowed: none for a modulator that releases dopamine",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_the_model_loads(
