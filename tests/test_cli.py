@@ -350,6 +350,10 @@ def test_a_replay_needs_its_stand_ins(vesicle: Run, model: Path, tmp_path: Path)
     plan.save(tmp_path / "plan.safetensors")
     words = ("run", "hi", "--replay", tmp_path / "plan.safetensors", "--model", model)
     assert "--modulator" in error_line(*vesicle(*words))
+    plan.ffn[:] = 2
+    plan.likeliest[:] = 3
+    plan.save(tmp_path / "plan.safetensors")
+    assert "previews the LM head: name the --modulator" in error_line(*vesicle(*words))
 
 
 def test_context_window(vesicle: Run):

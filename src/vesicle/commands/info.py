@@ -59,7 +59,8 @@ def info(
     about, config = loaded.info, loaded.predictor.config
     tensors = loaded.state_dict()
     size = sum(
-        t.numel() * (2 if "standin" in name else t.element_size()) for name, t in tensors.items()
+        t.numel() * (2 if "standin" in name or "preview" in name else t.element_size())
+        for name, t in tensors.items()
     )
     table = Table.grid(padding=(0, 2))
     table.add_row("modulator", str(source))
@@ -76,6 +77,8 @@ def info(
         for where, module in (("FFN", loaded.ffn_standin), ("attention", loaded.attention_standin))
     ]
     table.add_row("small modules", "; ".join(sizes))
+    if loaded.head_preview is not None:
+        table.add_row("LM head's preview", f"rank {loaded.head_preview.rank}")
     numbers = sum(t.numel() for t in tensors.values())
     table.add_row("size", f"{scaled(numbers, '')} parameters, {scaled(size, 'B')}")
     measured = {"all": Measured(dial=about.dial, default_budget=about.default_budget)}

@@ -636,6 +636,11 @@ def _method(
         raise VesicleError(
             "this plan lands on stand-ins: name the --modulator that it was made with"
         )
+    previews = bool(saved.likeliest.any() or saved.logits.any())
+    if previews and (modulator is None or modulator.head_preview is None):
+        raise VesicleError(
+            "this plan previews the LM head: name the --modulator that it was made with"
+        )
     return Replay(saved, None if modulator is None else modulator.stand_ins)
 
 
