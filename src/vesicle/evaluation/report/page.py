@@ -19,7 +19,9 @@ the executed share of the dense model's FLOPs on the same tokens. Intervals are 
 intervals over items; in brackets behind a method is that of its difference to dense, paired. About
 one comparison in twenty leaves its interval by chance alone: a single win or loss means little.
 
-Runs went side by side with others, one thread each: their seconds are no measure of speed.
+Runs went side by side with others, one thread each: their seconds are no measure of speed. The
+shipped modulator [previews the LM head](transmitters/gaba.md#words-of-the-lm-head) now; sections
+that do not say so are of before, and lose more at the same cost.
 """
 
 TAIL = """
@@ -59,7 +61,7 @@ def _run(name: str, result: TaskResult) -> list[str]:
         "```",
         "",
         f"{model['name']}, {model['weights']} weights, {model['kv']} cache, executed by "
-        f"{model['through']}; modulator: {result.modulator.get('name', 'none')}. "
+        f"{model['through']}; modulator: {result.decider}. "
         f"{made_with(result.versions, result.hardware)} "
         f"[All columns](../results/tasks/{name}/table.md).",
         "",

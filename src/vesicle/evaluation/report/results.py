@@ -145,6 +145,13 @@ class TaskResult(Record):
     rows: list[TaskRow]
     missing: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def decider(self) -> str:
+        """What the modulator is called, and whether it previews the LM head; `none` for none."""
+        gaba = self.modulator.get("effectors", {}).get("gaba", {})
+        previews = ", which previews the LM head" if gaba.get("logits") else ""
+        return str(self.modulator.get("name", "none")) + previews
+
     def find(self, task: str, method: str, budget: float) -> TaskRow:
         """A row.
 

@@ -93,7 +93,7 @@ def rich_tables(result: TaskResult) -> list[Table]:
 def markdown(result: TaskResult) -> str:
     """A page with what was measured on what, one table a task, and what is missing."""
     n = sum(not task["name"].endswith(ORACLE_PART) for task in result.tasks)
-    model, under = result.model, result.modulator.get("name", "none")
+    model, under = result.model, result.decider
     lines = [
         f"# {model['name']} on {n} task{'s' if n > 1 else ''}",
         "",
