@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tests.default_prompts import PROMPTS
 
 GOLDEN = Path(__file__).parent / "golden" / "plans.safetensors"
-FIELDS = ("channels", "bits", "ffn", "attention", "kv_blocks", "head")
+FIELDS = ("channels", "bits", "ffn", "attention", "kv_blocks", "head", "logits")
 BUDGETS = (0.8, 0.6, 0.45)
 TOKENS, LONG, WORDS = 16, 200, 16
 """Of a prompt, of the long text at the end (GABA acts from 9 blocks on), and logits kept."""
