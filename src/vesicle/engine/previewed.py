@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from vesicle.engine import core
-from vesicle.engine.encoding import SLICE
-from vesicle.engine.packed import PackedHead
+from vesicle.engine.packed import HEAD_TILE, PackedHead
 from vesicle.plan import IntArray
 from vesicle.preview import HeadPreview
 
 PREVIEW_BITS = 8
 """Of a packed preview, whatever the head has."""
+_SLICE = 256 * HEAD_TILE
 
 
 class PreviewedHead:
@@ -37,15 +37,15 @@ class PreviewedHead:
     ) -> None:
         """Multiply the head's rows, a slice at a time."""
         self._head = head
-        self._bias = head.bias if isinstance(head, PackedHead) else bias
-        packed = isinstance(head, PackedHead)
-        rows = head.n_out if isinstance(head, PackedHead) else head.shape[0]
-        words = torch.cat(
-            [preview.words(_rows(head, i, min(i + SLICE, rows))) for i in range(0, rows, SLICE)]
-        )
-        self.words = PackedHead.pack(words, PREVIEW_BITS) if packed else words.contiguous()
-        dtype = torch.float32 if packed or words.dtype == torch.bfloat16 else words.dtype
-        self.down = preview.down.detach().to(words.device, dtype).contiguous()
+        self.words: PackedHead | Tensor
+        if isinstance(head, PackedHead):
+            self._bias, dtype = head.bias, torch.float32
+            self.words = _packed(preview, head)
+        else:
+            self._bias, self.words = bias, preview.words(head)
+            dtype = torch.float32 if head.dtype == torch.bfloat16 else head.dtype
+        device = None if isinstance(self.words, PackedHead) else self.words.device
+        self.down = preview.down.detach().to(device, dtype).contiguous()
         self.structure = core.Preview(down=self.down.data_ptr(), words=core.rows_of(self.words))
 
     @property
@@ -118,11 +118,25 @@ class Previews:
         return sum(made.bytes_held for _, made in self._made.values())
 
 
-def _rows(head: Tensor | PackedHead, start: int, stop: int) -> Tensor:
-    """(n, D) some rows of a head."""
-    if isinstance(head, PackedHead):
-        return head.rows(torch.arange(start, stop))
-    return head[start:stop]
+def _packed(preview: HeadPreview, head: PackedHead) -> PackedHead:
+    """The head's rows times a preview, packed a slice at a time: no more is held at once."""
+    slices = [
+        PackedHead.pack(
+            preview.words(head.rows(torch.arange(start, min(start + _SLICE, head.n_out)))),
+            PREVIEW_BITS,
+        )
+        for start in range(0, head.n_out, _SLICE)
+    ]
+    trailing = [part.trailing for part in slices if part.trailing is not None]
+    return PackedHead(
+        high=torch.cat([part.high for part in slices]),
+        trailing=torch.cat(trailing),
+        bits=PREVIEW_BITS,
+        n_in=preview.rank,
+        n_out=head.n_out,
+        bias=None,
+        error=max(part.error for part in slices),
+    )
 
 
 def address(made: PreviewedHead) -> int:
