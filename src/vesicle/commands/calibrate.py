@@ -88,11 +88,11 @@ def calibrate(
         typer.Option(
             min=1, help="With --head-rank: words ranked exactly where one is to be chosen."
         ),
-    ] = 512,
+    ] = 256,
     head_logits: Annotated[
         int,
         typer.Option(min=1, help="With --head-rank: words whose logits are exact where all count."),
-    ] = 4096,
+    ] = 8192,
 ) -> None:
     """Measure which dial position executes which share of the dense FLOPs.
 
