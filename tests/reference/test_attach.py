@@ -251,3 +251,26 @@ def test_methods_are_not_changed_by_running(llama: Any, ids: Tensor, modulator: 
     first = logits(llama, ids, method)
     logits(llama, tokens(9, batch=3), method)
     assert torch.equal(logits(llama, ids, method), first)
+
+
+def test_eager_attention_tells_where_governed_queries_look(ids: Tensor):
+    """`output_attentions` lists every layer, and blocks that are not read have no probability."""
+    model = tiny_model("llama", attention="eager")
+    plan = Plan.rest(shape_of(model), 70)
+    plan.rows["kv_blocks"][40:, 1] = 2
+    dense = model(ids, output_attentions=True).attentions
+    with attach(model, Replay(plan)):
+        found = model(ids, output_attentions=True).attentions
+    assert len(found) == len(dense) == model.config.num_hidden_layers
+    torch.testing.assert_close(found[0], dense[0])
+    torch.testing.assert_close(found[1].sum(-1), torch.ones_like(found[1][..., 0]))
+    # transformers' own takes its softmax in fp32.
+    torch.testing.assert_close(found[1][:, :, :40], dense[1][:, :, :40], atol=1e-6, rtol=1e-5)
+
+    def blocks(attentions: Tensor) -> Tensor:
+        """(B, H) blocks at which the last query looks."""
+        padded = nn.functional.pad(attentions[:, :, 69], (0, 10))
+        return (padded.unflatten(-1, (5, 16)).sum(-1) > 0).sum(-1)
+
+    assert (blocks(found[1]) == 2).all()
+    assert (blocks(dense[1]) == 5).all()

@@ -99,7 +99,11 @@ def _function(base: str) -> AttentionFunction:
         rule: BlockRule | None = kwargs.pop(RULE, None)
         if rule is None:
             return _base(base, module)(module, query, key, value, attention_mask, **kwargs)
-        return _blockwise(query, key, value, rule, float(kwargs["scaling"])), None
+        scale = float(kwargs["scaling"])
+        weights = None
+        if base == "eager" and rule.memories is None:
+            weights = _weights(query, key, rule, scale)
+        return _blockwise(query, key, value, rule, scale), weights
 
     return attention
 
@@ -114,6 +118,17 @@ def _base(name: str, module: nn.Module) -> AttentionFunction:
 
     eager: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward
     return eager
+
+
+@torch.no_grad()
+def _weights(query: Tensor, key: Tensor, rule: BlockRule, scale: float) -> Tensor:
+    """(B, H, T, S) attention probabilities, which transformers' eager functions return.
+
+    They are what attention gives where each key's value is its own unit vector.
+    """
+    b, g, s, _ = key.shape
+    units = torch.eye(s, dtype=query.dtype, device=query.device).expand(b, g, s, s)
+    return _blockwise(query, key, units, rule, scale).transpose(1, 2)
 
 
 def _blockwise(query: Tensor, key: Tensor, value: Tensor, rule: BlockRule, scale: float) -> Tensor:
@@ -258,10 +273,10 @@ def _one_offset(
         out = nn.functional.scaled_dot_product_attention(
             query.reshape(b * g, h // g, t, k),
             key.reshape(b * g, 1, length, k).expand(shared),
-            value.reshape(b * g, 1, length, k).expand(shared),
+            value.reshape(b * g, 1, length, -1).expand(*shared[:3], -1),
             attn_mask=allowed.reshape(b * g, 1, t, length),
             scale=scale,
-        ).reshape(b, h, t, k)
+        ).reshape(b, h, t, -1)
         return out.transpose(1, 2).contiguous()
     assert rule.level is not None
     slots = torch.arange(length, device=query.device)
@@ -278,4 +293,4 @@ def _one_offset(
     chances = scores.softmax(-1, dtype=torch.float32).to(value.dtype) * weights.to(value.dtype)
     total = chances.sum(-1, keepdim=True, dtype=torch.float32).clamp(min=1e-9)
     out = (chances @ value.unsqueeze(2)) / total.to(value.dtype)  # (B, G, R, T, K)
-    return out.reshape(b, h, t, k).transpose(1, 2).contiguous()
+    return out.reshape(b, h, t, -1).transpose(1, 2).contiguous()
