@@ -62,7 +62,7 @@ class Faulty(Sampling):
     """Draws at random, and fails at the nth token."""
 
     def __init__(self, fails_at: int) -> None:
-        super().__init__(temperature=1.0)
+        super().__init__(temperature=1.0, top_p=0.99)  # below 1, or nothing is drawn from logits
         object.__setattr__(self, "drawn", [])
         object.__setattr__(self, "fails_at", fails_at)
 

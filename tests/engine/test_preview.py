@@ -10,7 +10,7 @@ from tests.engine.decoding import VOCABULARY, modulator_for
 from tests.engine.test_head import BOTH, WEIGHTS, decoded, engine_for
 from tests.tiny import randomise, tiny_model, tokens
 from vesicle.cost import price, price_tokens
-from vesicle.engine import Engine, core
+from vesicle.engine import Engine, Sampling, core
 from vesicle.errors import VesicleError
 from vesicle.modulator import Modulator, ModulatorMethod
 from vesicle.plan import Plan, Replay, StandIns
@@ -329,3 +329,60 @@ def test_the_best_of_many_words_are_found(misleading: bool, exact: int):
         close = torch.isclose(found[t], expected, rtol=1e-4, atol=1e-3 * float(whole[t].std()))
         # `rough` itself has one that is exact, which may have left or entered the best.
         assert int((~close).sum()) <= 2
+
+
+@BOTH
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp32", "bf16"])
+@pytest.mark.parametrize("exact", [0, 9, VOCABULARY])
+def test_drawn_tokens_are_the_likeliest_of_moved_logits(path: str, weights: str, exact: int):
+    """Noise comes before the words are chosen, so that few exact ones hold what is drawn."""
+    engine, sampling = engine_for(path, weights), Sampling(temperature=0.8)
+    generator = sampling.generator()
+    noises = [sampling.noise(VOCABULARY, generator) for _ in IDS]
+    width = engine.shape.width
+    sequence = engine.start(replay(engine, previewed(engine, exact), width))
+    drawn = [
+        engine.likeliest([(sequence, [i])], [noise])[0]
+        for i, noise in zip(IDS, noises, strict=True)
+    ]
+    assert sequence.noise is None
+    assert sequence.plan.equals(previewed(engine, exact))
+    other = engine.start()
+    rows = [engine.forward([(other, [i])])[0][-1].float() for i in IDS]
+    agree = [
+        token == int((row + noise).argmax())
+        for token, row, noise in zip(drawn, rows, noises, strict=True)
+    ]
+    assert np.mean(agree) >= (1 if exact == 0 and path == "native" else 0.93)
+    plain = [int(row.argmax()) for row in rows]
+    assert np.mean([a == b for a, b in zip(drawn, plain, strict=True)]) < 0.9
+
+
+@BOTH
+def test_a_drawn_token_is_not_found_by_leading_bits(path: str):
+    """Those rank the likeliest of unmoved logits; the Plan says that all words were exact."""
+    engine, sampling = engine_for(path, "int8"), Sampling(temperature=0.8)
+    heads = np.full(len(IDS), 8, np.int32)
+    plan = Plan.rest(engine.shape, len(IDS)).with_fields(head=heads)
+    drawn, greedy = (engine.start(Replay(plan)) for _ in range(2))
+    noise = sampling.noise(VOCABULARY, sampling.generator())
+    engine.likeliest([(drawn, IDS[:1]), (greedy, IDS[:1])], [noise, None])
+    assert drawn.plan.rows["head"][0, -1] == 0
+    assert greedy.plan.rows["head"][0, -1] == 8
+
+
+@BOTH
+def test_sampling_previews_the_head(path: str):
+    """A text that is sampled ranks `likeliest` words, and only from a nucleus all logits."""
+    engine = engine_for(path, "int8")
+    rest = Plan.rest(engine.shape, len(IDS))
+    few = np.full(len(IDS), 9, np.int32)
+    plan = rest.with_fields(likeliest=few, logits=few * 2)
+    for top_p, likeliest, logits in ((1.0, 9, 0), (0.9, 0, 18)):
+        sampling = Sampling(temperature=0.9, top_p=top_p, seed=4)
+        sequence = engine.start(replay(engine, plan))
+        tokens = engine.stream(sequence, IDS[:5], max_new_tokens=6, sampling=sampling, stop=())
+        assert len(list(tokens)) == 6
+        last = sequence.plan.rows[:, -1]
+        assert last["likeliest"][4:].tolist() == [likeliest] * 6
+        assert last["logits"][4:].tolist() == [logits] * 6

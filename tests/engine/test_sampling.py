@@ -66,12 +66,37 @@ def test_top_p_that_is_refused(value: float):
         Sampling(top_p=value)
 
 
-def test_ordinary_draws_are_those_of_single_precision():
+def test_ordinary_chances_are_those_of_single_precision():
     logits = torch.randn(500, generator=torch.Generator().manual_seed(0))
-    for seed in range(50):
-        sampling = Sampling(temperature=0.8, top_p=0.9, seed=seed)
-        ordered, tokens = (logits / 0.8).softmax(-1).sort(descending=True)
-        kept = ordered.cumsum(-1) - ordered < 0.9
-        chances = torch.zeros_like(logits).scatter(0, tokens[kept], ordered[kept])
-        expected = torch.multinomial(chances, 1, generator=sampling.generator())
-        assert sampling.draw(logits, sampling.generator()) == int(expected)
+    ordered, tokens = (logits / 0.8).softmax(-1).sort(descending=True)
+    kept = ordered.cumsum(-1) - ordered < 0.9
+    expected = torch.zeros_like(logits).scatter(0, tokens[kept], ordered[kept])
+    found = Sampling(temperature=0.8, top_p=0.9).chances(logits)
+    torch.testing.assert_close(found.float(), expected)
+
+
+DRAWS = 4000
+
+
+@pytest.mark.parametrize(("top_p", "moved"), [(1.0, False), (0.8, False), (1.0, True)])
+def test_draws_follow_the_chances(top_p: float, moved: bool):
+    """Both ways of drawing: from chances, and as the largest of logits that noise has moved."""
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(1)) * 2
+    sampling = Sampling(temperature=0.7, top_p=top_p, seed=2)
+    generator, counts = sampling.generator(), torch.zeros(12, dtype=torch.double)
+    for _ in range(DRAWS):
+        if moved:
+            noise = sampling.noise(12, generator)
+            assert noise is not None
+            counts[int((logits + noise).argmax())] += 1
+        else:
+            counts[sampling.draw(logits, generator)] += 1
+    chances = sampling.chances(logits)
+    chances /= chances.sum()
+    spread = (chances * (1 - chances) / DRAWS).sqrt()
+    assert ((counts / DRAWS - chances).abs() <= 4.5 * spread).all()
+
+
+def test_nothing_moves_what_is_greedy():
+    sampling = Sampling()
+    assert sampling.noise(5, sampling.generator()) is None

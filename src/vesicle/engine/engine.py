@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast
@@ -360,21 +361,43 @@ class Engine:
             found = map(_result, self._read(dict(enumerate(batch)), logits))
             return cast("list[Tensor]", list(found))
 
-    def likeliest(self, batch: list[tuple[Sequence, list[int]]]) -> list[int]:
+    def likeliest(
+        self,
+        batch: list[tuple[Sequence, list[int]]],
+        noises: Iterable[Tensor | None] | None = None,
+    ) -> list[int]:
         """One pass over the next tokens of each sequence; the likeliest token to follow each.
 
         As the largest of `forward`'s last logits, but where a Plan previews or screens the LM head
         only some words' logits are exact, and those are ranked.
+
+        Args:
+            batch: As for `forward`.
+            noises: For each sequence (V,) fp32 that its logits, and their previews, are moved by
+                first, so that the token is drawn (`Sampling.noise`); or None.
 
         Raises:
             VesicleError: As `forward`; or if a logit is not finite, when the pass has run.
         """
         with self.lock:
             self._check(batch)
-            found = map(_result, self._read(dict(enumerate(batch)), "likeliest"))
+            with _moved(batch, noises):
+                found = map(_result, self._read(dict(enumerate(batch)), "likeliest"))
             return cast("list[int]", list(found))
 
-    def attempt(self, batch: list[Part], wants: Wanted = "last") -> list[Outcome]:
+    def draws_likeliest(self, sampling: Sampling) -> bool:
+        """Whether tokens are drawn as the likeliest of logits that noise has moved.
+
+        Otherwise all logits have to be known: for the tokens of a nucleus, or beneath a cap.
+        """
+        return sampling.greedy or (sampling.top_p == 1 and not self.config.logit_cap)
+
+    def attempt(
+        self,
+        batch: list[Part],
+        wants: Wanted = "last",
+        noises: Iterable[Tensor | None] | None = None,
+    ) -> list[Outcome]:
         """One pass like `forward` and `likeliest`, in which no sequence can fail another.
 
         What one gets does not depend on whether another fails. One that fails stands before the
@@ -383,6 +406,7 @@ class Engine:
         Args:
             batch: As for `forward`.
             wants: As `logits` of `forward`, or "likeliest".
+            noises: As for `likeliest`.
 
         Returns:
             For each sequence what `forward` returns, or the likeliest id; or the error.
@@ -401,7 +425,8 @@ class Engine:
                     refused[i] = error
             left = {i: part for i, part in enumerate(batch) if i not in refused}
             self._check_room(list(left.values()))
-            found = refused | dict(zip(left, self._read(left, wants), strict=True))
+            with _moved(batch, noises):
+                found = refused | dict(zip(left, self._read(left, wants), strict=True))
             return [found[i] for i in range(len(batch))]
 
     def _read(self, batch: dict[int, Part], wants: Wanted) -> list[Outcome]:
@@ -599,8 +624,9 @@ class Engine:
             if not last or max_new_tokens < 1:
                 self.forward([(sequence, part)], "none")
         for count in range(1, max_new_tokens + 1):
-            if sampling.greedy:
-                token = self.likeliest([(sequence, part)])[0]
+            if self.draws_likeliest(sampling):
+                noise = sampling.noise(self.shape.vocabulary, generator)
+                token = self.likeliest([(sequence, part)], [noise])[0]
             else:
                 out = self.forward([(sequence, part)])
                 token = sampling.draw(out[0][-1], generator)
@@ -632,6 +658,19 @@ class Engine:
             sequence, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
         )
         return Generation(list(tokens), sequence)
+
+
+@contextmanager
+def _moved(batch: list[Part], noises: Iterable[Tensor | None] | None) -> Iterator[None]:
+    """What moves the logits of a batch's sequences, for as long as a pass takes."""
+    sequences = [sequence for sequence, _ in batch]
+    for sequence, noise in zip(sequences, noises or (), strict=noises is not None):
+        sequence.noise = noise
+    try:
+        yield
+    finally:
+        for sequence in sequences:
+            sequence.noise = None
 
 
 def _together(tokens: dict[int, int]) -> Iterator[list[int]]:

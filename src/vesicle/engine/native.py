@@ -257,6 +257,7 @@ class NativeCore:
                 buffer.chunk.wants = _WANTS[wants]
                 buffer.chunk.logits = None if rows is None else rows.data_ptr()
                 buffer.chunk.states = None if states is None else states[place:].data_ptr()
+                buffer.chunk.noise = core.address(sequence.noise)
                 place += len(ids)
                 frame.chunks[i] = buffer.chunk
             failed = dict[int, Exception]()

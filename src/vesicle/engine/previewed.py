@@ -70,20 +70,26 @@ class PreviewedHead:
             scores = self.words.multiply(low)
         return scores if self._bias is None else scores + self._bias
 
-    def best(self, x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def best(
+        self, x: Tensor, count: int, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Of x (D,): ids (m,) of the words that are best by preview, their logits, all scores (V,).
 
         Args:
             x: As it enters the head.
             count: M.
+            noise: (V,) added to scores and logits; or None.
         """
         scores = self.scores(x[None])[0]
+        if noise is not None:
+            scores = scores + noise.to(scores)
         ids = scores.topk(min(count, len(scores))).indices.sort().values
         if isinstance(self._head, PackedHead):
             exact = self._head.rows(ids) @ self._head.rounded(x[None])[0]
         else:
             exact = self._head[ids] @ x
-        return ids, exact if self._bias is None else exact + self._bias[ids], scores
+        exact = exact if self._bias is None else exact + self._bias[ids]
+        return ids, exact if noise is None else exact + noise[ids].to(exact), scores
 
     def logits(self, x: Tensor, counts: IntArray) -> Tensor:
         """(T, V) logits of x (T, D), `counts` (T,) of them exact, each 1 at least."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vesicle.errors import VesicleError
+
+_SHORTEST = np.float32(1e-37)
+"""Of the waiting times whose logarithms are taken: a normal number above 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,45 +42,84 @@ class Sampling:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0
 
-    def generator(self) -> torch.Generator:
+    def generator(self) -> np.random.Generator:
         """A new random generator, seeded with `seed`: one for each text."""
-        return torch.Generator().manual_seed(self.seed)
+        return np.random.Generator(np.random.SFC64(self.seed))
 
-    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
+    def draw(self, logits: Tensor, generator: np.random.Generator) -> int:
         """The next token from logits (V,).
 
         Raises:
             VesicleError: A logit is not a number, or all are minus infinity.
         """
-        likeliest = int(logits.argmax())
-        most = logits[likeliest]  # argmax takes NaN for the largest
-        if most.isnan() or most == -torch.inf:
+        wide = _doubles(logits)
+        likeliest = int(wide.argmax())
+        most = wide[likeliest]  # argmax takes NaN for the largest
+        if np.isnan(most) or most == -np.inf:
             raise VesicleError(
                 f"the model's logits are no numbers to choose a token by: the largest is {most:g}"
             )
         if self.greedy:
             return likeliest
-        return int(torch.multinomial(self.chances(logits), 1, generator=generator))
+        sums = self.chances(logits).numpy().cumsum()
+        # Below the sum of all, so that what is found has a chance of its own.
+        place = min(generator.random() * sums[-1], np.nextafter(sums[-1], 0))
+        return int(sums.searchsorted(place, side="right"))
+
+    def noise(self, n_words: int, generator: np.random.Generator) -> Tensor | None:
+        """(V,) fp32 by which logits are moved so that the largest is a draw; None if greedy.
+
+        Gumbel noise times the temperature: the largest of logits / temperature + noise is a draw
+        from their softmax (Gumbel 1954; Maddison, Tarlow and Minka 2014). So no more words have to
+        be known exactly than may come out largest.
+
+        Args:
+            n_words: V.
+            generator: As `generator` gives it.
+        """
+        if self.greedy:
+            return None
+        noise = generator.standard_exponential(n_words, dtype=np.float32)
+        np.log(np.maximum(noise, _SHORTEST, out=noise), out=noise)
+        noise *= -self.temperature
+        return torch.from_numpy(noise)
 
     def chances(self, logits: Tensor) -> Tensor:
-        """(V,) what `draw` chooses by: at least the likeliest token has a chance.
+        """(V,) fp64, what `draw` chooses by: at least the likeliest token has a chance.
 
         Args:
             logits: (V,) without NaN, and not all minus infinity.
         """
+        wide = _doubles(logits)
         # With the largest at 0 no temperature is too small to divide by: what is less likely goes
         # to minus infinity, which is the limit. The largest is not subtracted from itself, because
         # it may be infinite.
-        wide = logits.double()
-        below = torch.where(wide == wide.max(), 0.0, wide - wide.max())
-        chances = (below / self.temperature).softmax(-1)
+        most = wide.max()
+        with np.errstate(over="ignore", invalid="ignore"):
+            below = np.where(wide == most, 0.0, wide - most) / self.temperature
+        chances = np.exp(below)
+        chances /= chances.sum()
         if self.top_p < 1:
-            tokens = wide.sort(descending=True).indices  # where chances round to the same
-            ordered = chances[tokens]
-            kept = ordered.cumsum(-1) - ordered < self.top_p
+            # Words below this have less than 1 - top_p together: none of them is in the nucleus.
+            (likely,) = np.nonzero(chances >= (1 - self.top_p) / len(chances))
+            likely = likely[np.argsort(-wide[likely], kind="stable")]
+            ordered = chances[likely]
+            kept = ordered.cumsum() - ordered < self.top_p
             kept[0] = True
-            chances = torch.zeros_like(chances).scatter(0, tokens[kept], ordered[kept])
-        return chances.float()
+            chances = np.zeros_like(chances)
+            chances[likely[kept]] = ordered[kept]
+        return torch.from_numpy(chances)
+
+
+def _doubles(logits: Tensor) -> NDArray[np.float64]:
+    """Logits (V,) in fp64, on this thread alone.
+
+    Threads of torch's would wait for those of the native core, which have just run a pass and look
+    out for the next one: a token took twice as long.
+    """
+    if logits.dtype == torch.bfloat16:  # which numpy has not
+        logits = logits.float()
+    return logits.numpy(force=True).astype(np.float64)
 
 
 def not_finite(position: int) -> VesicleError:

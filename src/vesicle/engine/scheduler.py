@@ -2,8 +2,8 @@
 
 One step is
 
-1. *decode*: one pass over the newest token of every request that is writing (two, if some are
-   greedy and some are not: the LM head looks for the likeliest token alone or gives all logits);
+1. *decode*: one pass over the newest token of every request that is writing (two, if some draw
+   from a nucleus: the LM head looks for the likeliest token alone or gives all logits);
 2. *admit*: requests that wait, in order of arrival, join as long as there is room for them;
 3. *prefill*: one pass over the next chunk of the oldest request that is still reading.
 
@@ -139,6 +139,8 @@ class _Job:
         self.ids, self.prompt = ids, np.array(ids)
         self.stop = stop
         self.generator = request.sampling.generator()
+        self.draws_likeliest = sequence.engine.draws_likeliest(request.sampling)
+        self.noise: Tensor | None = None
         self.tokens: list[int] = []
         self.reused = 0
 
@@ -298,8 +300,8 @@ class Scheduler:
 
     def _decode(self) -> None:
         writing = [job for job in self._running if not job.reading]
-        for greedy in (True, False):
-            jobs = [job for job in writing if job.request.sampling.greedy == greedy]
+        for likeliest in (True, False):
+            jobs = [job for job in writing if job.draws_likeliest == likeliest]
             self._write([(job, job.tokens[-1:]) for job in jobs])
 
     def _admit(self) -> None:
@@ -338,9 +340,11 @@ class Scheduler:
             self._write([(job, part)])
 
     def _write(self, batch: list[tuple[_Job, list[int]]]) -> None:
-        """One pass, and the next token of each of its requests: all of them greedy, or none."""
-        greedy = bool(batch) and batch[0][0].request.sampling.greedy
-        for job, result in self._run(batch, "likeliest" if greedy else "last"):
+        """One pass, and the next token of each of its requests, all drawn in one of two ways."""
+        likeliest = bool(batch) and batch[0][0].draws_likeliest
+        for job, _ in batch if likeliest else ():
+            job.noise = job.request.sampling.noise(self.engine.shape.vocabulary, job.generator)
+        for job, result in self._run(batch, "likeliest" if likeliest else "last"):
             try:
                 token = result if isinstance(result, int) else job.draw(result[-1])
             except Exception as error:  # of logits that are no numbers, say
@@ -355,7 +359,8 @@ class Scheduler:
         done = list[tuple[_Job, Tensor | int]]()
         while batch:
             try:
-                out = self.engine.attempt([(job.sequence, ids) for job, ids in batch], wants)
+                parts = [(job.sequence, ids) for job, ids in batch]
+                out = self.engine.attempt(parts, wants, [job.noise for job, _ in batch])
             except CacheFullError as error:
                 # Someone else has taken promised blocks. Nothing has run yet.
                 if not self.prefixes.evict():

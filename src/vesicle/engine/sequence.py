@@ -43,6 +43,8 @@ class Sequence:
         received: What attention the entries received, where a forgetter wants to know.
         observed: The newest queries, where it wants to know what attention these pay.
         asking: Whether its forgetter is being asked.
+        noise: (V,) fp32 by which the pass under way moves its logits where the likeliest token is
+            asked for; or None.
     """
 
     def __init__(self, engine: Engine, method: Method, author: Author | None = None) -> None:
@@ -72,6 +74,7 @@ class Sequence:
         # (n,) of each KV head of each of them, told but not done yet.
         self._left: list[list[IntArray]] | None = None
         self.asking = False
+        self.noise: Tensor | None = None
         self.builder = PlanBuilder(shape, self.author.evict_after)
         self.cache = SequenceCache(
             engine.pool, shape.n_layers, shape.n_kv_heads, shape.layer_windows

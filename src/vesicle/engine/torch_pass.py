@@ -119,12 +119,14 @@ class TorchPass:
         head, last = engine._weights.head, slice(stop - 1, stop)
         position, overhead = int(self.positions[i][-1]), self.sequences[i].overhead
         exact = int(self.exact(i, "likeliest")[stop - 1])
-        m = int(self.of_head["head"][stop - 1]) if engine.shape.screens_head else 0
+        noise = self.sequences[i].noise
+        screens = engine.shape.screens_head and noise is None
+        m = int(self.of_head["head"][stop - 1]) if screens else 0
         x = engine._final_norm(hidden[last])
         if exact:
             self.plan["likeliest"][stop - 1, -1] = exact
             self.counters.head(last, overhead, exact=exact)
-            ids, logits, scores = self.preview(i).best(x[0], exact)
+            ids, logits, scores = self.preview(i).best(x[0], exact, noise)
             if not scores.isfinite().all():
                 logits = scores
         elif m and isinstance(head, PackedHead):
@@ -133,7 +135,8 @@ class TorchPass:
             (ids,), (logits,) = survivors(x, head, m)
         else:
             self.counters.head(last, overhead)
-            return likeliest_of(engine._weights.logits(x)[0], position)
+            logits = engine._weights.logits(x)[0]
+            return likeliest_of(logits if noise is None else logits + noise, position)
         place = likeliest_of(logits, position)
         return int(ids[place]) if isinstance(place, int) else place
 

@@ -172,7 +172,7 @@ class Chunk(ctypes.Structure):
         ("room_received", _LONG),
         *_fields(_POINTER, "summed", "queries"),
         ("room_queries", _LONG),
-        *_fields(_POINTER, "hidden", "logits", "states"),
+        *_fields(_POINTER, "hidden", "logits", "states", "noise"),
         *_fields(_LONG, "wants", "likeliest", "scored", "lost"),
     ]
 

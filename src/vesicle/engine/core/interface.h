@@ -127,6 +127,7 @@ struct VesicleChunk {
   float* hidden;   // (n, D) the residual stream after a layer's attention; or null
   float* logits;   // (V) of the last token, (n, V) of all, or null
   float* states;   // (n, D) what enters the head; or null
+  const float* noise;  // (V) added to logits where the likeliest is asked for, so that it is drawn; or null
   int64_t wants;   // `VesicleWanted`
   int64_t likeliest;  // the token likeliest to follow, where asked for; -1 where a logit is not finite
   int64_t scored;     // rows of the head that were read whole to find it

@@ -85,6 +85,9 @@ void head_codes(const VesicleProjection& w, int64_t row, int64_t g, int32_t* cod
   *low = from_half(high + 256 + 2 * (kHeadTile + o));
 }
 
+// What a token's logits are moved by, where the likeliest is drawn; or null.
+const float* noise_of(const Token& token) { return token.wants == kLikeliest ? token.chunk->noise : nullptr; }
+
 }  // namespace
 
 void embed(const VesicleProjection& w, int64_t row, float* out) {
@@ -141,7 +144,7 @@ void Pass::prepare_head() {
 void Pass::decide_head(Lane& lane, const Token& token, const VesiclePlanRow& row) {
   const bool likeliest = token.wants == kLikeliest;
   lane.words = !token.chunk->preview || !token.wants ? 0 : likeliest ? row.likeliest : row.logits;
-  lane.head = likeliest && !lane.words ? row.head : 0;
+  lane.head = likeliest && !lane.words && !noise_of(token) ? row.head : 0;
 }
 
 // The logit of a row of the head.
@@ -241,9 +244,10 @@ Candidate Pass::rank(int64_t thread, int64_t t, int64_t i, int64_t at, int64_t c
   std::nth_element(all.begin(), all.begin() + (most - 1), all.end());
   const Candidate cut = all[most - 1];
   Candidate found{-INFINITY, -1};
+  const float* noise = noise_of(tokens[t]);
   for (const Candidate& c : candidates[at]) {
     if (cut < c) continue;
-    const Candidate here{y[c.row] = exact(a, c.row), c.row};
+    const Candidate here{y[c.row] = exact(a, c.row) + (noise ? noise[c.row] : 0.0f), c.row};
     if (!std::isfinite(here.score)) return {NAN, -1};
     if (found.row < 0 || here < found) found = here;
   }
@@ -258,7 +262,7 @@ bool Pass::staged(int64_t thread, int64_t t) {
 
 // Whether the rows that cannot be the likeliest are found out by their leading bits, and the others read whole.
 bool Pass::screened(int64_t thread, int64_t t) {
-  return tokens[t].wants == kLikeliest && !tokens[t].logits && model->screen && static_cast<int64_t>(wanting.size()) <= kScreened &&
+  return tokens[t].wants == kLikeliest && !tokens[t].logits && !noise_of(tokens[t]) && model->screen && static_cast<int64_t>(wanting.size()) <= kScreened &&
          !staged(thread, t) && !previewed(thread, t);
 }
 
@@ -419,6 +423,7 @@ void Pass::head_part(int64_t thread, const int64_t* which, int64_t count, int64_
     const Token& token = tokens[which[i]];
     float* y = logits + i * room;
     if (w.bias) k->add(y + begin, w.bias + begin, end - begin);
+    if (const float* noise = noise_of(token)) k->add(y + begin, noise + begin, end - begin);
     if (token.logits && !previewed(thread, which[i])) std::memcpy(token.logits + begin, y + begin, (end - begin) * sizeof(float));
   }
 }
