@@ -12,7 +12,9 @@ from tests.models.test_text import byte_level, save
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(params=["slack", "tiles", "reading", "lengths", "mixed_ffns", "reevaluate"])
+@pytest.fixture(
+    params=["slack", "tiles", "reading", "lengths", "mixed_ffns", "reevaluate", "drawing"]
+)
 def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """One of them as a module."""
     name = request.param

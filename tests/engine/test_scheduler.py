@@ -176,13 +176,13 @@ def test_one_pass_decodes_all_and_one_reads_a_chunk_of_the_oldest(
 
     inner = engine.attempt
 
-    def watched(batch: Any, wants: Any) -> Any:
+    def watched(batch: Any, wants: Any, noises: Any) -> Any:
         passes.append((wants, [len(ids) for _, ids in batch]))
-        return inner(batch, wants)
+        return inner(batch, wants, noises)
 
     monkeypatch.setattr(engine, "attempt", watched)
     scheduler = Scheduler(engine, chunk=20, prefix_bytes=0)
-    warm = Sampling(temperature=1.0)
+    warm = Sampling(temperature=1.0, top_p=0.9)
     for n, sampling in ((5, Sampling()), (30, warm), (7, warm)):
         scheduler.add(Request(prompt=text(n), max_new_tokens=3, sampling=sampling))
     seen = []
@@ -193,10 +193,10 @@ def test_one_pass_decodes_all_and_one_reads_a_chunk_of_the_oldest(
     assert seen == [
         [("likeliest", [5])],
         [("likeliest", [1]), ("none", [20])],
-        [("likeliest", [1]), ("last", [10])],
-        [("last", [1]), ("last", [7])],
-        [("last", [1, 1])],
-        [("last", [1])],
+        [("likeliest", [1]), ("whole", [10])],
+        [("whole", [1]), ("whole", [7])],
+        [("whole", [1, 1])],
+        [("whole", [1])],
     ]
 
 

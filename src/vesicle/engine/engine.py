@@ -388,7 +388,9 @@ class Engine:
     def draws_likeliest(self, sampling: Sampling) -> bool:
         """Whether tokens are drawn as the likeliest of logits that noise has moved.
 
-        Otherwise all logits have to be known: for the tokens of a nucleus, or beneath a cap.
+        Otherwise all logits have to be known: for the tokens of a nucleus, or beneath a cap. They
+        are computed without a preview, which would take longer with as many exact words as a sum
+        over all of them needs.
         """
         return sampling.greedy or (sampling.top_p == 1 and not self.config.logit_cap)
 
@@ -405,7 +407,8 @@ class Engine:
 
         Args:
             batch: As for `forward`.
-            wants: As `logits` of `forward`, or "likeliest".
+            wants: As `logits` of `forward`, or "likeliest", or "whole" for the last ones without a
+                preview.
             noises: As for `likeliest`.
 
         Returns:
@@ -628,8 +631,9 @@ class Engine:
                 noise = sampling.noise(self.shape.vocabulary, generator)
                 token = self.likeliest([(sequence, part)], [noise])[0]
             else:
-                out = self.forward([(sequence, part)])
-                token = sampling.draw(out[0][-1], generator)
+                out = _result(self.attempt([(sequence, part)], "whole")[0])
+                assert isinstance(out, Tensor)
+                token = sampling.draw(out[-1], generator)
             if token in stop:
                 return
             yield token

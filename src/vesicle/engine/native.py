@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vesicle.engine.sequence import Outcome, Part, Sequence, Wanted
 
 MOST_TOKENS = core.MOST_TOKENS
-_WANTS: dict[Wanted, int] = {"none": 0, "last": 1, "likeliest": 2, "all": 3}
+_WANTS: dict[Wanted, int] = {"none": 0, "last": 1, "whole": 1, "likeliest": 2, "all": 3}
 """As `VesicleWanted`."""
 
 
@@ -230,7 +230,7 @@ class NativeCore:
         Args:
             batch: Sequences and their next token ids, `MOST_TOKENS` at most in all.
             wants: Logits of each sequence's last or all of its tokens, or none, or the likeliest
-                token to follow.
+                token to follow; "whole" for the last ones without a preview.
 
         Returns:
             For each sequence, logits (1, V), (T, V) or (0, V), or the likeliest token's id; or what
@@ -255,6 +255,8 @@ class NativeCore:
                 buffer.prepare(sequence, ids, self._rotaries, self._summarise)
                 begun.append((sequence, ids))
                 buffer.chunk.wants = _WANTS[wants]
+                if wants == "whole":
+                    buffer.chunk.preview = None
                 buffer.chunk.logits = None if rows is None else rows.data_ptr()
                 buffer.chunk.states = None if states is None else states[place:].data_ptr()
                 buffer.chunk.noise = core.address(sequence.noise)
@@ -294,9 +296,9 @@ class NativeCore:
         self, batch: list[Part], wants: Wanted
     ) -> list[Tensor | None] | tuple[Tensor, ...]:
         """Of each sequence (1, V) or (T, V), None where none are asked for."""
-        if wants not in ("last", "all"):
+        if wants not in ("last", "whole", "all"):
             return [None] * len(batch)
-        sizes = [1 if wants == "last" else len(ids) for _, ids in batch]
+        sizes = [len(ids) if wants == "all" else 1 for _, ids in batch]
         return torch.empty(sum(sizes), self._shape.vocabulary).split(sizes)
 
     @property

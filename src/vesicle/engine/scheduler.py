@@ -344,7 +344,7 @@ class Scheduler:
         likeliest = bool(batch) and batch[0][0].draws_likeliest
         for job, _ in batch if likeliest else ():
             job.noise = job.request.sampling.noise(self.engine.shape.vocabulary, job.generator)
-        for job, result in self._run(batch, "likeliest" if likeliest else "last"):
+        for job, result in self._run(batch, "likeliest" if likeliest else "whole"):
             try:
                 token = result if isinstance(result, int) else job.draw(result[-1])
             except Exception as error:  # of logits that are no numbers, say

@@ -394,4 +394,4 @@ Part = tuple[Sequence, list[int]]
 """A sequence and its next tokens."""
 Outcome = Tensor | int | Exception
 """What a pass computed for a sequence, or why it could not."""
-Wanted = Literal["last", "all", "none", "likeliest"]
+Wanted = Literal["last", "whole", "all", "none", "likeliest"]

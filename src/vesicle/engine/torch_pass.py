@@ -94,11 +94,19 @@ class TorchPass:
         before = hidden if config.parallel_residual else after
         return after + self.normed_ffn(number, before, decided)
 
-    def logits(self, i: int, hidden: Tensor, wanted: Literal["last", "all", "none"]) -> Tensor:
-        """Logits of sequence i's last, all or none of its tokens, from hidden (N, D)."""
+    def logits(
+        self, i: int, hidden: Tensor, wanted: Literal["last", "whole", "all", "none"]
+    ) -> Tensor:
+        """Logits of sequence i's last, all or none of its tokens, from hidden (N, D).
+
+        The last "whole": without a preview.
+        """
         rows = self.rows[i]
-        chosen = {"last": slice(rows.stop - 1, rows.stop), "all": rows, "none": slice(0, 0)}[wanted]
+        last = slice(rows.stop - 1, rows.stop)
+        chosen = {"last": last, "whole": last, "all": rows, "none": slice(0, 0)}[wanted]
         x, exact = self.engine._final_norm(hidden[chosen]), self.exact(i, "logits")[chosen]
+        if wanted == "whole":
+            exact = np.zeros_like(exact)
         self.plan["logits"][chosen, -1] = exact
         self.counters.head(chosen, self.sequences[i].overhead, exact=exact)
         if not exact.any():
