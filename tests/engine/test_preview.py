@@ -386,3 +386,18 @@ def test_sampling_previews_the_head(path: str):
         last = sequence.plan.rows[:, -1]
         assert last["likeliest"][4:].tolist() == [likeliest] * 6
         assert last["logits"][4:].tolist() == [logits] * 6
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "noises",
+    [[torch.zeros(3)], [torch.zeros(VOCABULARY).double()], [], [None, None]],
+    ids=["short", "double", "none", "too many"],
+)
+def test_noise_of_another_shape_is_refused(path: str, noises: list[torch.Tensor | None]):
+    engine = engine_for(path)
+    sequence = engine.start()
+    with pytest.raises(VesicleError, match=r"allowed: (one each|float32 of)"):
+        engine.likeliest([(sequence, IDS[:3])], noises)
+    assert sequence.length == 0
+    assert sequence.noise is None

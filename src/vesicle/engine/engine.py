@@ -377,7 +377,8 @@ class Engine:
                 first, so that the token is drawn (`Sampling.noise`); or None.
 
         Raises:
-            VesicleError: As `forward`; or if a logit is not finite, when the pass has run.
+            VesicleError: As `forward`, or noise of another shape; or if a logit is not finite, when
+                the pass has run.
         """
         with self.lock:
             self._check(batch)
@@ -668,8 +669,17 @@ class Engine:
 def _moved(batch: list[Part], noises: Iterable[Tensor | None] | None) -> Iterator[None]:
     """What moves the logits of a batch's sequences, for as long as a pass takes."""
     sequences = [sequence for sequence, _ in batch]
-    for sequence, noise in zip(sequences, noises or (), strict=noises is not None):
-        sequence.noise = noise
+    given = [None] * len(batch) if noises is None else list(noises)
+    if len(given) != len(batch):
+        raise VesicleError(f"{len(given)} noises for {len(batch)} sequences; allowed: one each")
+    for sequence, noise in zip(sequences, given, strict=True):
+        shape = (sequence.engine.shape.vocabulary,)
+        if noise is not None and (noise.shape != shape or noise.dtype != torch.float32):
+            raise VesicleError(
+                f"noise is {noise.dtype} of {tuple(noise.shape)}; allowed: float32 of {shape}"
+            )
+    for sequence, noise in zip(sequences, given, strict=True):
+        sequence.noise = None if noise is None else noise.cpu().contiguous()
     try:
         yield
     finally:

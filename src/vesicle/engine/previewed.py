@@ -82,14 +82,14 @@ class PreviewedHead:
         """
         scores = self.scores(x[None])[0]
         if noise is not None:
-            scores = scores + noise.to(scores)
+            scores = scores + noise.to(scores.device)
         ids = scores.topk(min(count, len(scores))).indices.sort().values
         if isinstance(self._head, PackedHead):
             exact = self._head.rows(ids) @ self._head.rounded(x[None])[0]
         else:
             exact = self._head[ids] @ x
         exact = exact if self._bias is None else exact + self._bias[ids]
-        return ids, exact if noise is None else exact + noise[ids].to(exact), scores
+        return ids, exact if noise is None else exact + noise.to(exact.device)[ids], scores
 
     def logits(self, x: Tensor, counts: IntArray) -> Tensor:
         """(T, V) logits of x (T, D), `counts` (T,) of them exact, each 1 at least."""

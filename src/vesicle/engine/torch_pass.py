@@ -144,7 +144,8 @@ class TorchPass:
         else:
             self.counters.head(last, overhead)
             logits = engine._weights.logits(x)[0]
-            return likeliest_of(logits if noise is None else logits + noise, position)
+            moved = logits if noise is None else logits + noise.to(logits.device)
+            return likeliest_of(moved, position)
         place = likeliest_of(logits, position)
         return int(ids[place]) if isinstance(place, int) else place
 

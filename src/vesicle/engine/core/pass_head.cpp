@@ -262,8 +262,8 @@ bool Pass::staged(int64_t thread, int64_t t) {
 
 // Whether the rows that cannot be the likeliest are found out by their leading bits, and the others read whole.
 bool Pass::screened(int64_t thread, int64_t t) {
-  return tokens[t].wants == kLikeliest && !tokens[t].logits && !noise_of(tokens[t]) && model->screen && static_cast<int64_t>(wanting.size()) <= kScreened &&
-         !staged(thread, t) && !previewed(thread, t);
+  return tokens[t].wants == kLikeliest && !tokens[t].logits && !noise_of(tokens[t]) && model->screen &&
+         static_cast<int64_t>(wanting.size()) <= kScreened && !staged(thread, t) && !previewed(thread, t);
 }
 
 // How far a token's screened scores may be from the exact ones. What is left unread of a row, e, changes its score by
