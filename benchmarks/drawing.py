@@ -29,25 +29,16 @@ from vesicle.plan import Dense, Method, Plan, Replay
 from vesicle.processors import maker
 from vesicle.shipped import shipped_modulators
 
-STEPS, WARM, CHUNK = 64, 8, 512
+STEPS, WARM = 64, 8
 
 
 def timed(engine: vesicle.Engine, ids: list[int], method: Method, sampling: Sampling) -> float:
     """Milliseconds of a token after a prompt: the pass and the draw."""
-    sequence, generator = engine.start(method), sampling.generator()
-    *prompt, last = ids[:-STEPS]
-    sequence.begin_prompt(len(prompt))
-    for start in range(0, len(prompt), CHUNK):
-        engine.forward([(sequence, prompt[start : start + CHUNK])], "none")
-    steps = []
-    for token in [last, *ids[-STEPS:-1]]:  # what is drawn is not fed back: all read the same
+    sequence, steps = engine.start(method), []
+    tokens = engine.stream(sequence, ids, max_new_tokens=STEPS, sampling=sampling, stop=())
+    for _ in range(STEPS):
         begun = time.perf_counter()
-        if engine.draws_likeliest(sampling):
-            noise = sampling.noise(engine.shape.vocabulary, generator)
-            engine.likeliest([(sequence, [token])], [noise])
-        else:
-            (logits,) = engine.attempt([(sequence, [token])], "whole")
-            sampling.draw(logits[-1], generator)
+        next(tokens)
         steps.append(1e3 * (time.perf_counter() - begun))
     sequence.close()
     return statistics.median(steps[WARM:])
@@ -69,7 +60,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     name = given.model or "smollm2-135m-instruct"
     folder = vesicle.resolve_model(given.model)
     text = vesicle.Text.from_folder(folder)
-    windows = load_windows(given.text, text, length=given.prompt + STEPS, limit=1)
+    windows = load_windows(given.text, text, length=given.prompt, limit=1)
     if name not in shipped_modulators():
         raise VesicleError(
             f"no modulator is shipped for {name}; known: {', '.join(shipped_modulators())}"
@@ -118,7 +109,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, required=True, help="a text, .txt or .jsonl[.gz]")
     parser.add_argument("--budget", type=float, default=0.7)
     parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens before those timed")
+    parser.add_argument(
+        "--prompt", type=int, default=1024, help="tokens before those timed, from the text"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write JSON here; standard output if none")
     given = parser.parse_args(words)

@@ -74,6 +74,20 @@ class Faulty(Sampling):
         return super().draw(logits, generator)
 
 
+class FaultyNoise(Sampling):
+    """Fails where the noise of its nth token is made."""
+
+    def __init__(self, fails_at: int) -> None:
+        super().__init__(temperature=1.0)
+        object.__setattr__(self, "left", [fails_at])
+
+    def noise(self, n_words: int, generator: Any) -> Tensor | None:
+        self.left[0] -= 1
+        if not self.left[0]:
+            raise MemoryError("no room for noise")
+        return super().noise(n_words, generator)
+
+
 def companions(engine: Engine) -> list[Request]:
     """Native and general, stateful and not, greedy and sampled."""
     linear = tiny_modulator(engine.shape, dtype=torch.float32)
@@ -132,6 +146,7 @@ BAD: dict[str, Callable[[Engine], Request]] = {
     ),
     "the first draw": lambda e: Request(prompt=text(10, 6), max_new_tokens=NEW, sampling=Faulty(1)),
     "a later draw": lambda e: Request(prompt=text(10, 6), max_new_tokens=NEW, sampling=Faulty(3)),
+    "noise": lambda e: Request(prompt=text(10, 6), max_new_tokens=NEW, sampling=FaultyNoise(3)),
 }
 
 

@@ -342,8 +342,12 @@ class Scheduler:
     def _write(self, batch: list[tuple[_Job, list[int]]]) -> None:
         """One pass, and the next token of each of its requests, all drawn in one of two ways."""
         likeliest = bool(batch) and batch[0][0].draws_likeliest
-        for job, _ in batch if likeliest else ():
-            job.noise = job.request.sampling.noise(self.engine.shape.vocabulary, job.generator)
+        for job, ids in list(batch) if likeliest else ():
+            try:
+                job.noise = job.request.sampling.noise(self.engine.shape.vocabulary, job.generator)
+            except Exception as error:
+                self._fail(job, error)
+                batch.remove((job, ids))
         for job, result in self._run(batch, "likeliest" if likeliest else "whole"):
             try:
                 token = result if isinstance(result, int) else job.draw(result[-1])
